@@ -1,0 +1,275 @@
+// Package admission lets hosts in: it challenges a TPM, has it prove that AK,
+// EK and TLS key are in one chip, and then asks whether the host is ours.
+//
+// A vendor's certificate never admits anybody; a registered EK, a one-use join
+// token or an operator does. Nothing is stored before the TPM has answered, so
+// a peer that only talks leaves nothing behind, and each challenge lives in
+// its own connection, so no peer displaces another's.
+package admission
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/subtle"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/attestors/tpm"
+	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
+	"github.com/countersign/countersign/broker/internal/appraise"
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/authority"
+	"github.com/countersign/countersign/broker/internal/challenge"
+	"github.com/countersign/countersign/broker/internal/inventory"
+	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/store"
+)
+
+// CertificateLifetime is how long a host certificate lives; it is made anew in
+// a proof when half of that is over.
+const CertificateLifetime = 30 * 24 * time.Hour
+
+// maxEKs is how many EKs a host may offer.
+const maxEKs = 8
+
+// A Desk admits hosts.
+type Desk struct {
+	Store         *store.Store
+	Leases        *lease.Manager
+	CA            *authority.CA
+	Roots         *x509.CertPool // of TPM vendors
+	Intermediates *x509.CertPool
+	MostPending   int
+	Now           func() time.Time
+}
+
+// An Application is what a host asks with.
+type Application struct {
+	Body      []byte // as sent: what certification and quote commit to
+	EKs       []tpm.EK
+	AKPublic  []byte
+	TLSPublic []byte
+	Token     string
+	Hostname  string
+}
+
+// Errors that a host hears. They say nothing of other hosts.
+var (
+	ErrPendingFull = errors.New("too many hosts wait for an operator; ask for a join token")
+	ErrRemoved     = errors.New("this TPM's host was removed; an operator has to reenrol it")
+)
+
+// A CheckActivation rejection is a TPM that didn't answer its challenge.
+const CheckActivation tpmappraise.Check = "activation"
+
+// A Challenge is what the host's TPM has to answer.
+type Challenge struct {
+	tpm.Challenge
+	EK    int // index in Application.EKs
+	Nonce evidence.Nonce
+}
+
+// Begin judges the keys of an application and challenges one EK: a registered
+// one if there is, else a certified one.
+func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (Challenge, error) {
+	if len(a.EKs) == 0 || len(a.EKs) > maxEKs {
+		return Challenge{}, &tpmappraise.Rejected{Check: tpmappraise.CheckEKKey, Detail: fmt.Sprintf("%d endorsement keys; 1 to %d are looked at", len(a.EKs), maxEKs)}
+	}
+	ak, err := tpmappraise.ParseAK(a.AKPublic)
+	if err != nil {
+		return Challenge{}, err
+	}
+	now := d.Now()
+	best, bestScore := -1, -1
+	var chosen *tpmappraise.EK
+	for i, offered := range a.EKs {
+		ek, err := tpmappraise.VerifyEK(offered, d.Roots, d.Intermediates, now)
+		if err != nil {
+			return Challenge{}, err
+		}
+		score := 0
+		if ek.Certified {
+			score = 1
+		}
+		known, err := d.known(ctx, ek.Hash)
+		if err != nil {
+			return Challenge{}, err
+		}
+		if known {
+			score += 2
+		}
+		if score > bestScore {
+			best, bestScore, chosen = i, score, ek
+		}
+	}
+	toTPM, answer, err := tpmappraise.NewChallenge(rand.Reader, chosen, ak)
+	if err != nil {
+		return Challenge{}, err
+	}
+	nonce := challenge.NewNonce()
+	conn.Join(&challenge.Joining{
+		Nonce: nonce, Secret: answer, Body: a.Body, EK: chosen, AK: ak, TLS: a.TLSPublic, Token: a.Token, Name: hostname(a.Hostname),
+	}, now)
+	return Challenge{Challenge: toTPM, EK: best, Nonce: nonce}, nil
+}
+
+func (d *Desk) known(ctx context.Context, ek evidence.Digest) (known bool, err error) {
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		_, err := inventory.ByEK(tx, ek)
+		known = err == nil
+		if errors.Is(err, inventory.ErrUnknown) {
+			err = nil
+		}
+		return err
+	})
+	return known, err
+}
+
+// An Answer is what the host's TPM gave back.
+type Answer struct {
+	Secret        []byte
+	Certification tpm.Certification
+	Quote         tpm.Quote
+}
+
+// A Result says whether the host is in.
+type Result struct {
+	Host        inventory.Host
+	Pending     bool   // an operator has to act
+	Certificate []byte // DER, unless pending
+}
+
+// Finish verifies the TPM's answer and admits the host, or leaves it pending.
+func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, requestID string) (Result, error) {
+	now := d.Now()
+	j, err := conn.TakeJoin(now)
+	if err != nil {
+		return Result{}, err
+	}
+	if subtle.ConstantTimeCompare(a.Secret, j.Secret) != 1 {
+		return Result{}, &tpmappraise.Rejected{Check: CheckActivation, Detail: "the challenge to the TPM was not answered: AK and EK are not in one TPM"}
+	}
+	spki, err := j.AK.VerifyCertification(j.TLS, a.Certification, conn.Binding(evidence.CallCertify, j.Nonce, j.Body).ExtraData())
+	if err != nil {
+		return Result{}, err
+	}
+	if !bytes.Equal(spki, conn.KeySPKI) {
+		return Result{}, &tpmappraise.Rejected{Check: tpmappraise.CheckName, Detail: "the certified TLS key is not the one that opened this connection"}
+	}
+	quoted, err := j.AK.VerifyQuote(a.Quote, conn.Binding(evidence.CallJoin, j.Nonce, j.Body).ExtraData(), tpm.DefaultPCRs())
+	if err != nil {
+		return Result{}, err
+	}
+
+	var r Result
+	var revoke string
+	err = d.Store.Update(ctx, func(tx *store.Tx) error {
+		r, revoke = Result{}, ""
+		h, err := inventory.ByEK(tx, j.EK.Hash)
+		switch {
+		case errors.Is(err, inventory.ErrUnknown):
+			h = inventory.Host{ID: inventory.NewID(), Name: j.Name, State: inventory.Pending, EKs: []evidence.Digest{j.EK.Hash}, Created: now}
+		case err != nil:
+			return err
+		case h.State == inventory.Removed:
+			return ErrRemoved
+		}
+		sameAK := bytes.Equal(h.AKPublic, j.AK.Encoded())
+		if h.Admitted && len(h.AKPublic) > 0 && (!sameAK || h.State == inventory.Quarantined) && !h.Reenrolling {
+			h.Reason = "a TPM that it owns asks to join again; `countersign host reenrol` lets it"
+			r = Result{Host: h, Pending: true}
+			return d.save(tx, h, "host.reenrol-wanted", requestID, now)
+		}
+		if sameAK && h.Counters != nil && quoted.Counters.Before(*h.Counters) && !h.Reenrolling {
+			h.State, h.Reason = inventory.Quarantined, "the TPM's counters went back: a copy or a reverted snapshot"
+			r = Result{Host: h, Pending: true}
+			return d.save(tx, h, "host.quarantined", requestID, now)
+		}
+		if h.Reenrolling {
+			revoke = h.ID
+		}
+		kind := "host.joined"
+		if !h.Admitted {
+			if j.Token != "" {
+				t, err := inventory.UseToken(tx, j.Token, h.ID, now)
+				if err != nil {
+					return err
+				}
+				if t.Name != "" {
+					h.Name = t.Name
+				}
+				h.Admitted, h.Labels, h.Reference = true, t.Labels, t.Reference
+				kind = "host.admitted"
+			} else if len(h.AKPublic) == 0 {
+				// Its first time: one more that waits.
+				n, err := inventory.CountPending(tx)
+				if err != nil {
+					return err
+				}
+				if n >= d.MostPending {
+					return ErrPendingFull
+				}
+				kind = "host.pending"
+			}
+		}
+		h.AKPublic, h.TLSKey, h.Counters, h.PCRs = j.AK.Encoded(), conn.Key(), &quoted.Counters, quoted.PCRs
+		h.Tier, h.Address, h.Reenrolling = appraise.TierKnown, conn.Address, false
+		if j.EK.Certified {
+			h.Tier = appraise.TierCertified
+		}
+		if h.Admitted {
+			h.State, h.Reason, h.LastProved = inventory.Trusted, "", now
+			if r.Certificate, err = d.CA.Host(mustKey(spki), h.ID, now, CertificateLifetime); err != nil {
+				return err
+			}
+		}
+		r.Host, r.Pending = h, !h.Admitted
+		return d.save(tx, h, kind, requestID, now)
+	})
+	if err != nil {
+		return Result{}, err
+	}
+	if revoke != "" {
+		if _, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: revoke}, "the host was enrolled anew", lease.Cause{Actor: "host:" + revoke, Request: requestID}, false); err != nil {
+			return Result{}, err
+		}
+	}
+	return r, nil
+}
+
+func (d *Desk) save(tx *store.Tx, h inventory.Host, kind, requestID string, now time.Time) error {
+	if _, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: "host:" + h.ID, Host: h.ID, Request: requestID}, map[string]any{
+		"name": h.Name, "state": h.State, "tier": h.Tier, "eks": h.EKs, "ak": evidence.Sum(h.AKPublic), "tls_key": h.TLSKey,
+		"address": h.Address, "labels": h.Labels, "reference": h.Reference, "reason": h.Reason,
+	}); err != nil {
+		return err
+	}
+	return inventory.Save(tx, h)
+}
+
+// mustKey parses what VerifyCertification has just encoded.
+func mustKey(spki []byte) any {
+	key, err := x509.ParsePKIXPublicKey(spki)
+	if err != nil {
+		panic(err)
+	}
+	return key
+}
+
+// hostname keeps of a host's own word what is safe to show.
+func hostname(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r < unicode.MaxASCII && (unicode.IsLetter(r) || unicode.IsDigit(r) || strings.ContainsRune(".-_", r)) {
+			return r
+		}
+		return -1
+	}, s)
+	return s[:min(len(s), 64)]
+}

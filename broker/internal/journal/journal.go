@@ -1,0 +1,330 @@
+// Package journal is what the broker knows of every credential it issued: one
+// grant each, from the intent to issue it until its end is confirmed.
+//
+// Step is the whole life of a grant as a pure function. It is called by the
+// request path and by the sweeper alike, so that what repairs a crash is what
+// runs every day: recovery completes a grant or revokes it, it never issues.
+// The journal holds handles by which a credential can be ended (a token's
+// accessor, a lease id, a serial), never the credential.
+package journal
+
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+)
+
+// A State is where a grant stands.
+type State string
+
+const (
+	Intended    State = "intended"    // allowed and recorded, not known to be issued
+	Provisional State = "provisional" // issued, delivery not acknowledged: dies by itself
+	Live        State = "live"        // acknowledged
+	Retiring    State = "retiring"    // replaced, lives on for the scope's overlap
+	Revoking    State = "revoking"    // to be ended, not confirmed
+	Gone        State = "gone"        // its end is confirmed
+)
+
+// Kinds of credentials.
+const (
+	KindVault       = "vault"
+	KindCertificate = "certificate"
+)
+
+// ProvisionalFor is how long a credential lives unless its delivery is
+// acknowledged.
+const ProvisionalFor = 2 * time.Minute
+
+// A Grant is one credential's entry. It is a value; Step returns a new one.
+type Grant struct {
+	ID         string    `json:"id"`
+	Host       string    `json:"host"`
+	Scope      string    `json:"scope"`
+	Kind       string    `json:"kind"`
+	State      State     `json:"-"`
+	DeliveryID string    `json:"-"`
+	Instance   string    `json:"-"` // the program instance it is for; empty: the coming one of a hand-over
+	Due        time.Time `json:"-"` // when Step wants to be called with Tick; zero: never
+	Issued     time.Time `json:"-"`
+	Ended      time.Time `json:"-"`
+
+	Unit     string          `json:"unit,omitempty"`
+	Boot     string          `json:"boot,omitempty"`
+	SHA256   string          `json:"sha256,omitempty"`
+	Subject  json.RawMessage `json:"subject"` // the attested program, in its one encoding
+	Facts    json.RawMessage `json:"facts"`   // what the last decision was made on
+	Policy   int64           `json:"policy"`
+	Audience []string        `json:"audience,omitempty"`
+	Sources  []string        `json:"sources,omitempty"`
+
+	Accessor   string            `json:"accessor,omitempty"`    // of the Vault token that owns the lease
+	VaultLease string            `json:"vault_lease,omitempty"` // empty for KV
+	Serial     string            `json:"serial,omitempty"`      // of the certificate, known before it is signed
+	Names      map[string]string `json:"names,omitempty"`       // in the outside world: user name, key id
+
+	TTL     time.Duration `json:"ttl"`
+	Overlap time.Duration `json:"overlap,omitempty"`
+	Expires time.Time     `json:"expires,omitzero"`
+	Acked   time.Time     `json:"acked,omitzero"`
+	ProveBy time.Time     `json:"prove_by,omitzero"`
+
+	Replaces  string `json:"replaces,omitempty"`
+	Unrotated bool   `json:"unrotated,omitempty"` // a static secret that was read, never acknowledged: rotate it
+	Reason    string `json:"reason,omitempty"`    // why it ends
+	Attempts  int    `json:"attempts,omitempty"`  // of revoking it
+	LastError string `json:"last_error,omitempty"`
+}
+
+// An Event is something that happened to a grant.
+type Event interface{ event() }
+
+type (
+	// Issued: the issuer answered.
+	Issued struct {
+		Accessor, VaultLease string
+		Names                map[string]string
+		Expires              time.Time
+		Static               bool // reading it made nothing that could be ended
+	}
+	// IssueFailed: the issuer did not, and ended what it may have made.
+	IssueFailed struct{ Err error }
+	// Acknowledged: the agent says that the credential is delivered.
+	Acknowledged struct{}
+	// Extended: the issuer gave it its full length.
+	Extended struct{ Expires time.Time }
+	// ExtendFailed: it did not.
+	ExtendFailed struct{ Err error }
+	// Proved: host and instance were proven again.
+	Proved struct{ By time.Time }
+	// Bound: the coming instance of a hand-over came, or one that adopts the lease.
+	Bound struct {
+		Instance string
+		Subject  json.RawMessage
+	}
+	// Replaced: another grant took over and was acknowledged.
+	Replaced struct{}
+	// Vanished: the issuer says that it is over, by its length or by others.
+	Vanished struct{}
+	// Revoke: somebody or something wants its end.
+	Revoke struct{ Reason string }
+	// Revoked: the issuer confirmed its end.
+	Revoked struct{}
+	// RevokeFailed: the issuer did not.
+	RevokeFailed struct{ Err error }
+	// Tick: time passed.
+	Tick struct{}
+)
+
+func (Issued) event()       {}
+func (IssueFailed) event()  {}
+func (Acknowledged) event() {}
+func (Extended) event()     {}
+func (ExtendFailed) event() {}
+func (Proved) event()       {}
+func (Bound) event()        {}
+func (Replaced) event()     {}
+func (Vanished) event()     {}
+func (Revoke) event()       {}
+func (Revoked) event()      {}
+func (RevokeFailed) event() {}
+func (Tick) event()         {}
+
+// An Effect is what has to be done in the world after a step. Each may be done
+// again without harm.
+type Effect int
+
+const (
+	// DoExtend asks the issuer to give the credential its full length.
+	DoExtend Effect = iota + 1
+	// DoRevoke asks the issuer to end the credential and to confirm it.
+	DoRevoke
+	// DoReplace sends Replaced to the grant that this one replaces.
+	DoReplace
+)
+
+// Intend makes a grant in its first state.
+func Intend(g Grant, now time.Time) Grant {
+	g.State = Intended
+	g.Issued = now
+	g.Due = now.Add(ProvisionalFor)
+	return g
+}
+
+// Step is the state machine. An event that a state has no answer to changes
+// nothing and is an error, which tells of a bug or of a peer's false word.
+func Step(g Grant, e Event, now time.Time) (Grant, []Effect, error) {
+	if g.State == Gone {
+		switch e.(type) {
+		case Revoke, Revoked, RevokeFailed, Tick, Replaced, Vanished:
+			return g, nil, nil // late, and true already
+		}
+		return g, nil, invalid(g, e)
+	}
+	switch e := e.(type) {
+	case Revoke:
+		return revoke(g, e.Reason, now)
+	case Issued:
+		if g.State != Intended {
+			// The sweeper gave it up meanwhile: end what was made.
+			g.Accessor, g.VaultLease = e.Accessor, e.VaultLease
+			return revoke(g, "issued too late", now)
+		}
+		g.State = Provisional
+		g.Accessor, g.VaultLease, g.Names, g.Expires = e.Accessor, e.VaultLease, e.Names, e.Expires
+		g.Unrotated = e.Static
+		g.Due = now.Add(ProvisionalFor)
+		return g, nil, nil
+	case IssueFailed:
+		if g.State != Intended {
+			return g, nil, invalid(g, e)
+		}
+		g.LastError = e.Err.Error()
+		return revoke(g, "issuing failed", now)
+	case Acknowledged:
+		switch g.State {
+		case Live, Retiring:
+			return g, nil, nil // said twice
+		case Provisional:
+			g.State = Live
+			g.Unrotated = false
+			g.Acked = now
+			g.Due = now.Add(extendRetry)
+			return g, settle(g), nil
+		}
+		return g, nil, invalid(g, e)
+	case Extended:
+		if g.State == Live || g.State == Retiring {
+			g.Expires = e.Expires
+			g.LastError = ""
+			if g.State == Live {
+				g.Due = g.Expires
+			}
+		}
+		return g, nil, nil
+	case ExtendFailed:
+		if g.State == Live {
+			g.LastError = e.Err.Error()
+			g.Due = now.Add(extendRetry)
+		}
+		return g, nil, nil
+	case Vanished:
+		if g.State != Live && g.State != Retiring {
+			return g, nil, nil // its own answer comes
+		}
+		if g.Reason == "" {
+			g.Reason = "ended at the issuer"
+			if !now.Before(g.Expires) {
+				g.Reason = "expired"
+			}
+		}
+		return gone(g, now), nil, nil
+	case Proved:
+		if g.State != Live && g.State != Retiring && g.State != Provisional {
+			return g, nil, invalid(g, e)
+		}
+		g.ProveBy = e.By
+		return g, nil, nil
+	case Bound:
+		if g.State != Live && g.State != Provisional && g.State != Retiring {
+			return g, nil, invalid(g, e)
+		}
+		g.Instance, g.Subject = e.Instance, e.Subject
+		return g, nil, nil
+	case Replaced:
+		if g.State != Live && g.State != Provisional {
+			return g, nil, nil // ending already
+		}
+		g.State = Retiring
+		g.Reason = "replaced"
+		g.Due = earlier(now.Add(g.Overlap), g.Expires)
+		return g, nil, nil
+	case Revoked:
+		if g.State != Revoking {
+			return g, nil, invalid(g, e)
+		}
+		return gone(g, now), nil, nil
+	case RevokeFailed:
+		if g.State != Revoking {
+			return g, nil, invalid(g, e)
+		}
+		g.Attempts++
+		g.LastError = e.Err.Error()
+		g.Due = now.Add(backoff(g.Attempts))
+		return g, nil, nil
+	case Tick:
+		return tick(g, now)
+	}
+	return g, nil, invalid(g, e)
+}
+
+func gone(g Grant, now time.Time) Grant {
+	g.State = Gone
+	g.Ended = now
+	g.Due = time.Time{}
+	g.LastError = ""
+	return g
+}
+
+// extendRetry leaves room for several tries within ProvisionalFor.
+const extendRetry = 10 * time.Second
+
+func tick(g Grant, now time.Time) (Grant, []Effect, error) {
+	if g.Due.IsZero() || now.Before(g.Due) {
+		return g, nil, nil
+	}
+	switch g.State {
+	case Intended:
+		return revoke(g, "never known to be issued", now)
+	case Provisional:
+		return revoke(g, "delivery was never acknowledged", now)
+	case Live:
+		// At its end it dies by itself; the issuer is asked, so that a clock
+		// that jumped takes nothing.
+		g.Due = now.Add(extendRetry)
+		return g, settle(g), nil
+	case Retiring:
+		return revoke(g, g.Reason, now)
+	case Revoking:
+		g.Due = now.Add(backoff(g.Attempts))
+		return g, []Effect{DoRevoke}, nil
+	}
+	return g, nil, nil
+}
+
+// settle is what makes an acknowledged grant the one in force. Until Extended
+// says that it was done, Tick does it again.
+func settle(g Grant) []Effect {
+	if g.Replaces != "" {
+		return []Effect{DoExtend, DoReplace}
+	}
+	return []Effect{DoExtend}
+}
+
+// revoke sets Due so that the sweeper comes back if the effect gets lost.
+func revoke(g Grant, reason string, now time.Time) (Grant, []Effect, error) {
+	if g.State != Revoking {
+		g.State = Revoking
+		g.Reason = reason
+		g.Attempts = 0
+	}
+	g.Due = now.Add(backoff(0))
+	return g, []Effect{DoRevoke}, nil
+}
+
+// backoff is 2 s doubling to a minute: Vault comes back when it does, and the
+// lease should not outlive that by much.
+func backoff(attempts int) time.Duration {
+	return min(2*time.Second<<min(attempts, 5), time.Minute)
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.IsZero() || a.Before(b) {
+		return a
+	}
+	return b
+}
+
+func invalid(g Grant, e Event) error {
+	return fmt.Errorf("grant %s is %s: no %T", g.ID, g.State, e)
+}

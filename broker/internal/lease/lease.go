@@ -1,0 +1,387 @@
+// Package lease carries grants through their lives: it issues on an allowing
+// decision, does what the journal's steps ask for, and sweeps up what a crash,
+// an absent Vault or a silent host left behind.
+//
+// There is one executor. The request path, an operator's word and the sweeper
+// all send an event to a grant by the same function, which writes the new
+// state and its audit record in one transaction and only then acts. An act
+// that gets lost is found by the grant's due time.
+package lease
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/inventory"
+	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/wire/faults"
+)
+
+// actTimeout bounds one call of an issuer.
+const actTimeout = 20 * time.Second
+
+// A Manager is safe for concurrent use.
+type Manager struct {
+	store   *store.Store
+	issuers map[string]issue.Issuer // by the journal's kind
+	log     *slog.Logger
+	now     func() time.Time
+	wake    chan struct{} // a due time was set; capacity 1
+	acting  chan struct{} // bounds the issuers' calls that run in the background
+
+	mu      sync.Mutex
+	running map[string]bool // guarded by mu; grants whose effects run right now
+}
+
+// New makes a manager; Sweep has to run beside it.
+func New(s *store.Store, issuers map[string]issue.Issuer, log *slog.Logger, now func() time.Time) *Manager {
+	return &Manager{store: s, issuers: issuers, log: log, now: now,
+		wake: make(chan struct{}, 1), acting: make(chan struct{}, 16), running: map[string]bool{}}
+}
+
+// A Request is what beside the decision makes a grant.
+type Request struct {
+	DeliveryID string
+	Replaces   string // lease id; must be the same host's and scope's
+	HandOver   bool   // for the coming instance of the unit
+	CSR        []byte
+	ID         string // correlation id, in audit and in Vault's log
+	Sources    []string
+	With       func(*store.Tx) error // what else belongs into the intent's transaction
+}
+
+// ErrReplaces says that a request wants to replace what isn't its own.
+var ErrReplaces = errors.New("the lease to replace is not this host's, or of another scope")
+
+// Issue makes a credential on d. The grant that it returns is provisional
+// until Acknowledge.
+func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (journal.Grant, issue.Credential, error) {
+	if !d.Allows() || d.Facts().Program == nil {
+		return journal.Grant{}, issue.Credential{}, errors.New("lease: no allowing decision")
+	}
+	issuer, ok := m.issuers[d.Scope().Kind()]
+	if !ok {
+		return journal.Grant{}, issue.Credential{}, fmt.Errorf("%w: this broker has no issuer for %s credentials", issue.ErrConfig, d.Scope().Kind())
+	}
+	g, err := m.intend(ctx, d, r)
+	if err != nil {
+		return g, issue.Credential{}, err
+	}
+	faults.Point("issue.intended")
+
+	// From here on the grant is the journal's: a caller that goes away leaves
+	// it to be finished, not half made.
+	ctx = context.WithoutCancel(ctx)
+	bounded, cancel := context.WithTimeout(ctx, actTimeout)
+	defer cancel()
+	c, err := issuer.Issue(bounded, issue.Order{
+		Decision: d, Grant: g.ID, Host: g.Host, Serial: g.Serial, CSR: r.CSR, Request: r.ID, Now: m.now(),
+	})
+	faults.Point("issue.issued")
+	if err != nil {
+		if _, eventErr := m.Event(ctx, g.ID, journal.IssueFailed{Err: err}, Cause{Actor: "broker", Request: r.ID}); eventErr != nil {
+			err = errors.Join(err, eventErr)
+		}
+		return g, issue.Credential{}, fmt.Errorf("issue for scope %s: %w", g.Scope, err)
+	}
+	g, err = m.Event(ctx, g.ID, journal.Issued{
+		Accessor: c.Accessor, VaultLease: c.VaultLease, Names: c.Names, Expires: c.Expires, Static: c.Static,
+	}, Cause{Actor: "broker", Request: r.ID})
+	faults.Point("issue.recorded")
+	if err != nil {
+		return g, issue.Credential{}, err
+	}
+	if g.State != journal.Provisional {
+		return g, issue.Credential{}, fmt.Errorf("the grant was given up while Vault or the CA worked: %s", g.Reason)
+	}
+	return g, c, nil
+}
+
+// intend writes the allow record and the intent in one transaction, and gives
+// up what an earlier try of the same delivery made.
+func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (journal.Grant, error) {
+	facts := d.Facts()
+	subject, err := facts.Program.Encode()
+	if err != nil {
+		return journal.Grant{}, err
+	}
+	factsJSON, err := json.Marshal(facts)
+	if err != nil {
+		return journal.Grant{}, err
+	}
+	scope := d.Scope()
+	now := m.now()
+	g := journal.Intend(journal.Grant{
+		ID: inventory.NewID(), Host: facts.Host.ID, Scope: scope.Name, Kind: scope.Kind(),
+		DeliveryID: r.DeliveryID, Unit: facts.Program.Unit, Boot: facts.Program.Boot, SHA256: facts.Program.SHA256.String(),
+		Subject: subject, Facts: factsJSON, Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
+		TTL: scope.TTL(), Overlap: scope.Overlap(), ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
+	}, now)
+	if !r.HandOver {
+		g.Instance = facts.Program.Instance().String()
+	}
+	if g.Kind == journal.KindCertificate {
+		g.Serial = newSerial()
+	}
+	var superseded []string
+	err = m.store.Update(ctx, func(tx *store.Tx) error {
+		superseded = nil
+		earlier, err := journal.List(tx, journal.Filter{Host: g.Host, Delivery: g.DeliveryID, States: journal.Unended})
+		if err != nil {
+			return err
+		}
+		for _, e := range earlier {
+			superseded = append(superseded, e.ID)
+		}
+		if r.Replaces != "" {
+			old, err := journal.Load(tx, r.Replaces)
+			if err != nil || old.Host != g.Host || old.Scope != g.Scope {
+				return ErrReplaces
+			}
+		}
+		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.allowed", Actor: "host:" + g.Host,
+			Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: r.ID}, map[string]any{
+			"decision": d.Result(), "facts": facts, "serial": g.Serial}); err != nil {
+			return err
+		}
+		if err := r.With(tx); err != nil {
+			return err
+		}
+		return journal.Save(tx, g)
+	})
+	if err != nil {
+		return g, err
+	}
+	for _, id := range superseded {
+		if _, err := m.Event(ctx, id, journal.Revoke{Reason: "superseded by a repeated delivery"}, Cause{Actor: "host:" + g.Host, Request: r.ID, Later: true}); err != nil {
+			return g, err
+		}
+	}
+	m.poke()
+	return g, nil
+}
+
+// newSerial is a positive serial of 127 random bits (RFC 5280, section 4.1.2.2).
+func newSerial() string {
+	limit := new(big.Int).Lsh(big.NewInt(1), 127)
+	n, err := rand.Int(rand.Reader, limit)
+	if err != nil {
+		panic(err) // crypto/rand doesn't fail
+	}
+	return n.SetBit(n, 126, 1).String()
+}
+
+// A Cause says on whose word an event happened.
+type Cause struct {
+	Actor   string
+	Request string
+	Later   bool // act in the background: the caller doesn't wait for Vault
+}
+
+// recorded are the events that change what a credential is good for; the audit
+// keeps them.
+func recorded(e journal.Event) (kind string, ok bool) {
+	switch e.(type) {
+	case journal.Issued:
+		return "credential.issued", true
+	case journal.IssueFailed:
+		return "credential.failed", true
+	case journal.Acknowledged:
+		return "credential.delivered", true
+	case journal.Replaced:
+		return "credential.replaced", true
+	case journal.Revoke:
+		return "credential.revoking", true
+	case journal.Revoked, journal.Vanished:
+		return "credential.ended", true
+	case journal.Bound:
+		return "credential.bound", true
+	}
+	return "", false
+}
+
+// Event sends e to a grant and does what the step asks for. It returns the
+// grant as it stands after that; an act that failed is not an error here, it
+// is the grant's state.
+func (m *Manager) Event(ctx context.Context, id string, e journal.Event, c Cause) (journal.Grant, error) {
+	var g journal.Grant
+	var effects []journal.Effect
+	err := m.store.Update(ctx, func(tx *store.Tx) error {
+		before, err := journal.Load(tx, id)
+		if err != nil {
+			return err
+		}
+		now := m.now()
+		if g, effects, err = journal.Step(before, e, now); err != nil {
+			return err
+		}
+		if err := journal.Save(tx, g); err != nil {
+			return err
+		}
+		kind, ok := recorded(e)
+		if tick, isTick := e.(journal.Tick); isTick && g.State != before.State {
+			kind, ok = "credential.revoking", tick == journal.Tick{}
+		}
+		if !ok || g.State == before.State && !changes(e) {
+			return nil
+		}
+		_, err = audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: c.Actor, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: c.Request}, outcome(g))
+		return err
+	})
+	if err != nil {
+		return g, err
+	}
+	m.poke()
+	if len(effects) == 0 {
+		return g, nil
+	}
+	if c.Later {
+		m.background(context.WithoutCancel(ctx), g, effects, c)
+		return g, nil
+	}
+	return m.act(context.WithoutCancel(ctx), g, effects, c)
+}
+
+func changes(e journal.Event) bool {
+	switch e.(type) {
+	case journal.Bound:
+		return true
+	}
+	return false
+}
+
+// outcome is what the audit says of a grant: how it can be found and ended
+// elsewhere, and nothing secret.
+func outcome(g journal.Grant) map[string]any {
+	return map[string]any{
+		"state": g.State, "reason": g.Reason, "accessor": g.Accessor, "vault_lease": g.VaultLease, "serial": g.Serial,
+		"names": g.Names, "expires": g.Expires, "unrotated": g.Unrotated, "error": g.LastError, "instance": g.Instance,
+	}
+}
+
+func (m *Manager) background(ctx context.Context, g journal.Grant, effects []journal.Effect, c Cause) {
+	go func() {
+		m.acting <- struct{}{}
+		defer func() { <-m.acting }()
+		if _, err := m.act(ctx, g, effects, c); err != nil {
+			m.log.Error("lease: could not record what was done; the sweeper tries again", "lease", g.ID, "err", err)
+		}
+	}()
+}
+
+// act does the effects of one step, each with its own event after it.
+func (m *Manager) act(ctx context.Context, g journal.Grant, effects []journal.Effect, c Cause) (journal.Grant, error) {
+	if !m.claim(g.ID) {
+		return g, nil // somebody is at it; what they can't do, the sweeper repeats
+	}
+	defer m.release(g.ID)
+	for _, effect := range effects {
+		e, target := m.do(ctx, g, effect)
+		next, err := m.Event(ctx, target, e, Cause{Actor: "broker", Request: c.Request, Later: target != g.ID})
+		if err != nil {
+			return g, err
+		}
+		if target == g.ID {
+			g = next
+		}
+	}
+	return g, nil
+}
+
+// do carries out one effect and says what came of it, and for which grant.
+func (m *Manager) do(ctx context.Context, g journal.Grant, effect journal.Effect) (journal.Event, string) {
+	if effect == journal.DoReplace {
+		return journal.Replaced{}, g.Replaces
+	}
+	ctx, cancel := context.WithTimeout(ctx, actTimeout)
+	defer cancel()
+	h := issue.Handle{Grant: g.ID, Scope: g.Scope, Accessor: g.Accessor, VaultLease: g.VaultLease, Serial: g.Serial, Expires: g.Expires}
+	issuer, ok := m.issuers[g.Kind]
+	err := fmt.Errorf("%w: this broker has no issuer for %s credentials", issue.ErrConfig, g.Kind)
+	if effect == journal.DoExtend {
+		var until time.Time
+		if ok {
+			until, err = issuer.Extend(ctx, h, g.TTL)
+		}
+		faults.Point("lease.extended")
+		switch {
+		case errors.Is(err, issue.ErrGone):
+			return journal.Vanished{}, g.ID
+		case err != nil:
+			m.log.Warn("lease: not extended, trying again", "lease", g.ID, "scope", g.Scope, "err", err)
+			return journal.ExtendFailed{Err: err}, g.ID
+		}
+		return journal.Extended{Expires: until}, g.ID
+	}
+	if ok {
+		err = issuer.Revoke(ctx, h)
+	}
+	faults.Point("lease.revoked")
+	if err != nil {
+		m.log.Warn("lease: revocation is not confirmed, trying again", "lease", g.ID, "scope", g.Scope, "attempt", g.Attempts+1, "err", err)
+		return journal.RevokeFailed{Err: err}, g.ID
+	}
+	return journal.Revoked{}, g.ID
+}
+
+func (m *Manager) claim(id string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.running[id] {
+		return false
+	}
+	m.running[id] = true
+	return true
+}
+
+func (m *Manager) release(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.running, id)
+}
+
+// RevokeAll revokes the unended grants that f selects and returns how many
+// there were. Their ends are confirmed in the background unless wait is set.
+func (m *Manager) RevokeAll(ctx context.Context, f journal.Filter, reason string, c Cause, wait bool) ([]journal.Grant, error) {
+	f.States = journal.Unended
+	var grants []journal.Grant
+	if err := m.store.View(ctx, func(tx *store.Tx) (err error) {
+		grants, err = journal.List(tx, f)
+		return err
+	}); err != nil {
+		return nil, err
+	}
+	c.Later = !wait
+	var group errgroup.Group
+	group.SetLimit(16)
+	for i := range grants {
+		group.Go(func() error {
+			g, err := m.Event(ctx, grants[i].ID, journal.Revoke{Reason: reason}, c)
+			if err == nil {
+				grants[i] = g
+			}
+			return err
+		})
+	}
+	return grants, group.Wait()
+}
+
+func (m *Manager) poke() {
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,349 @@
+package operate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/inventory"
+	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/wire/secret"
+)
+
+// A Selector is label conditions, "k=v,k2!=v2,k3".
+type Selector []func(map[string]string) bool
+
+// ParseSelector reads kubectl's equality-based form.
+func ParseSelector(s string) (Selector, error) {
+	var sel Selector
+	if s == "" {
+		return nil, nil
+	}
+	for part := range strings.SplitSeq(s, ",") {
+		key, value, hasValue := strings.Cut(strings.TrimSpace(part), "=")
+		negated := strings.HasSuffix(key, "!")
+		key = strings.TrimSuffix(key, "!")
+		if !plainName(key) {
+			return nil, invalid("selector %q is not of the form k=v,k2!=v2", s)
+		}
+		value = strings.TrimPrefix(value, "=")
+		sel = append(sel, func(labels map[string]string) bool {
+			have, ok := labels[key]
+			if !hasValue {
+				return ok
+			}
+			return (ok && have == value) != negated
+		})
+	}
+	return sel, nil
+}
+
+// Matches says whether labels meet every condition.
+func (s Selector) Matches(labels map[string]string) bool {
+	for _, cond := range s {
+		if !cond(labels) {
+			return false
+		}
+	}
+	return true
+}
+
+// Hosts lists hosts; one where host is set. Tombstones only by state.
+func (d *Desk) Hosts(ctx context.Context, a Actor, host, selector, state string) ([]inventory.Host, error) {
+	if err := a.need(Viewer); err != nil {
+		return nil, err
+	}
+	sel, err := ParseSelector(selector)
+	if err != nil {
+		return nil, err
+	}
+	var list []inventory.Host
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		if host != "" {
+			h, err := inventory.Find(tx, host)
+			list = []inventory.Host{h}
+			return err
+		}
+		all, err := inventory.All(tx)
+		for _, h := range all {
+			if state == "" && h.State == inventory.Removed || state != "" && string(h.State) != state || !sel.Matches(h.Labels) {
+				continue
+			}
+			list = append(list, h)
+		}
+		return err
+	})
+	return list, err
+}
+
+// A NewHost is a host to expect.
+type NewHost struct {
+	Name      string
+	EKs       []string // lowercase hex SHA-256 of the EKs' PKIX DER
+	Labels    map[string]string
+	Reference string
+}
+
+// AddHosts registers hosts beforehand: all of them, or none and why not.
+func (d *Desk) AddHosts(ctx context.Context, a Actor, hosts []NewHost, dryRun bool) (ids, problems []string, err error) {
+	if err := a.need(Operator); err != nil {
+		return nil, nil, err
+	}
+	now := d.Now()
+	seen := map[evidence.Digest]int{}
+	list := make([]inventory.Host, len(hosts))
+	for i, n := range hosts {
+		bad := func(format string, args ...any) {
+			problems = append(problems, fmt.Sprintf("host %d (%s): ", i+1, n.Name)+fmt.Sprintf(format, args...))
+		}
+		h := inventory.Host{ID: inventory.NewID(), Name: n.Name, State: inventory.Registered, Admitted: true, Labels: n.Labels, Reference: n.Reference, Created: now}
+		if !plainName(n.Name) {
+			bad("the name is not 1 to 64 letters, digits, and . @ _ -")
+		}
+		if err := checkLabels(n.Labels); err != nil {
+			bad("%v", err)
+		}
+		if len(n.EKs) == 0 {
+			bad("no EK hash")
+		}
+		for _, text := range n.EKs {
+			ek, err := evidence.ParseDigest(text)
+			if err != nil {
+				bad("EK hash: %v", err)
+				continue
+			}
+			if first, ok := seen[ek]; ok {
+				bad("EK %s is host %d's already", ek, first+1)
+			}
+			seen[ek] = i
+			h.EKs = append(h.EKs, ek)
+		}
+		list[i] = h
+		ids = append(ids, h.ID)
+	}
+	taken := func(tx *store.Tx) error {
+		for i, h := range list {
+			for _, ek := range h.EKs {
+				if owner, err := inventory.ByEK(tx, ek); err == nil {
+					problems = append(problems, fmt.Sprintf("host %d (%s): EK %s belongs to host %s (%s)", i+1, h.Name, ek, owner.ID, owner.Name))
+				} else if !errors.Is(err, inventory.ErrUnknown) {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	if len(problems) == 0 {
+		err = d.Store.View(ctx, taken)
+	}
+	if err != nil || len(problems) > 0 || dryRun {
+		return nil, problems, err
+	}
+	err = d.act(ctx, a, Operator, "host.added", map[string]any{"count": len(list), "hosts": list}, func(tx *store.Tx, _ *audit.Record) error {
+		for _, h := range list {
+			if err := inventory.Save(tx, h); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return ids, nil, err
+}
+
+func checkLabels(labels map[string]string) error {
+	if len(labels) > 64 {
+		return invalid("%d labels; at most 64", len(labels))
+	}
+	for k, v := range labels {
+		if !plainName(k) || v != "" && !plainName(v) {
+			return invalid("label %q=%q: up to 64 letters, digits, and . @ _ -", k, v)
+		}
+	}
+	return nil
+}
+
+// A Change is one act on a host.
+type Change struct {
+	Action     string // approve, label, quarantine, release, reenrol, remove, reference
+	SetLabels  map[string]string
+	DropLabels []string
+	Reference  string
+	Reason     string
+}
+
+// needs is the role that each action takes.
+var needs = map[string]Role{
+	"approve": Operator, "label": Operator, "quarantine": Responder, "release": Operator,
+	"reenrol": Operator, "remove": Operator, "reference": Operator,
+}
+
+// kinds are the actions' names in the audit log.
+var kinds = map[string]string{
+	"approve": "host.approved", "label": "host.labelled", "quarantine": "host.quarantined", "release": "host.released",
+	"reenrol": "host.reenrol", "remove": "host.removed", "reference": "host.reference",
+}
+
+// ChangeHost does c to a host. Quarantine and removal revoke its leases
+// without its help; the number of them is returned.
+func (d *Desk) ChangeHost(ctx context.Context, a Actor, host string, c Change) (inventory.Host, int, error) {
+	role, ok := needs[c.Action]
+	if !ok {
+		return inventory.Host{}, 0, invalid("no such action on a host: %q", c.Action)
+	}
+	var h inventory.Host
+	err := d.act(ctx, a, role, kinds[c.Action], c, func(tx *store.Tx, r *audit.Record) (err error) {
+		if h, err = inventory.Find(tx, host); err != nil {
+			return err
+		}
+		r.Host = h.ID
+		if h, err = changed(tx, h, c); err != nil {
+			return err
+		}
+		return inventory.Save(tx, h)
+	})
+	if err != nil || c.Action != "quarantine" && c.Action != "remove" {
+		return h, 0, err
+	}
+	ended, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: h.ID}, string(h.State)+" by "+a.Name, lease.Cause{Actor: "operator:" + a.Name, Request: a.Request}, true)
+	return h, len(ended), err
+}
+
+func changed(tx *store.Tx, h inventory.Host, c Change) (inventory.Host, error) {
+	if h.State == inventory.Removed && c.Action != "reenrol" {
+		return h, invalid("host %s was removed; only reenrol brings it back", h.ID)
+	}
+	switch c.Action {
+	case "approve":
+		if h.Admitted {
+			return h, invalid("host %s is admitted already", h.ID)
+		}
+		h.Admitted, h.State, h.Reason = true, inventory.Registered, ""
+		return withReference(tx, withLabels(h, c), c.Reference)
+	case "label":
+		h = withLabels(h, c)
+		return h, checkLabels(h.Labels)
+	case "reference":
+		if c.Reference == "" {
+			h.Reference = ""
+			return h, nil
+		}
+		return withReference(tx, h, c.Reference)
+	case "quarantine":
+		h.State, h.Reason, h.SilentAt = inventory.Quarantined, c.Reason, time.Time{}
+	case "release":
+		if h.State != inventory.Quarantined {
+			return h, invalid("host %s is %s, not quarantined", h.ID, h.State)
+		}
+		// Stale, not trusted: its next proof says what it is.
+		h.State, h.Reason = inventory.Stale, "released; not proven since"
+	case "reenrol":
+		h.Reenrolling, h.Admitted, h.Reason = true, true, "waits to join anew"
+		if h.State == inventory.Removed || h.State == inventory.Quarantined {
+			h.State = inventory.Registered
+		}
+	case "remove":
+		h.State, h.Reason, h.Admitted, h.Reenrolling, h.SilentAt = inventory.Removed, c.Reason, false, false, time.Time{}
+	}
+	return h, nil
+}
+
+func withLabels(h inventory.Host, c Change) inventory.Host {
+	labels := map[string]string{}
+	maps.Copy(labels, h.Labels)
+	maps.Copy(labels, c.SetLabels)
+	for _, k := range c.DropLabels {
+		delete(labels, k)
+	}
+	h.Labels = labels
+	return h
+}
+
+func withReference(tx *store.Tx, h inventory.Host, name string) (inventory.Host, error) {
+	if name == "" {
+		return h, nil
+	}
+	if _, err := inventory.References(tx, name); err != nil {
+		return h, err
+	}
+	h.Reference = name
+	return h, nil
+}
+
+// CreateToken makes a one-use join token.
+func (d *Desk) CreateToken(ctx context.Context, a Actor, t inventory.JoinToken) (token secret.Bytes, err error) {
+	if now := d.Now(); !t.Expires.After(now) || t.Expires.Sub(now) > 30*24*time.Hour {
+		return token, invalid("a join token ends within 30 days from now")
+	}
+	if err := checkLabels(t.Labels); err != nil {
+		return token, err
+	}
+	if t.Name != "" && !plainName(t.Name) {
+		return token, invalid("host name %q: 1 to 64 letters, digits, and . @ _ -", t.Name)
+	}
+	err = d.act(ctx, a, Operator, "token.created", map[string]any{"name": t.Name, "labels": t.Labels, "reference": t.Reference, "expires": t.Expires},
+		func(tx *store.Tx, _ *audit.Record) (err error) {
+			if t.Reference != "" {
+				if _, err := inventory.References(tx, t.Reference); err != nil {
+					return err
+				}
+			}
+			token, err = inventory.CreateToken(tx, t)
+			return err
+		})
+	return token, err
+}
+
+// LearnReference takes what a host last quoted as the next version of a set,
+// and has the host match it from now on.
+func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, pcrs []int) (r inventory.Reference, err error) {
+	if !plainName(name) {
+		return r, invalid("reference name %q: 1 to 64 letters, digits, and . @ _ -", name)
+	}
+	if len(pcrs) == 0 {
+		pcrs = []int{0, 1, 2, 3, 4, 5, 6, 7}
+	}
+	err = d.act(ctx, a, Operator, "reference.learned", map[string]any{"name": name, "pcrs": pcrs}, func(tx *store.Tx, rec *audit.Record) error {
+		h, err := inventory.Find(tx, host)
+		if err != nil {
+			return err
+		}
+		rec.Host = h.ID
+		if h.State != inventory.Trusted {
+			return invalid("host %s is %s: its PCRs are learned only while it is trusted", h.ID, h.State)
+		}
+		r = inventory.Reference{Name: name, LearnedFrom: h.ID, Created: d.Now(), PCRs: map[int]evidence.Digest{}}
+		for _, i := range pcrs {
+			value, ok := h.PCRs[i]
+			if !ok {
+				return invalid("host %s quotes no PCR %d; it has %v", h.ID, i, slices.Sorted(maps.Keys(h.PCRs)))
+			}
+			r.PCRs[i] = value
+		}
+		if r, err = inventory.AddReference(tx, r); err != nil {
+			return err
+		}
+		h.Reference = name
+		return inventory.Save(tx, h)
+	})
+	return r, err
+}
+
+// References lists the versions of one set, or of all.
+func (d *Desk) References(ctx context.Context, a Actor, name string) (list []inventory.Reference, err error) {
+	if err := a.need(Viewer); err != nil {
+		return nil, err
+	}
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		list, err = inventory.References(tx, name)
+		return err
+	})
+	return list, err
+}

@@ -1,0 +1,208 @@
+// Package operate is what operators do: admit and remove hosts, apply scopes,
+// revoke leases, read the audit.
+//
+// It trusts the caller to have authenticated the operator and checks the role
+// itself. Each act is written to the audit log in the transaction that does
+// it; an act that can't be recorded is not done.
+package operate
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/authority"
+	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/internal/store"
+)
+
+// A Role is what an operator may do; each may do what the ones before it may.
+type Role int
+
+const (
+	Viewer    Role = iota + 1 // reads everything but secrets, which nobody reads
+	Responder                 // quarantines hosts and revokes leases: what watch needs
+	Operator                  // admits, labels, releases and removes hosts
+	Admin                     // applies scopes and makes operators
+)
+
+var roleNames = map[Role]string{Viewer: "viewer", Responder: "responder", Operator: "operator", Admin: "admin"}
+
+func (r Role) String() string { return roleNames[r] }
+
+// ParseRole reads a role's name.
+func ParseRole(s string) (Role, error) {
+	for r, name := range roleNames {
+		if name == s {
+			return r, nil
+		}
+	}
+	return 0, fmt.Errorf("role %q is none of viewer, responder, operator, admin", s)
+}
+
+// An Actor is an authenticated operator.
+type Actor struct {
+	Name    string
+	Role    Role
+	Request string // correlation id
+}
+
+// ErrForbidden says that the role doesn't reach.
+var ErrForbidden = errors.New("forbidden")
+
+// An InvalidError is a request that can't be done as it is, with the reason for
+// the operator.
+type InvalidError struct{ Reason string }
+
+func (e *InvalidError) Error() string { return e.Reason }
+
+func invalid(format string, args ...any) error { return &InvalidError{fmt.Sprintf(format, args...)} }
+
+// A Desk serves operators.
+type Desk struct {
+	Store      *store.Store
+	Leases     *lease.Manager
+	Audit      *audit.Log
+	OperatorCA *authority.CA
+	Policy     *atomic.Pointer[policy.Set]
+	ParseSet   func([]policy.File) (*policy.Set, error)
+	Log        *slog.Logger
+	Now        func() time.Time
+}
+
+func (a Actor) need(r Role) error {
+	if a.Role < r {
+		return fmt.Errorf("%w: this needs the role %s, and %s is %s", ErrForbidden, r, a.Name, a.Role)
+	}
+	return nil
+}
+
+// act does change and records it, in one transaction, for actors of at least
+// the role need. Change fills in of the record whom it concerns.
+func (d *Desk) act(ctx context.Context, a Actor, need Role, kind string, detail any, change func(tx *store.Tx, r *audit.Record) error) error {
+	if err := a.need(need); err != nil {
+		return err
+	}
+	now := d.Now()
+	return d.Store.Update(ctx, func(tx *store.Tx) error {
+		r := audit.Record{Time: now, Kind: kind, Actor: "operator:" + a.Name, Request: a.Request}
+		if err := change(tx, &r); err != nil {
+			return err
+		}
+		_, err := audit.Append(tx, r, detail)
+		return err
+	})
+}
+
+// longestOperator bounds operators' certificates.
+const longestOperator = 366 * 24 * time.Hour
+
+// AddOperator certifies the key of a CSR as an operator's.
+func (d *Desk) AddOperator(ctx context.Context, a Actor, name string, role Role, csr []byte, until time.Time) ([]byte, error) {
+	now := d.Now()
+	if until.IsZero() {
+		until = now.Add(longestOperator)
+	}
+	switch {
+	case !plainName(name):
+		return nil, invalid("operator name %q: 1 to 64 letters, digits, and . @ _ -", name)
+	case !until.After(now) || until.Sub(now) > longestOperator:
+		return nil, invalid("an operator's certificate ends within a year from now")
+	}
+	der, key, err := d.OperatorCA.Operator(csr, name, now, until)
+	if err != nil {
+		return nil, invalid("%v", err)
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return nil, err
+	}
+	err = d.act(ctx, a, Admin, "operator.added", map[string]any{"name": name, "role": role.String(), "until": until}, func(tx *store.Tx, _ *audit.Record) error {
+		_, err := tx.Exec(`INSERT INTO operators (key_hash, name, role, created, expires) VALUES (?, ?, ?, ?, ?)
+			ON CONFLICT (key_hash) DO UPDATE SET name = excluded.name, role = excluded.role, expires = excluded.expires`,
+			evidence.Sum(spki).String(), name, role.String(), store.Millis(now), store.Millis(until))
+		return err
+	})
+	return der, err
+}
+
+// ActorByKey is the operator with this key, by its PKIX DER.
+func (d *Desk) ActorByKey(ctx context.Context, spki []byte) (Actor, error) {
+	var name, role string
+	var expires int64
+	err := d.Store.View(ctx, func(tx *store.Tx) error {
+		return tx.QueryRow(`SELECT name, role, expires FROM operators WHERE key_hash = ?`, evidence.Sum(spki).String()).Scan(&name, &role, &expires)
+	})
+	if err != nil || !d.Now().Before(store.Time(expires)) {
+		return Actor{}, fmt.Errorf("%w: no operator has this key", ErrForbidden)
+	}
+	r, err := ParseRole(role)
+	return Actor{Name: name, Role: r}, err
+}
+
+func plainName(s string) bool {
+	if s == "" || len(s) > 64 {
+		return false
+	}
+	for _, c := range []byte(s) {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '.', c == '@', c == '_', c == '-':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// Status is the broker in numbers.
+type Status struct {
+	Hosts, Leases map[string]uint64 // by state
+	Policy, Epoch int64
+}
+
+// Status counts hosts and unended leases.
+func (d *Desk) Status(ctx context.Context, a Actor) (Status, error) {
+	s := Status{Hosts: map[string]uint64{}, Leases: map[string]uint64{}, Policy: d.Policy.Load().Version}
+	if err := a.need(Viewer); err != nil {
+		return s, err
+	}
+	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
+		if s.Epoch, err = audit.Epoch(tx); err != nil {
+			return err
+		}
+		for query, counts := range map[string]map[string]uint64{
+			`SELECT state, COUNT(*) FROM hosts GROUP BY state`:                        s.Hosts,
+			`SELECT state, COUNT(*) FROM grants WHERE state <> 'gone' GROUP BY state`: s.Leases,
+		} {
+			if err := tally(tx, query, counts); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return s, err
+}
+
+func tally(tx *store.Tx, query string, counts map[string]uint64) error {
+	rows, err := tx.Query(query)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		var name string
+		var n uint64
+		if err := rows.Scan(&name, &n); err != nil {
+			return err
+		}
+		counts[name] = n
+	}
+	return rows.Err()
+}

@@ -1,0 +1,261 @@
+package operate
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/appraise"
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/inventory"
+	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/internal/store"
+)
+
+// A LeaseChange is what a new set would mean for a live lease.
+type LeaseChange struct {
+	Host, Scope, Lease string
+	Change             string // keeps, loses
+	Reason             string
+}
+
+// Plan is what applying a set would do.
+type Plan struct {
+	Set     *policy.Set
+	Scopes  []policy.Change
+	Leases  []LeaseChange
+	Version int64 // that Apply put in force; 0 where it was only planned
+}
+
+// Apply puts a whole set in force as one version, or plans it. Leases keep
+// what they have until they prove themselves again under the new set.
+func (d *Desk) Apply(ctx context.Context, a Actor, files []policy.File, planOnly bool) (Plan, error) {
+	need := Admin
+	if planOnly {
+		need = Viewer
+	}
+	if err := a.need(need); err != nil {
+		return Plan{}, err
+	}
+	set, err := d.ParseSet(files)
+	if err != nil {
+		return Plan{}, invalid("%v", err)
+	}
+	p := Plan{Set: set, Scopes: policy.Diff(d.Policy.Load(), set)}
+	if p.Leases, err = d.planLeases(ctx, set); err != nil || planOnly {
+		return p, err
+	}
+	text, err := json.Marshal(files)
+	if err != nil {
+		return p, err
+	}
+	err = d.act(ctx, a, Admin, "policy.applied", map[string]any{"scopes": p.Scopes, "files": files}, func(tx *store.Tx, _ *audit.Record) error {
+		if err := tx.QueryRow(`SELECT COALESCE(MAX(version), 0) + 1 FROM policies`).Scan(&p.Version); err != nil {
+			return err
+		}
+		_, err := tx.Exec(`INSERT INTO policies (version, files, applied, by_whom) VALUES (?, ?, ?, ?)`, p.Version, string(text), store.Millis(d.Now()), a.Name)
+		return err
+	})
+	if err != nil {
+		return Plan{}, err
+	}
+	set.Version = p.Version
+	// Two applied at once: the newer version stays in force.
+	for old := d.Policy.Load(); old.Version < set.Version; old = d.Policy.Load() {
+		if d.Policy.CompareAndSwap(old, set) {
+			break
+		}
+	}
+	return p, nil
+}
+
+// LoadPolicy reads the set in force; an empty one of version 0 where none was
+// ever applied.
+func LoadPolicy(ctx context.Context, s *store.Store, parse func([]policy.File) (*policy.Set, error)) (*policy.Set, error) {
+	var version int64
+	var text string
+	err := s.View(ctx, func(tx *store.Tx) error {
+		return tx.QueryRow(`SELECT version, files FROM policies ORDER BY version DESC LIMIT 1`).Scan(&version, &text)
+	})
+	if errors.Is(err, sql.ErrNoRows) {
+		return parse(nil)
+	}
+	if err != nil {
+		return nil, err
+	}
+	var files []policy.File
+	if err := json.Unmarshal([]byte(text), &files); err != nil {
+		return nil, fmt.Errorf("policy version %d: %w", version, err)
+	}
+	set, err := parse(files)
+	if err != nil {
+		return nil, fmt.Errorf("policy version %d no longer parses: %w", version, err)
+	}
+	set.Version = version
+	return set, nil
+}
+
+// planLeases replays the recorded evidence of live leases under a set.
+func (d *Desk) planLeases(ctx context.Context, set *policy.Set) ([]LeaseChange, error) {
+	var changes []LeaseChange
+	err := d.Store.View(ctx, func(tx *store.Tx) error {
+		grants, err := journal.List(tx, journal.Filter{States: []journal.State{journal.Live, journal.Provisional}})
+		if err != nil {
+			return err
+		}
+		for _, g := range grants {
+			var f appraise.Facts
+			if err := json.Unmarshal(g.Facts, &f); err != nil {
+				return fmt.Errorf("lease %s: recorded facts: %w", g.ID, err)
+			}
+			h, err := inventory.Get(tx, g.Host)
+			if err != nil {
+				return err
+			}
+			f.Host.Labels = h.Labels
+			r := set.Evaluate(g.Scope, f, d.Now())
+			c := LeaseChange{Host: g.Host, Scope: g.Scope, Lease: g.ID, Change: "keeps", Reason: r.Reason}
+			if r.Outcome != policy.Allowed {
+				c.Change = "loses"
+			}
+			changes = append(changes, c)
+		}
+		return nil
+	})
+	return changes, err
+}
+
+// Facts are what the broker last appraised of a host, as CEL sees them.
+func (d *Desk) Facts(ctx context.Context, a Actor, host string) (json.RawMessage, error) {
+	if err := a.need(Viewer); err != nil {
+		return nil, err
+	}
+	var h inventory.Host
+	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
+		h, err = inventory.Find(tx, host)
+		return err
+	})
+	if err == nil && len(h.Facts) <= len("{}") {
+		err = invalid("host %s has not proven itself yet", h.ID)
+	}
+	return h.Facts, err
+}
+
+// Why is the last decision on a scope for a host, held against the set in
+// force, with the time of its evidence.
+func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (policy.Result, time.Time, error) {
+	if err := a.need(Viewer); err != nil {
+		return policy.Result{}, time.Time{}, err
+	}
+	var text string
+	err := d.Store.View(ctx, func(tx *store.Tx) error {
+		h, err := inventory.Find(tx, host)
+		if err != nil {
+			return err
+		}
+		err = tx.QueryRow(`SELECT facts FROM decisions WHERE host_id = ? AND scope = ?`, h.ID, scope).Scan(&text)
+		if errors.Is(err, sql.ErrNoRows) {
+			return invalid("host %s never asked for scope %s with good evidence; `countersign audit tail` shows what it did", h.ID, scope)
+		}
+		return err
+	})
+	if err != nil {
+		return policy.Result{}, time.Time{}, err
+	}
+	var f appraise.Facts
+	if err := json.Unmarshal([]byte(text), &f); err != nil {
+		return policy.Result{}, time.Time{}, err
+	}
+	return d.Policy.Load().Evaluate(scope, f, d.Now()), f.At, nil
+}
+
+// List reads grants by id, and the names of their hosts.
+func (d *Desk) List(ctx context.Context, a Actor, f journal.Filter) (list []journal.Grant, names map[string]string, err error) {
+	if err := a.need(Viewer); err != nil {
+		return nil, nil, err
+	}
+	names = map[string]string{}
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		if f.Host != "" {
+			h, err := inventory.Find(tx, f.Host)
+			if err != nil {
+				return err
+			}
+			f.Host = h.ID
+		}
+		if list, err = journal.List(tx, f); err != nil {
+			return err
+		}
+		for _, g := range list {
+			if _, ok := names[g.Host]; ok {
+				continue
+			}
+			h, err := inventory.Get(tx, g.Host)
+			if err != nil {
+				return err
+			}
+			names[g.Host] = h.Name
+		}
+		return nil
+	})
+	return list, names, err
+}
+
+// Lease is one grant.
+func (d *Desk) Lease(ctx context.Context, a Actor, id string) (g journal.Grant, err error) {
+	if err := a.need(Viewer); err != nil {
+		return g, err
+	}
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		g, err = journal.Load(tx, id)
+		return err
+	})
+	return g, err
+}
+
+// Revoke ends leases by id, or all of a host or a scope.
+func (d *Desk) Revoke(ctx context.Context, a Actor, ids []string, host, scope, reason string) ([]string, error) {
+	if len(ids) == 0 && host == "" && scope == "" {
+		return nil, invalid("say which leases: by id, --host or --scope")
+	}
+	if reason == "" {
+		reason = "revoked by " + a.Name
+	}
+	err := d.act(ctx, a, Responder, "lease.revoke", map[string]any{"leases": ids, "host": host, "scope": scope, "reason": reason}, func(tx *store.Tx, r *audit.Record) error {
+		for _, id := range ids {
+			if _, err := journal.Load(tx, id); err != nil {
+				return err
+			}
+		}
+		if host == "" {
+			return nil
+		}
+		h, err := inventory.Find(tx, host)
+		host, r.Host = h.ID, h.ID
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	cause := lease.Cause{Actor: "operator:" + a.Name, Request: a.Request}
+	var revoking []string
+	for _, id := range ids {
+		if _, err := d.Leases.Event(ctx, id, journal.Revoke{Reason: reason}, cause); err != nil {
+			return revoking, err
+		}
+		revoking = append(revoking, id)
+	}
+	if host == "" && scope == "" {
+		return revoking, nil
+	}
+	ended, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: host, Scope: scope}, reason, cause, true)
+	for _, g := range ended {
+		revoking = append(revoking, g.ID)
+	}
+	return revoking, err
+}

@@ -1,0 +1,227 @@
+package policy
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+	_ "time/tzdata" // CEL loads time zones by name when it evaluates
+
+	"cel.dev/cel-go/cel"
+	"cel.dev/cel-go/common/types"
+
+	"github.com/countersign/countersign/broker/internal/appraise"
+)
+
+const (
+	maxCondition = 4096 // bytes
+	// maxCost bounds an evaluation, in CEL's unit: about one per value looked
+	// at. It is what ends a condition, not a clock, so that the same facts give
+	// the same outcome on a busy broker.
+	maxCost = 100_000
+)
+
+// A fact is one field that conditions can name. An optional one may be absent:
+// has() asks, reading it then is an error and so a fault.
+type fact struct {
+	name string
+	kind *cel.Type
+}
+
+var (
+	mappingType = cel.ObjectType("countersign.Mapping")
+	parentType  = cel.ObjectType("countersign.Parent")
+	hostType    = cel.ObjectType("countersign.Host")
+	processType = cel.ObjectType("countersign.Process")
+	subjectType = cel.ObjectType("countersign.Subject")
+)
+
+// vocabulary is all that a condition can name, by type.
+var vocabulary = map[string][]fact{
+	hostType.TypeName(): {
+		{"id", cel.StringType}, {"name", cel.StringType}, {"labels", cel.MapType(cel.StringType, cel.StringType)},
+		{"tier", cel.StringType}, {"reference", cel.StringType}, {"address", cel.StringType}, {"boot", cel.StringType},
+		{"os", cel.StringType}, {"pcrs", cel.MapType(cel.IntType, cel.StringType)},
+		{"secure_boot", cel.BoolType}, {"ima", cel.StringType},
+	},
+	processType.TypeName(): {
+		{"exe", cel.StringType}, {"sha256", cel.StringType}, {"user", cel.StringType}, {"uid", cel.IntType},
+		{"gid", cel.IntType}, {"groups", cel.ListType(cel.IntType)}, {"unit", cel.StringType}, {"cgroup", cel.StringType},
+		{"starting", cel.BoolType}, {"mappings", cel.ListType(mappingType)}, {"parent", parentType},
+	},
+	mappingType.TypeName(): {{"path", cel.StringType}, {"deleted", cel.BoolType}},
+	parentType.TypeName():  {{"pid", cel.IntType}, {"exe", cel.StringType}},
+	subjectType.TypeName(): {{"risk", cel.IntType}},
+}
+
+var variables = []fact{{"host", hostType}, {"process", processType}, {"subject", subjectType}, {"now", cel.TimestampType}}
+
+// object is a value of one of the vocabulary's types; a missing key is an
+// absent fact.
+type object = map[string]any
+
+// provider lets CEL's checker know the vocabulary, so that a misspelt fact is
+// an error of the file and not of a request.
+type provider struct{ types.Provider }
+
+func (p provider) FindStructType(name string) (*types.Type, bool) {
+	if _, ok := vocabulary[name]; ok {
+		return types.NewTypeTypeWithParam(types.NewObjectType(name)), true
+	}
+	return p.Provider.FindStructType(name)
+}
+
+func (p provider) FindStructFieldNames(name string) ([]string, bool) {
+	if facts, ok := vocabulary[name]; ok {
+		return names(facts), true
+	}
+	return p.Provider.FindStructFieldNames(name)
+}
+
+func (p provider) FindStructFieldType(name, field string) (*types.FieldType, bool) {
+	facts, ok := vocabulary[name]
+	if !ok {
+		return p.Provider.FindStructFieldType(name, field)
+	}
+	i := slices.IndexFunc(facts, func(f fact) bool { return f.name == field })
+	if i < 0 {
+		return nil, false
+	}
+	return &types.FieldType{
+		Type: facts[i].kind,
+		IsSet: func(target any) bool {
+			o, _ := target.(object)
+			v, ok := o[field]
+			return ok && v != ""
+		},
+		GetFrom: func(target any) (any, error) {
+			o, _ := target.(object)
+			v, ok := o[field]
+			if !ok {
+				return nil, fmt.Errorf("%s is not known of this %s; has() asks before", field, strings.ToLower(strings.TrimPrefix(name, "countersign.")))
+			}
+			return v, nil
+		},
+	}, true
+}
+
+func names(facts []fact) (out []string) {
+	for _, f := range facts {
+		out = append(out, f.name)
+	}
+	return out
+}
+
+// environment is made once; it is read-only afterwards.
+var environment = sync.OnceValues(func() (*cel.Env, error) {
+	registry, err := types.NewRegistry()
+	if err != nil {
+		return nil, err
+	}
+	options := []cel.EnvOption{
+		cel.CustomTypeProvider(provider{registry}), cel.CustomTypeAdapter(registry),
+		cel.ParserExpressionSizeLimit(maxCondition), cel.ParserRecursionLimit(50), cel.DefaultUTCTimeZone(true),
+		cel.ASTValidators(cel.ValidateDurationLiterals(), cel.ValidateTimestampLiterals(), cel.ValidateRegexLiterals()),
+	}
+	for _, v := range variables {
+		options = append(options, cel.Variable(v.name, v.kind))
+	}
+	return cel.NewEnv(options...)
+})
+
+// A mistake is one error of a condition, at a line of it counted from 1.
+type mistake struct {
+	line                int
+	message, suggestion string
+}
+
+var unknownWord = regexp.MustCompile(`^(?:undefined field|undeclared reference to) '([^']+)'`)
+
+// compile checks a condition and makes it ready to run.
+func compile(text string) (cel.Program, []mistake) {
+	if len(text) > maxCondition {
+		return nil, []mistake{{line: 1, message: fmt.Sprintf("a condition of %d bytes; at most %d are read", len(text), maxCondition)}}
+	}
+	env, err := environment()
+	if err != nil {
+		return nil, []mistake{{line: 1, message: err.Error()}}
+	}
+	ast, issues := env.Compile(text)
+	if issues.Err() != nil {
+		var out []mistake
+		for _, e := range issues.Errors() {
+			m := mistake{line: max(e.Location.Line(), 1), message: e.Message}
+			m.message, _, _ = strings.Cut(e.Message, "\n")
+			if found := unknownWord.FindStringSubmatch(e.Message); found != nil {
+				m.message = fmt.Sprintf("no fact is called %q", found[1])
+				m.suggestion = nearest(found[1], words())
+			}
+			out = append(out, m)
+		}
+		return nil, out
+	}
+	if ast.OutputType() != cel.BoolType {
+		return nil, []mistake{{line: 1, message: fmt.Sprintf("a condition is true or false; this one is a %s", ast.OutputType())}}
+	}
+	program, err := env.Program(ast, cel.CostLimit(maxCost))
+	if err != nil {
+		return nil, []mistake{{line: 1, message: err.Error()}}
+	}
+	return program, nil
+}
+
+// words are all names a condition can use.
+func words() []string {
+	out := names(variables)
+	for _, facts := range vocabulary {
+		out = append(out, names(facts)...)
+	}
+	return out
+}
+
+// activation is the facts as conditions see them.
+func activation(f appraise.Facts, now time.Time) map[string]any {
+	pcrs := make(map[int64]string, len(f.Host.PCRs))
+	for i, d := range f.Host.PCRs {
+		pcrs[int64(i)] = d.String()
+	}
+	labels := f.Host.Labels
+	if labels == nil {
+		labels = map[string]string{}
+	}
+	host := object{
+		"id": f.Host.ID, "name": f.Host.Name, "labels": labels, "tier": f.Host.Tier, "reference": f.Host.Reference,
+		"address": f.Host.Address, "boot": f.Host.Boot, "os": f.Host.OS, "pcrs": pcrs,
+	}
+	if f.Host.SecureBoot != nil {
+		host["secure_boot"] = *f.Host.SecureBoot
+	}
+	if f.Host.IMA != nil {
+		host["ima"] = *f.Host.IMA
+	}
+	subject := object{}
+	if f.Subject.Risk != nil {
+		subject["risk"] = *f.Subject.Risk
+	}
+	process := object{}
+	if p := f.Program; p != nil {
+		groups := make([]int64, len(p.Groups))
+		for i, g := range p.Groups {
+			groups[i] = int64(g)
+		}
+		mappings := make([]object, len(p.Mappings))
+		for i, m := range p.Mappings {
+			mappings[i] = object{"path": m.Path, "deleted": m.Deleted}
+		}
+		process = object{
+			"exe": p.Exe, "sha256": p.SHA256.String(), "user": p.User, "uid": int64(p.UID), "gid": int64(p.GID),
+			"groups": groups, "unit": p.Unit, "cgroup": p.Cgroup, "starting": p.Starting, "mappings": mappings,
+		}
+		if p.Parent != nil {
+			process["parent"] = object{"pid": int64(p.Parent.PID), "exe": p.Parent.Exe}
+		}
+	}
+	return map[string]any{"host": host, "process": process, "subject": subject, "now": now}
+}

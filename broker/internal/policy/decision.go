@@ -1,0 +1,138 @@
+package policy
+
+import (
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/appraise"
+)
+
+// A Scope is one credential that subjects may earn.
+type Scope struct {
+	Name        string
+	Description string
+	Owner       string
+	Observe     bool // decide and record, issue nothing
+	Audience    []string
+	Reprove     time.Duration // how often host and program are proven again
+	Grace       time.Duration // how long a host may be silent after that
+	Host        HostSelector
+	Process     ProcessSelector
+	When        string // CEL; empty: no condition
+
+	// One of the two is set.
+	Vault       *VaultSource
+	Certificate *CertificateSource
+
+	compiled compiled // of When and Process.Mappings
+}
+
+// A HostSelector's set fields must all hold.
+type HostSelector struct {
+	Labels     map[string]string
+	Tier       []string // any of them
+	SecureBoot *bool
+	Reference  string
+	IMA        string
+}
+
+// A ProcessSelector's set fields must all hold; an empty one is refused by
+// Parse.
+type ProcessSelector struct {
+	User        string
+	Unit        string
+	Exe         string
+	SHA256      []string // any of them, lowercase hex
+	BeforeStart bool     // the unit may have it while it starts
+
+	// Mappings are globs of the files that may be mapped executable beside the
+	// exe; none: the system's libraries and the program's own.
+	Mappings []string
+}
+
+// A VaultSource is a path of Vault that answers with data.
+type VaultSource struct {
+	Path       string
+	Method     string            // "read" or "write"; PKI and SSH issue on a write
+	Parameters map[string]string // of a write
+	TTL        time.Duration
+	Overlap    time.Duration // the old credential lives on this long after a rotation
+}
+
+// A CertificateSource is an X.509 certificate by the embedded CA.
+type CertificateSource struct {
+	DNS     []string
+	IPs     []string
+	TTL     time.Duration
+	Overlap time.Duration
+}
+
+// TTL is how long the scope's credential lives.
+func (s *Scope) TTL() time.Duration {
+	if s.Vault != nil {
+		return s.Vault.TTL
+	}
+	return s.Certificate.TTL
+}
+
+// Overlap is how long a replaced credential lives on.
+func (s *Scope) Overlap() time.Duration {
+	if s.Vault != nil {
+		return s.Vault.Overlap
+	}
+	return s.Certificate.Overlap
+}
+
+// Kind is the journal's word for the scope's credential.
+func (s *Scope) Kind() string {
+	if s.Vault != nil {
+		return "vault"
+	}
+	return "certificate"
+}
+
+// An Outcome is what a scope says of one subject. Refused and Fault are never
+// mixed up: a selector that could not be evaluated refuses nobody.
+type Outcome string
+
+const (
+	Allowed Outcome = "allowed"
+	Refused Outcome = "refused" // every selector was evaluated, and one said no
+	Fault   Outcome = "fault"   // unknown scope, absent fact, CEL error
+)
+
+// A Selector is one condition of a scope and what it saw.
+type Selector struct {
+	Name   string `json:"name"` // as "process.unit" or "when"
+	Wanted string `json:"wanted"`
+	Saw    string `json:"saw"`
+	Result string `json:"result"` // "pass", "fail", or "absent"
+}
+
+// A Result is the outcome of Evaluate.
+type Result struct {
+	Scope     string     `json:"scope"`
+	Outcome   Outcome    `json:"outcome"`
+	Selectors []Selector `json:"selectors"`
+	Policy    int64      `json:"policy"`           // version of the set
+	Reason    string     `json:"reason,omitempty"` // in words, for Refused and Fault
+}
+
+// A Decision is a Result on verified evidence for one request. Only
+// Set.Decide makes one; the zero value allows nothing.
+type Decision struct {
+	result Result
+	scope  *Scope
+	facts  appraise.Facts
+}
+
+// Result is what was decided, and why.
+func (d Decision) Result() Result { return d.result }
+
+// Allows says whether a credential may be issued on this decision.
+func (d Decision) Allows() bool { return d.scope != nil && d.result.Outcome == Allowed }
+
+// Scope is what was decided on; nil where there is no such scope.
+func (d Decision) Scope() *Scope { return d.scope }
+
+// Facts are what was decided from.
+func (d Decision) Facts() appraise.Facts { return d.facts }

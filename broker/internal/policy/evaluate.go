@@ -1,0 +1,245 @@
+package policy
+
+import (
+	"fmt"
+	"maps"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"cel.dev/cel-go/cel"
+
+	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/broker/internal/appraise"
+)
+
+// Results of one selector.
+const (
+	pass   = "pass"
+	fail   = "fail"
+	absent = "absent" // could not be evaluated
+)
+
+// IMAVerified is the IMA fact of a host whose list was replayed and held.
+const IMAVerified = "verified"
+
+// compiled is what Parse made ready of a scope.
+type compiled struct {
+	when     cel.Program // nil: no condition
+	mappings []*regexp.Regexp
+}
+
+// Evaluate says what a scope makes of facts. It is pure: nothing but its
+// arguments and the set decides. Its Reason names selectors and no values, as
+// hosts may read it; the selectors hold the rest, for operators.
+func (s *Set) Evaluate(scope string, f appraise.Facts, now time.Time) Result {
+	r := Result{Scope: bounded(scope), Outcome: Fault, Policy: s.Version}
+	sc := s.Scope(scope)
+	if sc == nil {
+		r.Reason = fmt.Sprintf("no scope %q is in force", r.Scope)
+		saw := r.Scope
+		if near := nearest(scope, slices.Collect(maps.Keys(s.scopes))); near != "" {
+			saw = fmt.Sprintf("%s; did you mean %q?", saw, near)
+		}
+		r.Selectors = []Selector{{Name: "scope", Wanted: "a scope of the set in force", Saw: saw, Result: absent}}
+		return r
+	}
+	var e evaluation
+	e.host(sc.Host, f.Host)
+	e.process(sc, f.Program)
+	e.when(sc, f, now)
+	r.Selectors = e.selectors
+	if unknown := e.with(absent); unknown != "" {
+		r.Reason = "could not be evaluated: " + unknown
+		return r
+	}
+	if failed := e.with(fail); failed != "" {
+		r.Outcome, r.Reason = Refused, "not as the scope wants: "+failed
+		return r
+	}
+	r.Outcome = Allowed
+	return r
+}
+
+// bounded keeps a name that a host made up from filling the audit log.
+func bounded(scope string) string {
+	if len(scope) > maxName {
+		return strings.ToValidUTF8(scope[:maxName], "") + "…"
+	}
+	return scope
+}
+
+type evaluation struct{ selectors []Selector }
+
+// with lists the selectors that came out so.
+func (e *evaluation) with(result string) string {
+	var out []string
+	for _, s := range e.selectors {
+		if s.Result == result {
+			out = append(out, s.Name)
+		}
+	}
+	return strings.Join(out, ", ")
+}
+
+func (e *evaluation) add(name, wanted, saw, result string) {
+	e.selectors = append(e.selectors, Selector{Name: name, Wanted: wanted, Saw: saw, Result: result})
+}
+
+func (e *evaluation) is(name, wanted, saw string, ok bool) {
+	result := fail
+	if ok {
+		result = pass
+	}
+	if saw == "" {
+		saw = "(none)"
+	}
+	e.add(name, wanted, saw, result)
+}
+
+func (e *evaluation) host(want HostSelector, h appraise.Host) {
+	for _, k := range slices.Sorted(maps.Keys(want.Labels)) {
+		e.is("host.labels."+k, want.Labels[k], h.Labels[k], h.Labels[k] == want.Labels[k])
+	}
+	if len(want.Tier) > 0 {
+		e.is("host.tier", strings.Join(want.Tier, " or "), h.Tier, slices.Contains(want.Tier, h.Tier))
+	}
+	if want.SecureBoot != nil {
+		const name = "host.secure_boot"
+		if wanted := fmt.Sprint(*want.SecureBoot); h.SecureBoot == nil {
+			e.add(name, wanted, "no event log was appraised", absent)
+		} else {
+			e.is(name, wanted, fmt.Sprint(*h.SecureBoot), *h.SecureBoot == *want.SecureBoot)
+		}
+	}
+	if want.Reference != "" {
+		e.is("host.reference", want.Reference, h.Reference, h.Reference == want.Reference)
+	}
+	if want.IMA != "" {
+		if h.IMA == nil {
+			e.add("host.ima", want.IMA, "no IMA list was appraised", absent)
+		} else {
+			e.is("host.ima", want.IMA, *h.IMA, *h.IMA == IMAVerified)
+		}
+	}
+}
+
+func (e *evaluation) process(sc *Scope, p *process.Program) {
+	want := sc.Process
+	if p == nil {
+		e.add("process", "a program", "only the host was proven", absent)
+		return
+	}
+	if want.User != "" {
+		e.is("process.user", want.User, p.User, p.User == want.User)
+	}
+	if want.Unit != "" {
+		e.is("process.unit", want.Unit, p.Unit, p.Unit == want.Unit)
+	}
+	if want.Exe != "" {
+		e.is("process.exe", want.Exe, p.Exe, p.Exe == want.Exe)
+	}
+	if len(want.SHA256) > 0 {
+		saw := p.SHA256.String()
+		e.is("process.sha256", strings.Join(want.SHA256, " or "), saw, slices.Contains(want.SHA256, saw))
+	}
+	wanted, saw := "running", "running"
+	if want.BeforeStart {
+		wanted = "running or starting"
+	}
+	if p.Starting {
+		saw = "starting"
+	}
+	e.is("process.before_start", wanted, saw, !p.Starting || want.BeforeStart)
+	e.mappings(sc, p)
+}
+
+// mappings looks for code in the program that its exe doesn't account for, as
+// LD_PRELOAD puts there.
+func (e *evaluation) mappings(sc *Scope, p *process.Program) {
+	allowed, wanted := func(m process.Mapping) bool { return ordinary(m, p.Exe) }, "the system's libraries and the program's own"
+	if globs := sc.compiled.mappings; len(globs) > 0 {
+		wanted = strings.Join(sc.Process.Mappings, " or ")
+		allowed = func(m process.Mapping) bool {
+			return m.Path != process.Anonymous && !m.Deleted &&
+				slices.ContainsFunc(globs, func(g *regexp.Regexp) bool { return g.MatchString(m.Path) })
+		}
+	}
+	const shown = 5
+	var odd []string
+	count := 0
+	for _, m := range p.Mappings {
+		if allowed(m) {
+			continue
+		}
+		if count++; count > shown {
+			continue
+		}
+		if m.Deleted {
+			odd = append(odd, m.Path+" (deleted)")
+		} else {
+			odd = append(odd, m.Path)
+		}
+	}
+	if count > shown {
+		odd = append(odd, fmt.Sprintf("and %d more", count-shown))
+	}
+	saw := fmt.Sprintf("%d executable mappings, all allowed", len(p.Mappings))
+	if count > 0 {
+		saw = strings.Join(odd, ", ")
+	}
+	e.is("process.mappings", wanted, saw, count == 0)
+}
+
+var (
+	// Only root writes here.
+	libraries = []string{"/lib", "/lib32", "/lib64", "/libx32", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/libexec", "/usr/local/lib"}
+	// Others write here, whatever program lives below.
+	writable = []string{"/tmp", "/var/tmp", "/dev/shm", "/run/user", "/home"}
+)
+
+// ordinary says whether a mapping is what programs have that nobody tampered
+// with. A library that an upgrade replaced is deleted and still ordinary, or
+// every upgrade of libc would cost running programs their credentials; memory
+// without a file is what JITs make.
+func ordinary(m process.Mapping, exe string) bool {
+	if m.Path == process.Anonymous {
+		return true
+	}
+	in := func(folder string) bool { return strings.HasPrefix(m.Path, folder+"/") }
+	if slices.ContainsFunc(libraries, in) {
+		return true
+	}
+	if m.Deleted || slices.ContainsFunc(writable, in) {
+		return false
+	}
+	own := path.Dir(exe)
+	if own == "/" {
+		return false
+	}
+	if in(own) {
+		return true
+	}
+	prefix := path.Dir(own) // of /opt/app/bin/app it is /opt/app
+	return path.Base(own) == "bin" && prefix != "/" && (in(prefix+"/lib") || in(prefix+"/lib64"))
+}
+
+func (e *evaluation) when(sc *Scope, f appraise.Facts, now time.Time) {
+	if sc.compiled.when == nil {
+		return
+	}
+	const name = "when"
+	out, _, err := sc.compiled.when.Eval(activation(f, now))
+	if err != nil {
+		e.add(name, sc.When, err.Error(), absent)
+		return
+	}
+	ok, isBool := out.Value().(bool)
+	if !isBool {
+		e.add(name, sc.When, fmt.Sprintf("a %s", out.Type().TypeName()), absent)
+		return
+	}
+	e.is(name, sc.When, fmt.Sprint(ok), ok)
+}

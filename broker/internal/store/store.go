@@ -1,0 +1,314 @@
+// Package store keeps the broker's state in one SQLite file: hosts, scopes,
+// grants and the audit log.
+//
+// Trust: the file is the broker's own; whoever can write it can admit hosts
+// and forget leases, but can't do so without the audit log's signed
+// checkpoints, which agents hold, telling. It holds no credential.
+//
+// Promise: a nil error of Update means that the change is on disk. Updates
+// that wait at the same time share one commit, so that durability costs one
+// sync for all of them. After a failed commit the store answers nothing but
+// ErrStopped: what is on disk is then known only by opening it anew, and that
+// is what a restart does.
+package store
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	_ "modernc.org/sqlite" // the embedded database
+)
+
+// ErrStopped says that an earlier commit failed and nothing is known of the
+// disk since.
+var ErrStopped = errors.New("the store has stopped after a failed write; free or mend the disk under the state folder and restart the broker")
+
+//go:embed migrations/*.sql
+var migrations embed.FS
+
+// A Tx is one caller's part of a transaction. Its statements are portable SQL
+// with ? placeholders.
+type Tx struct{ tx *sql.Tx }
+
+func (t *Tx) Exec(query string, args ...any) (sql.Result, error) { return t.tx.Exec(query, args...) }
+func (t *Tx) Query(query string, args ...any) (*sql.Rows, error) { return t.tx.Query(query, args...) }
+func (t *Tx) QueryRow(query string, args ...any) *sql.Row        { return t.tx.QueryRow(query, args...) }
+
+// A Store is safe for concurrent use.
+type Store struct {
+	path    string
+	writer  *sql.DB // one connection, used by commitLoop alone
+	readers *sql.DB
+	queue   chan *update
+	quit    chan struct{} // closed by Close
+	done    chan struct{} // closed when no update is taken any more
+
+	mu      sync.Mutex
+	closed  bool  // guarded by mu
+	stopped error // guarded by mu; set once, by commitLoop
+}
+
+type update struct {
+	ctx    context.Context
+	change func(*Tx) error
+	result chan error
+}
+
+// batchSize bounds how many updates share a commit, and so how long the first
+// of them waits for the others.
+const batchSize = 64
+
+// Open opens or makes the store in the file path and brings its schema up to
+// date.
+func Open(path string) (*Store, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	// SQLite takes the journal's mode from the database file, so it is made
+	// closed to others before SQLite sees it.
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	_ = f.Close()
+	s, err := open(path, "rwc")
+	if err != nil {
+		return nil, err
+	}
+	if err := s.migrate(); err != nil {
+		s.closeDBs()
+		return nil, fmt.Errorf("store %s: %w", path, err)
+	}
+	go s.commitLoop()
+	return s, nil
+}
+
+// OpenReadOnly opens the store for View alone and never writes to it.
+func OpenReadOnly(path string) (*Store, error) {
+	if _, err := os.Stat(path); err != nil {
+		return nil, err
+	}
+	s, err := open(path, "ro")
+	if err != nil {
+		return nil, err
+	}
+	s.closed = true
+	close(s.done)
+	return s, nil
+}
+
+func open(path, mode string) (*Store, error) {
+	dsn := (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath()}).String()
+	pragmas := "&_pragma=busy_timeout(10000)&_pragma=foreign_keys(1)"
+	if mode != "ro" {
+		pragmas += "&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)"
+	}
+	writer, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas+"&_txlock=immediate")
+	if err != nil {
+		return nil, err
+	}
+	writer.SetMaxOpenConns(1)
+	readers, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas)
+	if err != nil {
+		return nil, errors.Join(err, writer.Close())
+	}
+	readers.SetMaxOpenConns(4)
+	if err := writer.Ping(); err != nil {
+		return nil, fmt.Errorf("open store %s: %w", path, err)
+	}
+	return &Store{path: path, writer: writer, readers: readers, queue: make(chan *update), quit: make(chan struct{}), done: make(chan struct{})}, nil
+}
+
+func (s *Store) migrate() error {
+	names, err := fs.Glob(migrations, "migrations/*.sql")
+	if err != nil {
+		return err
+	}
+	slices.Sort(names)
+	tx, err := s.writer.Begin()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }()
+	if _, err := tx.Exec(`CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)`); err != nil {
+		return err
+	}
+	var have int
+	if err := tx.QueryRow(`SELECT COALESCE(MAX(version), 0) FROM schema_version`).Scan(&have); err != nil {
+		return err
+	}
+	if have > len(names) {
+		return fmt.Errorf("has schema version %d, this broker knows up to %d: run the newer broker", have, len(names))
+	}
+	for i, name := range names[have:] {
+		text, err := migrations.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		if _, err := tx.Exec(string(text)); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if _, err := tx.Exec(`INSERT INTO schema_version (version) VALUES (?)`, have+i+1); err != nil {
+			return err
+		}
+	}
+	return tx.Commit()
+}
+
+// Update runs change in a transaction and returns when it is durable, or with
+// change's error when it is undone. Change must be quick and free of other
+// I/O: all writers wait for it.
+func (s *Store) Update(ctx context.Context, change func(*Tx) error) error {
+	u := &update{ctx: ctx, change: change, result: make(chan error, 1)}
+	select {
+	case s.queue <- u:
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.done:
+		return s.stopReason()
+	}
+	return <-u.result
+}
+
+// View runs read over one consistent snapshot.
+func (s *Store) View(ctx context.Context, read func(*Tx) error) error {
+	tx, err := s.readers.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }()
+	return read(&Tx{tx})
+}
+
+// Stopped is closed when the store no longer takes updates.
+func (s *Store) Stopped() <-chan struct{} { return s.done }
+
+// Err is why the store stopped, nil while it runs or after Close.
+func (s *Store) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stopped
+}
+
+// Close waits for the running commit.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	first := !s.closed
+	s.closed = true
+	s.mu.Unlock()
+	if first {
+		close(s.quit)
+	}
+	<-s.done
+	return s.closeDBs()
+}
+
+func (s *Store) closeDBs() error { return errors.Join(s.readers.Close(), s.writer.Close()) }
+
+func (s *Store) stopReason() error {
+	if err := s.Err(); err != nil {
+		return err
+	}
+	return ErrStopped
+}
+
+func (s *Store) commitLoop() {
+	defer close(s.done)
+	for {
+		var batch []*update
+		select {
+		case u := <-s.queue:
+			batch = append(batch, u)
+		case <-s.quit:
+			return
+		}
+	gather:
+		for len(batch) < batchSize {
+			select {
+			case u := <-s.queue:
+				batch = append(batch, u)
+			default:
+				break gather
+			}
+		}
+		if err := s.commit(batch); err != nil {
+			s.mu.Lock()
+			s.stopped = fmt.Errorf("%w: %w", ErrStopped, err)
+			s.mu.Unlock()
+			return
+		}
+	}
+}
+
+// commit runs each update under a savepoint of its own, so that one that fails
+// takes nothing of the others with it, and answers all after the sync.
+func (s *Store) commit(batch []*update) error {
+	results := make([]error, len(batch))
+	err := func() error {
+		tx, err := s.writer.Begin()
+		if err != nil {
+			return err
+		}
+		defer func() { _ = tx.Rollback() }()
+		for i, u := range batch {
+			if results[i] = u.ctx.Err(); results[i] != nil {
+				continue
+			}
+			if _, err := tx.Exec(`SAVEPOINT one`); err != nil {
+				return err
+			}
+			if results[i] = run(u.change, &Tx{tx}); results[i] != nil {
+				if _, err := tx.Exec(`ROLLBACK TO one`); err != nil {
+					return errors.Join(results[i], err)
+				}
+			}
+			if _, err := tx.Exec(`RELEASE one`); err != nil {
+				return err
+			}
+		}
+		return tx.Commit()
+	}()
+	for i, u := range batch {
+		if err != nil {
+			results[i] = fmt.Errorf("%w: %w", ErrStopped, err)
+		}
+		u.result <- results[i]
+	}
+	return err
+}
+
+// run keeps a panic of one update from ending the loop that all depend on.
+func run(change func(*Tx) error, tx *Tx) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("store: an update panicked: %v", p)
+		}
+	}()
+	return change(tx)
+}
+
+// Millis is how times stand in the store: Unix milliseconds, 0 for none.
+func Millis(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixMilli()
+}
+
+// Time is the reverse of Millis.
+func Time(ms int64) time.Time {
+	if ms == 0 {
+		return time.Time{}
+	}
+	return time.UnixMilli(ms).UTC()
+}

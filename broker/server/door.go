@@ -1,0 +1,159 @@
+// Package server is the broker's door: TLS, who stands before it, and handlers
+// that translate between the wire and the rooms behind.
+//
+// A peer is one of three: a host, by a certificate of the host CA; a host that
+// wants to join, by a certificate that its key signed itself; an operator, by
+// a certificate of the operator CA, or as root on the local socket. Every
+// other certificate, a workload's among them, ends the handshake. Behind the
+// handshake a certificate counts for nothing: hosts and operators are looked
+// up by their key.
+package server
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/internal/challenge"
+)
+
+type peerKind int
+
+const (
+	unknownPeer peerKind = iota
+	joiningPeer
+	hostPeer
+	operatorPeer
+	localPeer // root, on the local socket
+)
+
+// A conn is what the door knows of one connection.
+type conn struct {
+	once      sync.Once
+	err       error
+	kind      peerKind
+	challenge *challenge.Conn
+	ends      time.Time // of the peer's certificate
+}
+
+type connKey struct{}
+
+// Door accepts connections of hosts and operators.
+type Door struct {
+	HostCA, OperatorCA *x509.Certificate
+	Certificate        func() (*tls.Certificate, error)
+	Now                func() time.Time
+}
+
+// TLS is the listener's configuration: TLS 1.3 alone, so that the exporter is
+// bound to both ends' keys, and no session tickets, since a resumed session
+// shows a certificate without a new signature.
+func (d *Door) TLS() *tls.Config {
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		NextProtos:             []string{"h2", "http/1.1"},
+		ClientAuth:             tls.RequireAnyClientCert,
+		SessionTicketsDisabled: true,
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return d.Certificate() },
+		VerifyConnection: func(state tls.ConnectionState) error {
+			_, err := d.classify(state)
+			return err
+		},
+		Time: d.Now,
+	}
+}
+
+var errCertificate = errors.New("this certificate opens nothing here")
+
+func (d *Door) classify(state tls.ConnectionState) (peerKind, error) {
+	if state.DidResume || len(state.PeerCertificates) == 0 {
+		return unknownPeer, errCertificate
+	}
+	leaf := state.PeerCertificates[0]
+	for kind, ca := range map[peerKind]*x509.Certificate{hostPeer: d.HostCA, operatorPeer: d.OperatorCA} {
+		roots := x509.NewCertPool()
+		roots.AddCert(ca)
+		_, err := leaf.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: d.Now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+		if err == nil {
+			return kind, nil
+		}
+	}
+	// A host without a good certificate joins by its bare key: the handshake
+	// proved that it has it.
+	if bytes.Equal(leaf.RawIssuer, leaf.RawSubject) && !leaf.IsCA && leaf.CheckSignature(leaf.SignatureAlgorithm, leaf.RawTBSCertificate, leaf.Signature) == nil {
+		return joiningPeer, nil
+	}
+	return unknownPeer, errCertificate
+}
+
+// ConnContext gives each connection its place for challenges.
+func (d *Door) ConnContext(ctx context.Context, c net.Conn) context.Context {
+	state := &conn{}
+	if _, ok := c.(*net.UnixConn); ok {
+		state.kind = localPeer
+	}
+	return context.WithValue(ctx, connKey{}, state)
+}
+
+// identify completes a connection's state at its first request, when the
+// handshake is over.
+func (d *Door) identify(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c, ok := r.Context().Value(connKey{}).(*conn)
+		if !ok {
+			http.Error(w, "no connection", http.StatusInternalServerError)
+			return
+		}
+		c.once.Do(func() {
+			if c.kind == localPeer {
+				return
+			}
+			c.err = d.complete(c, r)
+		})
+		if c.err != nil {
+			http.Error(w, c.err.Error(), http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+func (d *Door) complete(c *conn, r *http.Request) error {
+	if r.TLS == nil {
+		return errCertificate
+	}
+	kind, err := d.classify(*r.TLS)
+	if err != nil {
+		return err
+	}
+	exported, err := r.TLS.ExportKeyingMaterial(evidence.ExporterLabel, nil, evidence.ExporterSize)
+	if err != nil {
+		return fmt.Errorf("TLS exporter: %w", err)
+	}
+	address, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return err
+	}
+	leaf := r.TLS.PeerCertificates[0]
+	// The key in its one DER encoding, whatever the certificate made of it.
+	spki, err := x509.MarshalPKIXPublicKey(leaf.PublicKey)
+	if err != nil {
+		return errCertificate
+	}
+	c.kind, c.ends = kind, leaf.NotAfter
+	c.challenge = &challenge.Conn{KeySPKI: spki, Exporter: [evidence.ExporterSize]byte(exported), Address: address}
+	return nil
+}
+
+func connOf(ctx context.Context) *conn {
+	c, _ := ctx.Value(connKey{}).(*conn)
+	return c
+}

@@ -1,0 +1,292 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"net"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/countersign/countersign/attestors/tpm"
+	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
+	"github.com/countersign/countersign/broker/internal/admission"
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/credential"
+	"github.com/countersign/countersign/broker/internal/inventory"
+	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/wire"
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+// Hosts handles HostService.
+type Hosts struct {
+	Admission   *admission.Desk
+	Credentials *credential.Desk
+	Audit       *audit.Log
+	TrustDomain string
+	CA          []byte // DER of the host CA
+	Now         func() time.Time
+
+	joins *sourceLimit
+}
+
+// host is the connection of an admitted host, or a fault.
+func hostConn(ctx context.Context) (*conn, error) {
+	c := connOf(ctx)
+	if c.kind != hostPeer && c.kind != joiningPeer {
+		return nil, (&wire.Error{Outcome: wire.Fault, Check: "peer", Request: requestID(ctx), Message: "this call is for hosts"}).Connect()
+	}
+	return c, nil
+}
+
+// Join answers an application with a challenge.
+func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error) {
+	c, err := hostConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !s.joins.allow(c.challenge.Address) {
+		return nil, (&wire.Error{Outcome: wire.Fault, Check: "join-rate", Request: requestID(ctx), Message: "too many joins from this address; try again in a while"}).Connect()
+	}
+	var body v1.JoinBody
+	if err := proto.Unmarshal(req.Msg.GetBody(), &body); err != nil {
+		return nil, malformed(ctx, err)
+	}
+	a := admission.Application{Body: req.Msg.GetBody(), AKPublic: body.GetAkPublic(), TLSPublic: body.GetTlsPublic(), Token: body.GetToken(), Hostname: body.GetHostname()}
+	for _, ek := range body.GetEndorsementKeys() {
+		a.EKs = append(a.EKs, tpm.EK{Public: ek.GetPublic(), Certificate: ek.GetCertificate()})
+	}
+	ch, err := s.Admission.Begin(ctx, c.challenge, a)
+	if err != nil {
+		return nil, s.admissionError(ctx, err)
+	}
+	return connect.NewResponse(&v1.JoinResponse{
+		CredentialBlob: ch.CredentialBlob, EncryptedSecret: ch.EncryptedSecret, Nonce: ch.Nonce[:], EndorsementKey: uint32(ch.EK),
+	}), nil
+}
+
+// Activate finishes what Join began on the same connection.
+func (s *Hosts) Activate(ctx context.Context, req *connect.Request[v1.ActivateRequest]) (*connect.Response[v1.ActivateResponse], error) {
+	c, err := hostConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	quote, err := quoteOf(req.Msg.GetQuote())
+	if err != nil {
+		return nil, malformed(ctx, err)
+	}
+	r, err := s.Admission.Finish(ctx, c.challenge, admission.Answer{
+		Secret:        req.Msg.GetSecret(),
+		Certification: tpm.Certification{Attest: req.Msg.GetCertification().GetAttest(), Signature: req.Msg.GetCertification().GetSignature()},
+		Quote:         quote,
+	}, requestID(ctx))
+	if err != nil {
+		return nil, s.admissionError(ctx, err)
+	}
+	out := &v1.ActivateResponse{HostId: r.Host.ID, Pending: r.Pending, TrustDomain: s.TrustDomain, AuditKey: s.Audit.VerifierKey()}
+	if !r.Pending {
+		out.Certificate = [][]byte{r.Certificate, s.CA}
+		if out.Checkpoint, err = s.checkpoint(ctx, nil, r.Host.ID); err != nil {
+			return nil, s.fault(ctx, err)
+		}
+	}
+	return connect.NewResponse(out), nil
+}
+
+// Challenge opens nonces.
+func (s *Hosts) Challenge(ctx context.Context, req *connect.Request[v1.ChallengeRequest]) (*connect.Response[v1.ChallengeResponse], error) {
+	c, err := hostConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	nonces, err := s.Credentials.Challenge(ctx, c.challenge, int(min(req.Msg.GetCount(), 16)), requestID(ctx))
+	if err != nil {
+		return nil, s.fault(ctx, err)
+	}
+	out := &v1.ChallengeResponse{}
+	for _, n := range nonces {
+		out.Nonces = append(out.Nonces, n[:])
+	}
+	return connect.NewResponse(out), nil
+}
+
+// Prove proves host and leases again.
+func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]) (*connect.Response[v1.ProveResponse], error) {
+	c, err := hostConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var body v1.ProveBody
+	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
+	if err != nil {
+		return nil, malformed(ctx, err)
+	}
+	p := credential.Proof{Evidence: e, CertificateEnds: c.ends}
+	for _, l := range body.GetLeases() {
+		p.Leases = append(p.Leases, credential.LeaseProof{Lease: l.GetLeaseId(), Scope: l.GetScope(), Program: l.GetProgram(), Ticket: l.GetTicket()})
+	}
+	proven, err := s.Credentials.Prove(ctx, c.challenge, p, requestID(ctx))
+	if err != nil {
+		return nil, s.fault(ctx, err)
+	}
+	out := &v1.ProveResponse{HostState: string(inventory.Trusted), ProveBy: stamp(proven.ProveBy)}
+	for _, v := range proven.Verdicts {
+		out.Leases = append(out.Leases, &v1.LeaseVerdict{LeaseId: v.Lease, Outcome: v.Outcome, Reason: v.Reason, ProveBy: stamp(v.ProveBy), Expires: stamp(v.Expires)})
+	}
+	if proven.Certificate != nil {
+		out.Certificate = [][]byte{proven.Certificate, s.CA}
+	}
+	if out.Checkpoint, err = s.checkpoint(ctx, req.Msg.GetCheckpoint(), proven.Host.ID); err != nil {
+		return nil, s.fault(ctx, err)
+	}
+	return connect.NewResponse(out), nil
+}
+
+// checkpoint answers with the log's head, proven to follow the one shown.
+func (s *Hosts) checkpoint(ctx context.Context, shown []byte, host string) (*v1.Checkpoint, error) {
+	var since int64
+	if len(shown) > 0 {
+		var err error
+		since, err = s.Audit.Shown(ctx, shown, "host:"+host, s.Now())
+		if err != nil && !errors.Is(err, audit.ErrNotOurs) {
+			return nil, err
+		}
+	}
+	signed, proof, err := s.Audit.Head(ctx, since)
+	return &v1.Checkpoint{Note: signed, Consistency: proof}, err
+}
+
+// Issue asks for a credential.
+func (s *Hosts) Issue(ctx context.Context, req *connect.Request[v1.IssueRequest]) (*connect.Response[v1.IssueResponse], error) {
+	c, err := hostConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var body v1.IssueBody
+	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
+	if err != nil {
+		return nil, malformed(ctx, err)
+	}
+	issued, err := s.Credentials.Issue(ctx, c.challenge, credential.Order{
+		Evidence: e, Scope: body.GetScope(), Program: body.GetProgram(), CSR: body.GetCsr(), Replaces: body.GetReplaces(),
+		DeliveryID: body.GetDeliveryId(), BeforeStart: body.GetBeforeStart(), HandOver: body.GetHandOver(),
+	}, requestID(ctx))
+	if err != nil {
+		return nil, s.fault(ctx, err)
+	}
+	if issued.Observe {
+		return connect.NewResponse(&v1.IssueResponse{Observe: true}), nil
+	}
+	g := issued.Grant
+	out := &v1.IssueResponse{LeaseId: g.ID, Expires: stamp(g.Expires), ProveBy: stamp(g.ProveBy), ReplaceAt: stamp(issued.ReplaceAt),
+		AcknowledgeBy: stamp(g.Issued.Add(journal.ProvisionalFor)), Ticket: issued.Ticket}
+	for _, f := range issued.Fields {
+		out.Fields = append(out.Fields, &v1.SecretField{Name: f.Name, Value: f.Value.Reveal()})
+	}
+	return connect.NewResponse(out), nil
+}
+
+// Acknowledge makes a delivered credential live.
+func (s *Hosts) Acknowledge(ctx context.Context, req *connect.Request[v1.AcknowledgeRequest]) (*connect.Response[v1.AcknowledgeResponse], error) {
+	c, err := hostConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	g, err := s.Credentials.Acknowledge(ctx, c.challenge, req.Msg.GetLeaseId(), req.Msg.GetDeliveryId(), requestID(ctx))
+	if err != nil {
+		return nil, s.fault(ctx, err)
+	}
+	return connect.NewResponse(&v1.AcknowledgeResponse{Expires: stamp(g.Expires)}), nil
+}
+
+// maxRelease bounds one call; the agent sends the rest in another.
+const maxRelease = 256
+
+// Release gives leases back.
+func (s *Hosts) Release(ctx context.Context, req *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error) {
+	c, err := hostConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ids := req.Msg.GetLeaseIds()
+	confirmed, err := s.Credentials.Release(ctx, c.challenge, ids[:min(len(ids), maxRelease)], req.Msg.GetReason(), requestID(ctx))
+	if err != nil {
+		return nil, s.fault(ctx, err)
+	}
+	return connect.NewResponse(&v1.ReleaseResponse{Confirmed: confirmed}), nil
+}
+
+func stamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+func quoteOf(q *v1.Quote) (tpm.Quote, error) {
+	out := tpm.Quote{Attest: q.GetAttest(), Signature: q.GetSignature()}
+	if len(q.GetPcrs()) > 64 {
+		return out, errors.New("a quote has at most 24 PCRs")
+	}
+	for _, p := range q.GetPcrs() {
+		if len(p.GetSha256()) != 32 {
+			return out, errors.New("a PCR of the SHA-256 bank has 32 bytes")
+		}
+		out.PCRs = append(out.PCRs, tpm.PCR{Index: int(p.GetIndex()), SHA256: [32]byte(p.GetSha256())})
+	}
+	return out, nil
+}
+
+func evidenceOf(a *v1.Attested, body proto.Message, host func() *v1.HostFacts) (credential.Evidence, error) {
+	if err := proto.Unmarshal(a.GetBody(), body); err != nil {
+		return credential.Evidence{}, err
+	}
+	quote, err := quoteOf(a.GetQuote())
+	return credential.Evidence{Body: a.GetBody(), Nonce: a.GetNonce(), Quote: quote, Boot: host().GetBootId(), OS: host().GetOs()}, err
+}
+
+func malformed(ctx context.Context, err error) error {
+	return (&wire.Error{Outcome: wire.Fault, Check: "request", Request: requestID(ctx), Message: "the request can't be read: " + err.Error()}).Connect()
+}
+
+// fault sends an error of a desk; what isn't a wire.Error says nothing more.
+func (s *Hosts) fault(ctx context.Context, err error) error {
+	var e *wire.Error
+	if errors.As(err, &e) {
+		return e.Connect()
+	}
+	s.Credentials.Log.Error("request failed", "request", requestID(ctx), "err", err)
+	return (&wire.Error{Outcome: wire.Fault, Check: "broker", Request: requestID(ctx), Message: "the broker could not serve this request; its log says why under this request's id"}).Connect()
+}
+
+// admissionError tells a joining host what it did wrong, which is nobody
+// else's secret.
+func (s *Hosts) admissionError(ctx context.Context, err error) error {
+	e := &wire.Error{Outcome: wire.Fault, Check: "join", Request: requestID(ctx)}
+	var rejected *tpmappraise.Rejected
+	switch {
+	case errors.As(err, &rejected):
+		e.Outcome, e.Check, e.Message = wire.Rejected, string(rejected.Check), rejected.Detail
+	case errors.Is(err, inventory.ErrToken):
+		e.Outcome, e.Check, e.Message = wire.Refused, "join-token", inventory.ErrToken.Error()
+	case errors.Is(err, admission.ErrRemoved):
+		e.Outcome, e.Check, e.Message = wire.Refused, "host-removed", err.Error()
+	case errors.Is(err, admission.ErrPendingFull):
+		e.Check, e.Message = "pending-full", err.Error()
+	default:
+		return s.fault(ctx, err)
+	}
+	s.Credentials.Log.Warn("join refused", "check", e.Check, "err", err, "address", addressOf(ctx), "request", e.Request)
+	return e.Connect()
+}
+
+func addressOf(ctx context.Context) string {
+	c := connOf(ctx)
+	if c.challenge == nil {
+		return net.IPv4zero.String()
+	}
+	return c.challenge.Address
+}

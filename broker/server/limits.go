@@ -1,0 +1,93 @@
+package server
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"net/http"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+const (
+	maxBody     = 1 << 20          // of one request; evidence of a host with event log and IMA list has its own call
+	bodyTime    = 20 * time.Second // in which a request has to be sent
+	joinsPerSec = 2                // from one address, after joinBurst
+	joinBurst   = 20
+	maxSources  = 65536 // addresses that the join limit remembers
+)
+
+// RequestHeader carries a correlation id from agent to Vault's audit log. The
+// broker makes one where a request has none that it can use.
+const RequestHeader = "X-Correlation-Id"
+
+type requestKey struct{}
+
+// limit bounds each request in size and time and gives it its id.
+func limit(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id := r.Header.Get(RequestHeader)
+		if !usableID(id) {
+			var b [8]byte
+			_, _ = rand.Read(b[:]) // never fails
+			id = hex.EncodeToString(b[:])
+		}
+		w.Header().Set(RequestHeader, id)
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTime))
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestKey{}, id)))
+	})
+}
+
+func usableID(id string) bool {
+	if len(id) < 8 || len(id) > 64 {
+		return false
+	}
+	for _, c := range []byte(id) {
+		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '-' {
+			return false
+		}
+	}
+	return true
+}
+
+func requestID(ctx context.Context) string {
+	id, _ := ctx.Value(requestKey{}).(string)
+	return id
+}
+
+// A sourceLimit holds joins from one address to a rate, so that one source
+// can't take the time of all others.
+type sourceLimit struct {
+	mu      sync.Mutex
+	sources map[string]*rate.Limiter // guarded by mu
+	now     func() time.Time
+}
+
+func newSourceLimit(now func() time.Time) *sourceLimit {
+	return &sourceLimit{sources: map[string]*rate.Limiter{}, now: now}
+}
+
+func (l *sourceLimit) allow(address string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.now()
+	if len(l.sources) >= maxSources {
+		for a, s := range l.sources {
+			if s.TokensAt(now) >= joinBurst {
+				delete(l.sources, a)
+			}
+		}
+		if len(l.sources) >= maxSources {
+			return false
+		}
+	}
+	s, ok := l.sources[address]
+	if !ok {
+		s = rate.NewLimiter(joinsPerSec, joinBurst)
+		l.sources[address] = s
+	}
+	return s.AllowN(now, 1)
+}

@@ -1,0 +1,355 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/inventory"
+	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/operate"
+	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/internal/store"
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+// Operators handles OperatorService.
+type Operators struct {
+	Desk     *operate.Desk
+	BrokerID string
+	Version  string
+	Alarms   func() []string
+	Vault    func() string // how the broker stands with Vault, in words
+}
+
+// actor is the operator on this connection.
+func (s *Operators) actor(ctx context.Context) (operate.Actor, error) {
+	c := connOf(ctx)
+	switch c.kind {
+	case localPeer:
+		return operate.Actor{Name: "root", Role: operate.Admin, Request: requestID(ctx)}, nil
+	case operatorPeer:
+		a, err := s.Desk.ActorByKey(ctx, c.challenge.KeySPKI)
+		if err != nil {
+			return a, connect.NewError(connect.CodePermissionDenied, err)
+		}
+		a.Request = requestID(ctx)
+		return a, nil
+	}
+	return operate.Actor{}, connect.NewError(connect.CodePermissionDenied, errors.New("this call is for operators"))
+}
+
+func operatorError(err error) error {
+	var bad *operate.InvalidError
+	var c *connect.Error
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &c):
+		return err
+	case errors.Is(err, operate.ErrForbidden):
+		return connect.NewError(connect.CodePermissionDenied, err)
+	case errors.As(err, &bad):
+		return connect.NewError(connect.CodeInvalidArgument, err)
+	case errors.Is(err, inventory.ErrUnknown), errors.Is(err, inventory.ErrNoReference), errors.Is(err, journal.ErrUnknown):
+		return connect.NewError(connect.CodeNotFound, err)
+	case errors.Is(err, inventory.ErrTaken):
+		return connect.NewError(connect.CodeAlreadyExists, err)
+	}
+	return connect.NewError(connect.CodeInternal, err)
+}
+
+// serve runs one call for the connection's operator.
+func serve[Out any](ctx context.Context, s *Operators, call func(operate.Actor) (*Out, error)) (*connect.Response[Out], error) {
+	a, err := s.actor(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out, err := call(a)
+	if err != nil {
+		return nil, operatorError(err)
+	}
+	return connect.NewResponse(out), nil
+}
+
+// GetStatus counts hosts and leases.
+func (s *Operators) GetStatus(ctx context.Context, _ *connect.Request[v1.GetStatusRequest]) (*connect.Response[v1.GetStatusResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.GetStatusResponse, error) {
+		st, err := s.Desk.Status(ctx, a)
+		return &v1.GetStatusResponse{BrokerId: s.BrokerID, Version: s.Version, PolicyVersion: uint64(st.Policy), Epoch: uint64(st.Epoch),
+			Hosts: st.Hosts, Leases: st.Leases, Alarms: s.Alarms(), Vault: s.Vault()}, err
+	})
+}
+
+func hostMessage(h inventory.Host) *v1.Host {
+	m := &v1.Host{Id: h.ID, Name: h.Name, State: string(h.State), StateReason: h.Reason, Tier: h.Tier, Labels: h.Labels, Reference: h.Reference,
+		Address: h.Address, Created: stamp(h.Created), LastProved: stamp(h.LastProved), Reenrolling: h.Reenrolling}
+	if len(h.AKPublic) > 0 {
+		m.AkName = evidence.Sum(h.AKPublic).String()
+	}
+	for _, ek := range h.EKs {
+		m.EkHashes = append(m.EkHashes, ek.String())
+	}
+	return m
+}
+
+// ListHosts lists hosts.
+func (s *Operators) ListHosts(ctx context.Context, req *connect.Request[v1.ListHostsRequest]) (*connect.Response[v1.ListHostsResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.ListHostsResponse, error) {
+		hosts, err := s.Desk.Hosts(ctx, a, req.Msg.GetHost(), req.Msg.GetSelector(), req.Msg.GetState())
+		out := &v1.ListHostsResponse{}
+		for _, h := range hosts {
+			out.Hosts = append(out.Hosts, hostMessage(h))
+		}
+		return out, err
+	})
+}
+
+// AddHosts registers hosts.
+func (s *Operators) AddHosts(ctx context.Context, req *connect.Request[v1.AddHostsRequest]) (*connect.Response[v1.AddHostsResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.AddHostsResponse, error) {
+		var hosts []operate.NewHost
+		for _, h := range req.Msg.GetHosts() {
+			hosts = append(hosts, operate.NewHost{Name: h.GetName(), EKs: h.GetEkHashes(), Labels: h.GetLabels(), Reference: h.GetReference()})
+		}
+		ids, problems, err := s.Desk.AddHosts(ctx, a, hosts, req.Msg.GetDryRun())
+		return &v1.AddHostsResponse{Ids: ids, Problems: problems}, err
+	})
+}
+
+// ChangeHost does one act on a host.
+func (s *Operators) ChangeHost(ctx context.Context, req *connect.Request[v1.ChangeHostRequest]) (*connect.Response[v1.ChangeHostResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.ChangeHostResponse, error) {
+		m := req.Msg
+		h, n, err := s.Desk.ChangeHost(ctx, a, m.GetHost(), operate.Change{Action: m.GetAction(), SetLabels: m.GetSetLabels(), DropLabels: m.GetDropLabels(),
+			Reference: m.GetReference(), Reason: m.GetReason()})
+		return &v1.ChangeHostResponse{Host: hostMessage(h), LeasesRevoked: uint32(n)}, err
+	})
+}
+
+// CreateJoinToken makes a join token.
+func (s *Operators) CreateJoinToken(ctx context.Context, req *connect.Request[v1.CreateJoinTokenRequest]) (*connect.Response[v1.CreateJoinTokenResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.CreateJoinTokenResponse, error) {
+		m := req.Msg
+		expires := m.GetExpires().AsTime()
+		token, err := s.Desk.CreateToken(ctx, a, inventory.JoinToken{Name: m.GetName(), Labels: m.GetLabels(), Reference: m.GetReference(), Expires: expires})
+		return &v1.CreateJoinTokenResponse{Token: string(token.Reveal()), Expires: stamp(expires)}, err
+	})
+}
+
+// AddOperator certifies an operator's key.
+func (s *Operators) AddOperator(ctx context.Context, req *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.AddOperatorResponse, error) {
+		role, err := operate.ParseRole(req.Msg.GetRole())
+		if err != nil {
+			return nil, &operate.InvalidError{Reason: err.Error()}
+		}
+		var until time.Time
+		if req.Msg.GetExpires() != nil {
+			until = req.Msg.GetExpires().AsTime()
+		}
+		der, err := s.Desk.AddOperator(ctx, a, req.Msg.GetName(), role, req.Msg.GetCsr(), until)
+		return &v1.AddOperatorResponse{Certificate: [][]byte{der, s.Desk.OperatorCA.Certificate.Raw}}, err
+	})
+}
+
+func referenceMessage(r inventory.Reference) *v1.Reference {
+	m := &v1.Reference{Name: r.Name, Version: uint64(r.Version), LearnedFrom: r.LearnedFrom, Created: stamp(r.Created)}
+	for _, i := range slices.Sorted(maps.Keys(r.PCRs)) {
+		value := r.PCRs[i]
+		m.Pcrs = append(m.Pcrs, &v1.Pcr{Index: uint32(i), Sha256: value[:]})
+	}
+	return m
+}
+
+// LearnReference makes a reference set of what a host last quoted.
+func (s *Operators) LearnReference(ctx context.Context, req *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.LearnReferenceResponse, error) {
+		var pcrs []int
+		for _, i := range req.Msg.GetPcrs() {
+			pcrs = append(pcrs, int(i))
+		}
+		r, err := s.Desk.LearnReference(ctx, a, req.Msg.GetName(), req.Msg.GetHost(), pcrs)
+		return &v1.LearnReferenceResponse{Reference: referenceMessage(r)}, err
+	})
+}
+
+// ListReferences lists versions of reference sets.
+func (s *Operators) ListReferences(ctx context.Context, req *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.ListReferencesResponse, error) {
+		list, err := s.Desk.References(ctx, a, req.Msg.GetName())
+		out := &v1.ListReferencesResponse{}
+		for _, r := range list {
+			out.References = append(out.References, referenceMessage(r))
+		}
+		return out, err
+	})
+}
+
+// ApplyScopes applies or plans a whole set.
+func (s *Operators) ApplyScopes(ctx context.Context, req *connect.Request[v1.ApplyScopesRequest]) (*connect.Response[v1.ApplyScopesResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.ApplyScopesResponse, error) {
+		var files []policy.File
+		for _, f := range req.Msg.GetFiles() {
+			files = append(files, policy.File{Name: f.GetName(), Content: f.GetContent()})
+		}
+		p, err := s.Desk.Apply(ctx, a, files, req.Msg.GetPlanOnly())
+		if err != nil {
+			return nil, err
+		}
+		out := &v1.ApplyScopesResponse{Version: uint64(p.Version)}
+		for _, c := range p.Scopes {
+			out.Changes = append(out.Changes, &v1.ScopeChange{Scope: c.Scope, Change: c.Change})
+		}
+		for _, l := range p.Leases {
+			out.Leases = append(out.Leases, &v1.LeaseChange{Host: l.Host, Scope: l.Scope, LeaseId: l.Lease, Change: l.Change, Reason: l.Reason})
+		}
+		return out, nil
+	})
+}
+
+// Facts shows what was last appraised of a host.
+func (s *Operators) Facts(ctx context.Context, req *connect.Request[v1.FactsRequest]) (*connect.Response[v1.FactsResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.FactsResponse, error) {
+		facts, err := s.Desk.Facts(ctx, a, req.Msg.GetHost())
+		return &v1.FactsResponse{Json: facts}, err
+	})
+}
+
+// Why explains a decision.
+func (s *Operators) Why(ctx context.Context, req *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.WhyResponse, error) {
+		r, at, err := s.Desk.Why(ctx, a, req.Msg.GetHost(), req.Msg.GetScope())
+		out := &v1.WhyResponse{Allowed: r.Outcome == policy.Allowed, Outcome: string(r.Outcome), PolicyVersion: uint64(r.Policy), At: stamp(at), Reason: r.Reason}
+		for _, sel := range r.Selectors {
+			out.Selectors = append(out.Selectors, &v1.Selector{Name: sel.Name, Wanted: sel.Wanted, Saw: sel.Saw, Result: sel.Result})
+		}
+		return out, err
+	})
+}
+
+func leaseMessage(g journal.Grant, hostName string) *v1.Lease {
+	names := maps.Clone(g.Names)
+	if names == nil {
+		names = map[string]string{}
+	}
+	for k, v := range map[string]string{"vault_accessor": g.Accessor, "vault_lease": g.VaultLease, "certificate_serial": g.Serial} {
+		if v != "" {
+			names[k] = v
+		}
+	}
+	return &v1.Lease{Id: g.ID, Host: g.Host, HostName: hostName, Scope: g.Scope, Kind: g.Kind, State: string(g.State), Reason: g.Reason, Subject: g.Subject,
+		Names: names, Sources: g.Sources, Audience: g.Audience, Issued: stamp(g.Issued), Expires: stamp(g.Expires), Revoked: stamp(g.Ended), ProveBy: stamp(g.ProveBy),
+		LastError: g.LastError, Attempts: uint32(g.Attempts)}
+}
+
+// leasePage is how many leases one answer has.
+const leasePage = 1000
+
+// ListLeases lists leases by id, in pages.
+func (s *Operators) ListLeases(ctx context.Context, req *connect.Request[v1.ListLeasesRequest]) (*connect.Response[v1.ListLeasesResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.ListLeasesResponse, error) {
+		m := req.Msg
+		out := &v1.ListLeasesResponse{}
+		if m.GetLease() != "" {
+			g, err := s.Desk.Lease(ctx, a, m.GetLease())
+			out.Leases = append(out.Leases, leaseMessage(g, ""))
+			return out, err
+		}
+		f := journal.Filter{Host: m.GetHost(), Scope: m.GetScope(), After: m.GetAfter(), Limit: leasePage}
+		switch {
+		case m.GetState() != "":
+			f.States = []journal.State{journal.State(m.GetState())}
+		case !m.GetEnded():
+			f.States = journal.Unended
+		}
+		list, names, err := s.Desk.List(ctx, a, f)
+		for _, g := range list {
+			out.Leases = append(out.Leases, leaseMessage(g, names[g.Host]))
+		}
+		if len(list) == leasePage {
+			out.Next = list[len(list)-1].ID
+		}
+		return out, err
+	})
+}
+
+// RevokeLeases ends leases.
+func (s *Operators) RevokeLeases(ctx context.Context, req *connect.Request[v1.RevokeLeasesRequest]) (*connect.Response[v1.RevokeLeasesResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.RevokeLeasesResponse, error) {
+		m := req.Msg
+		ids, err := s.Desk.Revoke(ctx, a, m.GetLeases(), m.GetHost(), m.GetScope(), m.GetReason())
+		return &v1.RevokeLeasesResponse{Revoking: ids}, err
+	})
+}
+
+// followEvery is how often a followed log is looked at.
+const followEvery = 500 * time.Millisecond
+
+// ReadAudit streams records, and goes on with new ones where asked to.
+func (s *Operators) ReadAudit(ctx context.Context, req *connect.Request[v1.ReadAuditRequest], out *connect.ServerStream[v1.AuditRecord]) error {
+	a, err := s.actor(ctx)
+	if err != nil {
+		return err
+	}
+	if a.Role < operate.Viewer {
+		return operatorError(operate.ErrForbidden)
+	}
+	next := int64(req.Msg.GetFrom())
+	const page = 500
+	for {
+		var records []*v1.AuditRecord
+		err := s.Desk.Store.View(ctx, func(tx *store.Tx) error {
+			return audit.Read(tx, next, page, func(index int64, body []byte) error {
+				records = append(records, &v1.AuditRecord{Index: uint64(index), Json: json.RawMessage(body)})
+				return nil
+			})
+		})
+		if err != nil {
+			return operatorError(err)
+		}
+		for _, r := range records {
+			if err := out.Send(r); err != nil {
+				return err
+			}
+		}
+		next += int64(len(records))
+		if len(records) == page {
+			continue
+		}
+		if !req.Msg.GetFollow() {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(followEvery):
+		}
+	}
+}
+
+// AuditReceipt proves one record.
+func (s *Operators) AuditReceipt(ctx context.Context, req *connect.Request[v1.AuditReceiptRequest]) (*connect.Response[v1.AuditReceiptResponse], error) {
+	return serve(ctx, s, func(operate.Actor) (*v1.AuditReceiptResponse, error) {
+		record, signed, proof, err := s.Desk.Audit.Receipt(ctx, int64(req.Msg.GetIndex()))
+		if err != nil {
+			err = &operate.InvalidError{Reason: err.Error()}
+		}
+		return &v1.AuditReceiptResponse{Record: record, Checkpoint: signed, Proof: proof}, err
+	})
+}
+
+// AuditCheckpoint shows the signed head of the log.
+func (s *Operators) AuditCheckpoint(ctx context.Context, req *connect.Request[v1.AuditCheckpointRequest]) (*connect.Response[v1.AuditCheckpointResponse], error) {
+	return serve(ctx, s, func(operate.Actor) (*v1.AuditCheckpointResponse, error) {
+		signed, proof, err := s.Desk.Audit.Head(ctx, int64(req.Msg.GetConsistentWith()))
+		return &v1.AuditCheckpointResponse{Checkpoint: signed, Consistency: proof, VerifierKey: s.Desk.Audit.VerifierKey()}, err
+	})
+}
