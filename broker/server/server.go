@@ -27,7 +27,10 @@ type Server struct {
 	Hosts     *Hosts
 	Operators *Operators
 	Metrics   http.Handler // with /metrics, /healthz, /readyz and /crl
-	Log       *slog.Logger
+	Requests  interface {  // is told of every answer
+		Observe(procedure, outcome string, took time.Duration)
+	}
+	Log *slog.Logger
 
 	Listen        string
 	Socket        string // of root's own
@@ -37,7 +40,7 @@ type Server struct {
 // Run serves until ctx ends, then lets running requests finish.
 func (s *Server) Run(ctx context.Context) error {
 	s.Hosts.joins = newSourceLimit(s.Door.Now)
-	opts := connect.WithReadMaxBytes(maxBody)
+	opts := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxBody), connect.WithInterceptors(s.observe()))
 	mux := http.NewServeMux()
 	mux.Handle(countersignv1connect.NewHostServiceHandler(s.Hosts, opts, connect.WithRecover(s.recovered)))
 	mux.Handle(countersignv1connect.NewOperatorServiceHandler(s.Operators, opts, connect.WithRecover(s.recovered)))
@@ -70,6 +73,22 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	s.Log.Info("broker is up", "listen", outside.Addr().String(), "socket", s.Socket)
 	return group.Wait()
+}
+
+// observe counts answers.
+func (s *Server) observe() connect.UnaryInterceptorFunc {
+	return func(next connect.UnaryFunc) connect.UnaryFunc {
+		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+			start := time.Now()
+			res, err := next(ctx, req)
+			outcome := "ok"
+			if err != nil {
+				outcome = connect.CodeOf(err).String()
+			}
+			s.Requests.Observe(req.Spec().Procedure, outcome, time.Since(start))
+			return res, err
+		}
+	}
 }
 
 func (s *Server) httpServer(h http.Handler) *http.Server {

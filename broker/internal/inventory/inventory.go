@@ -163,11 +163,18 @@ func Silent(tx *store.Tx, now time.Time) ([]Host, error) {
 	return query(tx, `silent_at > 0 AND silent_at <= ?`, store.Millis(now))
 }
 
-// Postpone moves every SilentAt that lies before floor to floor: time in which
-// the broker could hear nobody doesn't count as silence.
-func Postpone(tx *store.Tx, floor time.Time) error {
-	_, err := tx.Exec(`UPDATE hosts SET silent_at = ? WHERE silent_at > 0 AND silent_at < ?`, store.Millis(floor), store.Millis(floor))
+// Shift moves every SilentAt by d: time in which the broker could hear nobody
+// doesn't count as silence.
+func Shift(tx *store.Tx, d time.Duration) error {
+	_, err := tx.Exec(`UPDATE hosts SET silent_at = silent_at + ? WHERE silent_at > 0`, d.Milliseconds())
 	return err
+}
+
+// HeardSince says whether any other host proved itself after t.
+func HeardSince(tx *store.Tx, except string, t time.Time) (bool, error) {
+	var n int
+	err := tx.QueryRow(`SELECT COUNT(*) FROM hosts WHERE last_proved > ? AND id <> ?`, store.Millis(t), except).Scan(&n)
+	return n > 0, err
 }
 
 // CountPending is how many hosts wait for an operator.

@@ -23,6 +23,7 @@ type Handle struct {
 	VaultLease string // empty where Vault made none
 	Serial     string // of a certificate, decimal
 	Expires    time.Time
+	Issued     time.Time // when the intent was recorded: what came of it began after that
 }
 
 // An Order is one credential to issue.

@@ -65,6 +65,7 @@ type Grant struct {
 
 	TTL     time.Duration `json:"ttl"`
 	Overlap time.Duration `json:"overlap,omitempty"`
+	Grace   time.Duration `json:"grace,omitempty"` // of silence after ProveBy
 	Expires time.Time     `json:"expires,omitzero"`
 	Acked   time.Time     `json:"acked,omitzero"`
 	ProveBy time.Time     `json:"prove_by,omitzero"`

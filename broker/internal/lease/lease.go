@@ -128,7 +128,7 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 		ID: inventory.NewID(), Host: facts.Host.ID, Scope: scope.Name, Kind: scope.Kind(),
 		DeliveryID: r.DeliveryID, Unit: facts.Program.Unit, Boot: facts.Program.Boot, SHA256: facts.Program.SHA256.String(),
 		Subject: subject, Facts: factsJSON, Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
-		TTL: scope.TTL(), Overlap: scope.Overlap(), ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
+		TTL: scope.TTL(), Overlap: scope.Overlap(), Grace: scope.Grace, ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
 	}, now)
 	if !r.HandOver {
 		g.Instance = facts.Program.Instance().String()

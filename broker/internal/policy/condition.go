@@ -10,6 +10,7 @@ import (
 	_ "time/tzdata" // CEL loads time zones by name when it evaluates
 
 	"cel.dev/cel-go/cel"
+	celast "cel.dev/cel-go/common/ast"
 	"cel.dev/cel-go/common/types"
 
 	"github.com/countersign/countersign/broker/internal/appraise"
@@ -165,11 +166,34 @@ func compile(text string) (cel.Program, []mistake) {
 	if ast.OutputType() != cel.BoolType {
 		return nil, []mistake{{line: 1, message: fmt.Sprintf("a condition is true or false; this one is a %s", ast.OutputType())}}
 	}
+	if zone, line := unknownZone(ast.NativeRep()); zone != "" {
+		return nil, []mistake{{line: line, message: fmt.Sprintf("%q is no time zone, as Europe/Berlin or +02:00", bounded(zone))}}
+	}
 	program, err := env.Program(ast, cel.CostLimit(maxCost))
 	if err != nil {
 		return nil, []mistake{{line: 1, message: err.Error()}}
 	}
 	return program, nil
+}
+
+// unknownZone finds a time zone, written out, that every evaluation would fail
+// on.
+func unknownZone(ast *celast.AST) (zone string, line int) {
+	for _, e := range celast.MatchDescendants(celast.NavigateAST(ast), celast.KindMatcher(celast.CallKind)) {
+		call := e.AsCall()
+		if !call.IsMemberFunction() || len(call.Args()) != 1 || call.Args()[0].Kind() != celast.LiteralKind ||
+			ast.GetType(call.Target().ID()) != types.TimestampType {
+			continue
+		}
+		name, ok := call.Args()[0].AsLiteral().Value().(string)
+		if !ok || strings.Contains(name, ":") {
+			continue
+		}
+		if _, err := time.LoadLocation(name); err != nil {
+			return name, max(ast.SourceInfo().GetStartLocation(e.ID()).Line(), 1)
+		}
+	}
+	return "", 0
 }
 
 // words are all names a condition can use.

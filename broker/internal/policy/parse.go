@@ -1,9 +1,11 @@
 package policy
 
 import (
+	"bytes"
 	"cmp"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -19,7 +21,8 @@ const (
 	maxText     = 4096 // bytes of any string
 	maxList     = 256  // entries of any list or map
 	maxProblems = 200
-	maxNesting  = 16 // scopes need 4; HCL's parser recurses
+	maxSigns    = 1024 // $ and % in a file
+	maxNesting  = 16   // scopes need 4; HCL's parser recurses
 )
 
 // Options are what scopes are held against beside themselves.
@@ -38,6 +41,15 @@ func Parse(files []File, o Options) (*Set, error) {
 		r.problem(hcl.Range{Filename: "(set)"}, fmt.Sprintf("%d files; at most %d are read", len(files), MaxFiles), "")
 		files = nil
 	}
+	size := 0
+	for _, f := range files {
+		size += len(f.Content)
+	}
+	if size > MaxSize {
+		r.problem(hcl.Range{Filename: "(set)"}, fmt.Sprintf("%d bytes in all files; at most %d are read", size, MaxSize), "")
+		files = nil
+	}
+	files = slices.SortedStableFunc(slices.Values(files), func(a, b File) int { return cmp.Compare(a.Name, b.Name) })
 	names := map[string]bool{}
 	for _, f := range files {
 		where := hcl.Range{Filename: f.Name}
@@ -62,13 +74,13 @@ func Parse(files []File, o Options) (*Set, error) {
 	if len(r.problems) > 0 {
 		return nil, r.errors()
 	}
-	slices.SortFunc(set.files, func(a, b File) int { return cmp.Compare(a.Name, b.Name) })
 	return set, nil
 }
 
 // A reader collects what is wrong.
 type reader struct {
 	options  Options
+	source   []byte               // of the file being read
 	first    map[string]hcl.Range // where a scope's name was used first
 	problems []Problem
 }
@@ -88,6 +100,7 @@ func (r *reader) errors() *Problems {
 }
 
 func (r *reader) file(f File) []*Scope {
+	r.source = f.Content
 	where := hcl.Range{Filename: f.Name}
 	if len(f.Content) > MaxFileSize {
 		r.problem(where, fmt.Sprintf("%d bytes; at most %d are read", len(f.Content), MaxFileSize), "")
@@ -95,6 +108,18 @@ func (r *reader) file(f File) []*Scope {
 	}
 	if !utf8.Valid(f.Content) {
 		r.problem(where, "not UTF-8", "")
+		return nil
+	}
+	number := 0
+	for line := range bytes.Lines(f.Content) {
+		if number++; len(line) > MaxLine {
+			where.Start.Line = number
+			r.problem(where, fmt.Sprintf("a line of %d bytes; at most %d are read", len(line), MaxLine), "")
+			return nil
+		}
+	}
+	if n := bytes.Count(f.Content, []byte("$")) + bytes.Count(f.Content, []byte("%")); n > maxSigns {
+		r.problem(hcl.Range{Filename: f.Name}, fmt.Sprintf("%d signs $ and %%; at most %d are read", n, maxSigns), "")
 		return nil
 	}
 	if at, deep := tooDeep(f); deep {
@@ -155,8 +180,7 @@ type block struct {
 }
 
 func (r *reader) block(body *hclsyntax.Body, what string, attrs, blocks []string) block {
-	at := body.SrcRange
-	b := block{reader: r, at: at, what: what, attrs: body.Attributes, blocks: map[string][]*hclsyntax.Block{}}
+	b := block{reader: r, at: body.SrcRange, what: what, attrs: body.Attributes, blocks: map[string][]*hclsyntax.Block{}}
 	known := slices.Concat(attrs, blocks)
 	for _, name := range slices.Sorted(maps.Keys(body.Attributes)) {
 		switch {
@@ -214,7 +238,7 @@ func (b block) constant(name string, e hclsyntax.Expression, kind cty.Type, want
 	case *hclsyntax.LiteralValueExpr:
 		literal = true
 	case *hclsyntax.TemplateExpr:
-		literal = e.IsStringLiteral() || !slices.ContainsFunc(e.Parts, func(p hclsyntax.Expression) bool {
+		literal = !slices.ContainsFunc(e.Parts, func(p hclsyntax.Expression) bool {
 			_, ok := p.(*hclsyntax.LiteralValueExpr)
 			return !ok
 		})
@@ -228,42 +252,66 @@ func (b block) constant(name string, e hclsyntax.Expression, kind cty.Type, want
 	return cty.NilVal, false
 }
 
-func (b block) word(name string, e hclsyntax.Expression) string {
-	v, ok := b.constant(name, e, cty.String, "a plain string in quotes; a literal ${ is written $${")
-	if !ok {
-		return ""
+// A check says what is wrong with a value, in words that follow it, and what
+// was likely meant.
+type check func(s string) (why, meant string)
+
+// login is what a URL must not bring into an error message.
+var login = regexp.MustCompile(`//[^/]*@`)
+
+func anything(string) (string, string) { return "", "" }
+
+// oneOf allows these words alone.
+func oneOf(words ...string) check {
+	return func(s string) (string, string) {
+		if slices.Contains(words, s) {
+			return "", ""
+		}
+		return "is not " + strings.Join(words, " or "), nearest(s, words)
+	}
+}
+
+// word is a constant string that passes its check.
+func (b block) word(name string, e hclsyntax.Expression, ok check) (string, bool) {
+	v, literal := b.constant(name, e, cty.String, "a plain string in quotes; a literal ${ is written $${")
+	if !literal {
+		return "", false
 	}
 	s := v.AsString()
-	if len(s) > maxText {
-		b.problem(e.Range(), fmt.Sprintf("%s: %d bytes; at most %d are read", name, len(s), maxText), "")
-		return ""
+	why, meant := "", ""
+	switch {
+	case s == "":
+		b.problem(e.Range(), name+": is empty", "")
+		return "", false
+	case len(s) > maxText:
+		why = fmt.Sprintf("has %d bytes; at most %d are read", len(s), maxText)
+	default:
+		why, meant = ok(s)
 	}
-	return s
+	if why != "" {
+		b.problem(e.Range(), fmt.Sprintf("%s: %q %s", name, bounded(login.ReplaceAllString(s, "//…@")), why), meant)
+	}
+	return s, why == ""
 }
 
 // text is a string; empty where it is not there.
-func (b block) text(name string) string {
-	a := b.attrs[name]
-	if a == nil {
-		return ""
+func (b block) text(name string, ok check) string {
+	if a := b.attrs[name]; a != nil {
+		if s, good := b.word(name, a.Expr, ok); good {
+			return s
+		}
 	}
-	s := b.word(name, a.Expr)
-	if s == "" && !slices.ContainsFunc(b.problems, func(p Problem) bool {
-		return p.File == a.SrcRange.Filename && p.Line >= a.SrcRange.Start.Line && p.Line <= a.SrcRange.End.Line
-	}) {
-		b.bad(name, "is empty")
-	}
-	return s
+	return ""
 }
 
 // texts is a list of strings; nil where it is not there.
-func (b block) texts(name string) []string {
+func (b block) texts(name string, ok check) []string {
 	a := b.attrs[name]
 	if a == nil {
 		return nil
 	}
-	list, ok := a.Expr.(*hclsyntax.TupleConsExpr)
-	if !ok {
+	list, isList := a.Expr.(*hclsyntax.TupleConsExpr)
+	if !isList {
 		b.bad(name, "wants a list of strings, as [\"…\"]")
 		return nil
 	}
@@ -273,8 +321,8 @@ func (b block) texts(name string) []string {
 	}
 	var out []string
 	for _, e := range list.Exprs {
-		s := b.word(name, e)
-		if slices.Contains(out, s) && s != "" {
+		s, good := b.word(name, e, ok)
+		if good && slices.Contains(out, s) {
 			b.problem(e.Range(), fmt.Sprintf("%s: %q is in the list twice", name, s), "")
 		}
 		out = append(out, s)
@@ -282,14 +330,14 @@ func (b block) texts(name string) []string {
 	return out
 }
 
-// texts' map; nil where it is not there.
-func (b block) pairs(name string) map[string]string {
+// pairs is a map of strings; nil where it is not there.
+func (b block) pairs(name string, key, value check) map[string]string {
 	a := b.attrs[name]
 	if a == nil {
 		return nil
 	}
-	object, ok := a.Expr.(*hclsyntax.ObjectConsExpr)
-	if !ok {
+	object, isObject := a.Expr.(*hclsyntax.ObjectConsExpr)
+	if !isObject {
 		b.bad(name, "wants pairs, as { key = \"value\" }")
 		return nil
 	}
@@ -299,29 +347,32 @@ func (b block) pairs(name string) map[string]string {
 	}
 	out := map[string]string{}
 	for _, item := range object.Items {
-		key := b.key(name, item.KeyExpr)
-		if key == "" {
+		k, ok := b.key(name, item.KeyExpr, key)
+		v, good := b.word(name, item.ValueExpr, value)
+		if !ok || !good {
 			continue
 		}
-		if _, twice := out[key]; twice {
-			b.problem(item.KeyExpr.Range(), fmt.Sprintf("%s: %q is there twice", name, key), "")
+		if _, twice := out[k]; twice {
+			b.problem(item.KeyExpr.Range(), fmt.Sprintf("%s: %q is there twice", name, k), "")
 		}
-		out[key] = b.word(name, item.ValueExpr)
+		out[k] = v
 	}
 	return out
 }
 
 // key is a map's key: a bare word or a string.
-func (b block) key(name string, e hclsyntax.Expression) string {
-	wrapped, ok := e.(*hclsyntax.ObjectConsKeyExpr)
-	if !ok {
-		return b.word(name, e)
+func (b block) key(name string, e hclsyntax.Expression, ok check) (string, bool) {
+	if wrapped, isKey := e.(*hclsyntax.ObjectConsKeyExpr); isKey && !wrapped.ForceNonLiteral {
+		e = wrapped.Wrapped
+		if word := hcl.ExprAsKeyword(e); word != "" {
+			why, meant := ok(word)
+			if why != "" {
+				b.problem(wrapped.Range(), fmt.Sprintf("%s: %q %s", name, bounded(word), why), meant)
+			}
+			return word, why == ""
+		}
 	}
-	if word := hcl.ExprAsKeyword(wrapped.Wrapped); word != "" && !wrapped.ForceNonLiteral {
-		return word
-	}
-	key := b.word(name, wrapped.Wrapped)
-	return key
+	return b.word(name, e, ok)
 }
 
 // flag is a bool; nil where it is not there.
@@ -340,7 +391,7 @@ func (b block) flag(name string) *bool {
 
 // duration is a time span between two bounds, or the default.
 func (b block) duration(name string, least, most, otherwise time.Duration) time.Duration {
-	text := b.text(name)
+	text := b.text(name, anything)
 	if text == "" {
 		return otherwise
 	}

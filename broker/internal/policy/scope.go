@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"fmt"
 	"net/netip"
 	"net/url"
@@ -11,6 +12,7 @@ import (
 	"time"
 	"unicode"
 
+	"cel.dev/cel-go/cel"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 
 	"github.com/countersign/countersign/attestors/evidence"
@@ -59,19 +61,9 @@ func (r *reader) scope(hb *hclsyntax.Block) *Scope {
 		[]string{"description", "owner", "mode", "audience", "reprove", "grace", "when"},
 		[]string{"host", "process", "vault", "certificate"})
 	b.at = at
-	s.Description, s.Owner, s.Audience = b.text("description"), b.text("owner"), b.texts("audience")
-	switch mode := b.text("mode"); mode {
-	case "", "enforce":
-	case "observe":
-		s.Observe = true
-	default:
-		r.problem(b.attrs["mode"].Expr.Range(), fmt.Sprintf("mode: %q is neither enforce nor observe", mode), nearest(mode, []string{"enforce", "observe"}))
-	}
-	for _, a := range s.Audience {
-		if err := checkAudience(a); a != "" && err != nil {
-			b.bad("audience", "%q: %v", a, err)
-		}
-	}
+	s.Description, s.Owner = b.text("description", anything), b.text("owner", anything)
+	s.Audience = b.texts("audience", place)
+	s.Observe = b.text("mode", oneOf("enforce", "observe")) == "observe"
 	if hb := b.one("host"); hb != nil {
 		s.Host = r.host(hb)
 	}
@@ -80,15 +72,14 @@ func (r *reader) scope(hb *hclsyntax.Block) *Scope {
 	} else {
 		r.problem(at, "a scope wants a process block: whose credential is it?", "")
 	}
-	if b.has("when") {
-		s.When, s.compiled.when = b.condition()
-	}
-	r.source(s, b)
+	s.When, s.compiled.when = b.condition()
+	r.credential(s, b)
 	return s
 }
 
-// source reads where the credential comes from, and the times that hang on it.
-func (r *reader) source(s *Scope, b block) {
+// credential reads where the credential comes from, and the times that hang
+// on it.
+func (r *reader) credential(s *Scope, b block) {
 	vault, certificate := b.one("vault"), b.one("certificate")
 	switch {
 	case vault != nil && certificate != nil:
@@ -113,22 +104,21 @@ func (r *reader) source(s *Scope, b block) {
 	s.Grace = b.duration("grace", minGrace, maxGrace, DefaultGrace)
 }
 
-func checkAudience(a string) error {
+// place checks an entry of an audience.
+func place(a string) (why, meant string) {
 	u, err := url.Parse(a)
 	switch {
-	case err != nil:
-		return fmt.Errorf("is no URL")
-	case u.Scheme == "" || u.Host == "":
-		return fmt.Errorf("wants a scheme and a host, as postgres://db.example.com:5432/billing")
+	case err != nil || u.Scheme == "" || u.Host == "":
+		why = "is no URL with a scheme and a host, as postgres://db.example.com:5432/billing"
 	case u.User != nil:
-		return fmt.Errorf("names a user; an audience is a place, and no secret stands in a scope")
+		why = "names a user; an audience is a place, and no secret stands in a scope"
 	}
-	return nil
+	return why, ""
 }
 
 // condition compiles `when`; its mistakes are told by the file's lines.
 func (b block) condition() (string, cel.Program) {
-	text := b.text("when")
+	text := b.text("when", anything)
 	if text == "" {
 		return "", nil
 	}
@@ -145,90 +135,93 @@ func (b block) condition() (string, cel.Program) {
 	return text, program
 }
 
-func (r *reader) host(hb *hclsyntax.Block) (h HostSelector) {
+func (r *reader) host(hb *hclsyntax.Block) HostSelector {
 	b := r.block(hb.Body, "a host block", []string{"labels", "tier", "secure_boot", "reference", "ima"}, nil)
-	h.Labels, h.Tier, h.SecureBoot = b.pairs("labels"), b.texts("tier"), b.flag("secure_boot")
-	h.Reference, h.IMA = b.text("reference"), b.text("ima")
-	for key, value := range h.Labels {
-		if !labelKey.MatchString(key) {
-			b.bad("labels", "%q is no label: letters, digits and _ . / -, at most 63", key)
-		}
-		if value == "" || len(value) > 256 || strings.ContainsFunc(value, unprintable) {
-			b.bad("labels", "%s wants 1 to 256 printable characters", key)
-		}
+	return HostSelector{
+		Labels:     b.pairs("labels", label, printable),
+		Tier:       b.texts("tier", oneOf(appraise.TierCertified, appraise.TierKnown)),
+		SecureBoot: b.flag("secure_boot"),
+		Reference:  b.text("reference", printable),
+		IMA:        b.text("ima", oneOf("required")),
 	}
-	tiers := []string{appraise.TierCertified, appraise.TierKnown}
-	for i, tier := range h.Tier {
-		if tier != "" && !slices.Contains(tiers, tier) {
-			list := b.attrs["tier"].Expr.(*hclsyntax.TupleConsExpr)
-			r.problem(list.Exprs[i].Range(), fmt.Sprintf("tier: %q is neither certified nor known", tier), nearest(tier, tiers))
-		}
-	}
-	if h.Reference != "" && (len(h.Reference) > 256 || strings.ContainsFunc(h.Reference, unprintable)) {
-		b.bad("reference", "a reference set's name has at most 256 printable characters")
-	}
-	if h.IMA != "" && h.IMA != "required" {
-		r.problem(b.attrs["ima"].Expr.Range(), fmt.Sprintf("ima: %q is not required, the only value", h.IMA), nearest(h.IMA, []string{"required"}))
-	}
-	return h
 }
 
-func (r *reader) process(hb *hclsyntax.Block) (p ProcessSelector, globs []*regexp.Regexp) {
-	b := r.block(hb.Body, "a process block", []string{"user", "unit", "exe", "sha256", "before_start", "mappings"}, nil)
-	p.User, p.Unit, p.Exe, p.SHA256, p.Mappings = b.text("user"), b.text("unit"), b.text("exe"), b.texts("sha256"), b.texts("mappings")
-	if flag := b.flag("before_start"); flag != nil {
-		p.BeforeStart = *flag
+func label(key string) (why, meant string) {
+	if !labelKey.MatchString(key) {
+		why = "is no label: letters, digits and _ . / -, at most 63"
 	}
+	return why, ""
+}
+
+func printable(s string) (why, meant string) {
+	if len(s) > 256 || strings.ContainsFunc(s, unprintable) {
+		why = "is not 1 to 256 printable characters"
+	}
+	return why, ""
+}
+
+func (r *reader) process(hb *hclsyntax.Block) (ProcessSelector, []*regexp.Regexp) {
+	b := r.block(hb.Body, "a process block", []string{"user", "unit", "exe", "sha256", "before_start", "mappings"}, nil)
 	if !b.has("user") && !b.has("unit") && !b.has("exe") && !b.has("sha256") {
 		r.problem(hb.TypeRange, "a process block wants at least one of user, unit, exe and sha256", "")
 	}
-	if p.User != "" && (len(p.User) > 256 || strings.ContainsAny(p.User, ":/ ") || strings.ContainsFunc(p.User, unprintable)) {
-		b.bad("user", "%.80q is no user's name", p.User)
+	p := ProcessSelector{
+		User:     b.text("user", user),
+		Unit:     b.text("unit", unit),
+		Exe:      b.text("exe", absolute),
+		SHA256:   b.texts("sha256", digest),
+		Mappings: b.texts("mappings", absolute),
 	}
-	if p.Unit != "" {
-		if why := checkUnit(p.Unit); why != "" {
-			b.bad("unit", "%.80q %s", p.Unit, why)
-		}
-	}
-	if p.Exe != "" && !cleanPath(p.Exe) {
-		b.bad("exe", "%q is not an absolute path without . and ..", p.Exe)
-	}
-	for _, digest := range p.SHA256 {
-		if _, err := evidence.ParseDigest(digest); digest != "" && err != nil {
-			b.bad("sha256", "%.80q: %v", digest, err)
-		}
+	if flag := b.flag("before_start"); flag != nil {
+		p.BeforeStart = *flag
 	}
 	if p.BeforeStart && !b.has("unit") {
 		b.bad("before_start", "wants a unit: nothing else has a start to wait for")
 	}
+	var globs []*regexp.Regexp
 	for _, m := range p.Mappings {
-		switch {
-		case m == "":
-		case !cleanPath(m):
-			b.bad("mappings", "%q is not an absolute path, as /usr/lib/**", m)
-		default:
-			globs = append(globs, glob(m))
-		}
+		globs = append(globs, glob(m))
 	}
 	return p, globs
 }
 
-// checkUnit says what is wrong with a unit's name, in words.
-func checkUnit(unit string) string {
-	name, _, _ := strings.Cut(unit, ".")
-	switch {
-	case !unitName.MatchString(unit):
-		return "is no unit's name; as billing.service"
-	case strings.HasSuffix(name, "@"):
-		return "is a template; name its instance"
-	case strings.HasPrefix(unit, "user@") || strings.HasPrefix(unit, "session-") && strings.HasSuffix(unit, ".scope"):
-		return "holds whatever a user starts; a unit of the system manager is wanted"
+func user(name string) (why, meant string) {
+	if len(name) > 256 || strings.ContainsAny(name, ":/ ") || strings.ContainsFunc(name, unprintable) {
+		why = "is no user's name"
 	}
-	return ""
+	return why, ""
 }
 
-func cleanPath(p string) bool {
-	return path.IsAbs(p) && path.Clean(p) == p && p != "/" && !strings.ContainsFunc(p, unprintable)
+func unit(unit string) (why, meant string) {
+	name, _, _ := strings.Cut(unit, ".")
+	switch {
+	case !unitName.MatchString(unit) && unitName.MatchString(unit+".service"):
+		return "is no service or scope unit", unit + ".service"
+	case !unitName.MatchString(unit):
+		why = "is no service or scope unit, as billing.service"
+	case strings.HasSuffix(name, "@"):
+		why = "is a template; name its instance"
+	case strings.HasPrefix(unit, "user@") || strings.HasPrefix(unit, "session-") && strings.HasSuffix(unit, ".scope"):
+		why = "holds whatever a user starts; name a unit of the system manager"
+	}
+	return why, ""
+}
+
+func absolute(p string) (why, meant string) {
+	if !path.IsAbs(p) || p == "/" || strings.ContainsFunc(p, unprintable) {
+		return "is not an absolute path of a file", ""
+	}
+	if clean := path.Clean(p); clean != p {
+		return "is not the path's plain form", clean
+	}
+	return "", ""
+}
+
+func digest(s string) (why, meant string) {
+	if _, err := evidence.ParseDigest(s); err != nil {
+		return "is wrong: " + err.Error(), ""
+	}
+	return "", ""
 }
 
 // glob compiles a pattern: ** is anything, * and ? stay inside one folder.
@@ -239,68 +232,44 @@ func glob(pattern string) *regexp.Regexp {
 
 func (r *reader) vault(hb *hclsyntax.Block) *VaultSource {
 	b := r.block(hb.Body, "a vault block", []string{"path", "method", "parameters", "ttl", "overlap"}, nil)
-	v := &VaultSource{Path: b.text("path"), Method: b.text("method"), Parameters: b.pairs("parameters")}
 	if !b.has("path") {
 		b.bad("path", "is missing")
-	} else if v.Path != "" {
-		if why := checkVaultPath(v.Path); why != "" {
-			b.bad("path", "%q %s", v.Path, why)
-		}
 	}
-	switch v.Method {
-	case "":
-		v.Method = "read"
-	case "read", "write":
-	default:
-		r.problem(b.attrs["method"].Expr.Range(), fmt.Sprintf("method: %q is neither read nor write", v.Method), nearest(v.Method, []string{"read", "write"}))
+	v := &VaultSource{
+		Path:       b.text("path", vaultPath),
+		Method:     b.text("method", oneOf("read", "write")),
+		Parameters: b.pairs("parameters", printable, anything),
 	}
-	if v.Method == "read" && v.Parameters != nil {
+	if (v.Method == "read" || !b.has("method")) && v.Parameters != nil {
 		b.bad("parameters", `only a write has them; add method = "write"`)
+	}
+	if v.Method == "" {
+		v.Method = "read"
 	}
 	v.TTL, v.Overlap = b.life()
 	return v
 }
 
-// checkVaultPath says what is wrong with a path, in words.
-func checkVaultPath(p string) string {
+func vaultPath(p string) (why, meant string) {
 	parts := strings.Split(p, "/")
 	switch strings.ToLower(parts[0]) {
 	case "sys", "auth", "identity", "cubbyhole":
-		return "is Vault's own, and no credential"
+		return "is Vault's own, and no credential", ""
 	}
 	for _, part := range parts {
 		switch {
 		case part == "." || part == ".." || !vaultPart.MatchString(part):
-			return "is not a path inside Vault, as database/creds/billing"
+			return "is not a path inside Vault, as database/creds/billing", ""
 		case strings.HasPrefix(strings.ToLower(part), "countersign-"):
-			return "is the broker's own"
+			return "is the broker's own", ""
 		}
 	}
-	return ""
+	return "", ""
 }
 
 func (r *reader) certificate(hb *hclsyntax.Block) *CertificateSource {
 	b := r.block(hb.Body, "a certificate block", []string{"dns", "ips", "ttl", "overlap"}, nil)
-	c := &CertificateSource{DNS: b.texts("dns"), IPs: b.texts("ips")}
-	for _, name := range c.DNS {
-		if why := checkDNS(name); name != "" && why != "" {
-			b.bad("dns", "%.80q %s", name, why)
-		} else if r.reserved(name) {
-			b.bad("dns", "%q is the broker's own name", name)
-		}
-	}
-	for _, ip := range c.IPs {
-		addr, err := netip.ParseAddr(ip)
-		switch {
-		case ip == "":
-		case err != nil || addr.Zone() != "" || addr.Is4In6() || addr.String() != ip:
-			b.bad("ips", "%.80q is no IP address in its usual form", ip)
-		case addr.IsLoopback() || addr.IsUnspecified() || addr.IsMulticast() || addr.IsLinkLocalUnicast():
-			b.bad("ips", "%s is no host's own address", ip)
-		case r.reserved(ip):
-			b.bad("ips", "%s is the broker's own address", ip)
-		}
-	}
+	c := &CertificateSource{DNS: b.texts("dns", r.dns), IPs: b.texts("ips", r.ip)}
 	c.TTL, c.Overlap = b.life()
 	return c
 }
@@ -311,20 +280,35 @@ func (r *reader) reserved(name string) bool {
 	})
 }
 
-// checkDNS says what is wrong with a DNS name, in words.
-func checkDNS(name string) string {
+func (r *reader) dns(name string) (why, meant string) {
 	labels := strings.Split(name, ".")
-	if len(name) > 253 || slices.ContainsFunc(labels, func(l string) bool { return !dnsLabel.MatchString(l) }) {
-		return "is no DNS name in lowercase; wildcards are not issued"
-	}
 	last := labels[len(labels)-1]
-	if strings.Trim(last, "0123456789") == "" {
-		return "looks like an address; those belong into ips"
+	switch {
+	case len(name) > 253 || slices.ContainsFunc(labels, func(l string) bool { return !dnsLabel.MatchString(l) }):
+		why = "is no DNS name in lowercase; wildcards are not issued"
+	case strings.Trim(last, "0123456789") == "":
+		why = "looks like an address; those belong into ips"
+	case last == "localhost" || name == "localhost.localdomain":
+		why = "means another host on each host"
+	case r.reserved(name):
+		why = "is the broker's own name"
 	}
-	if last == "localhost" || name == "localhost.localdomain" {
-		return "means another host on each host"
+	return why, ""
+}
+
+func (r *reader) ip(s string) (why, meant string) {
+	addr, err := netip.ParseAddr(s)
+	switch {
+	case err != nil || addr.Zone() != "" || addr.Is4In6():
+		why = "is no IP address"
+	case addr.String() != s:
+		return "is not the address's usual form", addr.String()
+	case addr.IsLoopback() || addr.IsUnspecified() || addr.IsMulticast() || addr.IsLinkLocalUnicast():
+		why = "is no host's own address"
+	case r.reserved(s):
+		why = "is the broker's own address"
 	}
-	return ""
+	return why, ""
 }
 
 // life reads ttl and overlap.

@@ -5,11 +5,11 @@
 // It trusts operators for the scopes, and still bounds what a file of them may
 // cost. Deny is the default. It promises that a subject is refused only where
 // every selector was evaluated and one said no; that equal facts, time and set
-// give equal results; and that a Decision comes from verified evidence alone.
+// give equal results, but for conditions that hang on the order of a map's
+// keys; and that a Decision comes from verified evidence alone.
 package policy
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -23,10 +23,14 @@ import (
 	"github.com/countersign/countersign/broker/internal/appraise"
 )
 
-// Limits of one set.
+// Limits of one set. HCL's lexer is quadratic on some input, as unclosed
+// heredocs, long lines and many $: within these, and maxSigns, a file takes
+// it a second or two at worst.
 const (
 	MaxFiles    = 256
-	MaxFileSize = 1 << 20
+	MaxFileSize = 128 << 10
+	MaxLine     = 8 << 10
+	MaxSize     = 4 << 20 // of all files
 	MaxScopes   = 2000
 )
 
@@ -194,7 +198,9 @@ func (p Problem) String() string {
 }
 
 // Problems are all mistakes of a set, by file, line and column.
-type Problems struct{ List []Problem }
+type Problems struct {
+	List []Problem `json:"list"`
+}
 
 func (p *Problems) Error() string {
 	lines := make([]string, len(p.List))
@@ -202,13 +208,4 @@ func (p *Problems) Error() string {
 		lines[i] = one.String()
 	}
 	return strings.Join(lines, "\n")
-}
-
-// AsProblems finds the mistakes in an error of Parse.
-func AsProblems(err error) ([]Problem, bool) {
-	var p *Problems
-	if !errors.As(err, &p) {
-		return nil, false
-	}
-	return p.List, true
 }

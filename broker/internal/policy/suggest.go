@@ -7,7 +7,7 @@ func nearest(word string, known []string) string {
 	if len(word) > maxName {
 		return ""
 	}
-	best, at := "", max(1, len(word)/3)+1
+	best, at := "", min(len(word), len(word)/3+2)
 	for _, k := range slices.Sorted(slices.Values(known)) {
 		if d := distance(word, k); d < at {
 			best, at = k, d

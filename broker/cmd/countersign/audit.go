@@ -1,0 +1,243 @@
+package main
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/wire/checkpoint"
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+func auditCommand(o *options) *cobra.Command {
+	cmd := &cobra.Command{Use: "audit", Short: "Read and verify the audit log"}
+	cmd.AddCommand(auditTailCommand(o), auditExportCommand(o), auditReceiptCommand(o), auditCheckCommand(), auditVerifyCommand(o))
+	return cmd
+}
+
+func streamAudit(cmd *cobra.Command, o *options, from uint64, follow bool, each func(*v1.AuditRecord) error) error {
+	client, err := o.client(cmd.Context())
+	if err != nil {
+		return err
+	}
+	stream, err := client.ReadAudit(cmd.Context(), connect.NewRequest(&v1.ReadAuditRequest{From: from, Follow: follow}))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = stream.Close() }()
+	for stream.Receive() {
+		if err := each(stream.Msg()); err != nil {
+			return err
+		}
+	}
+	if cmd.Context().Err() != nil {
+		return nil // interrupted
+	}
+	return stream.Err()
+}
+
+func auditTailCommand(o *options) *cobra.Command {
+	var follow bool
+	var lines int64
+	cmd := &cobra.Command{Use: "tail", Short: "Show the newest records", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		head, err := client.AuditCheckpoint(cmd.Context(), connect.NewRequest(&v1.AuditCheckpointRequest{}))
+		if err != nil {
+			return err
+		}
+		c, err := openCheckpoint(head.Msg)
+		if err != nil {
+			return err
+		}
+		return streamAudit(cmd, o, uint64(max(c.Size-lines, 0)), follow, func(r *v1.AuditRecord) error {
+			if o.output == "json" {
+				_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", r.GetJson())
+				return err
+			}
+			var rec audit.Record
+			if err := json.Unmarshal(r.GetJson(), &rec); err != nil {
+				return err
+			}
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "%d %s %s %s host=%s scope=%s lease=%s %s\n", rec.Index, rec.Time.Format("2006-01-02T15:04:05.000Z"), rec.Kind, rec.Actor,
+				rec.Host, rec.Scope, rec.Lease, summary(rec.Detail))
+			return err
+		})
+	}}
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with new records")
+	cmd.Flags().Int64VarP(&lines, "lines", "n", 20, "how many records")
+	return cmd
+}
+
+// summary is of a record's detail what fits on a line.
+func summary(detail json.RawMessage) string {
+	var d struct {
+		Reason string `json:"reason"`
+		Check  string `json:"check"`
+		Detail string `json:"detail"`
+	}
+	if json.Unmarshal(detail, &d) != nil {
+		return ""
+	}
+	for _, s := range []string{d.Detail, d.Reason, d.Check} {
+		if s != "" {
+			return strconv.Quote(s)
+		}
+	}
+	return ""
+}
+
+func openCheckpoint(m *v1.AuditCheckpointResponse) (checkpoint.Checkpoint, error) {
+	v, err := note.NewVerifier(m.GetVerifierKey())
+	if err != nil {
+		return checkpoint.Checkpoint{}, err
+	}
+	return checkpoint.Open(m.GetCheckpoint(), v)
+}
+
+func auditExportCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "export", Short: "Write the whole log as JSON lines, one record each, exactly as it is hashed", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		return streamAudit(cmd, o, 0, false, func(r *v1.AuditRecord) error {
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", r.GetJson())
+			return err
+		})
+	}}
+}
+
+// A receipt proves one record without the broker.
+type receipt struct {
+	Record     string   `json:"record"` // base64 of the record as it is hashed
+	Checkpoint string   `json:"checkpoint"`
+	Proof      [][]byte `json:"proof"`
+	Key        string   `json:"key"` // compare it with the broker's audit.pub
+}
+
+func auditReceiptCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "receipt INDEX", Short: "Write a proof that a record is in the log", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		index, err := strconv.ParseUint(args[0], 10, 63)
+		if err != nil {
+			return &exitError{exitUsage, fmt.Errorf("%q is no record's index", args[0])}
+		}
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		r, err := client.AuditReceipt(cmd.Context(), connect.NewRequest(&v1.AuditReceiptRequest{Index: index}))
+		if err != nil {
+			return err
+		}
+		head, err := client.AuditCheckpoint(cmd.Context(), connect.NewRequest(&v1.AuditCheckpointRequest{}))
+		if err != nil {
+			return err
+		}
+		return json.NewEncoder(cmd.OutOrStdout()).Encode(receipt{
+			Record: base64.StdEncoding.EncodeToString(r.Msg.GetRecord()), Checkpoint: string(r.Msg.GetCheckpoint()), Proof: r.Msg.GetProof(), Key: head.Msg.GetVerifierKey(),
+		})
+	}}
+}
+
+func auditCheckCommand() *cobra.Command {
+	var keyFile string
+	cmd := &cobra.Command{Use: "check RECEIPT", Short: "Check a receipt, without the broker", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		b, err := os.ReadFile(args[0])
+		if err != nil {
+			return err
+		}
+		var r receipt
+		if err := json.Unmarshal(b, &r); err != nil {
+			return no("%s is no receipt: %v", args[0], err)
+		}
+		if keyFile != "" {
+			key, err := os.ReadFile(keyFile)
+			if err != nil {
+				return err
+			}
+			r.Key = string(bytes.TrimSpace(key))
+		}
+		v, err := note.NewVerifier(r.Key)
+		if err != nil {
+			return no("the key: %v", err)
+		}
+		record, err := base64.StdEncoding.DecodeString(r.Record)
+		if err != nil {
+			return no("%s is no receipt: %v", args[0], err)
+		}
+		rec, err := audit.CheckReceipt(v, record, []byte(r.Checkpoint), r.Proof)
+		if err != nil {
+			return no("%v", err)
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "record %d (%s at %s) is in the log of %s\n", rec.Index, rec.Kind, rec.Time, v.Name())
+		return nil
+	}}
+	cmd.Flags().StringVar(&keyFile, "key-file", "", "the broker's audit.pub, got another way than with the receipt")
+	return cmd
+}
+
+// auditVerifyCommand hashes every record again and holds the root against the
+// signed head.
+func auditVerifyCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "verify", Short: "Hash the whole log again and hold it against its signed head", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		m, err := client.AuditCheckpoint(cmd.Context(), connect.NewRequest(&v1.AuditCheckpointRequest{}))
+		if err != nil {
+			return err
+		}
+		head, err := openCheckpoint(m.Msg)
+		if err != nil {
+			return no("%v", err)
+		}
+		var hashes []tlog.Hash
+		read := tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
+			out := make([]tlog.Hash, len(indexes))
+			for i, idx := range indexes {
+				if idx < 0 || idx >= int64(len(hashes)) {
+					return nil, io.ErrUnexpectedEOF
+				}
+				out[i] = hashes[idx]
+			}
+			return out, nil
+		})
+		enough := errors.New("enough")
+		next := int64(0)
+		err = streamAudit(cmd, o, 0, false, func(r *v1.AuditRecord) error {
+			if next == head.Size {
+				return enough // came after the head
+			}
+			more, err := tlog.StoredHashes(next, r.GetJson(), read)
+			hashes = append(hashes, more...)
+			next++
+			return err
+		})
+		if err != nil && !errors.Is(err, enough) {
+			return err
+		}
+		if next != head.Size {
+			return no("the signed head speaks of %d records, the log has %d", head.Size, next)
+		}
+		root, err := tlog.TreeHash(head.Size, read)
+		if err != nil {
+			return err
+		}
+		if root != head.Root {
+			return no("the records hash to %s, the signed head says %s: the log was changed", root, head.Root)
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "%d records of epoch %d match the signed head %s\n", head.Size, head.Epoch, root)
+		return nil
+	}}
+}

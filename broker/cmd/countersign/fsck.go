@@ -1,0 +1,65 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/countersign/countersign/broker/internal/config"
+	"github.com/countersign/countersign/broker/internal/fsck"
+	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/wire/faults"
+)
+
+func configCommand(_ *options) *cobra.Command {
+	cmd := &cobra.Command{Use: "config", Short: "The broker's config file"}
+	check := &cobra.Command{Use: "check [FILE]", Short: "Report every mistake in a config file", Args: cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+		file := defaultConfig
+		if len(args) > 0 {
+			file = args[0]
+		}
+		if _, err := config.Load(file); err != nil {
+			return err
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "%s is valid\n", file)
+		return nil
+	}}
+	cmd.AddCommand(check)
+	return cmd
+}
+
+func fsckCommand(o *options) *cobra.Command {
+	var file string
+	cmd := &cobra.Command{Use: "fsck", Short: "Check store and audit log against the invariants, read-only", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		c, err := config.Load(file)
+		if err != nil {
+			return err
+		}
+		s, err := store.OpenReadOnly(c.StoreFile())
+		if err != nil {
+			return err
+		}
+		defer func() { _ = s.Close() }()
+		report, err := fsck.Check(cmd.Context(), s, faults.Now())
+		if err != nil {
+			return err
+		}
+		if o.output == "json" {
+			if err := json.NewEncoder(cmd.OutOrStdout()).Encode(report); err != nil {
+				return err
+			}
+		} else {
+			for _, v := range report.Violations {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s: %s\n", v.Invariant, v.Detail)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%d records, %d grants, %d hosts checked\n", report.Records, report.Grants, report.Hosts)
+		}
+		if n := len(report.Violations); n > 0 {
+			return no("%d violations", n)
+		}
+		return nil
+	}}
+	cmd.Flags().StringVarP(&file, "config", "c", defaultConfig, "the broker's config file")
+	return cmd
+}

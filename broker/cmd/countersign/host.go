@@ -1,0 +1,256 @@
+package main
+
+import (
+	"encoding/csv"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+func hostCommand(o *options) *cobra.Command {
+	cmd := &cobra.Command{Use: "host", Short: "Admit, label and remove hosts"}
+	cmd.AddCommand(hostListCommand(o), hostShowCommand(o), hostAddCommand(o), hostImportCommand(o), hostLabelCommand(o),
+		hostActCommand(o, "approve", "Admit a pending host", false),
+		hostActCommand(o, "quarantine", "Revoke a host's leases and refuse it from now on", true),
+		hostActCommand(o, "release", "End a host's quarantine", false),
+		hostActCommand(o, "reenrol", "Let a host join again with new keys", false),
+		hostActCommand(o, "remove", "Revoke a host's leases and forget it, but for a tombstone", true),
+		hostReferenceCommand(o))
+	return cmd
+}
+
+func stampText(t *timestamppb.Timestamp) string {
+	if t == nil {
+		return "-"
+	}
+	return t.AsTime().UTC().Format(time.RFC3339)
+}
+
+func labelsText(labels map[string]string) string {
+	var parts []string
+	for _, k := range slices.Sorted(maps.Keys(labels)) {
+		parts = append(parts, k+"="+labels[k])
+	}
+	return strings.Join(parts, ",")
+}
+
+func hostListCommand(o *options) *cobra.Command {
+	var selector, state string
+	cmd := &cobra.Command{Use: "list", Short: "List hosts", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		r, err := client.ListHosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{Selector: selector, State: state}))
+		if err != nil {
+			return err
+		}
+		return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
+			table(w, "ID NAME STATE TIER PROVED LABELS REASON", func(row func(...any)) {
+				for _, h := range r.Msg.GetHosts() {
+					row(h.GetId(), h.GetName(), h.GetState(), h.GetTier(), stampText(h.GetLastProved()), labelsText(h.GetLabels()), h.GetStateReason())
+				}
+			})
+		})
+	}}
+	cmd.Flags().StringVarP(&selector, "selector", "l", "", "labels, as env=prod,role!=db")
+	cmd.Flags().StringVar(&state, "state", "", "registered, pending, trusted, stale, failed, quarantined or removed")
+	return cmd
+}
+
+func hostShowCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "show HOST", Short: "Show one host", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		r, err := client.ListHosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{Host: args[0]}))
+		if err != nil {
+			return err
+		}
+		h := r.Msg.GetHosts()[0]
+		return o.show(cmd.OutOrStdout(), h, func(w io.Writer) {
+			for _, line := range [][2]string{
+				{"id", h.GetId()}, {"name", h.GetName()}, {"state", h.GetState()}, {"reason", h.GetStateReason()}, {"tier", h.GetTier()},
+				{"labels", labelsText(h.GetLabels())}, {"reference", h.GetReference()}, {"address", h.GetAddress()},
+				{"created", stampText(h.GetCreated())}, {"proved", stampText(h.GetLastProved())}, {"ak", h.GetAkName()},
+				{"eks", strings.Join(h.GetEkHashes(), " ")},
+			} {
+				fmt.Fprintf(w, "%-10s %s\n", line[0], line[1])
+			}
+		})
+	}}
+}
+
+func addHosts(cmd *cobra.Command, o *options, hosts []*v1.NewHost, dryRun bool) error {
+	client, err := o.client(cmd.Context())
+	if err != nil {
+		return err
+	}
+	r, err := client.AddHosts(cmd.Context(), connect.NewRequest(&v1.AddHostsRequest{Hosts: hosts, DryRun: dryRun}))
+	if err != nil {
+		return err
+	}
+	if err := o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
+		for _, p := range r.Msg.GetProblems() {
+			fmt.Fprintln(w, p)
+		}
+		switch {
+		case dryRun && len(r.Msg.GetProblems()) == 0:
+			fmt.Fprintf(w, "%d hosts could be added\n", len(hosts))
+		case len(hosts) == 1 && len(r.Msg.GetIds()) == 1:
+			fmt.Fprintln(w, r.Msg.GetIds()[0])
+		case len(r.Msg.GetIds()) > 0:
+			fmt.Fprintf(w, "%d hosts added\n", len(r.Msg.GetIds()))
+		}
+	}); err != nil {
+		return err
+	}
+	if n := len(r.Msg.GetProblems()); n > 0 {
+		return no("no host was added: %d problems", n)
+	}
+	return nil
+}
+
+func hostAddCommand(o *options) *cobra.Command {
+	var eks []string
+	var reference string
+	cmd := &cobra.Command{Use: "add NAME [k=v ...]", Short: "Expect a host by the hash of its EK", Args: atLeast(1), RunE: func(cmd *cobra.Command, args []string) error {
+		labels, _, err := keyValues(args[1:])
+		if err != nil {
+			return err
+		}
+		return addHosts(cmd, o, []*v1.NewHost{{Name: args[0], EkHashes: eks, Labels: labels, Reference: reference}}, false)
+	}}
+	cmd.Flags().StringSliceVar(&eks, "ek-hash", nil, "SHA-256 of an EK's PKIX DER, as `countersign-agent doctor` prints it")
+	cmd.Flags().StringVar(&reference, "reference", "", "reference set that its PCRs must match")
+	_ = cmd.MarkFlagRequired("ek-hash")
+	return cmd
+}
+
+// maxImport bounds an import file; ten thousand hosts take some 2 MB.
+const maxImport = 64 << 20
+
+func hostImportCommand(o *options) *cobra.Command {
+	var file string
+	var dryRun bool
+	cmd := &cobra.Command{Use: "import -f FILE", Short: "Expect many hosts: CSV of name,ek_hash[;ek_hash…],k=v;k=v,reference", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		hosts, err := readImport(file)
+		if err != nil {
+			return err
+		}
+		return addHosts(cmd, o, hosts, dryRun)
+	}}
+	cmd.Flags().StringVarP(&file, "file", "f", "", "the file, with a header line")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "say what is wrong, add nothing")
+	_ = cmd.MarkFlagRequired("file")
+	return cmd
+}
+
+// readImport reads the whole file, so that a mistake in its last line adds
+// nobody.
+func readImport(file string) ([]*v1.NewHost, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	r := csv.NewReader(io.LimitReader(f, maxImport))
+	r.FieldsPerRecord = -1
+	header, err := r.Read()
+	if err != nil || len(header) < 2 || header[0] != "name" || header[1] != "ek_hash" {
+		return nil, no("%s: the first line must be name,ek_hash,labels,reference", file)
+	}
+	var hosts []*v1.NewHost
+	for {
+		rec, err := r.Read()
+		if errors.Is(err, io.EOF) {
+			return hosts, nil
+		}
+		if err != nil {
+			return nil, no("%s: %v", file, err)
+		}
+		for len(rec) < 4 {
+			rec = append(rec, "")
+		}
+		line, _ := r.FieldPos(0)
+		h := &v1.NewHost{Name: rec[0], EkHashes: strings.Split(rec[1], ";"), Reference: rec[3]}
+		if rec[2] != "" {
+			if h.Labels, _, err = keyValues(strings.Split(rec[2], ";")); err != nil {
+				return nil, no("%s:%d: labels: %v", file, line, err)
+			}
+		}
+		hosts = append(hosts, h)
+	}
+}
+
+func changeHost(cmd *cobra.Command, o *options, req *v1.ChangeHostRequest) error {
+	client, err := o.client(cmd.Context())
+	if err != nil {
+		return err
+	}
+	r, err := client.ChangeHost(cmd.Context(), connect.NewRequest(req))
+	if err != nil {
+		return err
+	}
+	return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
+		h := r.Msg.GetHost()
+		fmt.Fprintf(w, "host %s (%s) is %s", h.GetId(), h.GetName(), h.GetState())
+		if n := r.Msg.GetLeasesRevoked(); n > 0 {
+			fmt.Fprintf(w, "; %d leases are being revoked", n)
+		}
+		fmt.Fprintln(w)
+	})
+}
+
+func hostActCommand(o *options, action, short string, takesReason bool) *cobra.Command {
+	var reason, reference string
+	cmd := &cobra.Command{Use: action + " HOST", Short: short, Args: exactly(1)}
+	if takesReason {
+		cmd.Flags().StringVar(&reason, "reason", "", "why, for the audit log")
+	}
+	if action == "approve" {
+		cmd.Use += " [k=v ...]"
+		cmd.Args = atLeast(1)
+		cmd.Flags().StringVar(&reference, "reference", "", "reference set that its PCRs must match")
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		labels, _, err := keyValues(args[1:])
+		if err != nil {
+			return err
+		}
+		return changeHost(cmd, o, &v1.ChangeHostRequest{Host: args[0], Action: action, Reason: reason, SetLabels: labels, Reference: reference})
+	}
+	return cmd
+}
+
+func hostLabelCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "label HOST k=v k- ...", Short: "Set and drop labels", Args: atLeast(2), RunE: func(cmd *cobra.Command, args []string) error {
+		set, drop, err := keyValues(args[1:])
+		if err != nil {
+			return err
+		}
+		return changeHost(cmd, o, &v1.ChangeHostRequest{Host: args[0], Action: "label", SetLabels: set, DropLabels: drop})
+	}}
+}
+
+func hostReferenceCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "reference HOST [NAME]", Short: "Have a host match a reference set, or none", Args: atLeast(1), RunE: func(cmd *cobra.Command, args []string) error {
+		req := &v1.ChangeHostRequest{Host: args[0], Action: "reference"}
+		if len(args) > 1 {
+			req.Reference = args[1]
+		}
+		return changeHost(cmd, o, req)
+	}}
+}

@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+func leaseCommand(o *options) *cobra.Command {
+	cmd := &cobra.Command{Use: "lease", Short: "Show and revoke what was issued"}
+	cmd.AddCommand(leaseListCommand(o), leaseShowCommand(o), leaseRevokeCommand(o), leaseExportCommand(o))
+	return cmd
+}
+
+// eachLease calls f for every lease, page by page.
+func eachLease(ctx context.Context, o *options, req *v1.ListLeasesRequest, f func(*v1.Lease) error) error {
+	client, err := o.client(ctx)
+	if err != nil {
+		return err
+	}
+	for {
+		r, err := client.ListLeases(ctx, connect.NewRequest(req))
+		if err != nil {
+			return err
+		}
+		for _, l := range r.Msg.GetLeases() {
+			if err := f(l); err != nil {
+				return err
+			}
+		}
+		if req.After = r.Msg.GetNext(); req.After == "" {
+			return nil
+		}
+	}
+}
+
+func leaseListCommand(o *options) *cobra.Command {
+	req := &v1.ListLeasesRequest{}
+	cmd := &cobra.Command{Use: "list", Short: "List leases whose end is not confirmed", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		all := &v1.ListLeasesResponse{}
+		if err := eachLease(cmd.Context(), o, req, func(l *v1.Lease) error {
+			all.Leases = append(all.Leases, l)
+			return nil
+		}); err != nil {
+			return err
+		}
+		return o.show(cmd.OutOrStdout(), all, func(w io.Writer) {
+			table(w, "ID HOST SCOPE KIND STATE EXPIRES NOTE", func(row func(...any)) {
+				for _, l := range all.GetLeases() {
+					note := l.GetReason()
+					if l.GetLastError() != "" {
+						note = fmt.Sprintf("%s; attempt %d: %s", note, l.GetAttempts(), l.GetLastError())
+					}
+					row(l.GetId(), l.GetHostName(), l.GetScope(), l.GetKind(), l.GetState(), stampText(l.GetExpires()), note)
+				}
+			})
+		})
+	}}
+	cmd.Flags().StringVar(&req.Host, "host", "", "of this host")
+	cmd.Flags().StringVar(&req.Scope, "scope", "", "of this scope")
+	cmd.Flags().StringVar(&req.State, "state", "", "intended, provisional, live, retiring, revoking or gone")
+	cmd.Flags().BoolVar(&req.Ended, "all", false, "also the ones that are gone")
+	return cmd
+}
+
+func leaseShowCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "show LEASE", Short: "Show one lease", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		return eachLease(cmd.Context(), o, &v1.ListLeasesRequest{Lease: args[0]}, func(l *v1.Lease) error {
+			return o.show(cmd.OutOrStdout(), l, func(w io.Writer) {
+				for _, line := range [][2]string{
+					{"id", l.GetId()}, {"host", l.GetHost()}, {"scope", l.GetScope()}, {"kind", l.GetKind()}, {"state", l.GetState()}, {"reason", l.GetReason()},
+					{"names", labelsText(l.GetNames())}, {"sources", strings.Join(l.GetSources(), " ")}, {"audience", strings.Join(l.GetAudience(), " ")},
+					{"issued", stampText(l.GetIssued())}, {"expires", stampText(l.GetExpires())}, {"ended", stampText(l.GetRevoked())}, {"subject", string(l.GetSubject())},
+				} {
+					fmt.Fprintf(w, "%-9s %s\n", line[0], line[1])
+				}
+			})
+		})
+	}}
+}
+
+func leaseRevokeCommand(o *options) *cobra.Command {
+	req := &v1.RevokeLeasesRequest{}
+	cmd := &cobra.Command{Use: "revoke [LEASE ...]", Short: "Revoke leases by id, or all of a host or a scope", RunE: func(cmd *cobra.Command, args []string) error {
+		req.Leases = args
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		r, err := client.RevokeLeases(cmd.Context(), connect.NewRequest(req))
+		if err != nil {
+			return err
+		}
+		return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
+			fmt.Fprintf(w, "%d leases are revoked or being revoked; `countersign lease list --state revoking` shows the latter\n", len(r.Msg.GetRevoking()))
+		})
+	}}
+	cmd.Flags().StringVar(&req.Host, "host", "", "all leases of this host")
+	cmd.Flags().StringVar(&req.Scope, "scope", "", "all leases of this scope")
+	cmd.Flags().StringVar(&req.Reason, "reason", "", "why, for the audit log")
+	return cmd
+}
+
+// An exportedLease is one line of `lease export`, the ledger that tells where a
+// credential may be used and by whom.
+type exportedLease struct {
+	ID       string            `json:"id"`
+	Scope    string            `json:"scope"`
+	Host     string            `json:"host"`
+	Subject  exportedSubject   `json:"subject"`
+	Kind     string            `json:"kind"`
+	Names    map[string]string `json:"names"`
+	Sources  []string          `json:"sources"`
+	Audience []string          `json:"audience"`
+	Issued   string            `json:"issued,omitempty"`
+	Expires  string            `json:"expires,omitempty"`
+	Revoked  string            `json:"revoked,omitempty"`
+}
+
+type exportedSubject struct {
+	Boot       string          `json:"boot"`
+	PID        int             `json:"pid,omitempty"`
+	Start      uint64          `json:"start,omitempty"`
+	Unit       string          `json:"unit,omitempty"`
+	Invocation string          `json:"invocation,omitempty"`
+	User       string          `json:"user"`
+	Parent     json.RawMessage `json:"parent,omitempty"`
+	Exe        string          `json:"exe"`
+	SHA256     string          `json:"sha256"`
+}
+
+func leaseExportCommand(o *options) *cobra.Command {
+	req := &v1.ListLeasesRequest{Ended: true}
+	cmd := &cobra.Command{Use: "export", Short: "Write every lease, ended ones too, as JSON lines", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		e := json.NewEncoder(cmd.OutOrStdout())
+		return eachLease(cmd.Context(), o, req, func(l *v1.Lease) error {
+			out := exportedLease{ID: l.GetId(), Scope: l.GetScope(), Host: l.GetHost(), Kind: l.GetKind(), Names: l.GetNames(), Sources: l.GetSources(),
+				Audience: l.GetAudience(), Issued: rfc3339(l.GetIssued()), Expires: rfc3339(l.GetExpires()), Revoked: rfc3339(l.GetRevoked())}
+			if err := json.Unmarshal(l.GetSubject(), &out.Subject); err != nil {
+				return fmt.Errorf("lease %s: %w", l.GetId(), err)
+			}
+			return e.Encode(out)
+		})
+	}}
+	cmd.Flags().StringVar(&req.Host, "host", "", "of this host")
+	cmd.Flags().StringVar(&req.Scope, "scope", "", "of this scope")
+	return cmd
+}
+
+func rfc3339(t *timestamppb.Timestamp) string {
+	if t == nil {
+		return ""
+	}
+	return t.AsTime().UTC().Format(time.RFC3339Nano)
+}

@@ -1,0 +1,88 @@
+// Command countersign is the servers' and operators' program: the broker, and
+// the verbs that speak to it.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+)
+
+// version is set by the linker.
+var version = "devel"
+
+// Exit codes that scripts can use.
+const (
+	exitOK      = 0
+	exitNo      = 1 // the answer is no: invalid, refused, a check failed
+	exitUsage   = 2 // the command line is wrong
+	exitUnreach = 3 // the broker, or Vault, can't be reached or failed
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// An exitError is an error with an exit code of its own.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string { return e.err.Error() }
+func (e *exitError) Unwrap() error { return e.err }
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := rootCommand()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	fmt.Fprintln(stderr, "countersign:", message(err))
+	var exit *exitError
+	var remote *connect.Error
+	switch {
+	case errors.As(err, &exit):
+		return exit.code
+	case errors.As(err, &remote) && (remote.Code() == connect.CodeUnavailable || remote.Code() == connect.CodeInternal || remote.Code() == connect.CodeUnknown):
+		return exitUnreach
+	}
+	return exitNo
+}
+
+// message is an error as a person wants it: of a broker's answer, its words.
+func message(err error) string {
+	var remote *connect.Error
+	if errors.As(err, &remote) && remote.Code() != connect.CodeUnavailable {
+		return remote.Message()
+	}
+	return err.Error()
+}
+
+func rootCommand() *cobra.Command {
+	o := &options{}
+	root := &cobra.Command{
+		Use:           "countersign",
+		Short:         "Credentials that machines and programs earn",
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &exitError{exitUsage, err} })
+	o.flags(root)
+	root.AddCommand(brokerCommand(o), hostCommand(o), operatorCommand(o), joinTokenCommand(o), referenceCommand(o), scopeCommand(o),
+		whyCommand(o), leaseCommand(o), auditCommand(o), vaultCommand(o), fsckCommand(o), configCommand(o), statusCommand(o))
+	return root
+}

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/config"
+	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/wire/faults"
+)
+
+// restoreCommand puts a backup of the store in place. What was issued after
+// the backup is not in it: a new epoch says so to everybody who holds a
+// checkpoint, and agents bring their leases back when they next prove
+// themselves.
+func restoreCommand(file *string) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "restore BACKUP", Short: "Put a backup of the store in place and open a new epoch of the audit log", Args: exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := config.Load(*file)
+			if err != nil {
+				return err
+			}
+			if _, err := os.Stat(c.StoreFile()); err == nil {
+				return no("%s exists: move it away first; restore never overwrites a store", c.StoreFile())
+			}
+			if err := copyFile(args[0], c.StoreFile()); err != nil {
+				return err
+			}
+			s, err := store.Open(c.StoreFile())
+			if err != nil {
+				return err
+			}
+			var epoch int64
+			err = s.Update(cmd.Context(), func(tx *store.Tx) error {
+				if _, _, err := audit.Verify(tx); err != nil {
+					return fmt.Errorf("the backup's audit log: %w", err)
+				}
+				was, err := audit.Epoch(tx)
+				if err != nil {
+					return err
+				}
+				epoch = was + 1
+				return audit.OpenEpoch(tx, epoch, "operator:root", faults.Now(), map[string]any{"reason": "the store was restored from a backup"})
+			})
+			if err := errors.Join(err, s.Close()); err != nil {
+				return errors.Join(err, os.Remove(c.StoreFile()))
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "restored as epoch %d. Leases that were issued after the backup come back as their hosts prove themselves; "+
+				"`countersign lease orphans` then lists what Vault has and nobody spoke for.\n", epoch)
+			return nil
+		},
+	}
+	return cmd
+}
+
+func copyFile(from, to string) (err error) {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = in.Close() }()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, out.Close()) }()
+	if _, err := io.Copy(out, in); err != nil {
+		return err
+	}
+	return out.Sync()
+}

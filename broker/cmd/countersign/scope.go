@@ -1,0 +1,160 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	"github.com/countersign/countersign/broker/internal/policy"
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+func scopeCommand(o *options) *cobra.Command {
+	cmd := &cobra.Command{Use: "scope", Short: "Say who may have which credential"}
+	cmd.AddCommand(scopeValidateCommand(o), scopeSendCommand(o, true), scopeSendCommand(o, false), scopeFactsCommand(o))
+	return cmd
+}
+
+func scopeValidateCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "validate DIR", Short: "Check a folder of scopes without a broker", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		files, err := policy.LoadDir(args[0])
+		if err != nil {
+			return err
+		}
+		set, err := policy.Parse(files, policy.Options{})
+		var problems *policy.Problems
+		if o.output == "json" && (err == nil || errors.As(err, &problems)) {
+			out := struct {
+				Valid    bool             `json:"valid"`
+				Problems *policy.Problems `json:"problems,omitempty"`
+			}{err == nil, problems}
+			if encodeErr := json.NewEncoder(cmd.OutOrStdout()).Encode(out); encodeErr != nil {
+				return encodeErr
+			}
+			if err != nil {
+				return no("the scopes are not valid")
+			}
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "%d scopes are valid\n", len(set.Scopes()))
+		return nil
+	}}
+}
+
+// scopeSendCommand is plan and apply: the same question, once without doing it.
+func scopeSendCommand(o *options, planOnly bool) *cobra.Command {
+	use, short := "apply DIR", "Put a folder of scopes in force, as a whole"
+	if planOnly {
+		use, short = "plan DIR", "Show what applying a folder of scopes would change, and for which leases"
+	}
+	return &cobra.Command{Use: use, Short: short, Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		files, err := policy.LoadDir(args[0])
+		if err != nil {
+			return err
+		}
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		req := &v1.ApplyScopesRequest{PlanOnly: planOnly}
+		for _, f := range files {
+			req.Files = append(req.Files, &v1.File{Name: f.Name, Content: f.Content})
+		}
+		r, err := client.ApplyScopes(cmd.Context(), connect.NewRequest(req))
+		if err != nil {
+			return err
+		}
+		return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
+			for _, c := range r.Msg.GetChanges() {
+				if c.GetChange() != "same" {
+					fmt.Fprintf(w, "%-8s scope %s\n", c.GetChange(), c.GetScope())
+				}
+			}
+			for _, l := range r.Msg.GetLeases() {
+				if l.GetChange() != "keeps" {
+					fmt.Fprintf(w, "%-8s lease %s of scope %s on host %s: %s\n", l.GetChange(), l.GetLeaseId(), l.GetScope(), l.GetHost(), l.GetReason())
+				}
+			}
+			if !planOnly {
+				fmt.Fprintf(w, "version %d is in force\n", r.Msg.GetVersion())
+			}
+		})
+	}}
+}
+
+func scopeFactsCommand(o *options) *cobra.Command {
+	var host string
+	cmd := &cobra.Command{Use: "facts --host HOST", Short: "Show what scopes can say of a host", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		r, err := client.Facts(cmd.Context(), connect.NewRequest(&v1.FactsRequest{Host: host}))
+		if err != nil {
+			return err
+		}
+		var facts any
+		if err := json.Unmarshal(r.Msg.GetJson(), &facts); err != nil {
+			return err
+		}
+		e := json.NewEncoder(cmd.OutOrStdout())
+		if o.output == "text" {
+			e.SetIndent("", "  ")
+		}
+		return e.Encode(facts)
+	}}
+	cmd.Flags().StringVar(&host, "host", "", "id or name")
+	_ = cmd.MarkFlagRequired("host")
+	return cmd
+}
+
+func whyCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "why HOST SCOPE", Short: "Explain what a scope says of a host's program: each selector, and what it saw", Args: exactly(2), RunE: func(cmd *cobra.Command, args []string) error {
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		r, err := client.Why(cmd.Context(), connect.NewRequest(&v1.WhyRequest{Host: args[0], Scope: args[1]}))
+		if err != nil {
+			return err
+		}
+		if err := o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
+			fmt.Fprintf(w, "%s under policy version %d, on evidence of %s\n", r.Msg.GetOutcome(), r.Msg.GetPolicyVersion(), stampText(r.Msg.GetAt()))
+			table(w, "RESULT SELECTOR WANTED SAW", func(row func(...any)) {
+				for _, s := range r.Msg.GetSelectors() {
+					row(s.GetResult(), s.GetName(), s.GetWanted(), s.GetSaw())
+				}
+			})
+			if r.Msg.GetReason() != "" {
+				fmt.Fprintln(w, r.Msg.GetReason())
+			}
+		}); err != nil {
+			return err
+		}
+		if !r.Msg.GetAllowed() {
+			return no("%s is %s scope %s", args[0], r.Msg.GetOutcome(), args[1])
+		}
+		return nil
+	}}
+}
+
+func countsText(counts map[string]uint64) string {
+	var parts []string
+	for _, k := range slices.Sorted(maps.Keys(counts)) {
+		parts = append(parts, fmt.Sprintf("%d %s", counts[k], k))
+	}
+	if len(parts) == 0 {
+		return "none"
+	}
+	return strings.Join(parts, ", ")
+}

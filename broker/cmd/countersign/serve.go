@@ -1,0 +1,226 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/countersign/countersign/broker/internal/admission"
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/authority"
+	"github.com/countersign/countersign/broker/internal/config"
+	"github.com/countersign/countersign/broker/internal/credential"
+	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
+	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/metrics"
+	"github.com/countersign/countersign/broker/internal/operate"
+	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/internal/silence"
+	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/server"
+	"github.com/countersign/countersign/broker/wire/faults"
+)
+
+// serve runs a broker until ctx ends or its store stops.
+func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) {
+	log := newLog(c.LogFormat, stderr)
+	password, err := keyPassword(c.KeyPasswordFile, false)
+	if err != nil {
+		return err
+	}
+	s, err := openStore(c)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	id, err := brokerID(ctx, s)
+	if err != nil {
+		return err
+	}
+	hostCA, err := authority.Load(c.StateDir, authority.HostCA, password)
+	if err != nil {
+		return err
+	}
+	operatorCA, err := authority.Load(c.StateDir, authority.OperatorCA, password)
+	if err != nil {
+		return err
+	}
+	auditLog, err := audit.Open(s, c.StateDir, id)
+	if err != nil {
+		return err
+	}
+	roots, intermediates, err := ekRoots(c.EKRoots)
+	if err != nil {
+		return err
+	}
+	parse := func(files []policy.File) (*policy.Set, error) {
+		return policy.Parse(files, policy.Options{Reserved: c.Names})
+	}
+	set, err := operate.LoadPolicy(ctx, s, parse)
+	if err != nil {
+		return err
+	}
+	var inForce atomic.Pointer[policy.Set]
+	inForce.Store(set)
+
+	group, ctx := errgroup.WithContext(ctx)
+	issuers := map[string]issue.Issuer{}
+	vaultStatus := func() string { return "not configured" }
+	if c.Vault != nil {
+		v, err := vault.New(ctx, *c.Vault, log, faults.Now)
+		if err != nil {
+			return err
+		}
+		group.Go(func() error { return v.Run(ctx) })
+		issuers[journal.KindVault] = v
+		vaultStatus = v.Status
+	}
+	leases := lease.New(s, issuers, log, faults.Now)
+	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: faults.Now}
+	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, ParseSet: parse, Log: log, Now: faults.Now}
+	root := operate.Actor{Name: "root", Role: operate.Viewer}
+	handler, requests := metrics.New(metrics.Source{
+		Counts: func(ctx context.Context) (map[string]uint64, map[string]uint64, error) {
+			st, err := desk.Status(ctx, root)
+			return st.Hosts, st.Leases, err
+		},
+		Alarms: watch.Alarms,
+		Ready: func(context.Context) error {
+			select {
+			case <-s.Stopped():
+				return store.ErrStopped
+			default:
+				return nil
+			}
+		},
+		CRL: func() []byte { return nil },
+	})
+	broker := &server.Server{
+		Door: &server.Door{HostCA: hostCA.Certificate, OperatorCA: operatorCA.Certificate, Certificate: listenerCertificate(hostCA, c.Names), Now: faults.Now},
+		Hosts: &server.Hosts{
+			Admission: &admission.Desk{Store: s, Leases: leases, CA: hostCA, Roots: roots, Intermediates: intermediates, MostPending: c.PendingHosts, Now: faults.Now},
+			Credentials: &credential.Desk{Store: s, Leases: leases, Policy: inForce.Load, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
+				Log: log, Now: faults.Now},
+			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: faults.Now,
+		},
+		Operators: &server.Operators{Desk: desk, BrokerID: id, Version: version, Alarms: watch.Alarms, Vault: vaultStatus},
+		Metrics:   handler, Requests: requests, Log: log,
+		Listen: c.Listen, Socket: c.Socket(), MetricsListen: c.MetricsListen,
+	}
+	group.Go(func() error { return leases.Sweep(ctx) })
+	group.Go(func() error { return watch.Run(ctx) })
+	group.Go(func() error { return broker.Run(ctx) })
+	group.Go(func() error {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.Stopped():
+			return s.Err()
+		}
+	})
+	return group.Wait()
+}
+
+func newLog(format string, w io.Writer) *slog.Logger {
+	if format == "json" {
+		return slog.New(slog.NewJSONHandler(w, nil))
+	}
+	return slog.New(slog.NewTextHandler(w, nil))
+}
+
+func openStore(c *config.Broker) (*store.Store, error) {
+	if _, err := os.Stat(c.StoreFile()); err != nil {
+		return nil, fmt.Errorf("%w: `countersign broker init` makes a new broker, `countersign broker restore` brings one back", err)
+	}
+	return store.Open(c.StoreFile())
+}
+
+func brokerID(ctx context.Context, s *store.Store) (id string, err error) {
+	err = s.View(ctx, func(tx *store.Tx) error {
+		return tx.QueryRow(`SELECT value FROM meta WHERE name = 'broker.id'`).Scan(&id)
+	})
+	if err != nil {
+		return "", fmt.Errorf("this store is of no broker: %w", err)
+	}
+	return id, nil
+}
+
+// ekRoots reads TPM vendors' certificates: the self-signed are roots.
+func ekRoots(files []string) (roots, intermediates *x509.CertPool, err error) {
+	if len(files) == 0 {
+		return nil, nil, nil
+	}
+	roots, intermediates = x509.NewCertPool(), x509.NewCertPool()
+	for _, file := range files {
+		rest, err := os.ReadFile(file)
+		if err != nil {
+			return nil, nil, fmt.Errorf("ek_roots: %w", err)
+		}
+		n := 0
+		for {
+			var block *pem.Block
+			if block, rest = pem.Decode(rest); block == nil {
+				break
+			}
+			cert, err := x509.ParseCertificate(block.Bytes)
+			if err != nil {
+				return nil, nil, fmt.Errorf("ek_roots: %s: %w", file, err)
+			}
+			n++
+			if cert.CheckSignatureFrom(cert) == nil {
+				roots.AddCert(cert)
+			} else {
+				intermediates.AddCert(cert)
+			}
+		}
+		if n == 0 {
+			return nil, nil, fmt.Errorf("ek_roots: %s holds no PEM certificate", file)
+		}
+	}
+	return roots, intermediates, nil
+}
+
+// listenerLifetime is short: the key is made anew at every start and never
+// leaves memory.
+const listenerLifetime = 90 * 24 * time.Hour
+
+func listenerCertificate(ca *authority.CA, names []string) func() (*tls.Certificate, error) {
+	var mu sync.Mutex
+	var current *tls.Certificate
+	var renew time.Time
+	return func() (*tls.Certificate, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		now := faults.Now()
+		if current != nil && now.Before(renew) && now.After(renew.Add(-listenerLifetime)) {
+			return current, nil
+		}
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			return nil, err
+		}
+		der, err := ca.Server(key.Public(), names, now, listenerLifetime)
+		if err != nil {
+			return nil, err
+		}
+		current = &tls.Certificate{Certificate: [][]byte{der, ca.Certificate.Raw}, PrivateKey: key}
+		renew = now.Add(listenerLifetime / 2)
+		return current, nil
+	}
+}

@@ -1,0 +1,107 @@
+package vault
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/hclsyntax"
+	"github.com/zclconf/go-cty/cty"
+)
+
+// maxPolicy bounds the text of a policy that is read.
+const maxPolicy = 1 << 20
+
+// A held rule is one path of a policy as Vault holds it.
+type held struct {
+	Rule
+	other []string // settings beyond capabilities and allowed_parameters
+}
+
+// parsePolicy reads the HCL that `vault policy write` takes, without its JSON
+// form. What it doesn't know is an error, so that nothing is taken for harmless.
+func parsePolicy(text string) (map[string]held, error) {
+	if len(text) > maxPolicy {
+		return nil, fmt.Errorf("its text has more than %d bytes", maxPolicy)
+	}
+	if strings.HasPrefix(strings.TrimSpace(text), "{") {
+		return nil, errors.New("it is JSON; write it as HCL")
+	}
+	file, diags := hclsyntax.ParseConfig([]byte(text), "policy", hcl.InitialPos)
+	if diags.HasErrors() {
+		return nil, fmt.Errorf("line %d: %s", diags[0].Subject.Start.Line, diags[0].Summary)
+	}
+	body := file.Body.(*hclsyntax.Body)
+	for name := range body.Attributes {
+		if name != "name" {
+			return nil, fmt.Errorf("unknown setting %q", name)
+		}
+	}
+	rules := map[string]held{}
+	for _, block := range body.Blocks {
+		if block.Type != "path" || len(block.Labels) != 1 {
+			return nil, fmt.Errorf("unknown block %q", block.Type)
+		}
+		r := rules[block.Labels[0]] // Vault adds up what is named twice
+		r.Path = block.Labels[0]
+		for _, inner := range block.Body.Blocks {
+			r.other = append(r.other, inner.Type)
+		}
+		for _, name := range sorted(block.Body.Attributes) {
+			value, diags := block.Body.Attributes[name].Expr.Value(nil)
+			if diags.HasErrors() {
+				return nil, fmt.Errorf("%s of %s: %s", name, r.Path, diags[0].Summary)
+			}
+			var err error
+			switch name {
+			case "capabilities":
+				var more []string
+				more, err = words(value)
+				r.Capabilities = append(r.Capabilities, more...)
+			case "allowed_parameters":
+				r.Parameters, err = parameters(value)
+			default:
+				r.other = append(r.other, name)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("%s of %s: %w", name, r.Path, err)
+			}
+		}
+		slices.Sort(r.Capabilities)
+		r.Capabilities = slices.Compact(r.Capabilities)
+		rules[r.Path] = r
+	}
+	return rules, nil
+}
+
+// words are a list of strings.
+func words(v cty.Value) ([]string, error) {
+	if v.IsNull() || !v.CanIterateElements() {
+		return nil, errors.New("is no list")
+	}
+	out := []string{}
+	for _, e := range v.AsValueSlice() {
+		if e.IsNull() || e.Type() != cty.String {
+			return nil, errors.New("is no list of strings")
+		}
+		out = append(out, e.AsString())
+	}
+	return out, nil
+}
+
+func parameters(v cty.Value) (map[string][]string, error) {
+	if v.IsNull() || !v.Type().IsObjectType() {
+		return nil, errors.New("is no map")
+	}
+	out := map[string][]string{}
+	for name, values := range v.AsValueMap() {
+		list, err := words(values)
+		if err != nil {
+			return nil, err
+		}
+		out[name] = list
+	}
+	return out, nil
+}

@@ -1,0 +1,97 @@
+// Package metrics is what a broker tells Prometheus and load balancers. Its
+// numbers come from the store when they are asked for, so that nothing has to
+// be counted twice; no label carries a name that a host chose.
+package metrics
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// A Source answers what /metrics and /readyz ask.
+type Source struct {
+	Counts func(context.Context) (hosts, leases map[string]uint64, err error) // by state
+	Alarms func() []string
+	// Ready is nil while the broker can serve requests.
+	Ready func(context.Context) error
+	CRL   func() []byte // DER; nil while there is none
+}
+
+// Requests counts answers by procedure and outcome.
+type Requests struct{ seconds *prometheus.HistogramVec }
+
+// Observe counts one answer.
+func (r *Requests) Observe(procedure, outcome string, took time.Duration) {
+	r.seconds.WithLabelValues(procedure, outcome).Observe(took.Seconds())
+}
+
+type collector struct {
+	source Source
+	hosts  *prometheus.Desc
+	leases *prometheus.Desc
+	alarms *prometheus.Desc
+}
+
+func (c collector) Describe(out chan<- *prometheus.Desc) {
+	out <- c.hosts
+	out <- c.leases
+	out <- c.alarms
+}
+
+// collectTime bounds one scrape's look into the store.
+const collectTime = 5 * time.Second
+
+func (c collector) Collect(out chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), collectTime)
+	defer cancel()
+	hosts, leases, err := c.source.Counts(ctx)
+	if err != nil {
+		out <- prometheus.NewInvalidMetric(c.hosts, err)
+		return
+	}
+	for state, n := range hosts {
+		out <- prometheus.MustNewConstMetric(c.hosts, prometheus.GaugeValue, float64(n), state)
+	}
+	for state, n := range leases {
+		out <- prometheus.MustNewConstMetric(c.leases, prometheus.GaugeValue, float64(n), state)
+	}
+	out <- prometheus.MustNewConstMetric(c.alarms, prometheus.GaugeValue, float64(len(c.source.Alarms())))
+}
+
+// New makes the handler of /metrics, /healthz, /readyz and /crl.
+func New(source Source) (http.Handler, *Requests) {
+	registry := prometheus.NewRegistry()
+	requests := &Requests{prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: "countersign_request_seconds", Help: "Time to answer, by procedure and outcome.",
+		Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, 1, 5},
+	}, []string{"procedure", "outcome"})}
+	registry.MustRegister(requests.seconds, collector{source,
+		prometheus.NewDesc("countersign_hosts", "Hosts by state.", []string{"state"}, nil),
+		prometheus.NewDesc("countersign_leases", "Leases whose end is not confirmed, by state.", []string{"state"}, nil),
+		prometheus.NewDesc("countersign_alarms", "Things that wait for an operator.", nil, nil),
+	})
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		if err := source.Ready(r.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = w.Write([]byte("ready\n"))
+	})
+	mux.HandleFunc("GET /crl", func(w http.ResponseWriter, _ *http.Request) {
+		crl := source.CRL()
+		if crl == nil {
+			http.Error(w, "no CRL", http.StatusNotFound)
+			return
+		}
+		w.Header().Set("Content-Type", "application/pkix-crl")
+		_, _ = w.Write(crl)
+	})
+	return mux, requests
+}

@@ -1,0 +1,188 @@
+package attest
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/wire"
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/wire/secret"
+)
+
+// An Order is a request for a credential.
+type Order struct {
+	Scope       string
+	Program     []byte // the process attestor's encoding
+	CSR         []byte
+	Replaces    string
+	DeliveryID  string
+	BeforeStart bool
+	HandOver    bool
+}
+
+// An Issued credential, not yet acknowledged.
+type Issued struct {
+	Lease         string
+	Fields        map[string]secret.Bytes
+	Expires       time.Time // unless acknowledged
+	ReplaceAt     time.Time
+	AcknowledgeBy time.Time
+	Ticket        []byte
+	Observe       bool // the scope only observes
+}
+
+// Issue asks for a credential. Errors are *wire.Error, or local ones, which
+// count as faults.
+func (c *Client) Issue(ctx context.Context, o Order) (Issued, error) {
+	body, err := proto.Marshal(&v1.IssueBody{
+		Scope: o.Scope, Program: o.Program, Host: c.facts(), Csr: o.CSR, Replaces: o.Replaces,
+		DeliveryId: o.DeliveryID, BeforeStart: o.BeforeStart, HandOver: o.HandOver,
+	})
+	if err != nil {
+		return Issued{}, err
+	}
+	var out Issued
+	err = c.attested(ctx, evidence.CallIssue, body, func(s *wire.Session, a *v1.Attested) error {
+		r, err := s.Hosts.Issue(ctx, request(&v1.IssueRequest{Attested: a}))
+		if err != nil {
+			return err
+		}
+		m := r.Msg
+		out = Issued{Lease: m.GetLeaseId(), Fields: map[string]secret.Bytes{}, Expires: timeOf(m.GetExpires()), ReplaceAt: timeOf(m.GetReplaceAt()),
+			AcknowledgeBy: timeOf(m.GetAcknowledgeBy()), Ticket: m.GetTicket(), Observe: m.GetObserve()}
+		for _, f := range m.GetFields() {
+			out.Fields[f.GetName()] = secret.New(f.GetValue())
+		}
+		return nil
+	})
+	return out, err
+}
+
+func timeOf(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return t.AsTime()
+}
+
+// Acknowledge says that a credential is delivered; it returns until when it
+// lives.
+func (c *Client) Acknowledge(ctx context.Context, lease, delivery string) (time.Time, error) {
+	var expires time.Time
+	err := c.plain(ctx, func(s *wire.Session) error {
+		r, err := s.Hosts.Acknowledge(ctx, request(&v1.AcknowledgeRequest{LeaseId: lease, DeliveryId: delivery}))
+		if err == nil {
+			expires = timeOf(r.Msg.GetExpires())
+		}
+		return err
+	})
+	return expires, err
+}
+
+// Release gives leases back; it returns those whose end is confirmed.
+func (c *Client) Release(ctx context.Context, leases []string, reason string) (confirmed []string, err error) {
+	err = c.plain(ctx, func(s *wire.Session) error {
+		r, err := s.Hosts.Release(ctx, request(&v1.ReleaseRequest{LeaseIds: leases, Reason: reason}))
+		if err == nil {
+			confirmed = r.Msg.GetConfirmed()
+		}
+		return err
+	})
+	return confirmed, err
+}
+
+// plain sends a request that needs no quote, once more if the connection was
+// lost.
+func (c *Client) plain(ctx context.Context, send func(*wire.Session) error) error {
+	var last error
+	for range 2 {
+		s, _, err := c.connect(ctx)
+		if err != nil {
+			return err
+		}
+		if last = send(s); last == nil {
+			return nil
+		}
+		if s.Err() == nil {
+			break
+		}
+		c.forget(s)
+	}
+	return wire.FromConnect(last)
+}
+
+// A LeaseProof is a lease and the program that holds it.
+type LeaseProof struct {
+	Lease, Scope    string
+	Program, Ticket []byte
+}
+
+// A Verdict is what a proof means for a lease.
+type Verdict struct {
+	Outcome string // "live", wire.Refused, wire.Rejected, wire.Fault or wire.CheckGone
+	Reason  string
+	Expires time.Time
+}
+
+// A Proven host knows its state and when to prove again.
+type Proven struct {
+	ProveBy  time.Time
+	Verdicts map[string]Verdict // by lease
+}
+
+// Prove proves the host and all leases it holds. A lease left out is revoked.
+func (c *Client) Prove(ctx context.Context, leases []LeaseProof) (Proven, error) {
+	msg := &v1.ProveBody{Host: c.facts()}
+	for _, l := range leases {
+		msg.Leases = append(msg.Leases, &v1.LeaseProof{LeaseId: l.Lease, Scope: l.Scope, Program: l.Program, Ticket: l.Ticket})
+	}
+	slices.SortFunc(msg.Leases, func(a, b *v1.LeaseProof) int { return strings.Compare(a.GetLeaseId(), b.GetLeaseId()) })
+	body, err := proto.Marshal(msg)
+	if err != nil {
+		return Proven{}, err
+	}
+	c.mu.Lock()
+	var shown []byte
+	if c.member != nil {
+		shown = c.member.Checkpoint
+	}
+	c.mu.Unlock()
+	out := Proven{Verdicts: map[string]Verdict{}}
+	err = c.attested(ctx, evidence.CallProve, body, func(s *wire.Session, a *v1.Attested) error {
+		r, err := s.Hosts.Prove(ctx, request(&v1.ProveRequest{Attested: a, Checkpoint: shown}))
+		if err != nil {
+			return err
+		}
+		out.ProveBy = timeOf(r.Msg.GetProveBy())
+		for _, v := range r.Msg.GetLeases() {
+			out.Verdicts[v.GetLeaseId()] = Verdict{Outcome: v.GetOutcome(), Reason: v.GetReason(), Expires: timeOf(v.GetExpires())}
+		}
+		return c.proven(r.Msg, shown)
+	})
+	return out, err
+}
+
+// proven keeps the checkpoint, and the certificate where there is a new one.
+func (c *Client) proven(m *v1.ProveResponse, shown []byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if string(c.member.Checkpoint) == string(shown) {
+		if err := c.follow(m.GetCheckpoint().GetNote(), m.GetCheckpoint().GetConsistency()); err != nil {
+			// Somebody rewrote the log, or another broker speaks: nothing that
+			// it says counts, and nothing that we have goes.
+			return &wire.Error{Outcome: wire.Fault, Check: "audit-log", Message: fmt.Sprintf("the broker's audit log: %v", err)}
+		}
+	}
+	if len(m.GetCertificate()) > 0 {
+		c.member.Certificate = m.GetCertificate()
+		c.drop() // the next session shows the new one
+	}
+	return writeJSON(c.dir, membershipFile, c.member)
+}

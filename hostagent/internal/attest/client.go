@@ -1,0 +1,274 @@
+package attest
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"os"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/mod/sumdb/note"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/attestors/tpm"
+	"github.com/countersign/countersign/attestors/tpm/collect"
+	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/wire/checkpoint"
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+// A Client is one host towards its brokers. It is safe for concurrent use.
+type Client struct {
+	device *collect.Device
+	dir    string
+	peer   wire.Peer
+	alg    tpm.KeyAlgorithm
+	facts  func() *v1.HostFacts
+	log    *slog.Logger
+	now    func() time.Time
+
+	mu      sync.Mutex    // guards what follows
+	keys    *keys         // nil before the first join
+	member  *membership   // nil before a join succeeded
+	session *wire.Session // nil while there is none
+}
+
+// Options make a Client.
+type Options struct {
+	Device   *collect.Device
+	StateDir string
+	Peer     wire.Peer
+	AK       tpm.KeyAlgorithm
+	Facts    func() *v1.HostFacts // read anew for each request
+	Log      *slog.Logger
+	Now      func() time.Time
+}
+
+// Open reads the host's state; a host that never joined has none.
+func Open(o Options) (*Client, error) {
+	if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
+		return nil, err
+	}
+	c := &Client{device: o.Device, dir: o.StateDir, peer: o.Peer, alg: o.AK, facts: o.Facts, log: o.Log, now: o.Now}
+	c.peer.Now = o.Now
+	var err error
+	if c.keys, err = loadKeys(o.StateDir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	c.member, err = loadMembership(o.StateDir)
+	return c, err
+}
+
+// ErrNotJoined says that the host is not admitted yet.
+var ErrNotJoined = errors.New("this host has not joined; `countersign-agent join` asks a broker to admit it")
+
+// Host is the host's id and the trust domain, empty before it joined.
+func (c *Client) Host() (id, trustDomain string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.member == nil {
+		return "", ""
+	}
+	return c.member.HostID, c.member.TrustDomain
+}
+
+// Close ends the connection.
+func (c *Client) Close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.drop()
+}
+
+// drop forgets the session; c.mu is held.
+func (c *Client) drop() {
+	if c.session != nil {
+		_ = c.session.Close()
+		c.session = nil
+	}
+}
+
+// certificate is the host's for TLS: the broker's, or before joining one that
+// the key signs itself. c.mu is held.
+func (c *Client) certificate(joining bool) (*tls.Certificate, error) {
+	signer, err := c.device.Signer(c.keys.tls)
+	if err != nil {
+		return nil, err
+	}
+	if !joining && c.member != nil && len(c.member.Certificate) > 0 {
+		return &tls.Certificate{Certificate: c.member.Certificate, PrivateKey: signer}, nil
+	}
+	now := c.now()
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "joining"}, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(24 * time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, signer.Public(), signer)
+	if err != nil {
+		return nil, err
+	}
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: signer}, nil
+}
+
+// connect is the session to use, a new one where the old is lost.
+func (c *Client) connect(ctx context.Context) (*wire.Session, *keys, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.member == nil || c.keys == nil {
+		return nil, nil, ErrNotJoined
+	}
+	if c.session != nil && c.session.Err() == nil {
+		return c.session, c.keys, nil
+	}
+	c.drop()
+	cert, err := c.certificate(false)
+	if err != nil {
+		return nil, nil, err
+	}
+	peer := c.peer
+	peer.Certificate = cert
+	s, err := wire.Dial(ctx, peer)
+	if err != nil {
+		return nil, nil, fmt.Errorf("no broker: %w", err)
+	}
+	c.session = s
+	return s, c.keys, nil
+}
+
+// binding is what a quote for a request on s commits to.
+func binding(call evidence.Call, s *wire.Session, nonce evidence.Nonce, request []byte, signer crypto.Signer) (evidence.Digest, error) {
+	spki, err := x509.MarshalPKIXPublicKey(signer.Public())
+	if err != nil {
+		return evidence.Digest{}, err
+	}
+	return evidence.Binding{Call: call, Nonce: nonce, KeySPKI: spki, Exporter: s.Exporter, Request: request}.ExtraData(), nil
+}
+
+// tries is how often a request is made anew after Retry or a lost connection.
+const tries = 3
+
+// attested makes body's evidence and sends it. A lost connection rebuilds
+// nonce and quote on the next; a host that the broker doesn't know joins
+// again.
+func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, send func(*wire.Session, *v1.Attested) error) error {
+	var last error
+	rejoined := false
+	for range tries {
+		s, k, err := c.connect(ctx)
+		if err != nil {
+			return err
+		}
+		a, err := c.attest(ctx, s, k, call, body)
+		if err == nil {
+			err = send(s, a)
+		}
+		if err == nil {
+			return nil
+		}
+		last = err
+		e := wire.FromConnect(err)
+		switch {
+		case e.Outcome == wire.Retry, s.Err() != nil:
+			c.forget(s)
+		case (e.Check == wire.CheckUnknownHost || e.Check == wire.CheckReenrol) && !rejoined:
+			rejoined = true
+			c.log.Warn("the broker asks this host to join again", "reason", e.Message)
+			if r, err := c.Join(ctx, ""); err != nil || r.Pending {
+				return e
+			}
+		default:
+			return e
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	return wire.FromConnect(last)
+}
+
+// forget drops s, unless another request has replaced it already.
+func (c *Client) forget(s *wire.Session) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.session == s {
+		c.drop()
+	}
+}
+
+// attest fetches a nonce and quotes over body.
+func (c *Client) attest(ctx context.Context, s *wire.Session, k *keys, call evidence.Call, body []byte) (*v1.Attested, error) {
+	r, err := s.Hosts.Challenge(ctx, request(&v1.ChallengeRequest{Count: 1}))
+	if err != nil {
+		return nil, err
+	}
+	if len(r.Msg.GetNonces()) == 0 {
+		return nil, &wire.Error{Outcome: wire.Fault, Check: "nonce", Message: "the broker gave no nonce"}
+	}
+	nonce, err := evidence.ParseNonce(r.Msg.GetNonces()[0])
+	if err != nil {
+		return nil, &wire.Error{Outcome: wire.Fault, Check: "nonce", Message: err.Error()}
+	}
+	signer, err := c.device.Signer(k.tls)
+	if err != nil {
+		return nil, err
+	}
+	extra, err := binding(call, s, nonce, body, signer)
+	if err != nil {
+		return nil, err
+	}
+	q, err := c.device.Quote(ctx, k.ak, extra, tpm.DefaultPCRs())
+	if err != nil {
+		return nil, fmt.Errorf("TPM: %w", err)
+	}
+	return &v1.Attested{Body: body, Nonce: nonce[:], Quote: quoteMessage(q)}, nil
+}
+
+func quoteMessage(q tpm.Quote) *v1.Quote {
+	m := &v1.Quote{Attest: q.Attest, Signature: q.Signature}
+	for _, p := range q.PCRs {
+		m.Pcrs = append(m.Pcrs, &v1.Pcr{Index: uint32(p.Index), Sha256: p.SHA256[:]})
+	}
+	return m
+}
+
+// request gives a message its correlation id.
+func request[T any](m *T) *connect.Request[T] {
+	r := connect.NewRequest(m)
+	var id [8]byte
+	_, _ = rand.Read(id[:]) // never fails
+	r.Header().Set("X-Correlation-Id", hex.EncodeToString(id[:]))
+	return r
+}
+
+// follow holds a checkpoint against the last one and keeps it. c.mu is held.
+func (c *Client) follow(signed []byte, proof [][]byte) error {
+	v, err := note.NewVerifier(c.member.AuditKey)
+	if err != nil {
+		return fmt.Errorf("the broker's audit key: %w", err)
+	}
+	next, err := checkpoint.Open(signed, v)
+	if err != nil {
+		return err
+	}
+	if len(c.member.Checkpoint) > 0 {
+		last, err := checkpoint.Open(c.member.Checkpoint, v)
+		if err != nil {
+			return err
+		}
+		newEpoch, err := next.Follows(last, proof)
+		if err != nil {
+			return err
+		}
+		if newEpoch {
+			c.log.Warn("the broker opened a new epoch of its audit log: its store was restored from a backup", "epoch", next.Epoch, "was", last.Epoch)
+		}
+	}
+	c.member.Checkpoint = signed
+	return nil
+}

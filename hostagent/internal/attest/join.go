@@ -1,0 +1,149 @@
+package attest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/attestors/tpm"
+	"github.com/countersign/countersign/broker/wire"
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+// Joined is how a join ended.
+type Joined struct {
+	HostID  string
+	Pending bool // an operator has to approve; join again later
+}
+
+// Join asks a broker to admit this host, by a token where one is given. It can
+// be repeated: an admitted host gets a new certificate.
+func (c *Client) Join(ctx context.Context, token string) (Joined, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.drop()
+	if err := c.ensureKeys(ctx); err != nil {
+		return Joined{}, err
+	}
+	cert, err := c.certificate(true)
+	if err != nil {
+		return Joined{}, err
+	}
+	peer := c.peer
+	peer.Certificate = cert
+	s, err := wire.Dial(ctx, peer)
+	if err != nil {
+		return Joined{}, fmt.Errorf("no broker: %w", err)
+	}
+	defer func() { _ = s.Close() }()
+	eks, err := c.device.EKs(ctx)
+	if err != nil {
+		return Joined{}, fmt.Errorf("TPM: endorsement keys: %w", err)
+	}
+	hostname, _ := os.Hostname()
+	msg := &v1.JoinBody{AkPublic: c.keys.ak.Public(), TlsPublic: c.keys.tls.Public(), Token: token, Hostname: hostname}
+	for _, ek := range eks {
+		msg.EndorsementKeys = append(msg.EndorsementKeys, &v1.EndorsementKey{Public: ek.Public, Certificate: ek.Certificate})
+	}
+	body, err := proto.Marshal(msg)
+	if err != nil {
+		return Joined{}, err
+	}
+	challenge, err := s.Hosts.Join(ctx, request(&v1.JoinRequest{Body: body}))
+	if err != nil {
+		return Joined{}, wire.FromConnect(err)
+	}
+	answer, err := c.answer(ctx, s, eks, body, challenge.Msg)
+	if err != nil {
+		return Joined{}, err
+	}
+	r, err := s.Hosts.Activate(ctx, request(answer))
+	if err != nil {
+		return Joined{}, wire.FromConnect(err)
+	}
+	if r.Msg.GetPending() {
+		return Joined{HostID: r.Msg.GetHostId(), Pending: true}, nil
+	}
+	return Joined{HostID: r.Msg.GetHostId()}, c.admitted(r.Msg)
+}
+
+// ensureKeys makes AK and TLS key where there are none. c.mu is held.
+func (c *Client) ensureKeys(ctx context.Context) error {
+	if c.keys != nil {
+		return nil
+	}
+	ak, err := c.device.CreateAK(ctx, c.alg)
+	if err != nil {
+		return fmt.Errorf("TPM: create AK: %w", err)
+	}
+	key, err := c.device.CreateTLSKey(ctx)
+	if err != nil {
+		return fmt.Errorf("TPM: create TLS key: %w", err)
+	}
+	k := &keys{AK: ak.Export(), TLS: key.Export(), ak: ak, tls: key}
+	if err := writeJSON(c.dir, keysFile, k); err != nil {
+		return err
+	}
+	c.keys = k
+	return nil
+}
+
+// answer has the TPM answer a challenge. c.mu is held.
+func (c *Client) answer(ctx context.Context, s *wire.Session, eks []tpm.EK, body []byte, m *v1.JoinResponse) (*v1.ActivateRequest, error) {
+	i := int(m.GetEndorsementKey())
+	if i >= len(eks) {
+		return nil, errors.New("the broker challenges an EK that was not offered")
+	}
+	nonce, err := evidence.ParseNonce(m.GetNonce())
+	if err != nil {
+		return nil, err
+	}
+	secret, err := c.device.Activate(ctx, c.keys.ak, eks[i], tpm.Challenge{CredentialBlob: m.GetCredentialBlob(), EncryptedSecret: m.GetEncryptedSecret()})
+	if err != nil {
+		return nil, fmt.Errorf("TPM: activate: %w", err)
+	}
+	signer, err := c.device.Signer(c.keys.tls)
+	if err != nil {
+		return nil, err
+	}
+	certify, err := binding(evidence.CallCertify, s, nonce, body, signer)
+	if err != nil {
+		return nil, err
+	}
+	certification, err := c.device.Certify(ctx, c.keys.ak, c.keys.tls, certify)
+	if err != nil {
+		return nil, fmt.Errorf("TPM: certify: %w", err)
+	}
+	extra, err := binding(evidence.CallJoin, s, nonce, body, signer)
+	if err != nil {
+		return nil, err
+	}
+	quote, err := c.device.Quote(ctx, c.keys.ak, extra, tpm.DefaultPCRs())
+	if err != nil {
+		return nil, fmt.Errorf("TPM: quote: %w", err)
+	}
+	return &v1.ActivateRequest{
+		Secret:        secret,
+		Certification: &v1.Certification{Attest: certification.Attest, Signature: certification.Signature},
+		Quote:         quoteMessage(quote),
+	}, nil
+}
+
+// admitted keeps what the broker gave. The audit log that the host has
+// followed so far goes on under a key that doesn't change. c.mu is held.
+func (c *Client) admitted(m *v1.ActivateResponse) error {
+	before := c.member
+	c.member = &membership{HostID: m.GetHostId(), TrustDomain: m.GetTrustDomain(), AuditKey: m.GetAuditKey(), Certificate: m.GetCertificate()}
+	if before != nil && before.AuditKey == c.member.AuditKey {
+		// Kept as it is: the next proof shows it and demands consistency.
+		c.member.Checkpoint = before.Checkpoint
+	} else if err := c.follow(m.GetCheckpoint().GetNote(), nil); err != nil {
+		c.member = before
+		return err
+	}
+	return writeJSON(c.dir, membershipFile, c.member)
+}

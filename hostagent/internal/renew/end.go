@@ -1,0 +1,256 @@
+package renew
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/hostagent/internal/attest"
+	"github.com/countersign/countersign/hostagent/internal/deliver"
+)
+
+// withdraw takes the files away and gives the lease back. While the broker
+// can't be told, a unit's credential is kept in memory for its next start.
+func (r *Runner) withdraw(ctx context.Context, reason string) {
+	r.mu.Lock()
+	lease := r.lease
+	r.mu.Unlock()
+	if lease == nil {
+		return
+	}
+	var contents []deliver.Content
+	if lease.Unit != "" && lease.Acked && r.now().Before(lease.Expires) {
+		contents = deliver.ReadBack(r.cfg.Files)
+	}
+	if err := deliver.Withdraw(r.cfg.Files); err != nil {
+		r.fail("withdraw", err)
+		return
+	}
+	faults.Point("agent.withdrawn")
+	told := r.release(ctx, []string{lease.ID}, reason)
+	if !told && len(contents) > 0 {
+		if err := r.keep.withhold(lease, contents); err != nil {
+			r.fail("withhold", err)
+		} else {
+			r.mu.Lock()
+			r.withheld = lease
+			r.mu.Unlock()
+		}
+	}
+	if err := r.keep.drop(); err != nil {
+		r.fail("forget the lease", err)
+		return
+	}
+	r.mu.Lock()
+	r.lease = nil
+	r.mu.Unlock()
+	r.log.Info("credential withdrawn", "lease", lease.ID, "reason", reason, "told", told)
+}
+
+// release gives leases back, and says whether the broker heard it. Those it
+// didn't hear of are owed: Owed has them until it does.
+func (r *Runner) release(ctx context.Context, leases []string, reason string) bool {
+	bounded, cancel := context.WithTimeout(ctx, releaseTimeout)
+	defer cancel()
+	_, err := r.broker.Release(bounded, leases, reason)
+	if err == nil {
+		return true
+	}
+	r.log.Warn("lease not given back, trying again", "leases", leases, "err", err)
+	if err := r.keep.owe(leases); err != nil {
+		r.fail("note what is owed", err)
+	}
+	return false
+}
+
+const releaseTimeout = 25 * time.Second
+
+// PayOwed gives back what could not be given back before.
+func (r *Runner) PayOwed(ctx context.Context) error {
+	owed, err := r.keep.owed()
+	if err != nil || len(owed) == 0 {
+		return err
+	}
+	r.mu.Lock()
+	adopted := r.lease
+	r.mu.Unlock()
+	if adopted != nil {
+		// A lease that was put back into the files is no longer owed.
+		owed = slices.DeleteFunc(owed, func(id string) bool { return id == adopted.ID })
+	}
+	if len(owed) > 0 {
+		if _, err := r.broker.Release(ctx, owed, "the program ended while no broker could be told"); err != nil {
+			return err
+		}
+	}
+	if err := r.keep.paid(); err != nil {
+		return err
+	}
+	r.clearWithheld(ctx)
+	return nil
+}
+
+// adopt puts a withheld credential back for the next start of its unit.
+func (r *Runner) adopt(p *process.Program) {
+	lease, contents, err := r.keep.loadWithheld()
+	if err == nil && lease != nil {
+		var swap *deliver.Swap
+		if swap, err = deliver.PutBack(r.cfg.Files, contents); err == nil {
+			defer swap.Discard()
+			if err = swap.Commit(); err == nil {
+				err = swap.Finish()
+			}
+		}
+	}
+	if err == nil {
+		adopted := *lease
+		adopted.Instance, adopted.Coming = p.Instance().String(), false
+		if err = r.keep.save(&adopted); err == nil {
+			r.mu.Lock()
+			r.lease, r.withheld = &adopted, nil
+			r.mu.Unlock()
+			err = r.keep.dropWithheld()
+		}
+	}
+	if err != nil {
+		r.fail("put the withheld credential back", err)
+		r.mu.Lock()
+		r.withheld = nil
+		r.mu.Unlock()
+		r.proceed(err)
+		return
+	}
+	r.log.Warn("no broker can be asked: the unit goes on with the credential that it had", "lease", lease.ID, "expires", lease.Expires)
+	r.proceed(nil)
+	r.proveNow()
+}
+
+func (r *Runner) clearWithheld(ctx context.Context) {
+	r.mu.Lock()
+	withheld := r.withheld
+	r.withheld = nil
+	r.mu.Unlock()
+	if withheld == nil {
+		return
+	}
+	if err := r.keep.dropWithheld(); err != nil {
+		r.log.Error("a withheld credential could not be wiped", "err", err)
+	}
+	_ = ctx
+}
+
+func (r *Runner) dropWithheld(ctx context.Context, reason string) {
+	r.mu.Lock()
+	withheld := r.withheld
+	r.mu.Unlock()
+	if withheld == nil {
+		return
+	}
+	r.clearWithheld(ctx)
+	r.log.Info("withheld credential dropped", "lease", withheld.ID, "reason", reason)
+}
+
+// recover finishes a delivery that the agent died in: the new credential is
+// kept where the broker still takes its acknowledgement, else the old files
+// come back.
+func (r *Runner) recover(ctx context.Context) error {
+	pending, err := r.keep.loadPending()
+	if err != nil {
+		return err
+	}
+	swap, committed, err := deliver.Recover(r.cfg.Files)
+	if err != nil {
+		return err
+	}
+	if pending == nil {
+		return swap.Finish() // leftovers of a swap that was settled
+	}
+	defer swap.Discard()
+	if !committed {
+		r.release(ctx, []string{pending.ID}, "the agent died before it delivered")
+		return r.keep.dropPending()
+	}
+	return r.settle(ctx, nil, r.lease, pending, swap)
+}
+
+// Proof is what a proof says of this credential; false where it holds none.
+func (r *Runner) Proof(ctx context.Context) (attest.LeaseProof, bool) {
+	r.mu.Lock()
+	lease := r.lease
+	starting := r.starting
+	r.mu.Unlock()
+	if lease == nil || !lease.Acked {
+		return attest.LeaseProof{}, false
+	}
+	p := starting
+	if p == nil {
+		found, err := r.programs.Find(ctx, r.cfg.Process)
+		if err != nil {
+			// Its end is Run's to notice; until then the last that was seen.
+			r.mu.Lock()
+			p = r.program
+			r.mu.Unlock()
+		} else {
+			p = &found
+		}
+	}
+	proof := attest.LeaseProof{Lease: lease.ID, Scope: r.cfg.Scope, Ticket: lease.Ticket}
+	if p != nil {
+		encoded, err := p.Encode()
+		if err != nil {
+			return attest.LeaseProof{}, false
+		}
+		proof.Program = encoded
+		r.cameWith(lease, p)
+	}
+	return proof, true
+}
+
+// cameWith ends the waiting of a hand-over: the instance that the lease is for
+// is here.
+func (r *Runner) cameWith(lease *Lease, p *process.Program) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.lease != lease || !lease.Coming || p.Instance().String() == lease.Instance {
+		return
+	}
+	lease.Instance, lease.Coming = p.Instance().String(), false
+	if err := r.keep.save(lease); err != nil {
+		r.log.Error("the lease's new instance was not noted", "err", err)
+	}
+}
+
+// Judged takes a broker's verdict on a lease.
+func (r *Runner) Judged(ctx context.Context, lease string, v attest.Verdict) {
+	r.mu.Lock()
+	mine := r.lease != nil && r.lease.ID == lease
+	if mine && v.Outcome == "live" && !v.Expires.IsZero() {
+		r.lease.Expires = v.Expires
+	}
+	r.mu.Unlock()
+	if !mine {
+		return
+	}
+	switch v.Outcome {
+	case string(wire.Refused), string(wire.Rejected):
+		r.withdraw(ctx, v.Outcome+": "+v.Reason)
+	case wire.CheckGone:
+		// It is over at its issuer: a new one takes its place, if policy lets it.
+		r.mu.Lock()
+		r.lease.Replace, r.lease.Replaces = r.now(), ""
+		r.retryAt = time.Time{}
+		r.mu.Unlock()
+	}
+	r.poke()
+}
+
+// Rejected takes a broker's word that the host's evidence is false, or that an
+// operator took the host out: nothing may stand any more.
+func (r *Runner) Rejected(ctx context.Context, reason string) {
+	r.withdraw(ctx, "rejected: "+reason)
+	r.dropWithheld(ctx, reason)
+	r.fail("prove", &wire.Error{Outcome: wire.Rejected, Check: "host", Message: reason})
+}

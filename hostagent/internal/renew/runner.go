@@ -1,0 +1,401 @@
+package renew
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/hostagent/internal/attest"
+	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/hostagent/internal/instance"
+)
+
+// Broker is what a Runner needs of a broker.
+type Broker interface {
+	Issue(context.Context, attest.Order) (attest.Issued, error)
+	Acknowledge(ctx context.Context, lease, delivery string) (time.Time, error)
+	Release(ctx context.Context, leases []string, reason string) ([]string, error)
+	// Host is the host's id and trust domain.
+	Host() (id, trustDomain string)
+}
+
+// Programs is what a Runner needs to know of what runs.
+type Programs interface {
+	// Find is the program's evidence; instance.ErrNotRunning while there is none.
+	Find(ctx context.Context, p config.Process) (process.Program, error)
+	// Starting is the evidence of a unit that waits for its credential.
+	Starting(ctx context.Context, unit string) (process.Program, error)
+	// Watch sends when Find may answer differently, until ctx ends.
+	Watch(ctx context.Context, p config.Process) <-chan struct{}
+}
+
+// A Runner keeps one credential.
+type Runner struct {
+	cfg      *config.Credential
+	broker   Broker
+	programs Programs
+	keep     *keeper
+	proveNow func() // the leases that the host holds changed
+	log      *slog.Logger
+	now      func() time.Time
+	wake     chan struct{}
+
+	mu       sync.Mutex // guards what follows
+	lease    *Lease
+	withheld *Lease
+	program  *process.Program // as last seen
+	starting *process.Program // of a unit that waits in Ready
+	waiters  []chan error     // of Ready
+	retryAt  time.Time
+	failures int
+	offline  bool
+	problem  string // what keeps the credential from being in force, in words
+	observed bool   // the scope only observes
+}
+
+// Options make a Runner.
+type Options struct {
+	Credential *config.Credential
+	Broker     Broker
+	Programs   Programs
+	StateDir   string
+	RunDir     string // in memory
+	ProveNow   func()
+	Log        *slog.Logger
+	Now        func() time.Time
+}
+
+// New reads what an earlier run of the agent left, and finishes a delivery
+// that it died in.
+func New(o Options) (*Runner, error) {
+	r := &Runner{cfg: o.Credential, broker: o.Broker, programs: o.Programs, keep: &keeper{o.StateDir, o.RunDir, o.Credential.Name},
+		proveNow: o.ProveNow, log: o.Log.With("credential", o.Credential.Name), now: o.Now, wake: make(chan struct{}, 1)}
+	var err error
+	if r.lease, err = r.keep.load(); err != nil {
+		return nil, err
+	}
+	if r.withheld, _, err = r.keep.loadWithheld(); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// Run keeps the credential in force until ctx ends. What stands then stays:
+// the next run adopts it.
+func (r *Runner) Run(ctx context.Context) {
+	if err := r.recover(ctx); err != nil {
+		r.fail("recover from an interrupted delivery", err)
+	}
+	changes := r.programs.Watch(ctx, r.cfg.Process)
+	for ctx.Err() == nil {
+		o := r.observe(ctx)
+		switch a := Plan(o); a.Kind {
+		case Wait:
+			r.wait(ctx, a.Until, changes)
+		case Obtain:
+			r.obtain(ctx, o.Program)
+		case Adopt:
+			r.adopt(o.Program)
+		case Withdraw:
+			r.withdraw(ctx, a.Reason)
+		case Drop:
+			r.dropWithheld(ctx, a.Reason)
+		}
+	}
+}
+
+// observe looks at the program anew.
+func (r *Runner) observe(ctx context.Context) Observed {
+	r.mu.Lock()
+	starting := r.starting
+	r.mu.Unlock()
+	p := starting
+	if p == nil {
+		found, err := r.programs.Find(ctx, r.cfg.Process)
+		switch {
+		case err == nil:
+			p = &found
+		case !errors.Is(err, instance.ErrNotRunning) && ctx.Err() == nil:
+			// Not knowing is not the same as not running: keep what was seen.
+			r.fail("look at the program", err)
+			r.mu.Lock()
+			p = r.program
+			r.mu.Unlock()
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.program != nil && p != nil && r.program.Instance() != p.Instance() {
+		r.failures, r.retryAt = 0, time.Time{} // another one may be served at once
+	}
+	r.program = p
+	return Observed{Now: r.now(), Program: p, Lease: r.lease, Withheld: r.withheld, RetryAt: r.retryAt, Offline: r.offline}
+}
+
+// longestWait bounds a wait, so that a clock that was set is noticed.
+const longestWait = time.Minute
+
+func (r *Runner) wait(ctx context.Context, until time.Time, changes <-chan struct{}) {
+	d := longestWait
+	if !until.IsZero() {
+		d = min(max(until.Sub(r.now()), 10*time.Millisecond), d)
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-changes:
+	case <-r.wake:
+	case <-timer.C:
+	}
+}
+
+// poke has Run look again.
+func (r *Runner) poke() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// obtain asks for a credential for p and delivers it.
+func (r *Runner) obtain(ctx context.Context, p *process.Program) {
+	r.mu.Lock()
+	old := r.lease
+	r.mu.Unlock()
+	lease, fields, err := r.request(ctx, p, old)
+	if err != nil {
+		r.answered(ctx, err)
+		return
+	}
+	if lease == nil { // observed only
+		return
+	}
+	faults.Point("agent.issued")
+	if err := r.put(ctx, p, old, lease, fields); err != nil {
+		r.fail("deliver", err)
+		r.release(ctx, []string{lease.ID}, "not delivered")
+		return
+	}
+	r.succeed(ctx)
+}
+
+func (r *Runner) request(ctx context.Context, p *process.Program, old *Lease) (*Lease, map[string]secret.Bytes, error) {
+	encoded, err := p.Encode()
+	if err != nil {
+		return nil, nil, err
+	}
+	o := attest.Order{Scope: r.cfg.Scope, Program: encoded, DeliveryID: newDeliveryID(), BeforeStart: p.Starting,
+		HandOver: r.cfg.OnChange != nil && r.cfg.OnChange.Restart && !p.Starting}
+	if old != nil {
+		o.Replaces = old.ID
+	}
+	var key *hostKey
+	if r.cfg.Key != "" {
+		if key, err = newHostKey(r.cfg.Key); err != nil {
+			return nil, nil, err
+		}
+		if o.CSR, err = key.csr(); err != nil {
+			return nil, nil, err
+		}
+	}
+	issued, err := r.broker.Issue(ctx, o)
+	if err != nil {
+		return nil, nil, err
+	}
+	if issued.Observe {
+		r.mu.Lock()
+		r.observed, r.problem, r.retryAt = true, "", r.now().Add(observeEvery)
+		r.mu.Unlock()
+		r.proceed(nil)
+		return nil, nil, nil
+	}
+	if key != nil {
+		issued.Fields["private_key"] = key.pem()
+	}
+	return &Lease{ID: issued.Lease, Delivery: o.DeliveryID, Instance: p.Instance().String(), Coming: o.HandOver, Boot: p.Boot, Unit: p.Unit,
+		SHA256: p.SHA256.String(), Expires: issued.Expires, Replace: issued.ReplaceAt, Ticket: issued.Ticket, AckBy: issued.AcknowledgeBy, Replaces: o.Replaces}, issued.Fields, nil
+}
+
+// observeEvery is how often an observing scope is asked again.
+const observeEvery = 15 * time.Minute
+
+// put swaps the files and acknowledges. The old files come back where the
+// acknowledgement doesn't get through in time: they hold a credential that
+// lives, the new ones one that dies.
+func (r *Runner) put(ctx context.Context, p *process.Program, old, lease *Lease, fields map[string]secret.Bytes) error {
+	swap, err := deliver.Prepare(r.cfg.Files, fields)
+	for _, f := range fields {
+		f.Wipe()
+	}
+	if err != nil {
+		return err
+	}
+	defer swap.Discard()
+	if err := deliver.Check(ctx, r.cfg.OnChange, swap.Paths()); err != nil {
+		return err
+	}
+	faults.Point("agent.prepared")
+	if err := r.keep.savePending(lease); err != nil {
+		return err
+	}
+	faults.Point("agent.pending")
+	if err := swap.Commit(); err != nil {
+		return errors.Join(err, r.keep.dropPending())
+	}
+	faults.Point("agent.swapped")
+	return r.settle(ctx, p, old, lease, swap)
+}
+
+// settle acknowledges a swap that stands in the files, and finishes or undoes
+// it.
+func (r *Runner) settle(ctx context.Context, p *process.Program, old, lease *Lease, swap *deliver.Swap) error {
+	expires, err := r.acknowledge(ctx, lease)
+	if err != nil {
+		return errors.Join(err, swap.Rollback(), r.keep.dropPending())
+	}
+	faults.Point("agent.acknowledged")
+	lease.Acked, lease.Expires = true, expires
+	if err := r.keep.save(lease); err != nil {
+		return err
+	}
+	faults.Point("agent.saved")
+	r.mu.Lock()
+	r.lease, r.offline, r.observed = lease, false, false
+	r.mu.Unlock()
+	if err := swap.Finish(); err != nil {
+		r.log.Warn("the old files could not be wiped", "err", err)
+	}
+	if err := r.keep.dropPending(); err != nil {
+		return err
+	}
+	r.log.Info("credential delivered", "lease", lease.ID, "expires", lease.Expires, "replaces", lease.Replaces)
+	r.clearWithheld(ctx)
+	if p != nil && !p.Starting {
+		// In the background: a restart must not hold up the loop that sees the
+		// program come back.
+		go func() {
+			if err := deliver.Notify(ctx, r.cfg.OnChange, *p); err != nil {
+				r.fail("tell the program", err)
+			}
+		}()
+	}
+	return nil
+}
+
+// acknowledge tries until it gets an answer or the time for it is over.
+func (r *Runner) acknowledge(ctx context.Context, lease *Lease) (time.Time, error) {
+	for wait := 200 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
+		expires, err := r.broker.Acknowledge(ctx, lease.ID, lease.Delivery)
+		if err == nil {
+			return expires, nil
+		}
+		var e *wire.Error
+		if errors.As(err, &e) && e.Check == wire.CheckGone || !r.now().Before(lease.AckBy) {
+			return time.Time{}, err
+		}
+		select {
+		case <-ctx.Done():
+			return time.Time{}, ctx.Err()
+		case <-time.After(wait):
+		}
+	}
+}
+
+// answered deals with a broker's answer that isn't a credential.
+func (r *Runner) answered(ctx context.Context, err error) {
+	e := wire.FromConnect(err)
+	r.mu.Lock()
+	r.offline = e.Outcome == wire.Fault
+	hasLease := r.lease != nil
+	if e.Check == wire.CheckGone && r.lease != nil {
+		r.lease.Replace = r.now() // ask again, for a new one
+	}
+	withheld := r.withheld != nil && r.starting != nil && r.withheld.fits(r.starting)
+	r.mu.Unlock()
+	switch e.Outcome {
+	case wire.Refused, wire.Rejected:
+		if hasLease {
+			r.withdraw(ctx, e.Error())
+		}
+		r.dropWithheld(ctx, e.Error())
+	}
+	r.fail("obtain", e)
+	if !withheld {
+		r.proceed(e)
+	}
+}
+
+// fail notes a problem and when to try again.
+func (r *Runner) fail(what string, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	text := what + ": " + err.Error()
+	if text != r.problem {
+		r.log.Warn("credential not renewed", "doing", what, "err", err)
+	}
+	r.problem = text
+	r.retryAt = r.now().Add(backoff(r.failures))
+	r.failures++
+}
+
+// backoff is a second doubling to a minute, jittered.
+func backoff(failures int) time.Duration {
+	d := min(time.Second<<min(failures, 6), time.Minute)
+	return d/2 + time.Duration(rand.Int64N(int64(d/2)+1))
+}
+
+func (r *Runner) succeed(context.Context) {
+	r.mu.Lock()
+	r.failures, r.retryAt, r.problem, r.offline = 0, time.Time{}, "", false
+	r.mu.Unlock()
+	r.proceed(nil)
+	r.proveNow()
+}
+
+// proceed answers those who wait in Ready.
+func (r *Runner) proceed(err error) {
+	r.mu.Lock()
+	waiters := r.waiters
+	r.waiters, r.starting = nil, nil
+	r.mu.Unlock()
+	for _, w := range waiters {
+		w <- err
+	}
+}
+
+// Ready obtains the credential for a unit that is starting and waits for it.
+func (r *Runner) Ready(ctx context.Context) error {
+	if r.cfg.Process.Unit == "" {
+		return errors.New("only a credential whose program is found by its unit can be waited for")
+	}
+	p, err := r.programs.Starting(ctx, r.cfg.Process.Unit)
+	if err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	r.mu.Lock()
+	if l := r.lease; l != nil && l.Acked && (l.Instance == p.Instance().String() || l.Coming) && r.now().Before(l.Expires) && deliver.Standing(r.cfg.Files) {
+		r.mu.Unlock()
+		return nil // handed over, and there already
+	}
+	r.starting = &p
+	r.waiters = append(r.waiters, done)
+	r.retryAt, r.failures = time.Time{}, 0
+	r.mu.Unlock()
+	r.poke()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
