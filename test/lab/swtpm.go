@@ -97,9 +97,7 @@ func (t *TPM) start(ctx context.Context) error {
 		"--server", "type=unixio,path="+t.Socket, "--ctrl", "type=unixio,path="+t.Socket+".ctrl",
 		"--flags", "not-need-init,startup-clear")
 	cmd.Stdout, cmd.Stderr = &output, &output
-	// In a group of its own: a Ctrl-C is for this process, which then stops it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	if err := spawn(cmd, syscall.SIGKILL); err != nil {
 		return err
 	}
 	exited := make(chan struct{})

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"connectrpc.com/connect"
@@ -56,6 +57,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	switch {
 	case errors.As(err, &exit):
 		return exit.code
+	case strings.HasPrefix(err.Error(), "unknown command"):
+		return exitUsage
 	case errors.As(err, &remote) && (remote.Code() == connect.CodeUnavailable || remote.Code() == connect.CodeInternal || remote.Code() == connect.CodeUnknown):
 		return exitUnreach
 	}

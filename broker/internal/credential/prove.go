@@ -181,7 +181,10 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 		return v, "refused: " + result.Reason, nil
 	}
 	program := verified.Facts().Program
-	if instance := program.Instance().String(); g.Instance != instance {
+	switch instance := program.Instance().String(); {
+	case g.Instance == instance, g.Instance == "" && g.From == instance:
+		// The instance that has it, or the one that is about to hand it over.
+	default:
 		if !mayBind(g, verified.Facts(), decision.Scope()) {
 			v.Outcome, v.Reason = wire.CheckGone, "the lease was issued to another instance of the program"
 			return v, "another instance asks with it: " + instance, nil

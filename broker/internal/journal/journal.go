@@ -49,6 +49,7 @@ type Grant struct {
 	Issued     time.Time `json:"-"`
 	Ended      time.Time `json:"-"`
 
+	From     string          `json:"from,omitempty"` // of a hand-over: the instance that asked, and that ends
 	Unit     string          `json:"unit,omitempty"`
 	Boot     string          `json:"boot,omitempty"`
 	SHA256   string          `json:"sha256,omitempty"`

@@ -130,8 +130,10 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 		Subject: subject, Facts: factsJSON, Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
 		TTL: scope.TTL(), Overlap: scope.Overlap(), Grace: scope.Grace, ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
 	}, now)
-	if !r.HandOver {
-		g.Instance = facts.Program.Instance().String()
+	if instance := facts.Program.Instance().String(); r.HandOver {
+		g.From = instance
+	} else {
+		g.Instance = instance
 	}
 	if g.Kind == journal.KindCertificate {
 		g.Serial = newSerial()

@@ -133,6 +133,9 @@ func (r *Runner) observe(ctx context.Context) Observed {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if p != nil && p.Starting && starting == nil && (r.lease == nil || r.lease.Instance != p.Instance().String()) {
+		p = nil // it starts and doesn't wait for us: it is served when it runs
+	}
 	if r.program != nil && p != nil && r.program.Instance() != p.Instance() {
 		r.failures, r.retryAt = 0, time.Time{} // another one may be served at once
 	}

@@ -29,6 +29,9 @@ func parsePolicy(text string) (map[string]held, error) {
 	if strings.HasPrefix(strings.TrimSpace(text), "{") {
 		return nil, errors.New("it is JSON; write it as HCL")
 	}
+	if tooDeep(text) {
+		return nil, errors.New("it nests deeper than a policy does")
+	}
 	file, diags := hclsyntax.ParseConfig([]byte(text), "policy", hcl.InitialPos)
 	if diags.HasErrors() {
 		return nil, fmt.Errorf("line %d: %s", diags[0].Subject.Start.Line, diags[0].Summary)
@@ -74,6 +77,32 @@ func parsePolicy(text string) (map[string]held, error) {
 		rules[r.Path] = r
 	}
 	return rules, nil
+}
+
+// maxNesting is more than a policy needs; HCL's parser recurses.
+const maxNesting = 16
+
+// tooDeep counts, beside what nests, the operators in front of which the parser
+// recurses, too; a policy has none.
+func tooDeep(text string) bool {
+	tokens, _ := hclsyntax.LexConfig([]byte(text), "policy", hcl.InitialPos)
+	depth, operators := 0, 0
+	for _, t := range tokens {
+		switch t.Type {
+		case hclsyntax.TokenOBrace, hclsyntax.TokenOBrack, hclsyntax.TokenOParen, hclsyntax.TokenOQuote,
+			hclsyntax.TokenOHeredoc, hclsyntax.TokenTemplateInterp, hclsyntax.TokenTemplateControl:
+			depth++
+		case hclsyntax.TokenCBrace, hclsyntax.TokenCBrack, hclsyntax.TokenCParen, hclsyntax.TokenCQuote,
+			hclsyntax.TokenCHeredoc, hclsyntax.TokenTemplateSeqEnd:
+			depth = max(depth-1, 0)
+		case hclsyntax.TokenMinus, hclsyntax.TokenBang, hclsyntax.TokenQuestion:
+			operators++
+		}
+		if depth+operators > maxNesting {
+			return true
+		}
+	}
+	return false
 }
 
 // words are a list of strings.

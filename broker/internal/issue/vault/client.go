@@ -108,7 +108,7 @@ type limitedReader struct {
 
 func (l *limitedReader) Read(p []byte) (int, error) {
 	if l.left <= 0 {
-		return 0, fmt.Errorf("Vault's answer is larger than %d bytes", maxResponse)
+		return 0, fmt.Errorf("the answer is larger than %d bytes", maxResponse)
 	}
 	n, err := l.r.Read(p[:min(len(p), l.left)])
 	l.left -= n
@@ -217,18 +217,7 @@ func failure(one call, err error) *failed {
 	if !errors.As(err, &answered) {
 		f.cause, f.message = err, short(err.Error())
 		if one.secret {
-			f.message = "" // a decoder could quote the answer
-			var timeout interface{ Timeout() bool }
-			var op interface{ Temporary() bool }
-			switch {
-			case errors.As(err, &timeout) && timeout.Timeout():
-				f.message = "timed out"
-			case errors.As(err, &op):
-				f.message = short(err.Error())
-			default:
-				f.message = "the connection broke, or it was no answer of Vault's"
-			}
-			f.cause = nil
+			f.cause, f.message = nil, unanswered(err)
 		}
 		return f
 	}
@@ -252,6 +241,22 @@ func failure(one call, err error) *failed {
 		f.message = "Vault's own log says why"
 	}
 	return f
+}
+
+// unanswered repeats of an error only what can't quote an answer, as decoders do.
+func unanswered(err error) string {
+	var timeout interface{ Timeout() bool }
+	var network *net.OpError
+	var certificate *tls.CertificateVerificationError
+	switch {
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return "timed out"
+	case errors.As(err, &network):
+		return short(network.Error())
+	case errors.As(err, &certificate):
+		return short(certificate.Error())
+	}
+	return "the connection broke, or what came is no answer of Vault's"
 }
 
 // short is one bounded line.

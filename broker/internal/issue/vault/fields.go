@@ -3,10 +3,13 @@ package vault
 import (
 	"encoding/json"
 	"fmt"
+	"math"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/api"
+	"golang.org/x/crypto/ssh"
 
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/policy"
@@ -47,10 +50,15 @@ func fill(c *issue.Credential, scope *policy.Scope, answer *api.Secret, now time
 	}
 	c.Static = scope.Vault.Method != "write"
 	c.Expires = now.Add(scope.Vault.TTL)
-	if unix, ok := number(data["expiration"]); ok && !c.Static && unix > now.Unix() {
-		if end := time.Unix(unix, 0); end.Before(c.Expires) { // a certificate's own
-			c.Expires = end
-		}
+	// What is signed has a time of its own.
+	end := int64(0)
+	if ssh := sshCertificate(data); ssh != nil && ssh.ValidBefore < math.MaxInt64 {
+		end = int64(ssh.ValidBefore)
+	} else if unix, ok := number(data["expiration"]); ok {
+		end = unix
+	}
+	if !c.Static && end > now.Unix() && end < c.Expires.Unix() {
+		c.Expires = time.Unix(end, 0)
 	}
 	return nil
 }
@@ -73,14 +81,28 @@ func names(scope *policy.Scope, answer *api.Secret, data map[string]any) map[str
 	if user, ok := data["username"].(string); ok && database {
 		out["db_username"] = user
 	}
-	if serial, ok := data["serial_number"].(string); ok {
-		if _, ssh := data["signed_key"]; ssh || answer.MountType == "ssh" {
-			out["ssh_key_id"] = serial
-		} else {
-			out["certificate_serial"] = serial
-		}
+	serial, numbered := data["serial_number"].(string)
+	if c := sshCertificate(data); c != nil {
+		out["ssh_key_id"], out["ssh_serial"] = c.KeyId, strconv.FormatUint(c.Serial, 10)
+	} else if numbered {
+		out["certificate_serial"] = serial
 	}
 	return out
+}
+
+// sshCertificate is what an SSH CA signed; nil where it is none. sshd logs its
+// key id and its serial in decimal, where Vault says it in hex.
+func sshCertificate(data map[string]any) *ssh.Certificate {
+	signed, ok := data["signed_key"].(string)
+	if !ok {
+		return nil
+	}
+	key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(signed))
+	if err != nil {
+		return nil
+	}
+	c, _ := key.(*ssh.Certificate)
+	return c
 }
 
 // text is a value as a program reads it: a string as it is, a number or truth in

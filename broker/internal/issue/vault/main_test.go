@@ -3,6 +3,7 @@ package vault
 import (
 	"bytes"
 	"context"
+	"flag"
 	"fmt"
 	"log/slog"
 	"os"
@@ -57,7 +58,9 @@ type secretsSeen struct {
 func (s *secretsSeen) secret(v string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.secrets = append(s.secrets, v)
+	if v != "" {
+		s.secrets = append(s.secrets, v)
+	}
 }
 
 func (s *secretsSeen) said(words string) {
@@ -108,9 +111,22 @@ scope "billing-pki" {
     ttl        = "1h"
   }
 }
+scope "billing-ssh" {
+  process { unit = "billing.service" }
+  vault {
+    path       = "ssh/issue/billing"
+    method     = "write"
+    parameters = { key_type = "ed25519", valid_principals = "billing" }
+    ttl        = "1h"
+  }
+}
 `
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if flag.Lookup("test.fuzz").Value.String() != "" { // its workers need no lab
+		os.Exit(m.Run())
+	}
 	code, err := withLab(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -167,6 +183,9 @@ func prepare(ctx context.Context) error {
 		{"sys/mounts/pki", map[string]any{"type": "pki", "config": map[string]any{"max_lease_ttl": "8760h"}}},
 		{"pki/root/generate/internal", map[string]any{"common_name": "lab", "ttl": "8760h"}},
 		{"pki/roles/billing", map[string]any{"allowed_domains": "example.com", "allow_subdomains": true, "generate_lease": true, "ttl": "1h", "max_ttl": "1h", "key_type": "ec", "key_bits": 256}},
+		{"sys/mounts/ssh", map[string]any{"type": "ssh"}},
+		{"ssh/config/ca", map[string]any{"generate_signing_key": true}},
+		{"ssh/roles/billing", map[string]any{"key_type": "ca", "allow_user_certificates": true, "allowed_users": "billing", "ttl": "30m", "max_ttl": "30m"}},
 		{"sys/auth/approle", map[string]any{"type": "approle"}},
 		{"sys/auth/cert", map[string]any{"type": "cert"}},
 	} {
@@ -251,6 +270,19 @@ func values(c issue.Credential) map[string]string {
 		}
 	}
 	return out
+}
+
+func TestTheScanForSecretsFindsOne(t *testing.T) {
+	var s secretsSeen
+	s.secret("hunter2-long-enough")
+	s.said("an honest error")
+	if found := s.leaks("an honest log"); found != nil {
+		t.Errorf("found %q in honest words", found)
+	}
+	s.said("password hunter2-long-enough is wrong")
+	if found := s.leaks("level=INFO hunter2-long-enough"); len(found) != 2 {
+		t.Errorf("found %q of two plants", found)
+	}
 }
 
 // mustIssue issues what must succeed.

@@ -3,8 +3,10 @@ package vault
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/countersign/countersign/broker/internal/policy"
 )
@@ -90,7 +92,10 @@ func needs(s *policy.Scope) Scope {
 			if rule.Parameters == nil {
 				rule.Parameters = map[string][]string{}
 			}
-			rule.Parameters[k] = []string{v}
+			rule.Parameters[k] = []string{}
+			if literal(v) {
+				rule.Parameters[k] = []string{v}
+			}
 		}
 	}
 	return Scope{
@@ -109,6 +114,13 @@ func needs(s *policy.Scope) Scope {
 			"path_suffix":             "",
 		}},
 	}
+}
+
+// literal says whether a policy can name a value as it is: elsewhere Vault sees
+// a pattern or an expression, and any value is allowed.
+func literal(v string) bool {
+	return !strings.HasPrefix(v, "*") && !strings.HasSuffix(v, "*") && !strings.Contains(v, "${") && !strings.Contains(v, "%{") &&
+		!strings.ContainsFunc(v, func(r rune) bool { return !unicode.IsPrint(r) })
 }
 
 // withLeases adds the rules for leases under paths. The lease stands in the path
@@ -176,7 +188,5 @@ func list(words []string) string {
 	return "[" + strings.Join(out, ", ") + "]"
 }
 
-// quoted is a string in HCL, in which ${ would begin an expression.
-func quoted(s string) string {
-	return strings.NewReplacer("${", "$${", "%{", "%%{").Replace(fmt.Sprintf("%q", s))
-}
+// quoted is a string in HCL; what stands in a policy is literal, or was Vault's.
+func quoted(s string) string { return strconv.Quote(s) }

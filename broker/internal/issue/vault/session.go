@@ -27,29 +27,33 @@ const maxTokenFile = 8 << 10
 // afterFailure is how long a failed login answers for the next ones.
 const afterFailure = time.Second
 
+// lookEvery is how often a token that needs no renewal is looked at, so that
+// Status tells of a Vault that went away or came back while nobody asked.
+const lookEvery = time.Minute
+
 // A session is the broker's own login at Vault.
 type session struct {
 	*caller
 	cfg config.Vault
 	log *slog.Logger
-	now func() time.Time
 
 	login chan struct{} // capacity 1: who logs in
 
-	mu    sync.Mutex
-	own   ownToken  // guarded by mu
-	err   error     // guarded by mu; why the last try to reach Vault failed, nil if it didn't
-	tried time.Time // guarded by mu; when a login failed last, in real time
+	mu      sync.Mutex // guards what follows
+	own     ownToken
+	reach   error     // why the last call got no answer, nil if it got one
+	failing error     // why the last login failed, nil if it didn't
+	tried   time.Time // when it failed, in real time
 }
 
 type ownToken struct {
 	value     string
 	renewable bool
 	ttl       time.Duration // when it was last asked for; zero: endless
-	until     time.Time     // by the session's clock; zero: endless
+	until     time.Time     // in real, monotonic time, whatever the wall clock does; zero: endless
 }
 
-func newSession(cfg config.Vault, log *slog.Logger, now func() time.Time) (*session, error) {
+func newSession(cfg config.Vault, log *slog.Logger) (*session, error) {
 	tlsConfig, err := tlsConfig(cfg.CAFile)
 	if err != nil {
 		return nil, fmt.Errorf("vault: ca_file: %w", err)
@@ -65,7 +69,7 @@ func newSession(cfg config.Vault, log *slog.Logger, now func() time.Time) (*sess
 	if err != nil {
 		return nil, fmt.Errorf("vault: address: %w", err)
 	}
-	return &session{caller: c, cfg: cfg, log: log, now: now, login: make(chan struct{}, 1)}, nil
+	return &session{caller: c, cfg: cfg, log: log, login: make(chan struct{}, 1)}, nil
 }
 
 // way is how the broker logs in, for people.
@@ -99,13 +103,13 @@ func (s *session) renew(ctx context.Context, old string) (string, error) {
 		return "", ctx.Err()
 	}
 	s.mu.Lock()
-	value, err, tried := s.own.value, s.err, s.tried
+	value, failing, tried := s.own.value, s.failing, s.tried
 	s.mu.Unlock()
 	if value != "" && value != old {
 		return value, nil
 	}
-	if err != nil && time.Since(tried) < afterFailure {
-		return "", err
+	if failing != nil && time.Since(tried) < afterFailure {
+		return "", failing
 	}
 	own, err := s.authenticate(ctx)
 	if err == nil && own.value == old {
@@ -113,16 +117,17 @@ func (s *session) renew(ctx context.Context, old string) (string, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.err = err
-	if err != nil {
-		s.own, s.tried = ownToken{}, time.Now()
+	if s.failing = err; err != nil {
+		s.tried = time.Now()
 		return "", err
 	}
-	s.own = own
+	s.own, s.reach = own, nil
 	s.log.Info("vault: logged in", "by", s.way(), "token_ttl", own.ttl)
 	return own.value, nil
 }
 
+// authenticate hides a failed login's status: it is no answer to the call that
+// wanted the login.
 func (s *session) authenticate(ctx context.Context) (ownToken, error) {
 	login := call{secret: true}
 	switch {
@@ -145,25 +150,32 @@ func (s *session) authenticate(ctx context.Context) (ownToken, error) {
 		if err != nil {
 			return ownToken{}, fmt.Errorf("%w: vault.token_file: %w", issue.ErrConfig, err)
 		}
-		return s.lookup(ctx, token)
+		own, err := s.lookup(ctx, token)
+		if status(err) == http.StatusForbidden {
+			return ownToken{}, fmt.Errorf("%w: Vault doesn't accept the token in %s, or its policy lacks \"read\" on auth/token/lookup-self: %v", issue.ErrConfig, s.cfg.TokenFile, err)
+		}
+		if err != nil {
+			return ownToken{}, fmt.Errorf("login by token file: %v", err)
+		}
+		return own, nil
 	}
 	answer, err := s.do(ctx, login)
 	if code := status(err); code == http.StatusBadRequest || code == http.StatusForbidden || code == http.StatusNotFound {
-		return ownToken{}, fmt.Errorf("%w: login by %s: %w", issue.ErrConfig, s.way(), err)
+		return ownToken{}, fmt.Errorf("%w: login by %s: %v", issue.ErrConfig, s.way(), err)
 	}
 	if err != nil {
-		return ownToken{}, fmt.Errorf("login by %s: %w", s.way(), err)
+		return ownToken{}, fmt.Errorf("login by %s: %v", s.way(), err)
 	}
 	if answer == nil || answer.Auth == nil || answer.Auth.ClientToken == "" {
 		return ownToken{}, fmt.Errorf("login by %s: Vault's answer holds no token", s.way())
 	}
-	return s.made(answer.Auth), nil
+	return made(answer.Auth), nil
 }
 
-func (s *session) made(a *api.SecretAuth) ownToken {
+func made(a *api.SecretAuth) ownToken {
 	own := ownToken{value: a.ClientToken, renewable: a.Renewable, ttl: time.Duration(a.LeaseDuration) * time.Second}
 	if own.ttl > 0 {
-		own.until = s.now().Add(own.ttl)
+		own.until = time.Now().Add(own.ttl)
 	}
 	return own
 }
@@ -171,9 +183,6 @@ func (s *session) made(a *api.SecretAuth) ownToken {
 // lookup asks Vault about a token.
 func (s *session) lookup(ctx context.Context, token string) (ownToken, error) {
 	answer, err := s.do(ctx, call{read: true, path: "auth/token/lookup-self", token: token, secret: true})
-	if status(err) == http.StatusForbidden {
-		return ownToken{}, fmt.Errorf("%w: the broker's token is not valid, or its policy lacks read on auth/token/lookup-self: %w", issue.ErrConfig, err)
-	}
 	if err != nil {
 		return ownToken{}, err
 	}
@@ -184,7 +193,7 @@ func (s *session) lookup(ctx context.Context, token string) (ownToken, error) {
 	own.renewable, _ = answer.TokenIsRenewable()
 	own.ttl, _ = answer.TokenTTL()
 	if own.ttl > 0 {
-		own.until = s.now().Add(own.ttl)
+		own.until = time.Now().Add(own.ttl)
 	}
 	return own, nil
 }
@@ -226,7 +235,7 @@ func (s *session) saw(err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.err = err
+	s.reach = err
 }
 
 // keep holds the broker's token alive until ctx ends.
@@ -260,32 +269,38 @@ func (s *session) keepOnce(ctx context.Context) (time.Duration, error) {
 	s.mu.Lock()
 	own := s.own
 	s.mu.Unlock()
-	switch left := own.until.Sub(s.now()); {
-	case own.until.IsZero():
-		return time.Minute, nil
-	case left > own.ttl*2/3:
-		return min(left-own.ttl/2, time.Hour), nil // fresh
+	left := time.Until(own.until)
+	switch {
+	case own.until.IsZero() || left > own.ttl*2/3:
+		wait := lookEvery
+		if !own.until.IsZero() {
+			wait = min(wait, left-own.ttl/2)
+		}
+		_, err := s.lookup(ctx, token)
+		s.saw(err)
+		if status(err) != http.StatusForbidden {
+			return wait, err
+		}
+		left = 0
 	case own.renewable:
 		answer, err := s.do(ctx, call{path: "auth/token/renew-self", token: token, body: map[string]any{}, secret: true})
-		if err == nil && answer != nil && answer.Auth != nil {
-			longer := s.made(answer.Auth)
-			longer.value = token
-			s.saw(nil)
-			if longer.ttl > own.ttl/3 { // else its longest life is near
-				s.mu.Lock()
-				if s.own.value == token {
-					s.own = longer
-				}
-				s.mu.Unlock()
-				return max(longer.ttl/2, time.Second), nil
-			}
-		} else if code := status(err); code == 0 || code >= 429 {
-			s.saw(err)
+		s.saw(err)
+		if code := status(err); err != nil && (code == 0 || code >= http.StatusTooManyRequests) {
 			return 0, err
 		}
-	case s.cfg.TokenFile != "" && left > 0:
+		if err == nil && answer != nil && answer.Auth != nil {
+			longer := made(answer.Auth)
+			if longer.ttl > own.ttl/3 { // else its longest life is near
+				longer.value = token
+				s.replace(token, longer)
+				return max(longer.ttl/2, time.Second), nil
+			}
+			left = longer.ttl
+		}
+	}
+	if s.cfg.TokenFile != "" && left > 0 {
 		// Nothing can be done but to watch the file.
-		if fresh, err := readSecretFile(s.cfg.TokenFile); err == nil && fresh == token {
+		if fresh, err := readSecretFile(s.cfg.TokenFile); err != nil || fresh == token {
 			return min(max(left/4, time.Second), 10*time.Second), nil
 		}
 	}
@@ -295,19 +310,30 @@ func (s *session) keepOnce(ctx context.Context) (time.Duration, error) {
 	return time.Second, nil
 }
 
+// replace keeps what became of token, unless another took its place meanwhile.
+func (s *session) replace(token string, own ownToken) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.own.value == token {
+		s.own = own
+	}
+}
+
 func (s *session) status() (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	at := fmt.Sprintf("%s by %s", s.cfg.Address, s.way())
 	switch {
-	case s.own.value == "" && s.err == nil:
-		return "not logged in yet at " + at, errors.New("vault: not logged in yet")
+	case s.failing != nil:
+		return fmt.Sprintf("can't log in at %s: %s", at, short(s.failing.Error())), s.failing
 	case s.own.value == "":
-		return fmt.Sprintf("not logged in at %s: %s", at, short(s.err.Error())), s.err
-	case s.err != nil:
-		return fmt.Sprintf("logged in at %s, but %s", at, short(s.err.Error())), s.err
+		return "not logged in yet at " + at, errors.New("vault: not logged in yet")
+	case s.reach != nil:
+		return fmt.Sprintf("logged in at %s, but %s", at, short(s.reach.Error())), s.reach
 	case s.own.until.IsZero():
 		return "logged in at " + at + "; the token has no end", nil
+	case s.cfg.TokenFile != "" && !s.own.renewable:
+		return fmt.Sprintf("logged in at %s until %s; the file wants a new token before that", at, s.own.until.UTC().Format(time.RFC3339)), nil
 	}
 	return fmt.Sprintf("logged in at %s until %s, renewed before that", at, s.own.until.UTC().Format(time.RFC3339)), nil
 }

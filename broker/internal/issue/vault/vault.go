@@ -43,6 +43,9 @@ const cleanup = 5 * time.Second
 // that the broker waits for Vault and Vault for itself.
 const lateStart = 2 * time.Minute
 
+// endless stands for the time of a lease that has no end of its own.
+const endless = 10 * 365 * 24 * time.Hour
+
 // An Issuer is safe for concurrent use.
 type Issuer struct {
 	session     *session
@@ -56,7 +59,7 @@ var _ issue.Issuer = (*Issuer)(nil)
 // New makes an issuer. It asks nothing of Vault, which may be down or sealed:
 // Run, or the first request, logs in.
 func New(_ context.Context, cfg config.Vault, log *slog.Logger, now func() time.Time) (*Issuer, error) {
-	s, err := newSession(cfg, log, now)
+	s, err := newSession(cfg, log)
 	if err != nil {
 		return nil, err
 	}
@@ -217,7 +220,7 @@ func (i *Issuer) Extend(ctx context.Context, h issue.Handle, ttl time.Duration) 
 		if left, err = i.lookupLease(ctx, h.VaultLease); unknown(err) || err == nil && left <= 0 {
 			return time.Time{}, i.ended(ctx, h)
 		}
-	case err == nil && answer == nil:
+	case err == nil && (answer == nil || answer.LeaseDuration <= 0):
 		return time.Time{}, errors.New("vault: the renewed lease has no time in the answer")
 	case err == nil:
 		left = time.Duration(answer.LeaseDuration) * time.Second
@@ -253,7 +256,7 @@ func (i *Issuer) Revoke(ctx context.Context, h issue.Handle) error {
 			return err
 		}
 		if _, err := i.lookupLease(ctx, h.VaultLease); err == nil {
-			return fmt.Errorf("Vault still holds lease %s after revoking it", h.VaultLease)
+			return fmt.Errorf("vault still holds lease %s after revoking it", h.VaultLease)
 		} else if !unknown(err) {
 			return err
 		}
@@ -266,7 +269,7 @@ func (i *Issuer) Revoke(ctx context.Context, h issue.Handle) error {
 		return err
 	}
 	if _, err := i.session.asBroker(ctx, call{path: "auth/token/lookup-accessor", body: named}); err == nil {
-		return fmt.Errorf("Vault still holds the token of accessor %s after revoking it", h.Accessor)
+		return fmt.Errorf("vault still holds the token of accessor %s after revoking it", h.Accessor)
 	} else if !unknown(err) {
 		return err
 	}
@@ -295,8 +298,10 @@ func (i *Issuer) lookupLease(ctx context.Context, id string) (time.Duration, err
 	if answer == nil {
 		return 0, errors.New("vault: a lease's lookup has no answer")
 	}
-	seconds, _ := number(answer.Data["ttl"])
-	return time.Duration(seconds) * time.Second, nil
+	if answer.Data["expire_time"] == nil {
+		return endless, nil
+	}
+	return seconds(answer.Data["ttl"]), nil
 }
 
 // sorted are a map's keys.

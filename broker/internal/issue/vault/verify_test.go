@@ -91,7 +91,7 @@ func TestVerifyNamesEachDrift(t *testing.T) {
 		{"longest life", role("token_explicit_max_ttl", 60), "token role " + db, "token_explicit_max_ttl is 60, not 28800", nil},
 		{"more policies", role("allowed_policies", []string{db, "admin"}), "token role " + db, "allowed_policies", nil},
 		{"policy globs", role("allowed_policies_glob", []string{"*"}), "token role " + db, "allowed_policies_glob", nil},
-		{"batch tokens", role("token_type", "batch"), "token role " + db, `token_type is "batch", not "service"`, nil},
+		{"token type", role("token_type", "default-batch"), "token role " + db, `token_type is "default-batch", not "service"`, nil},
 		{"default policy", role("token_no_default_policy", false), "token role " + db, "token_no_default_policy is false", nil},
 		{"no renewal", role("renewable", false), "token role " + db, "renewable is false", nil},
 		{"token role", func(t *testing.T) { remove(t, "auth/token/roles/"+db) }, "token role " + db, "is missing", nil},

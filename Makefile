@@ -1,0 +1,53 @@
+# `make help` lists what there is. Everything a target needs is installed by it,
+# as root on Debian; otherwise it says what to install.
+GO       ?= go
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+LDFLAGS   = -s -w -X main.version=$(VERSION)
+BUILD     = CGO_ENABLED=0 $(GO) build -trimpath
+BROKER    = ./broker/cmd/countersign
+AGENT     = ./hostagent/cmd/countersign-agent
+FUZZTIME ?= 3s
+
+.DEFAULT_GOAL := help
+.PHONY: help build faults-build setup test demo bench faults fuzz lint generate clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
+
+build: ## bin/countersign and bin/countersign-agent, static
+	$(BUILD) -ldflags '$(LDFLAGS)' -o bin/countersign $(BROKER)
+	$(BUILD) -ldflags '$(LDFLAGS)' -o bin/countersign-agent $(AGENT)
+
+# The same mains with a clock that can be stepped and points to die at.
+faults-build:
+	$(BUILD) -tags faults -ldflags '$(LDFLAGS)' -o bin/faults/countersign $(BROKER)
+	$(BUILD) -tags faults -ldflags '$(LDFLAGS)' -o bin/faults/countersign-agent $(AGENT)
+
+setup:
+	@sh test/setup.sh
+
+test: setup build faults-build ## all tests, against real parts
+	@sh test/run.sh
+
+demo: setup build ## a legacy program gets in with an earned credential, and loses it
+	@$(GO) run ./test/demo
+
+bench: setup build ## speed and size, as ratios against floors; writes bench.json
+	@$(GO) run ./test/bench
+
+faults: setup faults-build ## kill, fill, seal and step clocks: 20 rounds each
+	$(GO) test -count=1 -timeout 80m ./test/faults -rounds 20
+
+fuzz: ## every fuzz target for FUZZTIME
+	@sh test/fuzz.sh $(FUZZTIME)
+
+lint: ## gofmt, vet, staticcheck; cross-build and vet the agent
+	@sh test/lint.sh
+
+generate: ## the Go code of the wire contract, by Debian's protobuf-compiler
+	GOBIN=$(CURDIR)/bin/tools $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go connectrpc.com/connect/cmd/protoc-gen-connect-go
+	PATH=$(CURDIR)/bin/tools:$$PATH protoc -I broker/wire --go_out=broker/wire --go_opt=paths=source_relative \
+		--connect-go_out=broker/wire --connect-go_opt=paths=source_relative countersign/v1/countersign.proto
+
+clean: ## remove what was built here
+	rm -rf bin bench.json

@@ -1,0 +1,310 @@
+// Command countersign-agent is the hosts' program: it proves its host and its
+// programs, and delivers what they earn.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/countersign/countersign/attestors/process/collect"
+	"github.com/countersign/countersign/attestors/tpm"
+	tpmcollect "github.com/countersign/countersign/attestors/tpm/collect"
+	"github.com/countersign/countersign/broker/wire"
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/hostagent/internal/attest"
+	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/hostagent/internal/service"
+)
+
+// version is set by the linker.
+var version = "devel"
+
+// Exit codes that scripts can use.
+const (
+	exitNo    = 1 // it failed, or the answer is no
+	exitUsage = 2 // the command line is wrong
+	exitWait  = 3 // an operator has to approve first
+)
+
+const defaultConfig = "/etc/countersign/agent.hcl"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// An exitError is an error with an exit code of its own.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string { return e.err.Error() }
+func (e *exitError) Unwrap() error { return e.err }
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	o := &options{}
+	root := &cobra.Command{Use: "countersign-agent", Short: "Proves this host and its programs, and delivers the credentials that they earn",
+		Version: version, SilenceUsage: true, SilenceErrors: true}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &exitError{exitUsage, err} })
+	root.PersistentFlags().StringVarP(&o.config, "config", "c", defaultConfig, "the agent's config file")
+	root.PersistentFlags().StringVarP(&o.output, "output", "o", "text", "output format: text or json")
+	root.AddCommand(joinCommand(o), serveCommand(o), statusCommand(o), inspectCommand(o), readyCommand(o), doctorCommand(o), configCommand(o))
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintln(stderr, "countersign-agent:", err)
+	var exit *exitError
+	switch {
+	case errors.As(err, &exit):
+		return exit.code
+	case strings.HasPrefix(err.Error(), "unknown command"):
+		return exitUsage
+	}
+	return exitNo
+}
+
+type options struct{ config, output string }
+
+func newLog(format string, w io.Writer) *slog.Logger {
+	if format == "json" {
+		return slog.New(slog.NewJSONHandler(w, nil))
+	}
+	return slog.New(slog.NewTextHandler(w, nil))
+}
+
+func exactly(n int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != n {
+			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
+		}
+		return nil
+	}
+}
+
+// client opens the host's state and TPM for a config.
+func client(c *config.Agent, log *slog.Logger) (*attest.Client, error) {
+	device, err := tpmcollect.Open(c.TPM)
+	if err != nil {
+		return nil, err
+	}
+	alg := tpm.P256
+	if c.Key == "rsa2048" {
+		alg = tpm.RSA2048
+	}
+	return attest.Open(attest.Options{Device: device, StateDir: c.StateDir, AK: alg, Log: log, Now: faults.Now,
+		Peer: wire.Peer{Addresses: c.Broker.Addresses, CASHA256: c.Broker.CASHA256},
+		Facts: func() *v1.HostFacts {
+			boot, err := collect.BootID()
+			if err != nil {
+				log.Error("boot id", "err", err)
+			}
+			hostname, _ := os.Hostname()
+			return &v1.HostFacts{BootId: boot, Hostname: hostname, Os: runtime.GOOS, AgentVersion: version}
+		}})
+}
+
+func joinCommand(o *options) *cobra.Command {
+	var tokenFile string
+	cmd := &cobra.Command{Use: "join", Short: "Ask the broker to admit this host", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		c, err := config.Load(o.config)
+		if err != nil {
+			return err
+		}
+		token, err := readToken(tokenFile, cmd.InOrStdin())
+		if err != nil {
+			return err
+		}
+		cl, err := client(c, newLog(c.LogFormat, cmd.ErrOrStderr()))
+		if err != nil {
+			return err
+		}
+		r, err := cl.Join(cmd.Context(), token)
+		if err != nil {
+			return err
+		}
+		if o.output == "json" {
+			if err := json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]any{"host_id": r.HostID, "pending": r.Pending}); err != nil {
+				return err
+			}
+		}
+		if r.Pending {
+			return &exitError{exitWait, fmt.Errorf("host %s waits for an operator: `countersign host approve %s` (or reenrol, if it was known), then join again", r.HostID, r.HostID)}
+		}
+		if o.output == "text" {
+			fmt.Fprintf(cmd.OutOrStdout(), "joined as host %s\n", r.HostID)
+		}
+		return nil
+	}}
+	cmd.Flags().StringVar(&tokenFile, "token-file", "", "file with a join token, - for standard input (a token in argv would be everybody's)")
+	return cmd
+}
+
+func readToken(file string, stdin io.Reader) (string, error) {
+	if file == "" {
+		return "", nil
+	}
+	in := stdin
+	if file != "-" {
+		f, err := os.Open(file)
+		if err != nil {
+			return "", err
+		}
+		defer func() { _ = f.Close() }()
+		in = f
+	}
+	var token string
+	if _, err := fmt.Fscan(io.LimitReader(in, 256), &token); err != nil {
+		return "", fmt.Errorf("join token: %w", err)
+	}
+	return token, nil
+}
+
+func serveCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "serve", Short: "Keep this host's credentials in force", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		c, err := config.Load(o.config)
+		if err != nil {
+			return err
+		}
+		if err := harden(); err != nil {
+			return err
+		}
+		log := newLog(c.LogFormat, cmd.ErrOrStderr())
+		cl, err := client(c, log)
+		if err != nil {
+			return err
+		}
+		defer cl.Close()
+		finder := instance.New()
+		defer finder.Close()
+		s, err := service.New(c, cl, finder, log)
+		if err != nil {
+			return err
+		}
+		return s.Run(cmd.Context())
+	}}
+}
+
+func statusCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "status", Short: "Show the host's credentials, and which program would fail first without a broker", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		c, err := config.Load(o.config)
+		if err != nil {
+			return err
+		}
+		var st service.Status
+		if err := service.Ask(cmd.Context(), c.RunDir, "GET", "/status", &st); err != nil {
+			return err
+		}
+		w := cmd.OutOrStdout()
+		if o.output == "json" {
+			return json.NewEncoder(w).Encode(st)
+		}
+		fmt.Fprintf(w, "host %s, proven %s\n", st.HostID, service.Age(st.Proved))
+		if st.Problem != "" {
+			fmt.Fprintln(w, "PROBLEM:", st.Problem)
+		}
+		t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+		fmt.Fprintln(t, "CREDENTIAL\tSTATE\tEXPIRES\tPROBLEM")
+		for _, cr := range st.Credentials {
+			expires := "-"
+			if !cr.Expires.IsZero() {
+				expires = cr.Expires.UTC().Format(time.RFC3339)
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", cr.Name, cr.State, expires, cr.Problem)
+		}
+		if err := t.Flush(); err != nil {
+			return err
+		}
+		if st.FailsFirst != "" && st.Problem != "" {
+			fmt.Fprintf(w, "if this goes on, the program of %s fails first, at %s\n", st.FailsFirst, st.FailsAt.UTC().Format(time.RFC3339))
+		}
+		return nil
+	}}
+}
+
+func inspectCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "inspect PID", Short: "Print what the broker would be told of a process", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		pid, err := strconv.Atoi(args[0])
+		if err != nil || pid <= 0 {
+			return &exitError{exitUsage, fmt.Errorf("%q is no pid", args[0])}
+		}
+		finder := instance.New()
+		defer finder.Close()
+		p, err := finder.Inspect(cmd.Context(), pid)
+		if err != nil {
+			return err
+		}
+		b, err := p.Encode()
+		if err != nil {
+			return err
+		}
+		if o.output == "json" {
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", b)
+			return err
+		}
+		var indented map[string]any
+		if err := json.Unmarshal(b, &indented); err != nil {
+			return err
+		}
+		e := json.NewEncoder(cmd.OutOrStdout())
+		e.SetIndent("", "  ")
+		return e.Encode(indented)
+	}}
+}
+
+func readyCommand(o *options) *cobra.Command {
+	var timeout time.Duration
+	cmd := &cobra.Command{Use: "ready NAME", Short: "Wait until a starting unit's credential is delivered: for ExecStartPre=+", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		c, err := config.Load(o.config)
+		if err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
+		defer cancel()
+		return service.Ask(ctx, c.RunDir, "POST", "/ready/"+args[0], nil)
+	}}
+	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "how long to wait")
+	return cmd
+}
+
+func configCommand(o *options) *cobra.Command {
+	cmd := &cobra.Command{Use: "config", Short: "The agent's config file"}
+	cmd.AddCommand(&cobra.Command{Use: "check", Short: "Report every mistake in the config file", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		_, err := config.Load(o.config)
+		var problems config.Problems
+		if o.output == "json" && (err == nil || errors.As(err, &problems)) {
+			if encodeErr := json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]any{"valid": err == nil, "problems": problems}); encodeErr != nil {
+				return encodeErr
+			}
+		}
+		if err != nil {
+			return err
+		}
+		if o.output == "text" {
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is valid\n", o.config)
+		}
+		return nil
+	}})
+	return cmd
+}

@@ -1,0 +1,184 @@
+package deliver
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/dbus"
+	"golang.org/x/sys/unix"
+
+	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/hostagent/internal/config"
+)
+
+// commandPath is the PATH of commands, and with the new files' names all of
+// their environment.
+const commandPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// Check runs the config's check over the new files; no check is fine.
+func Check(ctx context.Context, o *config.OnChange, newPaths []string) error {
+	if o == nil || len(o.Check) == 0 {
+		return nil
+	}
+	env := []string{commandPath}
+	for i, p := range newPaths {
+		env = append(env, fmt.Sprintf("COUNTERSIGN_FILE_%d=%s", i, p))
+	}
+	if err := command(ctx, o.Check, env, o.Limit()); err != nil {
+		return fmt.Errorf("check: %w; the old credential stays", err)
+	}
+	return nil
+}
+
+// Notify tells the program that its files are new, and waits until it is told:
+// for a restart or a reload until the unit's job is done.
+func Notify(ctx context.Context, o *config.OnChange, p process.Program) error {
+	switch {
+	case o == nil:
+		return nil
+	case o.Signal != "":
+		return signal(o.Signal, p)
+	case o.Restart, o.Reload:
+		return job(ctx, o, p.Unit)
+	case len(o.Exec) > 0:
+		if err := command(ctx, o.Exec, []string{commandPath}, o.Limit()); err != nil {
+			return fmt.Errorf("exec: %w", err)
+		}
+	}
+	return nil
+}
+
+// command runs argv in a process group of its own, which is killed at the
+// limit. What it prints goes nowhere: a check reads the secret.
+func command(ctx context.Context, argv, env []string, limit time.Duration) error {
+	cmd := &exec.Cmd{Path: argv[0], Args: argv, Env: env, Dir: "/", SysProcAttr: &syscall.SysProcAttr{Setpgid: true}}
+	if err := cmd.Start(); err != nil {
+		return err // names the command alone
+	}
+	bounded, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	pid := cmd.Process.Pid
+	exited := make(chan struct{})
+	go func() {
+		// Without reaping it, so that its number stays its own until the kill.
+		for unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+		}
+		close(exited)
+	}()
+	select {
+	case <-exited:
+	case <-bounded.Done():
+		_ = unix.Kill(-pid, unix.SIGKILL) // it is there: not reaped
+		<-exited
+		_ = cmd.Wait()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return fmt.Errorf("%s was not done after %v, and was killed: make it faster, or set on_change's timeout", argv[0], limit)
+	}
+	if err := cmd.Wait(); err != nil {
+		return fmt.Errorf("%s: %w; run it by hand to see what it says", argv[0], err)
+	}
+	return nil
+}
+
+// signal reaches the process that p describes, or none.
+func signal(name string, p process.Program) error {
+	number := unix.SignalNum(name)
+	if number == 0 {
+		return fmt.Errorf("signal: there is no %q; write it as SIGHUP", name)
+	}
+	if p.PID <= 0 {
+		return fmt.Errorf("signal %s: the program has no main process", name)
+	}
+	// The descriptor first: if the process that it means began when p did, it
+	// is p's, and can't become another one's.
+	fd, err := unix.PidfdOpen(p.PID, 0)
+	switch err {
+	case nil:
+		defer func() { _ = unix.Close(fd) }()
+	case unix.ESRCH:
+		return fmt.Errorf("signal %s: %w", name, ErrEnded)
+	case unix.ENOSYS: // before Linux 5.3
+		fd = -1
+	default:
+		return fmt.Errorf("signal %s: pid %d: %w", name, p.PID, err)
+	}
+	start, err := startOf(p.PID)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) || err == nil && start != p.Start {
+		return fmt.Errorf("signal %s: %w", name, ErrEnded)
+	}
+	if err != nil {
+		return fmt.Errorf("signal %s: pid %d: %w", name, p.PID, err)
+	}
+	if fd >= 0 {
+		err = unix.PidfdSendSignal(fd, number, nil, 0)
+	} else {
+		err = unix.Kill(p.PID, number)
+	}
+	if err == unix.ESRCH {
+		err = ErrEnded
+	}
+	if err != nil {
+		return fmt.Errorf("signal %s: pid %d: %w", name, p.PID, err)
+	}
+	return nil
+}
+
+// startOf is a process's start time, in clock ticks from boot.
+func startOf(pid int) (uint64, error) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return 0, err
+	}
+	// The name may hold spaces and parentheses; after its last one stand fields
+	// 3 and following.
+	fields := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
+	if len(fields) < 20 {
+		return 0, errors.New("stat of the process is cut short")
+	}
+	return strconv.ParseUint(string(fields[19]), 10, 64)
+}
+
+// job restarts or reloads a unit.
+func job(ctx context.Context, o *config.OnChange, unit string) error {
+	what := "restart"
+	if o.Reload {
+		what = "reload"
+	}
+	if unit == "" {
+		return fmt.Errorf("%s: the program is not a unit's", what)
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.Limit())
+	defer cancel()
+	manager, err := dbus.NewSystemdConnectionContext(ctx)
+	if err != nil {
+		return fmt.Errorf("%s %s: no way to systemd: %w", what, unit, err)
+	}
+	defer manager.Close()
+	result := make(chan string, 1)
+	if o.Reload {
+		_, err = manager.ReloadUnitContext(ctx, unit, "replace", result)
+	} else {
+		_, err = manager.RestartUnitContext(ctx, unit, "replace", result)
+	}
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", what, unit, err)
+	}
+	select {
+	case r := <-result:
+		if r != "done" {
+			return fmt.Errorf("%s %s: the job ended as %q: see journalctl -u %s", what, unit, r, unit)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s %s: not done after %v; systemd goes on with it: %w", what, unit, o.Limit(), ctx.Err())
+	}
+}

@@ -1,0 +1,102 @@
+package deliver
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/hostagent/internal/config"
+)
+
+// Withdraw removes the files and what an interrupted swap left of them; it
+// tries all of them.
+func Withdraw(files []*config.File) error {
+	var errs []error
+	for _, f := range files {
+		if err := withdraw(f); err != nil {
+			errs = append(errs, fmt.Errorf("%s: not removed: %w", f.Path, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func withdraw(f *config.File) error {
+	t, err := openTarget(f)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { _ = t.dir.Close() }()
+	// The file last: an old content beside a missing file would be rolled back.
+	return t.clear(t.new(), t.old(), t.none(), t.name)
+}
+
+// Standing says whether all files are there.
+func Standing(files []*config.File) bool {
+	for _, f := range files {
+		t, err := openTarget(f)
+		if err != nil {
+			return false
+		}
+		st, err := lstat(t.fd(), t.name)
+		_ = t.dir.Close()
+		if err != nil || regular(st) != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// ReadBack is what stands in the files; nil unless all are there and still are
+// what was delivered: the owner's, and with no second name, by which a folder's
+// owner could have put another file here to be read.
+func ReadBack(files []*config.File) []Content {
+	var out []Content
+	for _, f := range files {
+		data, err := readBack(f)
+		if err != nil {
+			for _, c := range out {
+				c.Data.Wipe()
+			}
+			return nil
+		}
+		out = append(out, Content{File: f, Data: data})
+	}
+	return out
+}
+
+func readBack(f *config.File) (secret.Bytes, error) {
+	t, err := openTarget(f)
+	if err != nil {
+		return secret.Bytes{}, err
+	}
+	defer func() { _ = t.dir.Close() }()
+	uid, err := uidOf(f.Owner)
+	if err != nil {
+		return secret.Bytes{}, err
+	}
+	fd, err := openat(t.fd(), t.name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return secret.Bytes{}, err
+	}
+	file := os.NewFile(uintptr(fd), f.Path)
+	defer func() { _ = file.Close() }()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return secret.Bytes{}, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 || int(st.Uid) != uid {
+		return secret.Bytes{}, errNotRegular
+	}
+	b, err := io.ReadAll(io.LimitReader(file, maxContent+1))
+	if err == nil && len(b) > maxContent {
+		err = errors.New("too large")
+	}
+	return secret.New(b), err
+}

@@ -1,0 +1,38 @@
+package renew
+
+import "time"
+
+// Status is one credential, as `countersign-agent status` shows it.
+type Status struct {
+	Name     string    `json:"name"`
+	Scope    string    `json:"scope"`
+	State    string    `json:"state"` // waiting, obtaining, in force, withheld, observed or failing
+	Program  string    `json:"program,omitempty"`
+	Lease    string    `json:"lease,omitempty"`
+	Expires  time.Time `json:"expires,omitzero"`
+	Replace  time.Time `json:"replace,omitzero"`
+	Problem  string    `json:"problem,omitempty"`
+	Failures int       `json:"failures,omitempty"`
+}
+
+// Status says how the credential stands.
+func (r *Runner) Status() Status {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := Status{Name: r.cfg.Name, Scope: r.cfg.Scope, State: "waiting", Problem: r.problem, Failures: r.failures}
+	if r.program != nil {
+		s.Program = r.program.Instance().String()
+		s.State = "obtaining"
+	}
+	switch {
+	case r.lease != nil:
+		s.State, s.Lease, s.Expires, s.Replace = "in force", r.lease.ID, r.lease.Expires, r.lease.Replace
+	case r.withheld != nil:
+		s.State, s.Lease, s.Expires = "withheld", r.withheld.ID, r.withheld.Expires
+	case r.observed:
+		s.State = "observed"
+	case r.problem != "":
+		s.State = "failing"
+	}
+	return s
+}

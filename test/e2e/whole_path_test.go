@@ -1,0 +1,243 @@
+package e2e_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/countersign/countersign/test/lab"
+)
+
+// A bench is one broker with a host that has joined it.
+type bench struct {
+	dir    string
+	tpm    *lab.TPM
+	broker *lab.Broker
+	agent  *lab.Agent
+	host   string
+}
+
+const billingScope = `
+scope "billing-db" {
+  reprove = "5s"
+  grace   = "1h"
+  host    { labels = { role = "billing" } }
+  process { exe = %q }
+  vault {
+    path    = "database/creds/billing-ro"
+    ttl     = "30m"
+    overlap = "2s"
+  }
+}
+`
+
+// brokerPolicyToken sets Vault up for a folder of scopes, as an operator does,
+// and returns a file with a token of the broker's policy.
+func brokerPolicyToken(t *testing.T, b *lab.Broker) string {
+	t.Helper()
+	ctx := within(t, time.Minute)
+	cmd := exec.CommandContext(ctx, must(lab.Program("countersign", false))(t), "vault", "setup", b.Scopes())
+	cmd.Env = append(os.Environ(), "VAULT_ADDR="+vault.Addr, "VAULT_CACERT="+vault.CACert, "VAULT_TOKEN="+vault.RootToken)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("vault setup: %v\n%s", err, out)
+	}
+	client := must(vault.Client())(t)
+	secret := must(client.Logical().WriteWithContext(ctx, "auth/token/create-orphan", map[string]any{
+		"policies": []string{"countersign-broker"}, "no_default_policy": true, "period": "1h",
+	}))(t)
+	file := filepath.Join(b.Dir, "vault-token")
+	check(t, os.WriteFile(file, []byte(secret.Auth.ClientToken), 0o600))
+	return file
+}
+
+func newBench(t *testing.T, scopes, credentials string, faults bool) *bench {
+	t.Helper()
+	ctx := within(t, 2*time.Minute)
+	b := &bench{dir: folder(t)}
+	root := filepath.Join(b.dir, "ek-roots.pem")
+	rootPEM, intermediatePEM := tpmCA.PEM()
+	check(t, os.WriteFile(root, append(rootPEM, intermediatePEM...), 0o644))
+	dir := filepath.Join(b.dir, "broker")
+	tokenFile := filepath.Join(dir, "vault-token")
+	b.broker = must(lab.NewBroker(ctx, dir, lab.BrokerOptions{Faults: faults, EKRoots: []string{root},
+		Vault: fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", vault.Addr, vault.CACert, tokenFile)}))(t)
+	check(t, os.MkdirAll(b.broker.Scopes(), 0o700))
+	check(t, os.WriteFile(filepath.Join(b.broker.Scopes(), "scopes.hcl"), []byte(scopes), 0o600))
+	brokerPolicyToken(t, b.broker)
+	check(t, b.broker.Start(ctx))
+	t.Cleanup(func() { _ = b.broker.Stop() })
+	check(t, b.broker.ApplyScopes(ctx, scopes))
+	b.tpm = must(lab.StartTPM(ctx, filepath.Join(b.dir, "tpm"), tpmCA, lab.TPMOptions{}))(t)
+	t.Cleanup(b.tpm.Stop)
+	b.agent = must(lab.NewAgent(filepath.Join(b.dir, "agent"), b.broker, b.tpm.Path(), credentials, faults))(t)
+	token := must(b.broker.JoinToken(ctx, "role=billing"))(t)
+	var joined struct {
+		HostID string `json:"host_id"`
+	}
+	check(t, json.Unmarshal(must(b.agent.Join(ctx, token))(t), &joined))
+	b.host = joined.HostID
+	check(t, b.agent.Start(ctx))
+	t.Cleanup(func() {
+		_ = b.agent.Stop()
+		if t.Failed() {
+			for _, log := range []string{b.agent.Log(), b.broker.Log()} {
+				text, _ := os.ReadFile(log)
+				t.Logf("%s:\n%s", filepath.Base(log), text)
+			}
+		}
+	})
+	return b
+}
+
+// A lease as `lease list -o json` shows it.
+type lease struct {
+	ID     string            `json:"id"`
+	Scope  string            `json:"scope"`
+	State  string            `json:"state"`
+	Reason string            `json:"reason"`
+	Names  map[string]string `json:"names"`
+}
+
+func (b *bench) leases(t *testing.T, args ...string) []lease {
+	t.Helper()
+	var out struct {
+		Leases []lease `json:"leases"`
+	}
+	check(t, b.broker.JSON(within(t, 10*time.Second), &out, append([]string{"lease", "list"}, args...)...))
+	return out.Leases
+}
+
+// legacy runs the legacy program as an unprivileged user.
+type legacy struct {
+	cmd    *exec.Cmd
+	status string
+}
+
+func startLegacy(t *testing.T, exe, file string) *legacy {
+	t.Helper()
+	u := must(user.Lookup("nobody"))(t)
+	uid, _ := strconv.Atoi(u.Uid)
+	gid, _ := strconv.Atoi(u.Gid)
+	dir := folder(t)
+	check(t, os.Chown(dir, uid, gid))
+	l := &legacy{status: filepath.Join(dir, "status")}
+	l.cmd = exec.Command(exe, "-file", file, "-port", strconv.Itoa(pg.Port), "-database", "billing", "-status", l.status)
+	l.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
+	var stderr bytes.Buffer
+	l.cmd.Stderr = &stderr
+	check(t, l.cmd.Start())
+	t.Cleanup(func() { l.stop(); t.Log(stderr.String()) })
+	return l
+}
+
+func (l *legacy) stop() {
+	_ = l.cmd.Process.Signal(syscall.SIGTERM)
+	_ = l.cmd.Wait()
+}
+
+type legacyStatus struct {
+	User    string
+	Queries int64
+	Failed  int64
+	Pools   int
+	Error   string
+}
+
+func (l *legacy) last(t *testing.T) legacyStatus {
+	t.Helper()
+	var st legacyStatus
+	text, _ := os.ReadFile(l.status)
+	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+	if last := lines[len(lines)-1]; last != "" {
+		check(t, json.Unmarshal([]byte(last), &st))
+	}
+	return st
+}
+
+func roleExists(t *testing.T, name string) bool {
+	t.Helper()
+	rows := must(pg.Query(context.Background(), "postgres", "SELECT rolname FROM pg_roles WHERE rolname = $1", name))(t)
+	return len(rows) == 1
+}
+
+func copyExe(t *testing.T, dir, name string) string {
+	t.Helper()
+	b := must(os.ReadFile(filepath.Join(work, "legacy")))(t)
+	path := filepath.Join(dir, name)
+	check(t, os.WriteFile(path, b, 0o755))
+	return path
+}
+
+// A program that only reads a file gets in, through a rotation, and loses its
+// user at PostgreSQL when it ends.
+func TestWholePath(t *testing.T) {
+	dir := folder(t)
+	exe := copyExe(t, dir, "billingd")
+	file := filepath.Join(dir, "db.properties")
+	b := newBench(t, fmt.Sprintf(billingScope, exe), fmt.Sprintf(`
+credential "billing-db" {
+  process { exe = %q }
+  file %q {
+    template = "user={{ .username | properties }}\npassword={{ .password | properties }}\n"
+    owner    = "nobody"
+    group    = "nogroup"
+    mode     = "0400"
+  }
+  on_change { signal = "SIGHUP" }
+}`, exe, file), false)
+	l := startLegacy(t, exe, file)
+	var user string
+	eventually(t, 20*time.Second, "the program gets in", func() (bool, string) {
+		st := l.last(t)
+		user = st.User
+		return st.Queries > 10 && strings.HasPrefix(user, "v-"), fmt.Sprintf("%+v", st)
+	})
+	if !roleExists(t, user) {
+		t.Errorf("PostgreSQL has no role %s", user)
+	}
+	leases := b.leases(t)
+	if len(leases) != 1 || leases[0].State != "live" || leases[0].Names["db_username"] != user {
+		t.Fatalf("leases: %+v, want one live one of %s", leases, user)
+	}
+	info := must(os.Stat(file))(t)
+	if info.Mode().Perm() != 0o400 {
+		t.Errorf("file mode %v", info.Mode())
+	}
+	if before := l.last(t); before.Failed != 0 {
+		t.Errorf("%d queries failed: %s", before.Failed, before.Error)
+	}
+
+	// A proof passes and takes nothing.
+	time.Sleep(6 * time.Second)
+	if got := b.leases(t); len(got) != 1 || got[0].ID != leases[0].ID || got[0].State != "live" {
+		t.Fatalf("after a proof: %+v", got)
+	}
+
+	start := time.Now()
+	l.stop()
+	eventually(t, 10*time.Second, "the role is gone after the program ended", func() (bool, string) { return !roleExists(t, user), user })
+	took := time.Since(start)
+	if took > 5*time.Second {
+		t.Errorf("the role lived on for %v", took)
+	}
+	if _, err := os.Stat(file); !os.IsNotExist(err) {
+		t.Errorf("the file still stands: %v", err)
+	}
+	eventually(t, 5*time.Second, "the end is confirmed", func() (bool, string) {
+		got := b.leases(t)
+		return len(got) == 0, fmt.Sprintf("%+v", got)
+	})
+	if out, err := exec.Command(must(lab.Program("countersign", false))(t), "fsck", "-c", b.broker.Config()).CombinedOutput(); err != nil {
+		t.Errorf("fsck: %v\n%s", err, out)
+	}
+}
