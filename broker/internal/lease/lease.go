@@ -310,7 +310,7 @@ func (m *Manager) do(ctx context.Context, g journal.Grant, effect journal.Effect
 	}
 	ctx, cancel := context.WithTimeout(ctx, actTimeout)
 	defer cancel()
-	h := issue.Handle{Grant: g.ID, Scope: g.Scope, Accessor: g.Accessor, VaultLease: g.VaultLease, Serial: g.Serial, Expires: g.Expires}
+	h := issue.Handle{Grant: g.ID, Scope: g.Scope, Issued: g.Issued, Accessor: g.Accessor, VaultLease: g.VaultLease, Serial: g.Serial, Expires: g.Expires}
 	issuer, ok := m.issuers[g.Kind]
 	err := fmt.Errorf("%w: this broker has no issuer for %s credentials", issue.ErrConfig, g.Kind)
 	if effect == journal.DoExtend {

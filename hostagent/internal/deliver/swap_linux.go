@@ -64,7 +64,7 @@ type target struct {
 	path string
 	name string
 	dir  *os.File // nil: the folder doesn't exist
-	made unix.Stat_t
+	made *os.File // the new content: open, so that its inode isn't used again
 }
 
 func (t *target) fd() int      { return int(t.dir.Fd()) }
@@ -113,7 +113,7 @@ func prepare(files []*config.File, data []secret.Bytes) (_ *Swap, err error) {
 
 // write makes the new content. Owner and mode are set by descriptor, on a file
 // that nobody else made.
-func (t *target) write(f *config.File, data secret.Bytes) (err error) {
+func (t *target) write(f *config.File, data secret.Bytes) error {
 	uid, err := uidOf(f.Owner)
 	if err != nil {
 		return err
@@ -129,23 +129,18 @@ func (t *target) write(f *config.File, data secret.Bytes) (err error) {
 	} else if err != unix.ENOENT {
 		return explain(t.path, err)
 	}
-	made, err := t.create(t.new())
-	if err != nil {
+	if t.made, err = t.create(t.new()); err != nil {
 		return explain(t.beside(t.new()), err)
 	}
-	defer func() {
-		if closeErr := made.Close(); err == nil && closeErr != nil {
-			err = explain(t.beside(t.new()), closeErr)
-		}
-	}()
 	step("create " + t.name)
-	fd := int(made.Fd())
-	err = unix.Fstat(fd, &t.made)
-	if err == nil && (t.made.Nlink != 1 || t.made.Mode&unix.S_IFMT != unix.S_IFREG) {
+	fd := int(t.made.Fd())
+	var st unix.Stat_t
+	err = unix.Fstat(fd, &st)
+	if err == nil && (st.Nlink != 1 || regular(st) != nil) {
 		err = errors.New("somebody else has hold of the new file")
 	}
 	if err == nil {
-		_, err = made.Write(data.Reveal())
+		_, err = t.made.Write(data.Reveal())
 	}
 	step("write " + t.name)
 	if err == nil {
@@ -156,7 +151,7 @@ func (t *target) write(f *config.File, data secret.Bytes) (err error) {
 	}
 	step("chmod " + t.name)
 	if err == nil {
-		err = made.Sync()
+		err = t.made.Sync()
 	}
 	if err != nil {
 		// *os.PathError would say the same name once more.
@@ -255,7 +250,7 @@ func (t *target) swap() error {
 		return explain(t.path, err)
 	}
 	step("rename " + t.name)
-	if st, err := lstat(t.fd(), t.name); err != nil || st.Ino != t.made.Ino || st.Dev != t.made.Dev {
+	if !t.isMade(t.name) {
 		return errors.New("somebody put another file in the new one's place: look who can write to the folder")
 	}
 	if err := t.dir.Sync(); err != nil {
@@ -263,6 +258,14 @@ func (t *target) swap() error {
 	}
 	step("rename-sync " + t.name)
 	return nil
+}
+
+// isMade says whether name is the new content.
+func (t *target) isMade(name string) bool {
+	var made unix.Stat_t
+	err := unix.Fstat(int(t.made.Fd()), &made)
+	st, statErr := lstat(t.fd(), name)
+	return err == nil && statErr == nil && st.Ino == made.Ino && st.Dev == made.Dev
 }
 
 // link keeps the old content under a second name.
@@ -281,7 +284,7 @@ func (s *Swap) Finish() error {
 	case committed:
 		for _, t := range s.ordered() {
 			if err := t.clear(t.old(), t.none()); err != nil {
-				return err
+				return fmt.Errorf("%s: the old content is not removed: %w", t.path, err)
 			}
 		}
 		s.end()
@@ -337,12 +340,12 @@ func (s *Swap) back() error {
 	}
 	for _, t := range unswapped {
 		if err := t.clear(t.old(), t.none()); err != nil {
-			return err
+			return fmt.Errorf("%s: %w", t.path, err)
 		}
 	}
 	for _, t := range unswapped {
 		if err := t.clear(t.new()); err != nil {
-			return err
+			return fmt.Errorf("%s: %w", t.path, err)
 		}
 	}
 	s.end()
@@ -368,8 +371,10 @@ func (s *Swap) Discard() {
 
 func (s *Swap) end() {
 	for _, t := range s.targets {
-		if t.dir != nil {
-			_ = t.dir.Close()
+		for _, f := range []*os.File{t.dir, t.made} {
+			if f != nil {
+				_ = f.Close() // what matters was synced
+			}
 		}
 	}
 	s.targets, s.state = nil, done
@@ -417,7 +422,7 @@ func Recover(files []*config.File) (_ *Swap, isCommitted bool, err error) {
 	for _, t := range s.ordered() {
 		has, err := t.marks()
 		if err != nil {
-			return s, false, err
+			return s, false, fmt.Errorf("%s: %w", t.path, err)
 		}
 		if has.new {
 			news++

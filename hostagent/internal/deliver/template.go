@@ -39,9 +39,9 @@ func compile(template string) ([]piece, error) {
 	if len(template) > maxContent {
 		return nil, fmt.Errorf("the template has %d bytes; at most %d are read", len(template), maxContent)
 	}
-	known := map[string]any{"index": nil}
+	known := map[string]any{"index": true} // the parser takes nil for undefined
 	for name := range encoders {
-		known[name] = nil
+		known[name] = true
 	}
 	trees, err := parse.Parse("template", template, "{{", "}}", known)
 	if err != nil {
