@@ -249,10 +249,16 @@ func (d *dir) cgroup() (string, error) {
 			}
 		}
 	}
-	if named != "" {
+	if named != "" && !unifiedCgroups() {
 		return named, nil
 	}
 	return unified, nil
+}
+
+// unifiedCgroups says whether the system manager uses version 2.
+func unifiedCgroups() bool {
+	var fs unix.Statfs_t
+	return unix.Statfs("/sys/fs/cgroup", &fs) == nil && fs.Type == unix.CGROUP2_SUPER_MAGIC
 }
 
 type executable struct {

@@ -14,6 +14,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/authority"
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/inventory"
+	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/store"
 	"github.com/countersign/countersign/broker/wire/faults"
 )
@@ -63,6 +64,9 @@ func initBroker(cmd *cobra.Command, c *config.Broker) error {
 		return err
 	}
 	if _, err := authority.Create(c.StateDir, authority.OperatorCA, "countersign operators "+id, password, now); err != nil {
+		return err
+	}
+	if err := ca.Init(c.StateDir, id, c.TrustDomain, password, now); err != nil {
 		return err
 	}
 	if err := audit.CreateKey(c.StateDir, id, rand.Reader); err != nil {

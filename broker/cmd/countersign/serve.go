@@ -25,6 +25,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/credential"
 	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
@@ -91,6 +92,19 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		issuers[journal.KindVault] = v
 		vaultStatus = v.Status
 	}
+	crl := func() []byte { return nil }
+	if c.CA != nil {
+		workloads, err := ca.Open(ctx, ca.Options{
+			Dir: c.StateDir, Password: password, TrustDomain: c.TrustDomain, Store: s,
+			CRLURL: c.CA.CRLURL, CRLEvery: c.CA.Every(), Log: log, Now: faults.Now,
+		})
+		if err != nil {
+			return err
+		}
+		group.Go(func() error { return workloads.Run(ctx) })
+		issuers[journal.KindCertificate] = workloads
+		crl = workloads.CRL
+	}
 	leases := lease.New(s, issuers, log, faults.Now)
 	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: faults.Now}
 	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, ParseSet: parse, Log: log, Now: faults.Now}
@@ -109,7 +123,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 				return nil
 			}
 		},
-		CRL: func() []byte { return nil },
+		CRL: crl,
 	})
 	broker := &server.Server{
 		Door: &server.Door{HostCA: hostCA.Certificate, OperatorCA: operatorCA.Certificate, Certificate: listenerCertificate(hostCA, c.Names), Now: faults.Now},

@@ -49,7 +49,7 @@ func TestKill(t *testing.T) {
 			if !dead || t.Failed() {
 				break
 			}
-			for m := 1; dead && m <= 2*n; m += 2 {
+			for m := 1; dead && m <= 2*n; m += 3 {
 				t.Run(fmt.Sprintf("%s/%d/%d", mode, n, m), func(t *testing.T) { killAt(t, mode, n, m) })
 			}
 		}

@@ -14,7 +14,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/config"
 )
 
-// Run with this set, the test binary is the child of TestKill.
+// Run with this set, the test binary is a test's child.
 const childMode = "COUNTERSIGN_DELIVER_CHILD"
 
 func TestMain(m *testing.M) {
@@ -31,20 +31,22 @@ func TestMain(m *testing.M) {
 
 // child does what mode says, and dies at the n-th step.
 func child(mode string) {
-	n, err := strconv.Atoi(os.Getenv("DIE_AT"))
-	if err != nil {
-		panic(err)
-	}
-	step = func(name string) {
-		fmt.Println(name)
-		if n--; n == 0 {
-			_ = unix.Kill(os.Getpid(), unix.SIGKILL)
-		}
-	}
 	do := func(err error) {
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
+		}
+	}
+	if mode == "notify" {
+		do(notifyChild())
+		return
+	}
+	n, err := strconv.Atoi(os.Getenv("DIE_AT"))
+	do(err)
+	step = func(name string) {
+		fmt.Println(name)
+		if n--; n == 0 {
+			_ = unix.Kill(os.Getpid(), unix.SIGKILL)
 		}
 	}
 	files, err := parseSet(os.Getenv("PATHS"))

@@ -242,6 +242,9 @@ func (t *target) swap() error {
 		err = unix.Renameat(t.fd(), t.new(), t.fd(), t.name)
 	} else {
 		err = unix.Renameat2(t.fd(), t.new(), t.fd(), t.name, unix.RENAME_NOREPLACE)
+		if err == unix.EINVAL || err == unix.ENOSYS { // NFS, among others
+			err = unix.Renameat(t.fd(), t.new(), t.fd(), t.name)
+		}
 	}
 	if err == unix.EEXIST {
 		return errors.New("it came into being just now, made by somebody else: trying again")

@@ -3,6 +3,7 @@ package deliver
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -95,7 +97,7 @@ func TestRollbackAndDiscard(t *testing.T) {
 	}
 }
 
-// TestRecoverMissingFolder: a folder in memory is gone after a reboot.
+// TestMissingFolderIsNothing: a folder in memory is gone after a reboot.
 func TestMissingFolderIsNothing(t *testing.T) {
 	files := set(t, []string{"/run/countersign-no-such-folder/a"})
 	s, committed, err := Recover(files)
@@ -385,15 +387,22 @@ func TestSymlinkRace(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		dir, aside := filepath.Join(theirs, "dir"), filepath.Join(theirs, "aside")
-		check := func(error) {} // whatever comes of it
-		check(os.Symlink(outside, aside))
-		for i := 0; !stop.Load(); i++ {
+		_ = os.Symlink(outside, aside)
+		for !stop.Load() {
+			time.Sleep(time.Duration(rand.IntN(100)) * time.Microsecond) // let root get somewhere
 			_ = unix.Renameat2(unix.AT_FDCWD, dir, unix.AT_FDCWD, aside, unix.RENAME_EXCHANGE)
-			name := []string{"a", ".a.countersign-new", ".a.countersign-old", ".a.countersign-none"}[i%4]
 			for _, d := range []string{dir, aside} {
-				if st, err := os.Lstat(d); err == nil && st.IsDir() {
-					_ = os.Remove(filepath.Join(d, name))
-					_ = os.Symlink(victim, filepath.Join(d, name))
+				if st, err := os.Lstat(d); err != nil || !st.IsDir() {
+					continue
+				}
+				for _, name := range []string{"a", ".a.countersign-new", ".a.countersign-old", ".a.countersign-none"} {
+					planted := filepath.Join(d, name)
+					if st, err := os.Lstat(planted); err == nil && st.Mode()&os.ModeSymlink != 0 {
+						_ = os.Remove(planted)
+					} else if rand.IntN(8) == 0 {
+						_ = os.Remove(planted)
+						_ = os.Symlink(victim, planted)
+					}
 				}
 			}
 		}

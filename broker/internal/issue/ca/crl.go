@@ -1,0 +1,120 @@
+package ca
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/big"
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/store"
+)
+
+// crlLife is long, because some verifiers refuse everybody once a CRL is over:
+// a broker that is away must not end certificates that are good.
+const crlLife = 7 * 24 * time.Hour
+
+// rest lies between two CRLs, so that a thousand revocations make few.
+const rest = time.Second
+
+// retry is how soon a CRL that couldn't be made is tried again.
+const retry = 10 * time.Second
+
+// Run makes a CRL at its start, at each interval and after each revocation,
+// until ctx ends.
+func (i *Issuer) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		case <-i.revoked:
+		}
+		next := i.CRLEvery
+		err := i.publish(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, store.ErrStopped):
+			return err
+		case err != nil:
+			i.Log.Error("workload CA: no new CRL", "err", err)
+			i.failed.Store(&err)
+			next = min(next, retry)
+		default:
+			i.failed.Store(nil)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(min(rest, next)):
+		}
+		timer.Reset(next)
+	}
+}
+
+// publish makes a CRL of what is revoked, and offers it once it is on disk.
+//
+// smallstep would make one, too, but keeps what it revoked for ever, goes by the
+// system's clock, and gives each CRL a critical distribution point of its own.
+func (i *Issuer) publish(ctx context.Context) error {
+	all, err := i.database.revocations(ctx)
+	if err != nil {
+		return err
+	}
+	now := i.Now().UTC().Truncate(time.Second)
+	var entries []x509.RevocationListEntry
+	var forget []string
+	for _, r := range all {
+		if now.After(r.ExpiresAt.Add(forgetAfter)) {
+			forget = append(forget, r.Serial)
+			continue
+		}
+		serial, err := parseSerial(r.Serial)
+		if err != nil {
+			return err
+		}
+		entries = append(entries, x509.RevocationListEntry{SerialNumber: serial, RevocationTime: r.RevokedAt, ReasonCode: r.ReasonCode})
+	}
+	// Numbers go up with the clock, so that they do after a restored backup, too.
+	number := now.Unix()
+	if last := i.crl.Load(); last != nil {
+		number = max(number, last.Number+1)
+	}
+	der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
+		Number: big.NewInt(number), ThisUpdate: now.Add(-backdate), NextUpdate: now.Add(max(crlLife, 3*i.CRLEvery)), RevokedCertificateEntries: entries,
+	}, i.issuer, i.key)
+	if err != nil {
+		return err
+	}
+	made := &crl{Number: number, Made: now, Entries: len(entries), DER: der}
+	if err := i.database.storeCRL(ctx, made, forget); err != nil {
+		return err
+	}
+	i.crl.Store(made)
+	return nil
+}
+
+// CRL is the newest one, in DER; nil before there is one.
+func (i *Issuer) CRL() []byte {
+	if c := i.crl.Load(); c != nil {
+		return c.DER
+	}
+	return nil
+}
+
+// Status says in words how the CA is.
+func (i *Issuer) Status() string {
+	words := "no CRL yet"
+	if c := i.crl.Load(); c != nil {
+		words = fmt.Sprintf("CRL %d of %s lists %d certificates", c.Number, c.Made.Format(time.RFC3339), c.Entries)
+	}
+	if err := i.failed.Load(); err != nil {
+		words += fmt.Sprintf("; a newer one can't be made: %v", *err)
+	}
+	return words
+}

@@ -1,0 +1,129 @@
+package ca
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"time"
+
+	"github.com/smallstep/certificates/authority/provisioner"
+
+	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/wire/secret"
+)
+
+// maxCommonName is X.520's limit.
+const maxCommonName = 64
+
+// content is what a certificate says. It goes to the authority in the token,
+// and the template below makes the certificate of it.
+type content struct {
+	Serial     string    `json:"serial"`
+	CommonName string    `json:"common_name"` // the first DNS name, for programs that look there; may be empty
+	DNS        []string  `json:"dns"`
+	IPs        []string  `json:"ips"`
+	URI        string    `json:"uri"`
+	NotBefore  time.Time `json:"not_before"`
+	NotAfter   time.Time `json:"not_after"`
+}
+
+// template is smallstep's: JSON made by text/template. The default one would
+// choose the serial, and knows no CRL.
+const template = `{
+	"serialNumber": {{ toJson .Token.certificate.serial }},
+	"subject": { {{- with .Token.certificate.common_name }}"commonName": {{ toJson . }}{{ end -}} },
+	"dnsNames": {{ toJson .Token.certificate.dns }},
+	"ipAddresses": {{ toJson .Token.certificate.ips }},
+	"uris": [{{ toJson .Token.certificate.uri }}],
+	"notBefore": {{ toJson .Token.certificate.not_before }},
+	"notAfter": {{ toJson .Token.certificate.not_after }},
+	{{- with .CRLURL }}
+	"crlDistributionPoints": [{{ toJson . }}],
+	{{- end }}
+	"basicConstraints": {"isCA": false},
+	"keyUsage": ["digitalSignature"],
+	"extKeyUsage": ["serverAuth", "clientAuth"]
+}`
+
+// Issue signs a certificate for the request's key, with the decision's names
+// and the scope's full length.
+func (i *Issuer) Issue(ctx context.Context, o issue.Order) (issue.Credential, error) {
+	scope, facts := o.Decision.Scope(), o.Decision.Facts()
+	if !o.Decision.Allows() || scope.Certificate == nil {
+		return issue.Credential{}, errors.New("workload CA: no allowing decision on a certificate scope")
+	}
+	if facts.Host.ID == "" || facts.Host.ID != o.Host {
+		return issue.Credential{}, errors.New("workload CA: the order is for another host than the decision")
+	}
+	return i.issue(ctx, scope, o)
+}
+
+func (i *Issuer) issue(ctx context.Context, scope *policy.Scope, o issue.Order) (issue.Credential, error) {
+	c := i.content(scope, o)
+	chain, err := i.sign(ctx, c, o.CSR)
+	if err != nil {
+		i.unsigned.Store(o.Serial, nil)
+		return issue.Credential{}, fmt.Errorf("workload CA: %w", err)
+	}
+	leaf := chain[0]
+	if leaf.SerialNumber.String() != c.Serial || !leaf.NotAfter.Equal(c.NotAfter) || !slices.Equal(leaf.DNSNames, c.DNS) ||
+		len(leaf.IPAddresses) != len(c.IPs) || len(leaf.URIs) != 1 || leaf.URIs[0].String() != c.URI {
+		return issue.Credential{}, errors.New("workload CA: the authority signed another certificate than was ordered")
+	}
+	field := func(name string, ders ...[]byte) issue.Field {
+		return issue.Field{Name: name, Value: secret.New(encode(ders...))}
+	}
+	return issue.Credential{
+		Handle: issue.Handle{Grant: o.Grant, Scope: scope.Name, Serial: c.Serial, Expires: leaf.NotAfter, Issued: o.Now},
+		Fields: []issue.Field{field("ca", i.root.Raw), field("certificate", leaf.Raw), field("chain", leaf.Raw, i.issuer.Raw)},
+		Names:  map[string]string{"certificate_serial": c.Serial, "spiffe": c.URI},
+	}, nil
+}
+
+func (i *Issuer) content(scope *policy.Scope, o issue.Order) content {
+	c := content{
+		Serial: o.Serial, DNS: append([]string{}, scope.Certificate.DNS...), IPs: append([]string{}, scope.Certificate.IPs...),
+		URI:       (&url.URL{Scheme: "spiffe", Host: i.TrustDomain, Path: "/host/" + o.Host + "/" + scope.Name}).String(),
+		NotBefore: o.Now.Add(-backdate).UTC().Truncate(time.Second), NotAfter: o.Now.Add(scope.Certificate.TTL).UTC().Truncate(time.Second),
+	}
+	if len(c.DNS) > 0 && len(c.DNS[0]) <= maxCommonName {
+		c.CommonName = c.DNS[0]
+	}
+	return c
+}
+
+// sign takes the way that the authority checks: a one-use token, bound to the
+// request, authorizes exactly this certificate. An error means that nothing was
+// signed.
+func (i *Issuer) sign(ctx context.Context, c content, csr []byte) ([]*x509.Certificate, error) {
+	if _, err := parseSerial(c.Serial); err != nil {
+		return nil, err
+	}
+	if c.NotAfter.After(i.issuer.NotAfter) {
+		return nil, fmt.Errorf("%w: the issuer's certificate ends at %s, before what it would sign", issue.ErrConfig, i.issuer.NotAfter)
+	}
+	request, err := parseCSR(csr)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case i.signing <- struct{}{}:
+		defer func() { <-i.signing }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	token, spent, err := i.token(c.URI, signAudience, &c, request.Raw)
+	if err != nil {
+		return nil, err
+	}
+	defer spent()
+	options, err := i.authority.Authorize(provisioner.NewContextWithMethod(ctx, provisioner.SignMethod), token)
+	if err != nil {
+		return nil, err
+	}
+	return i.authority.SignWithContext(ctx, request, provisioner.SignOptions{}, options...)
+}

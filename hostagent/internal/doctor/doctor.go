@@ -1,0 +1,215 @@
+// Package doctor says what of a host is wrong or missing for an agent, and how
+// to mend it. It changes nothing, and needs neither a joined host nor a
+// running agent.
+package doctor
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"runtime"
+	"time"
+
+	"github.com/countersign/countersign/attestors/tpm/collect"
+	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/instance"
+)
+
+// Results of a check.
+const (
+	OK      = "ok"
+	Warning = "warning" // works, with less than it could
+	Wrong   = "wrong"
+)
+
+// A Finding is one check's result.
+type Finding struct {
+	Check  string `json:"check"`
+	Result string `json:"result"`
+	Detail string `json:"detail"`
+	Mend   string `json:"mend,omitempty"`
+}
+
+// A Report is all findings, in the order of the checks.
+type Report struct {
+	Findings []Finding `json:"findings"`
+	EKHashes []string  `json:"ek_hashes,omitempty"` // what `countersign host add` wants
+}
+
+// Healthy says whether nothing is wrong.
+func (r Report) Healthy() bool {
+	for _, f := range r.Findings {
+		if f.Result == Wrong {
+			return false
+		}
+	}
+	return true
+}
+
+func (r *Report) add(check, result, detail, mend string) {
+	r.Findings = append(r.Findings, Finding{check, result, detail, mend})
+}
+
+// Examine checks a host for the config in file.
+func Examine(ctx context.Context, file string) Report {
+	r := &Report{}
+	c, err := config.Load(file)
+	if err != nil {
+		r.add("config", Wrong, err.Error(), "mend the file; `countersign-agent config check` reports all mistakes")
+		c = &config.Agent{TPM: "/dev/tpmrm0"} // the rest can still be looked at
+	} else {
+		r.add("config", OK, file, "")
+	}
+	r.privileges()
+	r.tpm(ctx, c.TPM)
+	r.measurements()
+	r.clock()
+	r.network(ctx, c.Broker)
+	r.programs(ctx, c.Credentials)
+	return *r
+}
+
+func (r *Report) privileges() {
+	if runtime.GOOS != "windows" && os.Geteuid() != 0 {
+		r.add("privileges", Wrong, "not root", "run as root: the agent reads other programs' /proc and writes files for other users")
+		return
+	}
+	r.add("privileges", OK, "root", "")
+}
+
+func (r *Report) tpm(ctx context.Context, path string) {
+	device, err := collect.Open(path)
+	if err != nil {
+		r.add("tpm", Wrong, err.Error(), "set tpm in the config")
+		return
+	}
+	info, err := device.Info(ctx)
+	if err != nil {
+		r.add("tpm", Wrong, err.Error(), "switch the TPM on in the firmware's settings, or add a virtual TPM 2.0 to the VM; "+path+" must be there")
+		return
+	}
+	r.add("tpm", OK, fmt.Sprintf("%s %s, firmware %s", info.Manufacturer, info.Vendor, info.Firmware), "")
+	if !info.SHA256Bank {
+		r.add("pcr-bank", Wrong, fmt.Sprintf("active banks: %v", info.PCRBanks), "activate the SHA-256 bank in the firmware's settings; SHA-1 alone proves nothing")
+	} else {
+		r.add("pcr-bank", OK, "SHA-256 is active", "")
+	}
+	if info.OwnerAuth {
+		r.add("tpm-owner", Wrong, "the owner hierarchy has a password", "clear it: keys are made under the owner's storage root")
+	}
+	if info.InLockout {
+		r.add("tpm-lockout", Wrong, fmt.Sprintf("in lockout, %d failures of %d", info.LockoutCount, info.LockoutMax), fmt.Sprintf("wait %v, or tpm2_dictionarylockout -c", info.LockoutHeal))
+	}
+	eks, err := device.EKs(ctx)
+	if err != nil {
+		r.add("ek", Wrong, err.Error(), "the TPM has no usable endorsement key; ask its vendor")
+		return
+	}
+	certified := 0
+	for _, ek := range eks {
+		r.EKHashes = append(r.EKHashes, ek.Hash().String())
+		if len(ek.Certificate) > 0 {
+			certified++
+		}
+	}
+	if certified == 0 {
+		r.add("ek-certificate", Warning, fmt.Sprintf("%d endorsement keys, none with a certificate", len(eks)), "the host's tier will be known, not certified: register its EK hash by `countersign host add`")
+		return
+	}
+	r.add("ek-certificate", OK, fmt.Sprintf("%d endorsement keys, %d with a certificate", len(eks), certified), "")
+}
+
+// measurements looks for what later evidence is made from.
+func (r *Report) measurements() {
+	for _, m := range []struct{ check, path, mend string }{
+		{"firmware-log", "/sys/kernel/security/tpm0/binary_bios_measurements", "boot by UEFI; with GRUB's `linux` and Secure Boot off, some distributions expose no log"},
+		{"ima", "/sys/kernel/security/ima/ascii_runtime_measurements", "add ima_policy=tcb to the kernel's command line"},
+	} {
+		if f, err := os.Open(m.path); err != nil {
+			r.add(m.check, Warning, err.Error(), m.mend)
+		} else {
+			_ = f.Close()
+			r.add(m.check, OK, m.path, "")
+		}
+	}
+}
+
+// earliest is before any release of this program.
+var earliest = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func (r *Report) clock() {
+	if now := time.Now(); now.Before(earliest) {
+		r.add("clock", Wrong, now.UTC().Format(time.RFC3339), "set the clock: certificates are checked against it")
+		return
+	}
+	r.add("clock", OK, time.Now().UTC().Format(time.RFC3339), "")
+}
+
+// network connects to each broker as a host that wants to join would.
+func (r *Report) network(ctx context.Context, b config.Broker) {
+	cert, err := throwAway()
+	if err != nil {
+		r.add("network", Wrong, err.Error(), "")
+		return
+	}
+	for _, address := range b.Addresses {
+		s, err := wire.Dial(ctx, wire.Peer{Addresses: []string{address}, CASHA256: b.CASHA256, Certificate: cert})
+		var middlebox *wire.MiddleboxError
+		var name x509.HostnameError
+		switch {
+		case err == nil:
+			_ = s.Close()
+			r.add("network", OK, address, "")
+		case errors.As(err, &middlebox):
+			r.add("network", Wrong, err.Error(), "pass TLS to the broker through unopened, or correct ca_sha256")
+		case errors.As(err, &name):
+			r.add("network", Wrong, err.Error(), "add the name to names in the broker's config")
+		default:
+			r.add("network", Wrong, err.Error(), "is the broker running there, and no firewall between?")
+		}
+	}
+}
+
+// throwAway is a certificate of a key that signs itself.
+func throwAway() (*tls.Certificate, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
+}
+
+func (r *Report) programs(ctx context.Context, credentials []*config.Credential) {
+	finder := instance.New()
+	defer finder.Close()
+	for _, c := range credentials {
+		check := "credential " + c.Name
+		if err := checkFiles(c); err != nil {
+			r.add(check, Wrong, err.Error(), "make the folder, user or group, or mend the template")
+			continue
+		}
+		p, err := finder.Find(ctx, c.Process)
+		switch {
+		case err == nil:
+			r.add(check, OK, fmt.Sprintf("%s, sha256 %s, user %s", p.Exe, p.SHA256, p.User), "")
+		case errors.Is(err, instance.ErrNotRunning):
+			r.add(check, OK, "its program does not run now", "")
+		default:
+			r.add(check, Wrong, err.Error(), "mend process in its block")
+		}
+	}
+}

@@ -1,0 +1,262 @@
+package e2e_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/countersign/countersign/test/lab"
+)
+
+// A machine is a systemd of its own with the agent installed as a service.
+type machine struct {
+	*bench
+	sys *lab.Systemd
+}
+
+const unitScope = `
+scope "billing-db" {
+  reprove = "5s"
+  grace   = "1h"
+  host    { labels = { role = "billing" } }
+  process {
+    unit         = "billing.service"
+    user         = "billing"
+    exe          = "/opt/billing/bin/billingd"
+    before_start = true
+  }
+  vault {
+    path    = "database/creds/billing-ro"
+    ttl     = "1m"
+    overlap = "10s"
+  }
+}
+`
+
+const billingUnit = `[Unit]
+Description=A legacy program
+[Service]
+User=billing
+ExecStart=/opt/billing/bin/billingd -file /etc/billing/db.properties -port %d -database billing -status /var/lib/billing/status
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=no
+`
+
+func newMachine(t *testing.T, scopes, credentials string) *machine {
+	t.Helper()
+	ctx := within(t, 2*time.Minute)
+	m := &machine{bench: &bench{dir: folder(t)}}
+	b := m.bench
+	root := filepath.Join(b.dir, "ek-roots.pem")
+	rootPEM, intermediatePEM := tpmCA.PEM()
+	check(t, os.WriteFile(root, append(rootPEM, intermediatePEM...), 0o644))
+	dir := filepath.Join(b.dir, "broker")
+	b.broker = must(lab.NewBroker(ctx, dir, lab.BrokerOptions{EKRoots: []string{root},
+		Vault: fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", vault.Addr, vault.CACert, filepath.Join(dir, "vault-token"))}))(t)
+	check(t, os.MkdirAll(b.broker.Scopes(), 0o700))
+	check(t, os.WriteFile(filepath.Join(b.broker.Scopes(), "scopes.hcl"), []byte(scopes), 0o600))
+	brokerPolicyToken(t, b.broker)
+	check(t, b.broker.Start(ctx))
+	t.Cleanup(func() { _ = b.broker.Stop() })
+	check(t, b.broker.ApplyScopes(ctx, scopes))
+	b.tpm = must(lab.StartTPM(ctx, filepath.Join(b.dir, "tpm"), tpmCA, lab.TPMOptions{}))(t)
+	t.Cleanup(b.tpm.Stop)
+
+	agent := must(lab.Program("countersign-agent", false))(t)
+	m.sys = must(lab.BootSystemd(ctx, filepath.Join(b.dir, "systemd"),
+		filepath.Dir(agent)+":/opt/countersign/bin", filepath.Dir(b.tpm.Socket)+":/run/lab-tpm", work+":/opt/lab"))(t)
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, _ := m.sys.Run(context.Background(), "journalctl", "--no-pager", "-u", "countersign-agent", "-u", "billing", "-n", "80")
+			t.Logf("journal:\n%s", out)
+			text, _ := os.ReadFile(b.broker.Log())
+			t.Logf("broker.log:\n%s", text)
+		}
+		check(t, m.sys.Poweroff(within(t, time.Minute)))
+	})
+	m.sh(t, "ln -sf /opt/countersign/bin/countersign-agent /usr/bin/countersign-agent && useradd --system billing && mkdir -p /opt/billing/bin /etc/billing /var/lib/billing /etc/countersign && "+
+		"cp /opt/lab/legacy /opt/billing/bin/billingd && chown billing /var/lib/billing")
+	socket := "unix:/run/lab-tpm/" + filepath.Base(b.tpm.Socket)
+	config := lab.AgentConfig([]string{"https://" + b.broker.Addr}, b.broker.CASHA256, socket, "/nowhere", credentials)
+	config = strings.ReplaceAll(config, "/nowhere/state", "/var/lib/countersign-agent")
+	config = strings.ReplaceAll(config, "/nowhere/run", "/run/countersign-agent")
+	check(t, m.sys.WriteFile(ctx, "/etc/countersign/agent.hcl", []byte(config), 0o600))
+	for _, unit := range []string{"countersign-agent.service"} {
+		text := must(os.ReadFile("../../packaging/systemd/" + unit))(t)
+		check(t, m.sys.WriteFile(ctx, "/etc/systemd/system/"+unit, text, 0o644))
+	}
+	check(t, m.sys.WriteFile(ctx, "/etc/systemd/system/billing.service", []byte(fmt.Sprintf(billingUnit, pg.Port)), 0o644))
+	m.sh(t, "systemctl daemon-reload")
+	token := must(b.broker.JoinToken(ctx, "role=billing"))(t)
+	var joined struct {
+		HostID string `json:"host_id"`
+	}
+	check(t, json.Unmarshal([]byte(m.sh(t, "echo "+token+" | countersign-agent join --token-file - -o json")), &joined))
+	b.host = joined.HostID
+	m.sh(t, "systemctl start countersign-agent")
+	return m
+}
+
+func (m *machine) beforeStart(t *testing.T) {
+	t.Helper()
+	text := must(os.ReadFile("../../packaging/systemd/before-start.conf"))(t)
+	m.sh(t, "mkdir -p /etc/systemd/system/billing.service.d")
+	check(t, m.sys.WriteFile(within(t, time.Minute), "/etc/systemd/system/billing.service.d/countersign.conf", text, 0o644))
+	m.sh(t, "systemctl daemon-reload")
+}
+
+func (m *machine) sh(t *testing.T, script string) string {
+	t.Helper()
+	return string(must(m.sys.Run(within(t, time.Minute), "sh", "-c", script))(t))
+}
+
+// try is sh for what may fail.
+func (m *machine) try(t *testing.T, script string) (string, error) {
+	t.Helper()
+	out, err := m.sys.Run(within(t, time.Minute), "sh", "-c", script)
+	return string(out), err
+}
+
+func (m *machine) status(t *testing.T) (st legacyStatus) {
+	t.Helper()
+	out, err := m.try(t, "tail -n 1 /var/lib/billing/status")
+	if err == nil && strings.TrimSpace(out) != "" {
+		check(t, json.Unmarshal([]byte(out), &st))
+	}
+	return st
+}
+
+func (m *machine) getsIn(t *testing.T) string {
+	t.Helper()
+	var user string
+	eventually(t, 20*time.Second, "the unit gets in", func() (bool, string) {
+		st := m.status(t)
+		user = st.User
+		return strings.HasPrefix(user, "v-"), fmt.Sprintf("%+v", st)
+	})
+	return user
+}
+
+const unitCredential = `
+credential "billing-db" {
+  process { unit = "billing.service" }
+  file "/etc/billing/db.properties" {
+    template = "user={{ .username | properties }}\npassword={{ .password | properties }}\n"
+    owner    = "billing"
+    group    = "billing"
+  }
+  on_change { %s }
+}
+`
+
+// A unit finds its credential when it starts, keeps it through rotations
+// without a failed query, and nothing stands while it is down.
+func TestUnit(t *testing.T) {
+	m := newMachine(t, unitScope, fmt.Sprintf(unitCredential, `signal = "SIGHUP"`))
+	m.beforeStart(t)
+	m.sh(t, "systemctl start billing.service")
+	if out := m.sh(t, "stat -c '%U %G %a' /etc/billing/db.properties"); strings.TrimSpace(out) != "billing billing 400" {
+		t.Errorf("the file is %s", out)
+	}
+	first := m.getsIn(t)
+	invocation := strings.TrimSpace(m.sh(t, "systemctl show -P InvocationID billing.service"))
+	var shown struct {
+		Subject string `json:"subject"`
+	}
+	check(t, m.broker.JSON(within(t, time.Minute), &shown, "lease", "show", m.leases(t)[0].ID))
+	t.Log("invocation", invocation)
+
+	// Its lease lives a minute, so it is replaced twice and more.
+	eventually(t, 2*time.Minute, "two rotations", func() (bool, string) {
+		st := m.status(t)
+		return st.Pools >= 3, fmt.Sprintf("%+v", st)
+	})
+	st := m.status(t)
+	if st.Failed != 0 {
+		t.Errorf("%d of %d queries failed over %d pools: %s", st.Failed, st.Queries, st.Pools, st.Error)
+	}
+	if st.User == first {
+		t.Errorf("after %d pools the user is still %s", st.Pools, first)
+	}
+	eventually(t, 20*time.Second, "the first user is gone", func() (bool, string) { return !roleExists(t, first), first })
+
+	user := m.status(t).User
+	start := time.Now()
+	m.sh(t, "systemctl stop billing.service")
+	eventually(t, 10*time.Second, "the user is gone after the stop", func() (bool, string) { return !roleExists(t, user), user })
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("revoked %v after the stop", took)
+	}
+	if out, err := m.try(t, "ls /etc/billing"); err != nil || strings.TrimSpace(out) != "" {
+		t.Errorf("while the unit is down: %q, %v", out, err)
+	}
+}
+
+// With the broker away a restart of the same unit goes on with the lease that
+// still lives; when the broker is back it learns of the new invocation.
+func TestUnitRestartsWhileTheBrokerIsAway(t *testing.T) {
+	scopes := strings.Replace(unitScope, `"1m"`, `"30m"`, 1)
+	m := newMachine(t, scopes, fmt.Sprintf(unitCredential, `signal = "SIGHUP"`))
+	m.beforeStart(t)
+	m.sh(t, "systemctl start billing.service")
+	user := m.getsIn(t)
+	before := m.leases(t)
+	check(t, m.broker.Stop())
+	m.sh(t, "systemctl stop billing.service")
+	eventually(t, 40*time.Second, "the file is withdrawn", func() (bool, string) {
+		out, _ := m.try(t, "ls /etc/billing")
+		return strings.TrimSpace(out) == "", out
+	})
+	m.sh(t, "rm -f /var/lib/billing/status; systemctl start billing.service")
+	if again := m.getsIn(t); again != user {
+		t.Errorf("goes on as %s, was %s", again, user)
+	}
+	check(t, m.broker.Start(within(t, time.Minute)))
+	invocation := strings.TrimSpace(m.sh(t, "systemctl show -P InvocationID billing.service"))
+	eventually(t, 90*time.Second, "the broker knows the new invocation", func() (bool, string) {
+		out, err := m.broker.CLI(within(t, time.Minute), "lease", "show", before[0].ID)
+		return err == nil && strings.Contains(string(out), invocation), string(out)
+	})
+	if after := m.leases(t); len(after) != 1 || after[0].ID != before[0].ID || after[0].State != "live" {
+		t.Errorf("leases after: %+v, before: %+v", after, before)
+	}
+	// A program that isn't the one that earned it gets nothing of what is withheld.
+	user = m.status(t).User
+	check(t, m.broker.Stop())
+	m.sh(t, "systemctl stop billing.service")
+	m.sh(t, "cp /bin/sleep /opt/billing/bin/billingd.new && mv /opt/billing/bin/billingd.new /opt/billing/bin/billingd")
+	if out, err := m.try(t, "timeout 20 systemctl start billing.service"); err == nil {
+		t.Errorf("another program started with the withheld credential: %s", out)
+	}
+	m.sh(t, "systemctl stop billing.service || true")
+	check(t, m.broker.Start(within(t, time.Minute)))
+	eventually(t, 90*time.Second, "the owed lease is given back", func() (bool, string) { return !roleExists(t, user), user })
+}
+
+// A restart on change hands the new lease to the next invocation; the end of
+// the old one takes only the old lease.
+func TestUnitHandOver(t *testing.T) {
+	m := newMachine(t, unitScope, fmt.Sprintf(unitCredential, `restart = true`))
+	m.beforeStart(t)
+	m.sh(t, "systemctl start billing.service")
+	first := m.getsIn(t)
+	invocation := m.sh(t, "systemctl show -P InvocationID billing.service")
+	eventually(t, 90*time.Second, "restarted with another user", func() (bool, string) {
+		st := m.status(t)
+		return m.sh(t, "systemctl show -P InvocationID billing.service") != invocation && st.User != first && st.User != "", fmt.Sprintf("%+v", st)
+	})
+	second := m.status(t).User
+	eventually(t, 20*time.Second, "the old user is gone", func() (bool, string) { return !roleExists(t, first), first })
+	time.Sleep(7 * time.Second) // a proof passes
+	if !roleExists(t, second) {
+		t.Errorf("the new user %s went with the old instance", second)
+	}
+	if live := m.leases(t, "--state", "live"); len(live) != 1 || live[0].Names["db_username"] != second {
+		t.Errorf("live leases: %+v, want one of %s", live, second)
+	}
+}
