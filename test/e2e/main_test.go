@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -55,9 +54,8 @@ func withLab(m *testing.M) (code int, err error) {
 	if err := lab.ConfigureDatabase(ctx, vault, pg, lab.DatabaseRole{Name: "billing-ro", Database: "billing", DefaultTTL: time.Hour, MaxTTL: 24 * time.Hour}); err != nil {
 		return 1, err
 	}
-	build := exec.Command("go", "build", "-o", filepath.Join(work, "legacy"), "github.com/countersign/countersign/test/legacy")
-	if out, err := build.CombinedOutput(); err != nil {
-		return 1, fmt.Errorf("%w: %s", err, out)
+	if err := lab.BuildLegacy(ctx, filepath.Join(work, "legacy")); err != nil {
+		return 1, err
 	}
 	return m.Run(), nil
 }

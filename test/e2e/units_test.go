@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -13,10 +12,10 @@ import (
 	"github.com/countersign/countersign/test/lab"
 )
 
-// A machine is a systemd of its own with the agent installed as a service.
+// A machine is a bench whose agent is a service of a systemd.
 type machine struct {
 	*bench
-	sys *lab.Systemd
+	sys *lab.Machine
 }
 
 const unitScope = `
@@ -38,76 +37,27 @@ scope "billing-db" {
 }
 `
 
-const billingUnit = `[Unit]
-Description=A legacy program
-[Service]
-User=billing
-ExecStart=/opt/billing/bin/billingd -file /etc/billing/db.properties -port %d -database billing -status /var/lib/billing/status
-ExecReload=/bin/kill -HUP $MAINPID
-Restart=no
-`
-
 func newMachine(t *testing.T, scopes, credentials string) *machine {
 	t.Helper()
 	ctx := within(t, 2*time.Minute)
-	m := &machine{bench: &bench{dir: folder(t)}}
-	b := m.bench
-	root := filepath.Join(b.dir, "ek-roots.pem")
-	rootPEM, intermediatePEM := tpmCA.PEM()
-	check(t, os.WriteFile(root, append(rootPEM, intermediatePEM...), 0o644))
-	dir := filepath.Join(b.dir, "broker")
-	b.broker = must(lab.NewBroker(ctx, dir, lab.BrokerOptions{EKRoots: []string{root},
-		Vault: fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", vault.Addr, vault.CACert, filepath.Join(dir, "vault-token"))}))(t)
-	check(t, os.MkdirAll(b.broker.Scopes(), 0o700))
-	check(t, os.WriteFile(filepath.Join(b.broker.Scopes(), "scopes.hcl"), []byte(scopes), 0o600))
-	brokerPolicyToken(t, b.broker)
-	check(t, b.broker.Start(ctx))
-	t.Cleanup(func() { _ = b.broker.Stop() })
-	check(t, b.broker.ApplyScopes(ctx, scopes))
-	b.tpm = must(lab.StartTPM(ctx, filepath.Join(b.dir, "tpm"), tpmCA, lab.TPMOptions{}))(t)
-	t.Cleanup(b.tpm.Stop)
-
-	agent := must(lab.Program("countersign-agent", false))(t)
-	m.sys = must(lab.BootSystemd(ctx, filepath.Join(b.dir, "systemd"),
-		filepath.Dir(agent)+":/opt/countersign/bin", filepath.Dir(b.tpm.Socket)+":/run/lab-tpm", work+":/opt/lab"))(t)
+	m := &machine{bench: newBroker(t, scopes, false)}
+	m.sys = must(lab.NewMachine(ctx, filepath.Join(m.dir, "systemd"), m.broker, m.tpm, credentials))(t)
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := m.sys.Run(context.Background(), "journalctl", "--no-pager", "-u", "countersign-agent", "-u", "billing", "-n", "80")
 			t.Logf("journal:\n%s", out)
-			text, _ := os.ReadFile(b.broker.Log())
-			t.Logf("broker.log:\n%s", text)
 		}
 		check(t, m.sys.Poweroff(within(t, time.Minute)))
 	})
-	m.sh(t, "ln -sf /opt/countersign/bin/countersign-agent /usr/bin/countersign-agent && useradd --system billing && mkdir -p /opt/billing/bin /etc/billing /var/lib/billing /etc/countersign && "+
-		"cp /opt/lab/legacy /opt/billing/bin/billingd && chown billing /var/lib/billing")
-	socket := "unix:/run/lab-tpm/" + filepath.Base(b.tpm.Socket)
-	config := lab.AgentConfig([]string{"https://" + b.broker.Addr}, b.broker.CASHA256, socket, "/nowhere", credentials)
-	config = strings.ReplaceAll(config, "/nowhere/state", "/var/lib/countersign-agent")
-	config = strings.ReplaceAll(config, "/nowhere/run", "/run/countersign-agent")
-	check(t, m.sys.WriteFile(ctx, "/etc/countersign/agent.hcl", []byte(config), 0o600))
-	for _, unit := range []string{"countersign-agent.service"} {
-		text := must(os.ReadFile("../../packaging/systemd/" + unit))(t)
-		check(t, m.sys.WriteFile(ctx, "/etc/systemd/system/"+unit, text, 0o644))
-	}
-	check(t, m.sys.WriteFile(ctx, "/etc/systemd/system/billing.service", []byte(fmt.Sprintf(billingUnit, pg.Port)), 0o644))
-	m.sh(t, "systemctl daemon-reload")
-	token := must(b.broker.JoinToken(ctx, "role=billing"))(t)
-	var joined struct {
-		HostID string `json:"host_id"`
-	}
-	check(t, json.Unmarshal([]byte(m.sh(t, "echo "+token+" | countersign-agent join --token-file - -o json")), &joined))
-	b.host = joined.HostID
-	m.sh(t, "systemctl start countersign-agent")
+	check(t, m.sys.LegacyUnit(ctx, "billing", filepath.Join(work, "legacy"), pg.Port))
+	check(t, m.sys.Join(ctx, m.broker, "role=billing"))
+	m.host = m.sys.HostID
 	return m
 }
 
 func (m *machine) beforeStart(t *testing.T) {
 	t.Helper()
-	text := must(os.ReadFile("../../packaging/systemd/before-start.conf"))(t)
-	m.sh(t, "mkdir -p /etc/systemd/system/billing.service.d")
-	check(t, m.sys.WriteFile(within(t, time.Minute), "/etc/systemd/system/billing.service.d/countersign.conf", text, 0o644))
-	m.sh(t, "systemctl daemon-reload")
+	check(t, m.sys.BeforeStart(within(t, time.Minute), "billing", "billing-db"))
 }
 
 func (m *machine) sh(t *testing.T, script string) string {

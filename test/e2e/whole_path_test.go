@@ -41,44 +41,40 @@ scope "billing-db" {
 }
 `
 
-// brokerPolicyToken sets Vault up for a folder of scopes, as an operator does,
-// and returns a file with a token of the broker's policy.
-func brokerPolicyToken(t *testing.T, b *lab.Broker) string {
-	t.Helper()
-	ctx := within(t, time.Minute)
-	cmd := exec.CommandContext(ctx, must(lab.Program("countersign", false))(t), "vault", "setup", b.Scopes())
-	cmd.Env = append(os.Environ(), "VAULT_ADDR="+vault.Addr, "VAULT_CACERT="+vault.CACert, "VAULT_TOKEN="+vault.RootToken)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("vault setup: %v\n%s", err, out)
-	}
-	client := must(vault.Client())(t)
-	secret := must(client.Logical().WriteWithContext(ctx, "auth/token/create-orphan", map[string]any{
-		"policies": []string{"countersign-broker"}, "no_default_policy": true, "period": "1h",
-	}))(t)
-	file := filepath.Join(b.Dir, "vault-token")
-	check(t, os.WriteFile(file, []byte(secret.Auth.ClientToken), 0o600))
-	return file
-}
-
-func newBench(t *testing.T, scopes, credentials string, faults bool) *bench {
+// newBroker starts a broker with these scopes, and a TPM; nothing has joined.
+func newBroker(t *testing.T, scopes string, faults bool) *bench {
 	t.Helper()
 	ctx := within(t, 2*time.Minute)
 	b := &bench{dir: folder(t)}
-	root := filepath.Join(b.dir, "ek-roots.pem")
+	roots := filepath.Join(b.dir, "ek-roots.pem")
 	rootPEM, intermediatePEM := tpmCA.PEM()
-	check(t, os.WriteFile(root, append(rootPEM, intermediatePEM...), 0o644))
+	check(t, os.WriteFile(roots, append(rootPEM, intermediatePEM...), 0o644))
 	dir := filepath.Join(b.dir, "broker")
 	tokenFile := filepath.Join(dir, "vault-token")
-	b.broker = must(lab.NewBroker(ctx, dir, lab.BrokerOptions{Faults: faults, EKRoots: []string{root},
+	b.broker = must(lab.NewBroker(ctx, dir, lab.BrokerOptions{Faults: faults, EKRoots: []string{roots},
 		Vault: fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", vault.Addr, vault.CACert, tokenFile)}))(t)
 	check(t, os.MkdirAll(b.broker.Scopes(), 0o700))
 	check(t, os.WriteFile(filepath.Join(b.broker.Scopes(), "scopes.hcl"), []byte(scopes), 0o600))
-	brokerPolicyToken(t, b.broker)
+	check(t, os.WriteFile(tokenFile, []byte(must(lab.SetUpVault(ctx, vault, b.broker.Scopes()))(t)), 0o600))
 	check(t, b.broker.Start(ctx))
-	t.Cleanup(func() { _ = b.broker.Stop() })
+	t.Cleanup(func() {
+		_ = b.broker.Stop()
+		if t.Failed() {
+			text, _ := os.ReadFile(b.broker.Log())
+			t.Logf("broker.log:\n%s", text)
+		}
+	})
 	check(t, b.broker.ApplyScopes(ctx, scopes))
 	b.tpm = must(lab.StartTPM(ctx, filepath.Join(b.dir, "tpm"), tpmCA, lab.TPMOptions{}))(t)
 	t.Cleanup(b.tpm.Stop)
+	return b
+}
+
+// newBench is newBroker with an agent on this machine that has joined.
+func newBench(t *testing.T, scopes, credentials string, faults bool) *bench {
+	t.Helper()
+	ctx := within(t, 2*time.Minute)
+	b := newBroker(t, scopes, faults)
 	b.agent = must(lab.NewAgent(filepath.Join(b.dir, "agent"), b.broker, b.tpm.Path(), credentials, faults))(t)
 	token := must(b.broker.JoinToken(ctx, "role=billing"))(t)
 	var joined struct {
@@ -90,10 +86,8 @@ func newBench(t *testing.T, scopes, credentials string, faults bool) *bench {
 	t.Cleanup(func() {
 		_ = b.agent.Stop()
 		if t.Failed() {
-			for _, log := range []string{b.agent.Log(), b.broker.Log()} {
-				text, _ := os.ReadFile(log)
-				t.Logf("%s:\n%s", filepath.Base(log), text)
-			}
+			text, _ := os.ReadFile(b.agent.Log())
+			t.Logf("agent.log:\n%s", text)
 		}
 	})
 	return b

@@ -161,20 +161,38 @@ func BuildLegacy(ctx context.Context, path string) error {
 }
 
 // SetUpVault applies what the broker's scopes need, as a Vault operator does by
-// `countersign vault setup`, and returns a token of the broker's policy.
+// `countersign vault setup`, and returns a token of the broker's policy. What an
+// earlier broker's scopes needed is removed first, which setup never does.
 func SetUpVault(ctx context.Context, v *Vault, scopes string) (token string, err error) {
 	bin, err := Program("countersign", false)
 	if err != nil {
 		return "", err
 	}
+	client, err := v.Client()
+	if err != nil {
+		return "", err
+	}
+	for _, kind := range []string{"auth/token/roles", "sys/policies/acl"} {
+		list, err := client.Logical().ListWithContext(ctx, kind)
+		if err != nil {
+			return "", err
+		}
+		if list == nil {
+			continue
+		}
+		names, _ := list.Data["keys"].([]any)
+		for _, name := range names {
+			if text, _ := name.(string); strings.HasPrefix(text, "countersign-") {
+				if _, err := client.Logical().DeleteWithContext(ctx, kind+"/"+text); err != nil {
+					return "", err
+				}
+			}
+		}
+	}
 	cmd := exec.CommandContext(ctx, bin, "vault", "setup", scopes)
 	cmd.Env = append(os.Environ(), "VAULT_ADDR="+v.Addr, "VAULT_CACERT="+v.CACert, "VAULT_TOKEN="+v.RootToken)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("vault setup: %w: %s", err, out)
-	}
-	client, err := v.Client()
-	if err != nil {
-		return "", err
 	}
 	secret, err := client.Logical().WriteWithContext(ctx, "auth/token/create-orphan", map[string]any{
 		"policies": []string{"countersign-broker"}, "no_default_policy": true, "period": "1h",

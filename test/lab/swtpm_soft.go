@@ -209,3 +209,9 @@ func (s *SoftTPM) Clone() *SoftTPM {
 	clone.ticks.Store(s.ticks.Load())
 	return clone
 }
+
+// TakeEK gives s the endorsement key of other: one TPM, whose other keys were
+// made anew.
+func (s *SoftTPM) TakeEK(other *SoftTPM) {
+	s.EK, s.ek = other.EK, other.ek
+}

@@ -1,0 +1,23 @@
+package e2e_test
+
+import (
+	"database/sql"
+	"os"
+	"testing"
+
+	_ "modernc.org/sqlite" // opens the broker's store, which is stopped
+)
+
+// plant changes a stopped broker's store behind its back.
+func plant(t *testing.T, store, statement string) {
+	t.Helper()
+	for _, leftover := range []string{"-wal", "-shm"} {
+		_ = os.Remove(store + leftover)
+	}
+	db := must(sql.Open("sqlite", store))(t)
+	defer func() { check(t, db.Close()) }()
+	_, err := db.Exec(statement)
+	check(t, err)
+	_, err = db.Exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+	check(t, err)
+}
