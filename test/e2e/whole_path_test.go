@@ -44,6 +44,11 @@ scope "billing-db" {
 // newBroker starts a broker with these scopes, and a TPM; nothing has joined.
 func newBroker(t *testing.T, scopes string, faults bool) *bench {
 	t.Helper()
+	return newBrokerWith(t, scopes, lab.BrokerOptions{Faults: faults})
+}
+
+func newBrokerWith(t *testing.T, scopes string, o lab.BrokerOptions) *bench {
+	t.Helper()
 	ctx := within(t, 2*time.Minute)
 	b := &bench{dir: folder(t)}
 	roots := filepath.Join(b.dir, "ek-roots.pem")
@@ -51,8 +56,9 @@ func newBroker(t *testing.T, scopes string, faults bool) *bench {
 	check(t, os.WriteFile(roots, append(rootPEM, intermediatePEM...), 0o644))
 	dir := filepath.Join(b.dir, "broker")
 	tokenFile := filepath.Join(dir, "vault-token")
-	b.broker = must(lab.NewBroker(ctx, dir, lab.BrokerOptions{Faults: faults, EKRoots: []string{roots},
-		Vault: fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", vault.Addr, vault.CACert, tokenFile)}))(t)
+	o.EKRoots = []string{roots}
+	o.Vault = fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", vault.Addr, vault.CACert, tokenFile)
+	b.broker = must(lab.NewBroker(ctx, dir, o))(t)
 	check(t, os.MkdirAll(b.broker.Scopes(), 0o700))
 	check(t, os.WriteFile(filepath.Join(b.broker.Scopes(), "scopes.hcl"), []byte(scopes), 0o600))
 	check(t, os.WriteFile(tokenFile, []byte(must(lab.SetUpVault(ctx, vault, b.broker.Scopes()))(t)), 0o600))

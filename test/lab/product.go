@@ -34,7 +34,8 @@ type BrokerOptions struct {
 	Vault   string   // the body of the vault block; empty: none
 	CA      string   // the body of the ca block; empty: none
 	Extra   string   // more lines of config
-	Names   []string // beside localhost and 127.0.0.1
+	Names   []string // beside localhost, 127.0.0.1 and ::1
+	IPv6    bool     // listen on ::1
 }
 
 // Program is the path of one of the product's programs, as `make build` or the
@@ -70,11 +71,18 @@ func NewBroker(ctx context.Context, dir string, o BrokerOptions) (*Broker, error
 	if b.Addr, err = freeAddr(); err != nil {
 		return nil, err
 	}
+	if o.IPv6 {
+		_, port, err := net.SplitHostPort(b.Addr)
+		if err != nil {
+			return nil, err
+		}
+		b.Addr = net.JoinHostPort("::1", port)
+	}
 	if b.Metrics, err = freeAddr(); err != nil {
 		return nil, err
 	}
 	config := fmt.Sprintf("state_dir = %q\nlisten = %q\nnames = %s\ntrust_domain = \"lab.example\"\nmetrics_listen = %q\nek_roots = %s\n%s\n",
-		b.State(), b.Addr, hclList(append([]string{"localhost", "127.0.0.1"}, o.Names...)), b.Metrics, hclList(o.EKRoots), o.Extra)
+		b.State(), b.Addr, hclList(append([]string{"localhost", "127.0.0.1", "::1"}, o.Names...)), b.Metrics, hclList(o.EKRoots), o.Extra)
 	if o.Vault != "" {
 		config += "vault {\n" + o.Vault + "\n}\n"
 	}

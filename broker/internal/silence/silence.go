@@ -44,7 +44,6 @@ type Watch struct {
 
 // Run looks until ctx ends.
 func (w *Watch) Run(ctx context.Context) error {
-	ran := time.Now() // carries the monotonic clock
 	wall, err := w.lastAlive(ctx)
 	if err != nil {
 		return err
@@ -67,7 +66,7 @@ func (w *Watch) Run(ctx context.Context) error {
 				w.Log.Error("silence: not looked", "err", err)
 			}
 		}
-		ran = time.Now()
+		ran := time.Now() // carries the monotonic clock
 		select {
 		case <-ctx.Done():
 			return nil

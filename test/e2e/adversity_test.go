@@ -1,0 +1,300 @@
+package e2e_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/test/lab"
+)
+
+const shortScope = `
+scope "soft" {
+  reprove = "5s"
+  grace   = "3s"
+  host    { labels = { role = "billing" } }
+  process { exe = "/opt/billing/bin/billingd" }
+  vault {
+    path = "database/creds/billing-ro"
+    ttl  = "30m"
+  }
+}
+`
+
+// proving keeps a host proving itself until the test ends or stop is called.
+func proving(t *testing.T, h *lab.SoftHost, proofs func() []*v1.LeaseProof) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			if s, err := h.Dial(ctx); err == nil {
+				_, _ = h.Prove(ctx, s, nil, proofs()...)
+				_ = s.Close()
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
+		}
+	}()
+	stop = func() { cancel(); <-done }
+	t.Cleanup(stop)
+	return stop
+}
+
+func nothing() []*v1.LeaseProof { return nil }
+
+func TestSilentHosts(t *testing.T) {
+	b := newBrokerWith(t, shortScope, lab.BrokerOptions{Extra: "brake_hosts_per_minute = 1"})
+	ctx := within(t, 3*time.Minute)
+	issue := func(h *lab.SoftHost) string {
+		t.Helper()
+		return must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
+	}
+	var silent []*lab.SoftHost
+	var leases []string
+	for range 3 {
+		h := joined(t, b, tpmCA)
+		silent = append(silent, h)
+		leases = append(leases, issue(h))
+	}
+	// Nobody else is heard: it may be us, so nothing is taken.
+	time.Sleep(16 * time.Second)
+	if live := b.leases(t, "--state", "live"); len(live) != 3 {
+		t.Fatalf("with nobody heard %d of 3 leases live", len(live))
+	}
+	// Down for longer than every grace: nothing is taken after it either.
+	check(t, b.broker.Stop())
+	time.Sleep(12 * time.Second)
+	check(t, b.broker.Start(ctx))
+	time.Sleep(2 * time.Second)
+	if live := b.leases(t, "--state", "live"); len(live) != 3 {
+		t.Fatalf("after a restart %d of 3 leases live", len(live))
+	}
+	// Others are heard: one loses its lease, the brake holds the others.
+	proving(t, joined(t, b, tpmCA), nothing)
+	eventually(t, 60*time.Second, "one silent host lost its lease, two are held", func() (bool, string) {
+		var st struct {
+			Alarms []string          `json:"alarms"`
+			Hosts  map[string]string `json:"hosts"`
+		}
+		check(t, b.broker.JSON(ctx, &st, "status"))
+		live := b.leases(t, "--state", "live")
+		return len(live) == 2 && len(st.Alarms) == 1 && strings.Contains(st.Alarms[0], "2 silent hosts"), fmt.Sprintf("%d live, %+v", len(live), st)
+	})
+	for _, h := range silent {
+		if state := b.hostState(t, h.ID); state != "stale" {
+			t.Errorf("a silent host is %s", state)
+		}
+	}
+	// An operator's word.
+	for _, h := range silent {
+		_, err := b.broker.CLI(ctx, "lease", "revoke", "--host", h.ID)
+		check(t, err)
+	}
+	for _, id := range leases {
+		b.ended(t, id)
+	}
+}
+
+// A backup brought back opens an epoch; a lease that was issued after it comes
+// back by its ticket, and the host's checkpoint is what tells.
+func TestRestore(t *testing.T) {
+	for _, verb := range []bool{true, false} {
+		t.Run(fmt.Sprintf("by the verb=%v", verb), func(t *testing.T) {
+			b := newBroker(t, shortScope, false)
+			ctx := within(t, 2*time.Minute)
+			h := joined(t, b, tpmCA)
+			store := filepath.Join(b.broker.State(), "store.db")
+			check(t, b.broker.Stop())
+			backup := must(os.ReadFile(store))(t)
+			check(t, b.broker.Start(ctx))
+
+			s := dial(t, h)
+			program := must(h.Program(softExe, "billing", 7))(t)
+			r := must(h.Issue(ctx, s, h.IssueBody("soft", program)))(t)
+			proof := &v1.LeaseProof{LeaseId: r.GetLeaseId(), Scope: "soft", Program: program, Ticket: r.GetTicket()}
+			held := must(h.Prove(ctx, s, nil, proof))(t).GetCheckpoint().GetNote()
+			user := b.leases(t)[0].Names["db_username"]
+
+			check(t, b.broker.Stop())
+			check(t, os.Remove(store))
+			for _, ending := range []string{"-wal", "-shm"} {
+				_ = os.Remove(store + ending)
+			}
+			if verb {
+				file := filepath.Join(b.dir, "backup.db")
+				check(t, os.WriteFile(file, backup, 0o600))
+				out, err := exec.Command(must(lab.Program("countersign", false))(t), "broker", "restore", file, "-c", b.broker.Config()).CombinedOutput()
+				if err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+			} else {
+				check(t, os.WriteFile(store, backup, 0o600))
+			}
+			check(t, b.broker.Start(ctx))
+			if known := b.leases(t); len(known) != 0 {
+				t.Fatalf("the backup knows leases: %+v", known)
+			}
+			s = dial(t, h)
+			p := must(h.Prove(ctx, s, held, proof))(t)
+			if got := p.GetLeases()[0].GetOutcome(); got != "live" {
+				t.Errorf("the lease is %s: %s", got, p.GetLeases()[0].GetReason())
+			}
+			if note := string(p.GetCheckpoint().GetNote()); !strings.Contains(strings.SplitN(note, "\n", 2)[0], "/2") {
+				t.Errorf("no second epoch: %q", note)
+			}
+			if live := b.leases(t, "--state", "live"); len(live) != 1 || live[0].Names["db_username"] != user || live[0].ID != r.GetLeaseId() {
+				t.Errorf("leases: %+v, want %s back", live, r.GetLeaseId())
+			}
+			// A ticket is for its host alone.
+			thief := joined(t, b, tpmCA)
+			stolen := must(thief.Prove(ctx, dial(t, thief), nil, &v1.LeaseProof{LeaseId: "0000", Scope: "soft", Program: must(thief.Program(softExe, "billing", 7))(t), Ticket: r.GetTicket()}))(t)
+			if got := stolen.GetLeases()[0].GetOutcome(); got != "gone" {
+				t.Errorf("another's ticket gave a lease: %s", got)
+			}
+			_, err := b.broker.CLI(ctx, "lease", "revoke", r.GetLeaseId())
+			check(t, err)
+			b.ended(t, r.GetLeaseId())
+			if out, err := exec.Command(must(lab.Program("countersign", false))(t), "fsck", "-c", b.broker.Config()).CombinedOutput(); err != nil {
+				t.Errorf("fsck: %v\n%s", err, out)
+			}
+		})
+	}
+}
+
+func TestRoles(t *testing.T) {
+	b := newBroker(t, shortScope, false)
+	ctx := within(t, time.Minute)
+	h := joined(t, b, tpmCA)
+	bin := must(lab.Program("countersign", false))(t)
+	acts := []struct {
+		need int // the first of roles that may
+		args []string
+	}{
+		{0, []string{"host", "list"}},
+		{0, []string{"audit", "verify"}},
+		{0, []string{"scope", "plan", b.broker.Scopes()}},
+		{1, []string{"lease", "revoke", "--scope", "soft"}},
+		{2, []string{"join-token", "create"}},
+		{2, []string{"host", "label", h.ID, "x=y"}},
+		{3, []string{"scope", "apply", b.broker.Scopes()}},
+		{3, []string{"operator", "add", "next", "--out", ""}},
+	}
+	for rank, role := range []string{"viewer", "responder", "operator", "admin"} {
+		out := filepath.Join(b.dir, role)
+		_, err := b.broker.CLI(ctx, "operator", "add", role, "--role", role, "--out", out)
+		check(t, err)
+		for i, act := range acts {
+			args := append([]string{"--address", "https://" + b.broker.Addr, "--ca-sha256", b.broker.CASHA256, "--cert", out + ".crt", "--key", out + ".key"}, act.args...)
+			if args[len(args)-1] == "" {
+				args[len(args)-1] = filepath.Join(b.dir, fmt.Sprintf("next-%s-%d", role, i))
+			}
+			said, err := exec.CommandContext(ctx, bin, args...).CombinedOutput()
+			switch {
+			case rank >= act.need && err != nil:
+				t.Errorf("%s: %v: %v: %s", role, act.args, err, said)
+			case rank < act.need && err == nil:
+				t.Errorf("%s may %v", role, act.args)
+			case rank < act.need && !strings.Contains(string(said), "this needs the role"):
+				t.Errorf("%s: %v: refused for another reason: %s", role, act.args, said)
+			}
+		}
+	}
+	// A key that the operator CA never saw.
+	stranger := must(lab.SelfSigned(must(lab.NewECDSA())(t)))(t)
+	s := must(h.DialWith(ctx, stranger))(t)
+	defer func() { _ = s.Close() }()
+	if _, err := s.Operators.GetStatus(ctx, connect.NewRequest(&v1.GetStatusRequest{})); err == nil {
+		t.Error("a stranger saw the status")
+	}
+}
+
+func TestImportTenThousandHosts(t *testing.T) {
+	b := newBroker(t, shortScope, false)
+	ctx := within(t, 2*time.Minute)
+	file := filepath.Join(b.dir, "hosts.csv")
+	var text strings.Builder
+	text.WriteString("name,ek_hash,labels,reference\n")
+	for i := range 10_000 {
+		ek := sha256.Sum256(fmt.Append(nil, i))
+		fmt.Fprintf(&text, "web-%d,%s,env=prod;role=web,\n", i, hex.EncodeToString(ek[:]))
+	}
+	whole := text.String()
+	check(t, os.WriteFile(file, []byte(whole+"web-x,abc,,\n"), 0o600))
+	if out, err := b.broker.CLI(ctx, "host", "import", "-f", file); err == nil || !strings.Contains(string(out), "host 10001 (web-x)") {
+		t.Errorf("a bad line: %v\n%s", err, out)
+	}
+	check(t, os.WriteFile(file, []byte(whole), 0o600))
+	out, err := b.broker.CLI(ctx, "host", "import", "-f", file, "--dry-run")
+	if err != nil || !strings.Contains(string(out), "10000 hosts could be added") {
+		t.Errorf("dry run: %v\n%s", err, out)
+	}
+	count := func() int {
+		var list struct{ Hosts []json.RawMessage }
+		check(t, b.broker.JSON(ctx, &list, "host", "list", "-l", "role=web"))
+		return len(list.Hosts)
+	}
+	if n := count(); n != 0 {
+		t.Errorf("the dry run added %d hosts", n)
+	}
+	_, err = b.broker.CLI(ctx, "host", "import", "-f", file)
+	check(t, err)
+	if n := count(); n != 10_000 {
+		t.Errorf("%d hosts, want 10000", n)
+	}
+	if out, err := b.broker.CLI(ctx, "host", "import", "-f", file); err == nil || !strings.Contains(string(out), "belongs to host") {
+		t.Errorf("imported twice: %v", err)
+	}
+}
+
+// With a dead address first and the live one on IPv6, a host is served.
+func TestSeveralAddressesAndIPv6(t *testing.T) {
+	b := newBrokerWith(t, shortScope, lab.BrokerOptions{IPv6: true})
+	ctx := within(t, time.Minute)
+	b.agent = must(lab.NewAgent(filepath.Join(b.dir, "agent"), b.broker, b.tpm.Path(), "", false))(t)
+	config := lab.AgentConfig([]string{"https://127.0.0.1:1", "https://" + b.broker.Addr}, b.broker.CASHA256, b.tpm.Path(), b.agent.Dir, "")
+	check(t, os.WriteFile(b.agent.Config(), []byte(config), 0o600))
+	out, err := b.agent.Join(ctx, must(b.broker.JoinToken(ctx))(t))
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	out, err = b.agent.CLI(ctx, "doctor")
+	if err == nil || !strings.Contains(string(out), "https://127.0.0.1:1") || !strings.Contains(string(out), b.broker.Addr) {
+		t.Errorf("doctor: %v\n%s", err, out)
+	}
+}
+
+// What Vault doesn't confirm is retried for as long as it takes, and shown.
+func TestRevocationWaitsForVault(t *testing.T) {
+	b := newBroker(t, shortScope, false)
+	ctx := within(t, 2*time.Minute)
+	h := joined(t, b, tpmCA)
+	id := must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
+	check(t, vault.Seal(ctx))
+	t.Cleanup(func() { _ = vault.Unseal(context.Background()) })
+	_, err := b.broker.CLI(ctx, "lease", "revoke", id)
+	check(t, err)
+	eventually(t, 20*time.Second, "the list shows attempts", func() (bool, string) {
+		out, err := b.broker.CLI(ctx, "lease", "list", "--state", "revoking")
+		return err == nil && strings.Contains(string(out), id) && strings.Contains(string(out), "attempt 2"), string(out)
+	})
+	check(t, vault.Unseal(ctx))
+	eventually(t, 30*time.Second, "it is gone", func() (bool, string) {
+		left := b.leases(t)
+		return len(left) == 0, fmt.Sprintf("%+v", left)
+	})
+}
