@@ -132,7 +132,7 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	if err != nil {
 		return nil, s.fault(ctx, err)
 	}
-	out := &v1.ProveResponse{HostState: string(inventory.Trusted), ProveBy: stamp(proven.ProveBy)}
+	out := &v1.ProveResponse{HostState: string(inventory.Trusted), ProveBy: stamp(proven.ProveBy), Now: stamp(s.Now())}
 	for _, v := range proven.Verdicts {
 		out.Leases = append(out.Leases, &v1.LeaseVerdict{LeaseId: v.Lease, Outcome: v.Outcome, Reason: v.Reason, ProveBy: stamp(v.ProveBy), Expires: stamp(v.Expires)})
 	}
@@ -178,11 +178,11 @@ func (s *Hosts) Issue(ctx context.Context, req *connect.Request[v1.IssueRequest]
 		return nil, s.fault(ctx, err)
 	}
 	if issued.Observe {
-		return connect.NewResponse(&v1.IssueResponse{Observe: true}), nil
+		return connect.NewResponse(&v1.IssueResponse{Observe: true, Now: stamp(s.Now())}), nil
 	}
 	g := issued.Grant
 	out := &v1.IssueResponse{LeaseId: g.ID, Expires: stamp(g.Expires), ProveBy: stamp(g.ProveBy), ReplaceAt: stamp(issued.ReplaceAt),
-		AcknowledgeBy: stamp(g.Issued.Add(journal.ProvisionalFor)), Ticket: issued.Ticket}
+		AcknowledgeBy: stamp(g.Issued.Add(journal.ProvisionalFor)), Ticket: issued.Ticket, Now: stamp(s.Now())}
 	for _, f := range issued.Fields {
 		out.Fields = append(out.Fields, &v1.SecretField{Name: f.Name, Value: f.Value.Reveal()})
 	}
@@ -199,7 +199,7 @@ func (s *Hosts) Acknowledge(ctx context.Context, req *connect.Request[v1.Acknowl
 	if err != nil {
 		return nil, s.fault(ctx, err)
 	}
-	return connect.NewResponse(&v1.AcknowledgeResponse{Expires: stamp(g.Expires)}), nil
+	return connect.NewResponse(&v1.AcknowledgeResponse{Expires: stamp(g.Expires), Now: stamp(s.Now())}), nil
 }
 
 // maxRelease bounds one call; the agent sends the rest in another.

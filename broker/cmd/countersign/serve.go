@@ -35,6 +35,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/silence"
 	"github.com/countersign/countersign/broker/internal/store"
 	"github.com/countersign/countersign/broker/server"
+	"github.com/countersign/countersign/broker/wire/clock"
 	"github.com/countersign/countersign/broker/wire/faults"
 )
 
@@ -80,11 +81,15 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	var inForce atomic.Pointer[policy.Set]
 	inForce.Store(set)
 
+	// Leases and silence run by a clock that nobody can set; certificates by
+	// the wall clock.
+	steady := clock.Steady(faults.Now())
+
 	group, ctx := errgroup.WithContext(ctx)
 	issuers := map[string]issue.Issuer{}
 	vaultStatus := func() string { return "not configured" }
 	if c.Vault != nil {
-		v, err := vault.New(ctx, *c.Vault, log, faults.Now)
+		v, err := vault.New(ctx, *c.Vault, log, steady)
 		if err != nil {
 			return err
 		}
@@ -105,8 +110,8 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		issuers[journal.KindCertificate] = workloads
 		crl = workloads.CRL
 	}
-	leases := lease.New(s, issuers, log, faults.Now)
-	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: faults.Now}
+	leases := lease.New(s, issuers, log, steady)
+	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
 	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, ParseSet: parse, Log: log, Now: faults.Now}
 	root := operate.Actor{Name: "root", Role: operate.Viewer}
 	handler, requests := metrics.New(metrics.Source{
@@ -130,8 +135,8 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		Hosts: &server.Hosts{
 			Admission: &admission.Desk{Store: s, Leases: leases, CA: hostCA, Roots: roots, Intermediates: intermediates, MostPending: c.PendingHosts, Now: faults.Now},
 			Credentials: &credential.Desk{Store: s, Leases: leases, Policy: inForce.Load, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
-				Log: log, Now: faults.Now},
-			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: faults.Now,
+				Log: log, Now: steady},
+			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: steady,
 		},
 		Operators: &server.Operators{Desk: desk, BrokerID: id, Version: version, Alarms: watch.Alarms, Vault: vaultStatus},
 		Metrics:   handler, Requests: requests, Log: log,

@@ -32,8 +32,9 @@ import (
 // caLifetime is long because agents pin the host CA; docs say how to change it.
 const caLifetime = 20 * 365 * 24 * time.Hour
 
-// backdate forgives hosts whose clock is behind.
-const backdate = 5 * time.Minute
+// backdate forgives hosts whose clock is behind, by a day and an hour: what
+// counts at this door is the key.
+const backdate = 25 * time.Hour
 
 // A CA signs certificates of one kind of peer.
 type CA struct {
@@ -61,7 +62,7 @@ func Create(dir, name, commonName string, password []byte, now time.Time) (*CA, 
 	if err != nil {
 		return nil, err
 	}
-	block, err := pemutil.Serialize(key, pemutil.WithPassword(password))
+	block, err := pemutil.Serialize(key, pemutil.WithPKCS8(true), pemutil.WithPassword(password))
 	if err != nil {
 		return nil, err
 	}

@@ -2,9 +2,13 @@ package credential
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -96,11 +100,33 @@ func replaceAt(now, end time.Time, scope *policy.Scope) time.Time {
 	return now.Add((end.Sub(now) - scope.Overlap()) * 2 / 3)
 }
 
-// checkCSR reads of a CSR only that it is one, and that who made it has the key.
+// maxCSR bounds a request; one with an RSA key of 4096 bits has a kilobyte.
+const maxCSR = 16 << 10
+
+// checkCSR reads of a CSR only that it is one, that its key is of a kind that
+// is cheap to check, and that who made it has the key.
 func checkCSR(der []byte) error {
+	if len(der) == 0 {
+		return errors.New("this scope issues a certificate: set key in the credential's block on the host")
+	}
+	if len(der) > maxCSR {
+		return fmt.Errorf("a certificate request of %d bytes; at most %d are read", len(der), maxCSR)
+	}
 	csr, err := x509.ParseCertificateRequest(der)
 	if err != nil {
-		return errors.New("this scope issues a certificate and wants a PKCS #10 request")
+		return errors.New("the certificate request is not PKCS #10")
+	}
+	switch key := csr.PublicKey.(type) {
+	case *ecdsa.PublicKey:
+		if key.Curve != elliptic.P256() && key.Curve != elliptic.P384() {
+			return errors.New("a certificate's key is on P-256 or P-384")
+		}
+	case *rsa.PublicKey:
+		if n := key.N.BitLen(); n < 2048 || n > 4096 {
+			return errors.New("a certificate's RSA key has 2048 to 4096 bits")
+		}
+	default:
+		return errors.New("a certificate's key is ECDSA or RSA")
 	}
 	return csr.CheckSignature()
 }

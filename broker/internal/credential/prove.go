@@ -105,7 +105,8 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 			return err
 		}
 		for _, g := range grants {
-			if !held[g.ID] && g.Acked.Before(p.given.At) {
+			// A lease that came while the proof was being made is not in it.
+			if !held[g.ID] && g.Acked.Add(journal.ProvisionalFor).Before(p.given.At) {
 				ends = append(ends, end{g.ID, "the host no longer holds it"})
 			}
 		}

@@ -201,6 +201,9 @@ func Step(g Grant, e Event, now time.Time) (Grant, []Effect, error) {
 			g.LastError = ""
 			if g.State == Live {
 				g.Due = g.Expires
+				if !g.Due.After(now) {
+					g.Due = now.Add(time.Minute) // its issuer still remembers it
+				}
 			}
 		}
 		return g, nil, nil

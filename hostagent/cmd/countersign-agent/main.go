@@ -28,6 +28,7 @@ import (
 	"github.com/countersign/countersign/broker/wire/faults"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/service"
 )
@@ -104,7 +105,7 @@ func exactly(n int) cobra.PositionalArgs {
 }
 
 // client opens the host's state and TPM for a config.
-func client(c *config.Agent, log *slog.Logger) (*attest.Client, error) {
+func client(c *config.Agent, log *slog.Logger, now func() time.Time) (*attest.Client, error) {
 	device, err := tpmcollect.Open(c.TPM)
 	if err != nil {
 		return nil, err
@@ -113,7 +114,7 @@ func client(c *config.Agent, log *slog.Logger) (*attest.Client, error) {
 	if c.Key == "rsa2048" {
 		alg = tpm.RSA2048
 	}
-	return attest.Open(attest.Options{Device: device, StateDir: c.StateDir, AK: alg, Log: log, Now: faults.Now,
+	return attest.Open(attest.Options{Device: device, StateDir: c.StateDir, AK: alg, Log: log, Now: now, Wall: faults.Now,
 		Peer: wire.Peer{Addresses: c.Broker.Addresses, CASHA256: c.Broker.CASHA256},
 		Facts: func() *v1.HostFacts {
 			boot, err := collect.BootID()
@@ -136,7 +137,7 @@ func joinCommand(o *options) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		cl, err := client(c, newLog(c.LogFormat, cmd.ErrOrStderr()))
+		cl, err := client(c, newLog(c.LogFormat, cmd.ErrOrStderr()), faults.Now)
 		if err != nil {
 			return err
 		}
@@ -191,14 +192,18 @@ func serveCommand(o *options) *cobra.Command {
 			return err
 		}
 		log := newLog(c.LogFormat, cmd.ErrOrStderr())
-		cl, err := client(c, log)
+		now, err := service.Clock(c.RunDir, faults.Now())
+		if err != nil {
+			return err
+		}
+		cl, err := client(c, log, now)
 		if err != nil {
 			return err
 		}
 		defer cl.Close()
 		finder := instance.New()
 		defer finder.Close()
-		s, err := service.New(c, cl, finder, log)
+		s, err := service.New(c, cl, finder, log, now)
 		if err != nil {
 			return err
 		}
@@ -220,7 +225,11 @@ func statusCommand(o *options) *cobra.Command {
 		if o.output == "json" {
 			return json.NewEncoder(w).Encode(st)
 		}
-		fmt.Fprintf(w, "host %s, proven %s\n", st.HostID, service.Age(st.Proved))
+		proven := "never"
+		if !st.Proved.IsZero() {
+			proven = st.Now.Sub(st.Proved).Round(time.Second).String() + " ago"
+		}
+		fmt.Fprintf(w, "host %s, proven %s\n", st.HostID, proven)
 		if st.Problem != "" {
 			fmt.Fprintln(w, "PROBLEM:", st.Problem)
 		}
@@ -288,10 +297,29 @@ func readyCommand(o *options) *cobra.Command {
 	return cmd
 }
 
+// checkTemplates reports every template that deliver could not fill in.
+func checkTemplates(name string, c *config.Agent) error {
+	var p config.Problems
+	for _, cr := range c.Credentials {
+		for _, f := range cr.Files {
+			if err := deliver.Validate(f.Template); err != nil {
+				p = append(p, config.Problem{File: name, Message: fmt.Sprintf("credential %q: file %s: %v", cr.Name, f.Path, err)})
+			}
+		}
+	}
+	if len(p) == 0 {
+		return nil
+	}
+	return p
+}
+
 func configCommand(o *options) *cobra.Command {
 	cmd := &cobra.Command{Use: "config", Short: "The agent's config file"}
 	cmd.AddCommand(&cobra.Command{Use: "check", Short: "Report every mistake in the config file", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
-		_, err := config.Load(o.config)
+		c, err := config.Load(o.config)
+		if err == nil {
+			err = checkTemplates(o.config, c)
+		}
 		var problems config.Problems
 		if o.output == "json" && (err == nil || errors.As(err, &problems)) {
 			if encodeErr := json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]any{"valid": err == nil, "problems": problems}); encodeErr != nil {

@@ -55,8 +55,9 @@ func (c *Client) Issue(ctx context.Context, o Order) (Issued, error) {
 			return err
 		}
 		m := r.Msg
-		out = Issued{Lease: m.GetLeaseId(), Fields: map[string]secret.Bytes{}, Expires: timeOf(m.GetExpires()), ReplaceAt: timeOf(m.GetReplaceAt()),
-			AcknowledgeBy: timeOf(m.GetAcknowledgeBy()), Ticket: m.GetTicket(), Observe: m.GetObserve()}
+		local := c.local(m.GetNow())
+		out = Issued{Lease: m.GetLeaseId(), Fields: map[string]secret.Bytes{}, Expires: local(m.GetExpires()), ReplaceAt: local(m.GetReplaceAt()),
+			AcknowledgeBy: local(m.GetAcknowledgeBy()), Ticket: m.GetTicket(), Observe: m.GetObserve()}
 		for _, f := range m.GetFields() {
 			out.Fields[f.GetName()] = secret.New(f.GetValue())
 		}
@@ -65,11 +66,16 @@ func (c *Client) Issue(ctx context.Context, o Order) (Issued, error) {
 	return out, err
 }
 
-func timeOf(t *timestamppb.Timestamp) time.Time {
-	if t == nil {
-		return time.Time{}
+// local turns a broker's times into this host's: what counts is how far they
+// lie from the broker's now, not what either clock says.
+func (c *Client) local(now *timestamppb.Timestamp) func(*timestamppb.Timestamp) time.Time {
+	offset := c.now().Sub(now.AsTime())
+	return func(t *timestamppb.Timestamp) time.Time {
+		if t == nil {
+			return time.Time{}
+		}
+		return t.AsTime().Add(offset)
 	}
-	return t.AsTime()
 }
 
 // Acknowledge says that a credential is delivered; it returns until when it
@@ -79,7 +85,7 @@ func (c *Client) Acknowledge(ctx context.Context, lease, delivery string) (time.
 	err := c.plain(ctx, func(s *wire.Session) error {
 		r, err := s.Hosts.Acknowledge(ctx, request(&v1.AcknowledgeRequest{LeaseId: lease, DeliveryId: delivery}))
 		if err == nil {
-			expires = timeOf(r.Msg.GetExpires())
+			expires = c.local(r.Msg.GetNow())(r.Msg.GetExpires())
 		}
 		return err
 	})
@@ -160,9 +166,10 @@ func (c *Client) Prove(ctx context.Context, leases []LeaseProof) (Proven, error)
 		if err != nil {
 			return err
 		}
-		out.ProveBy = timeOf(r.Msg.GetProveBy())
+		local := c.local(r.Msg.GetNow())
+		out.ProveBy = local(r.Msg.GetProveBy())
 		for _, v := range r.Msg.GetLeases() {
-			out.Verdicts[v.GetLeaseId()] = Verdict{Outcome: v.GetOutcome(), Reason: v.GetReason(), Expires: timeOf(v.GetExpires())}
+			out.Verdicts[v.GetLeaseId()] = Verdict{Outcome: v.GetOutcome(), Reason: v.GetReason(), Expires: local(v.GetExpires())}
 		}
 		return c.proven(r.Msg, shown)
 	})

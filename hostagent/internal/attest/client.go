@@ -36,6 +36,7 @@ type Client struct {
 	facts  func() *v1.HostFacts
 	log    *slog.Logger
 	now    func() time.Time
+	wall   func() time.Time
 
 	mu      sync.Mutex    // guards what follows
 	keys    *keys         // nil before the first join
@@ -51,7 +52,8 @@ type Options struct {
 	AK       tpm.KeyAlgorithm
 	Facts    func() *v1.HostFacts // read anew for each request
 	Log      *slog.Logger
-	Now      func() time.Time
+	Now      func() time.Time // of leases
+	Wall     func() time.Time // of certificates
 }
 
 // Open reads the host's state; a host that never joined has none.
@@ -59,8 +61,8 @@ func Open(o Options) (*Client, error) {
 	if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
 		return nil, err
 	}
-	c := &Client{device: o.Device, dir: o.StateDir, peer: o.Peer, alg: o.AK, facts: o.Facts, log: o.Log, now: o.Now}
-	c.peer.Now = o.Now
+	c := &Client{device: o.Device, dir: o.StateDir, peer: o.Peer, alg: o.AK, facts: o.Facts, log: o.Log, now: o.Now, wall: o.Wall}
+	c.peer.Now = o.Wall
 	var err error
 	if c.keys, err = loadKeys(o.StateDir); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -107,7 +109,7 @@ func (c *Client) certificate(joining bool) (*tls.Certificate, error) {
 	if !joining && c.member != nil && len(c.member.Certificate) > 0 {
 		return &tls.Certificate{Certificate: c.member.Certificate, PrivateKey: signer}, nil
 	}
-	now := c.now()
+	now := c.wall()
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "joining"}, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(24 * time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, signer.Public(), signer)
 	if err != nil {

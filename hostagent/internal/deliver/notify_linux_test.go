@@ -89,6 +89,7 @@ func TestLimit(t *testing.T) {
 		if line, err := bufio.NewReader(held).ReadString('\n'); err != nil || line != "here\n" {
 			t.Errorf("%s: the grandchild was not there: %q %v", name, line, err)
 		}
+		check(t, held.SetReadDeadline(time.Now().Add(10*time.Second)))
 		if n, err := held.Read(make([]byte, 9)); n != 0 || err != io.EOF {
 			t.Errorf("%s: the grandchild lives on: %d %v", name, n, err)
 		}

@@ -331,7 +331,8 @@ func TestHalfCommit(t *testing.T) {
 
 // TestReader reads all the time, and sees whole files only.
 func TestReader(t *testing.T) {
-	files := two(t)
+	top := mount(t, "") // in memory, for the many rounds
+	files := set(t, []string{filepath.Join(top, "a"), filepath.Join(top, "b")})
 	must(t, files, "x0")
 	var stop atomic.Bool
 	var reads atomic.Int64

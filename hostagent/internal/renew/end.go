@@ -2,6 +2,7 @@ package renew
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
 
@@ -89,7 +90,7 @@ func (r *Runner) PayOwed(ctx context.Context) error {
 	if err := r.keep.paid(); err != nil {
 		return err
 	}
-	r.clearWithheld(ctx)
+	r.clearWithheld()
 	return nil
 }
 
@@ -128,7 +129,7 @@ func (r *Runner) adopt(p *process.Program) {
 	r.proveNow()
 }
 
-func (r *Runner) clearWithheld(ctx context.Context) {
+func (r *Runner) clearWithheld() {
 	r.mu.Lock()
 	withheld := r.withheld
 	r.withheld = nil
@@ -139,7 +140,6 @@ func (r *Runner) clearWithheld(ctx context.Context) {
 	if err := r.keep.dropWithheld(); err != nil {
 		r.log.Error("a withheld credential could not be wiped", "err", err)
 	}
-	_ = ctx
 }
 
 func (r *Runner) dropWithheld(ctx context.Context, reason string) {
@@ -149,7 +149,7 @@ func (r *Runner) dropWithheld(ctx context.Context, reason string) {
 	if withheld == nil {
 		return
 	}
-	r.clearWithheld(ctx)
+	r.clearWithheld()
 	r.log.Info("withheld credential dropped", "lease", withheld.ID, "reason", reason)
 }
 
@@ -157,10 +157,7 @@ func (r *Runner) dropWithheld(ctx context.Context, reason string) {
 // kept where the broker still takes its acknowledgement, else the old files
 // come back.
 func (r *Runner) recover(ctx context.Context) error {
-	pending, err := r.keep.loadPending()
-	if err != nil {
-		return err
-	}
+	pending := r.pending
 	swap, committed, err := deliver.Recover(r.cfg.Files)
 	if err != nil {
 		return err
@@ -169,44 +166,55 @@ func (r *Runner) recover(ctx context.Context) error {
 		return swap.Finish() // leftovers of a swap that was settled
 	}
 	defer swap.Discard()
+	if r.lease != nil && r.lease.ID == pending.ID {
+		// It was acknowledged and noted: only the tidying up is missing.
+		return errors.Join(swap.Finish(), r.dropPending())
+	}
 	if !committed {
 		r.release(ctx, []string{pending.ID}, "the agent died before it delivered")
-		return r.keep.dropPending()
+		return r.dropPending()
 	}
 	return r.settle(ctx, nil, r.lease, pending, swap)
 }
 
-// Proof is what a proof says of this credential; false where it holds none.
-func (r *Runner) Proof(ctx context.Context) (attest.LeaseProof, bool) {
+// Proofs are what a proof says of this credential: of the lease in force, and
+// of one that is being delivered, which the broker may know as live already.
+func (r *Runner) Proofs(ctx context.Context) []attest.LeaseProof {
 	r.mu.Lock()
-	lease := r.lease
-	starting := r.starting
+	lease, pending, p := r.lease, r.pending, r.starting
 	r.mu.Unlock()
-	if lease == nil || !lease.Acked {
-		return attest.LeaseProof{}, false
+	if lease == nil && pending == nil {
+		return nil
 	}
-	p := starting
 	if p == nil {
 		found, err := r.programs.Find(ctx, r.cfg.Process)
-		if err != nil {
+		if err == nil {
+			p = &found
+		} else {
 			// Its end is Run's to notice; until then the last that was seen.
 			r.mu.Lock()
 			p = r.program
 			r.mu.Unlock()
-		} else {
-			p = &found
 		}
 	}
-	proof := attest.LeaseProof{Lease: lease.ID, Scope: r.cfg.Scope, Ticket: lease.Ticket}
+	var program []byte
 	if p != nil {
-		encoded, err := p.Encode()
-		if err != nil {
-			return attest.LeaseProof{}, false
+		var err error
+		if program, err = p.Encode(); err != nil {
+			r.log.Error("the program can't be told of", "err", err)
 		}
-		proof.Program = encoded
+	}
+	var proofs []attest.LeaseProof
+	for _, l := range []*Lease{lease, pending} {
+		if l == nil || len(proofs) > 0 && proofs[0].Lease == l.ID {
+			continue
+		}
+		proofs = append(proofs, attest.LeaseProof{Lease: l.ID, Scope: r.cfg.Scope, Program: program, Ticket: l.Ticket})
+	}
+	if lease != nil && p != nil {
 		r.cameWith(lease, p)
 	}
-	return proof, true
+	return proofs
 }
 
 // cameWith ends the waiting of a hand-over: the instance that the lease is for

@@ -50,6 +50,7 @@ type Runner struct {
 
 	mu       sync.Mutex // guards what follows
 	lease    *Lease
+	pending  *Lease // that is being delivered
 	withheld *Lease
 	program  *process.Program // as last seen
 	starting *process.Program // of a unit that waits in Ready
@@ -80,6 +81,9 @@ func New(o Options) (*Runner, error) {
 		proveNow: o.ProveNow, log: o.Log.With("credential", o.Credential.Name), now: o.Now, wake: make(chan struct{}, 1)}
 	var err error
 	if r.lease, err = r.keep.load(); err != nil {
+		return nil, err
+	}
+	if r.pending, err = r.keep.loadPending(); err != nil {
 		return nil, err
 	}
 	if r.withheld, _, err = r.keep.loadWithheld(); err != nil {
@@ -188,7 +192,7 @@ func (r *Runner) obtain(ctx context.Context, p *process.Program) {
 		r.release(ctx, []string{lease.ID}, "not delivered")
 		return
 	}
-	r.succeed(ctx)
+	r.succeed()
 }
 
 func (r *Runner) request(ctx context.Context, p *process.Program, old *Lease) (*Lease, map[string]secret.Bytes, error) {
@@ -250,9 +254,12 @@ func (r *Runner) put(ctx context.Context, p *process.Program, old, lease *Lease,
 	if err := r.keep.savePending(lease); err != nil {
 		return err
 	}
+	r.mu.Lock()
+	r.pending = lease
+	r.mu.Unlock()
 	faults.Point("agent.pending")
 	if err := swap.Commit(); err != nil {
-		return errors.Join(err, r.keep.dropPending())
+		return errors.Join(err, r.dropPending())
 	}
 	faults.Point("agent.swapped")
 	return r.settle(ctx, p, old, lease, swap)
@@ -263,12 +270,12 @@ func (r *Runner) put(ctx context.Context, p *process.Program, old, lease *Lease,
 func (r *Runner) settle(ctx context.Context, p *process.Program, old, lease *Lease, swap *deliver.Swap) error {
 	expires, err := r.acknowledge(ctx, lease)
 	if err != nil {
-		return errors.Join(err, swap.Rollback(), r.keep.dropPending())
+		return r.undo(swap, err)
 	}
 	faults.Point("agent.acknowledged")
 	lease.Acked, lease.Expires = true, expires
 	if err := r.keep.save(lease); err != nil {
-		return err
+		return r.undo(swap, err)
 	}
 	faults.Point("agent.saved")
 	r.mu.Lock()
@@ -277,21 +284,40 @@ func (r *Runner) settle(ctx context.Context, p *process.Program, old, lease *Lea
 	if err := swap.Finish(); err != nil {
 		r.log.Warn("the old files could not be wiped", "err", err)
 	}
-	if err := r.keep.dropPending(); err != nil {
+	faults.Point("agent.finished")
+	if err := r.dropPending(); err != nil {
 		return err
 	}
+	r.proveNow()
 	r.log.Info("credential delivered", "lease", lease.ID, "expires", lease.Expires, "replaces", lease.Replaces)
-	r.clearWithheld(ctx)
+	r.clearWithheld()
 	if p != nil && !p.Starting {
 		// In the background: a restart must not hold up the loop that sees the
 		// program come back.
 		go func() {
-			if err := deliver.Notify(ctx, r.cfg.OnChange, *p); err != nil {
-				r.fail("tell the program", err)
+			// A program that ended has nothing to be told.
+			if err := deliver.Notify(ctx, r.cfg.OnChange, *p); err != nil && !errors.Is(err, deliver.ErrEnded) {
+				r.complain("tell the program", err)
 			}
 		}()
 	}
 	return nil
+}
+
+func (r *Runner) dropPending() error {
+	r.mu.Lock()
+	r.pending = nil
+	r.mu.Unlock()
+	return r.keep.dropPending()
+}
+
+// undo brings the old files back. While that fails the pending note stays: the
+// next run of the agent tries again.
+func (r *Runner) undo(swap *deliver.Swap, err error) error {
+	if rollback := swap.Rollback(); rollback != nil {
+		return errors.Join(err, rollback)
+	}
+	return errors.Join(err, r.dropPending())
 }
 
 // acknowledge tries until it gets an answer or the time for it is over.
@@ -339,6 +365,15 @@ func (r *Runner) answered(ctx context.Context, err error) {
 
 // fail notes a problem and when to try again.
 func (r *Runner) fail(what string, err error) {
+	r.complain(what, err)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.retryAt = r.now().Add(backoff(r.failures))
+	r.failures++
+}
+
+// complain notes a problem that nothing has to wait for.
+func (r *Runner) complain(what string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	text := what + ": " + err.Error()
@@ -346,8 +381,6 @@ func (r *Runner) fail(what string, err error) {
 		r.log.Warn("credential not renewed", "doing", what, "err", err)
 	}
 	r.problem = text
-	r.retryAt = r.now().Add(backoff(r.failures))
-	r.failures++
 }
 
 // backoff is a second doubling to a minute, jittered.
@@ -356,12 +389,11 @@ func backoff(failures int) time.Duration {
 	return d/2 + time.Duration(rand.Int64N(int64(d/2)+1))
 }
 
-func (r *Runner) succeed(context.Context) {
+func (r *Runner) succeed() {
 	r.mu.Lock()
 	r.failures, r.retryAt, r.problem, r.offline = 0, time.Time{}, "", false
 	r.mu.Unlock()
 	r.proceed(nil)
-	r.proveNow()
 }
 
 // proceed answers those who wait in Ready.

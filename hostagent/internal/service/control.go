@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire/faults"
 	"github.com/countersign/countersign/hostagent/internal/renew"
 )
 
@@ -20,6 +19,7 @@ func Socket(runDir string) string { return filepath.Join(runDir, "agent.sock") }
 
 // Status is what `countersign-agent status` shows.
 type Status struct {
+	Now         time.Time      `json:"now"` // by the clock of the times below
 	HostID      string         `json:"host_id"`
 	Proved      time.Time      `json:"proved,omitzero"`
 	ProveBy     time.Time      `json:"prove_by,omitzero"`
@@ -33,7 +33,7 @@ type Status struct {
 }
 
 func (s *Service) status() Status {
-	st := Status{Credentials: []renew.Status{}}
+	st := Status{Now: s.now(), Credentials: []renew.Status{}}
 	st.HostID, _ = s.client.Host()
 	s.mu.Lock()
 	st.Proved, st.ProveBy, st.Problem, st.Rejected = s.proved, s.proveBy, s.problem, s.rejected
@@ -119,12 +119,4 @@ func Ask(ctx context.Context, runDir, method, path string, into any) error {
 		return nil
 	}
 	return json.NewDecoder(res.Body).Decode(into)
-}
-
-// Age is how long ago t was, for people.
-func Age(t time.Time) string {
-	if t.IsZero() {
-		return "never"
-	}
-	return faults.Now().Sub(t).Round(time.Second).String() + " ago"
 }

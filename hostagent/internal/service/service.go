@@ -8,12 +8,10 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"os"
 	"sync"
 	"time"
 
 	"github.com/countersign/countersign/broker/wire"
-	"github.com/countersign/countersign/broker/wire/faults"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/renew"
@@ -25,6 +23,7 @@ type Service struct {
 	runners []*renew.Runner
 	cfg     *config.Agent
 	log     *slog.Logger
+	now     func() time.Time
 	prove   chan struct{} // capacity 1: prove as soon as may be
 
 	mu       sync.Mutex
@@ -35,16 +34,11 @@ type Service struct {
 }
 
 // New makes a Service with a Runner for each credential of cfg.
-func New(cfg *config.Agent, client *attest.Client, programs renew.Programs, log *slog.Logger) (*Service, error) {
-	s := &Service{client: client, cfg: cfg, log: log, prove: make(chan struct{}, 1)}
-	for _, dir := range []string{cfg.StateDir, cfg.RunDir} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return nil, err
-		}
-	}
+func New(cfg *config.Agent, client *attest.Client, programs renew.Programs, log *slog.Logger, now func() time.Time) (*Service, error) {
+	s := &Service{client: client, cfg: cfg, log: log, now: now, prove: make(chan struct{}, 1)}
 	for _, c := range cfg.Credentials {
 		r, err := renew.New(renew.Options{Credential: c, Broker: client, Programs: programs, StateDir: cfg.StateDir, RunDir: cfg.RunDir,
-			ProveNow: s.proveNow, Log: log, Now: faults.Now})
+			ProveNow: s.proveNow, Log: log, Now: now})
 		if err != nil {
 			return nil, fmt.Errorf("credential %q: %w", c.Name, err)
 		}
@@ -122,7 +116,7 @@ func (s *Service) proveLoop(ctx context.Context) {
 		}
 		failures = 0
 		s.mu.Lock()
-		next = max(s.proveBy.Sub(faults.Now()), time.Second)
+		next = max(s.proveBy.Sub(s.now()), time.Second)
 		s.mu.Unlock()
 	}
 }
@@ -137,7 +131,7 @@ func (s *Service) proveOnce(ctx context.Context) error {
 	var proofs []attest.LeaseProof
 	owner := map[string]*renew.Runner{}
 	for _, r := range s.runners {
-		if p, ok := r.Proof(ctx); ok {
+		for _, p := range r.Proofs(ctx) {
 			proofs = append(proofs, p)
 			owner[p.Lease] = r
 		}
@@ -172,7 +166,7 @@ func (s *Service) note(err error) {
 		if s.problem != "" || s.proved.IsZero() {
 			s.log.Info("host proven")
 		}
-		s.proved, s.problem, s.rejected = faults.Now(), "", false
+		s.proved, s.problem, s.rejected = s.now(), "", false
 		return
 	}
 	if errors.Is(err, context.Canceled) {

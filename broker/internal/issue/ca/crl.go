@@ -4,12 +4,9 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"math/big"
 	"time"
-
-	"github.com/countersign/countersign/broker/internal/store"
 )
 
 // crlLife is long, because some verifiers refuse everybody once a CRL is over:
@@ -39,8 +36,6 @@ func (i *Issuer) Run(ctx context.Context) error {
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case errors.Is(err, store.ErrStopped):
-			return err
 		case err != nil:
 			i.Log.Error("workload CA: no new CRL", "err", err)
 			i.failed.Store(&err)

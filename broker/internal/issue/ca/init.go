@@ -36,6 +36,16 @@ func trustDomainID(domain string) *url.URL { return &url.URL{Scheme: "spiffe", H
 // Init makes the workload CA of a new broker: a root and the issuer under it,
 // their keys encrypted under password.
 func Init(dir, brokerID, domain string, password []byte, now time.Time) error {
+	return create(dir, brokerID, domain, now, func(key *ecdsa.PrivateKey) (*pem.Block, error) {
+		// PKCS #8 has PBKDF2; the older form's derivation is one MD5.
+		return pemutil.Serialize(key, pemutil.WithPassword(password), pemutil.WithPKCS8(true))
+	})
+}
+
+// A seal encrypts a key.
+type seal func(*ecdsa.PrivateKey) (*pem.Block, error)
+
+func create(dir, brokerID, domain string, now time.Time, seal seal) error {
 	if !trustDomain.MatchString(domain) {
 		return fmt.Errorf("trust_domain %q: lowercase letters, digits, dots, - and _ are what SPIFFE allows", domain)
 	}
@@ -62,10 +72,10 @@ func Init(dir, brokerID, domain string, password []byte, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	if err := write(dir, rootName, rootDER, rootKey, password); err != nil {
+	if err := write(dir, rootName, rootDER, rootKey, seal); err != nil {
 		return err
 	}
-	return write(dir, issuerName, issuerDER, issuerKey, password)
+	return write(dir, issuerName, issuerDER, issuerKey, seal)
 }
 
 func caTemplate(name, domain string, now time.Time) *x509.Certificate {
@@ -80,8 +90,8 @@ func caTemplate(name, domain string, now time.Time) *x509.Certificate {
 	}
 }
 
-func write(dir, name string, der []byte, key *ecdsa.PrivateKey, password []byte) error {
-	block, err := pemutil.Serialize(key, pemutil.WithPassword(password))
+func write(dir, name string, der []byte, key *ecdsa.PrivateKey, seal seal) error {
+	block, err := seal(key)
 	if err != nil {
 		return err
 	}

@@ -125,17 +125,17 @@ func TestCRLIsPruned(t *testing.T) {
 	long, _, _ := r.mustIssue(t, "billing-year")
 	check(t, r.Revoke(t.Context(), short.Handle))
 	check(t, r.Revoke(t.Context(), long.Handle))
-	both := []string{short.Serial, long.Serial}
+	both, one := []string{short.Serial, long.Serial}, []string{long.Serial}
+	slices.Sort(both)
 	for _, c := range []struct {
 		ahead time.Duration
 		want  []string
-	}{{0, both}, {24 * time.Hour, both}, {-time.Hour, both}, {26 * time.Hour, both[1:]}, {0, both[1:]}} {
+	}{{0, both}, {24 * time.Hour, both}, {-time.Hour, both}, {26 * time.Hour, one}, {0, one}} {
 		r.ahead.Store(int64(c.ahead))
 		before := r.crl.Load()
 		check(t, r.publish(t.Context()))
 		_, serials := r.listed(t)
 		slices.Sort(serials)
-		slices.Sort(c.want)
 		if !slices.Equal(serials, c.want) {
 			t.Errorf("%s ahead: lists %v, want %v", c.ahead, serials, c.want)
 		}
@@ -194,11 +194,8 @@ func TestRun(t *testing.T) {
 	stop()
 	check(t, <-done)
 
-	// A store that has stopped stops the broker, too.
+	// What can't be written is not confirmed.
 	check(t, r.Store.Close())
-	if err := r.Run(t.Context()); err == nil {
-		t.Error("ran without a store")
-	}
 	if err := r.Revoke(t.Context(), c.Handle); err == nil {
 		t.Error("confirmed a revocation without a store")
 	}
@@ -271,12 +268,14 @@ func TestOpenErrors(t *testing.T) {
 
 func TestFiles(t *testing.T) {
 	r := newRig(t)
+	check(t, Init(r.dir, "b1", domain, password, time.Now()))
+	r.Issuer = must(Open(t.Context(), r.Options))(t)
 	for _, name := range []string{"workload-ca.key", "workload-ca-issuer.key"} {
 		path := filepath.Join(r.dir, name)
 		if mode := must(os.Stat(path))(t).Mode().Perm(); mode != 0o600 {
 			t.Errorf("%s has mode %o", name, mode)
 		}
-		if text := string(must(os.ReadFile(path))(t)); !strings.Contains(text, "ENCRYPTED") {
+		if text := string(must(os.ReadFile(path))(t)); !strings.HasPrefix(text, "-----BEGIN ENCRYPTED PRIVATE KEY-----") {
 			t.Errorf("%s is not encrypted: %.40q", name, text)
 		}
 	}

@@ -973,6 +973,7 @@ type ProveResponse struct {
 	Leases        []*LeaseVerdict        `protobuf:"bytes,3,rep,name=leases,proto3" json:"leases,omitempty"`
 	Certificate   [][]byte               `protobuf:"bytes,4,rep,name=certificate,proto3" json:"certificate,omitempty"` // a new host certificate, when the old one nears its end
 	Checkpoint    *Checkpoint            `protobuf:"bytes,5,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Now           *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=now,proto3" json:"now,omitempty"` // the broker's clock: times above are relative to it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1038,6 +1039,13 @@ func (x *ProveResponse) GetCertificate() [][]byte {
 func (x *ProveResponse) GetCheckpoint() *Checkpoint {
 	if x != nil {
 		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *ProveResponse) GetNow() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Now
 	}
 	return nil
 }
@@ -1327,7 +1335,8 @@ type IssueResponse struct {
 	Observe       bool                   `protobuf:"varint,7,opt,name=observe,proto3" json:"observe,omitempty"` // the scope only observes: nothing was issued
 	// The lease in the broker's own signed words, without its secret: a broker
 	// that was restored from a backup takes the lease back into its journal by it.
-	Ticket        []byte `protobuf:"bytes,8,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	Ticket        []byte                 `protobuf:"bytes,8,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	Now           *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=now,proto3" json:"now,omitempty"` // the broker's clock: times above are relative to it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1414,6 +1423,13 @@ func (x *IssueResponse) GetObserve() bool {
 func (x *IssueResponse) GetTicket() []byte {
 	if x != nil {
 		return x.Ticket
+	}
+	return nil
+}
+
+func (x *IssueResponse) GetNow() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Now
 	}
 	return nil
 }
@@ -1525,6 +1541,7 @@ func (x *AcknowledgeRequest) GetDeliveryId() string {
 type AcknowledgeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Expires       *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=expires,proto3" json:"expires,omitempty"`
+	Now           *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=now,proto3" json:"now,omitempty"` // the broker's clock
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1562,6 +1579,13 @@ func (*AcknowledgeResponse) Descriptor() ([]byte, []int) {
 func (x *AcknowledgeResponse) GetExpires() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Expires
+	}
+	return nil
+}
+
+func (x *AcknowledgeResponse) GetNow() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Now
 	}
 	return nil
 }
@@ -4310,7 +4334,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x18\n" +
 	"\aprogram\x18\x02 \x01(\fR\aprogram\x12\x14\n" +
 	"\x05scope\x18\x03 \x01(\tR\x05scope\x12\x16\n" +
-	"\x06ticket\x18\x04 \x01(\fR\x06ticket\"\xf9\x01\n" +
+	"\x06ticket\x18\x04 \x01(\fR\x06ticket\"\xa7\x02\n" +
 	"\rProveResponse\x12\x1d\n" +
 	"\n" +
 	"host_state\x18\x01 \x01(\tR\thostState\x125\n" +
@@ -4319,7 +4343,8 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\vcertificate\x18\x04 \x03(\fR\vcertificate\x12:\n" +
 	"\n" +
 	"checkpoint\x18\x05 \x01(\v2\x1a.countersign.v1.CheckpointR\n" +
-	"checkpoint\"\xc8\x01\n" +
+	"checkpoint\x12,\n" +
+	"\x03now\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"\xc8\x01\n" +
 	"\fLeaseVerdict\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12\x16\n" +
@@ -4341,7 +4366,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\vdelivery_id\x18\x06 \x01(\tR\n" +
 	"deliveryId\x12!\n" +
 	"\fbefore_start\x18\a \x01(\bR\vbeforeStart\x12\x1b\n" +
-	"\thand_over\x18\b \x01(\bR\bhandOver\"\xfc\x02\n" +
+	"\thand_over\x18\b \x01(\bR\bhandOver\"\xaa\x03\n" +
 	"\rIssueResponse\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x123\n" +
 	"\x06fields\x18\x02 \x03(\v2\x1b.countersign.v1.SecretFieldR\x06fields\x124\n" +
@@ -4351,16 +4376,18 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"replace_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\treplaceAt\x12A\n" +
 	"\x0eacknowledge_by\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\racknowledgeBy\x12\x18\n" +
 	"\aobserve\x18\a \x01(\bR\aobserve\x12\x16\n" +
-	"\x06ticket\x18\b \x01(\fR\x06ticket\"7\n" +
+	"\x06ticket\x18\b \x01(\fR\x06ticket\x12,\n" +
+	"\x03now\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"7\n" +
 	"\vSecretField\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\fR\x05value\"P\n" +
 	"\x12AcknowledgeRequest\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x1f\n" +
 	"\vdelivery_id\x18\x02 \x01(\tR\n" +
-	"deliveryId\"K\n" +
+	"deliveryId\"y\n" +
 	"\x13AcknowledgeResponse\x124\n" +
-	"\aexpires\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"E\n" +
+	"\aexpires\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12,\n" +
+	"\x03now\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"E\n" +
 	"\x0eReleaseRequest\x12\x1b\n" +
 	"\tlease_ids\x18\x01 \x03(\tR\bleaseIds\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"/\n" +
@@ -4714,96 +4741,99 @@ var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	75, // 9: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
 	17, // 10: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
 	18, // 11: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	75, // 12: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	75, // 13: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
-	11, // 14: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
-	14, // 15: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
-	22, // 16: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	75, // 17: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	75, // 18: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	75, // 19: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	75, // 20: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	75, // 21: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	68, // 22: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	69, // 23: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	70, // 24: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	75, // 25: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	75, // 26: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
-	30, // 27: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	71, // 28: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
-	33, // 29: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	72, // 30: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
-	30, // 31: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	75, // 32: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	73, // 33: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	75, // 34: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	75, // 35: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
-	44, // 36: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	7,  // 37: countersign.v1.Reference.pcrs:type_name -> countersign.v1.Pcr
-	75, // 38: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	44, // 39: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
-	47, // 40: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
-	50, // 41: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
-	51, // 42: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
-	56, // 43: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	75, // 44: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	74, // 45: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	75, // 46: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	75, // 47: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	75, // 48: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	75, // 49: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	57, // 50: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	0,  // 51: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
-	4,  // 52: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
-	9,  // 53: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
-	12, // 54: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
-	19, // 55: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
-	23, // 56: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
-	25, // 57: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
-	28, // 58: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
-	31, // 59: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
-	34, // 60: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
-	36, // 61: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
-	38, // 62: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
-	40, // 63: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
-	42, // 64: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	45, // 65: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	48, // 66: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	52, // 67: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	54, // 68: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	58, // 69: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	60, // 70: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	62, // 71: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	64, // 72: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	66, // 73: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	3,  // 74: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	8,  // 75: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	10, // 76: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	16, // 77: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	21, // 78: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	24, // 79: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	26, // 80: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	29, // 81: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	32, // 82: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	35, // 83: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	37, // 84: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	39, // 85: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	41, // 86: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	43, // 87: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	46, // 88: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	49, // 89: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	53, // 90: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	55, // 91: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	59, // 92: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	61, // 93: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	63, // 94: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	65, // 95: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	67, // 96: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	74, // [74:97] is the sub-list for method output_type
-	51, // [51:74] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	75, // 12: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	75, // 13: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	75, // 14: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	11, // 15: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
+	14, // 16: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
+	22, // 17: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
+	75, // 18: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	75, // 19: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	75, // 20: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	75, // 21: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	75, // 22: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	75, // 23: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	75, // 24: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	68, // 25: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	69, // 26: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	70, // 27: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	75, // 28: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	75, // 29: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	30, // 30: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
+	71, // 31: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	33, // 32: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
+	72, // 33: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	30, // 34: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
+	75, // 35: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	73, // 36: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	75, // 37: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	75, // 38: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	44, // 39: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
+	7,  // 40: countersign.v1.Reference.pcrs:type_name -> countersign.v1.Pcr
+	75, // 41: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	44, // 42: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
+	47, // 43: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
+	50, // 44: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
+	51, // 45: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
+	56, // 46: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	75, // 47: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	74, // 48: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	75, // 49: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	75, // 50: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	75, // 51: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	75, // 52: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	57, // 53: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	0,  // 54: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
+	4,  // 55: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
+	9,  // 56: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
+	12, // 57: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
+	19, // 58: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
+	23, // 59: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
+	25, // 60: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
+	28, // 61: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
+	31, // 62: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
+	34, // 63: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
+	36, // 64: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
+	38, // 65: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
+	40, // 66: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
+	42, // 67: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	45, // 68: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	48, // 69: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	52, // 70: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	54, // 71: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	58, // 72: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	60, // 73: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	62, // 74: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	64, // 75: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	66, // 76: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	3,  // 77: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	8,  // 78: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	10, // 79: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	16, // 80: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	21, // 81: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	24, // 82: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	26, // 83: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	29, // 84: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	32, // 85: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	35, // 86: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	37, // 87: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	39, // 88: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	41, // 89: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	43, // 90: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	46, // 91: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	49, // 92: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	53, // 93: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	55, // 94: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	59, // 95: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	61, // 96: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	63, // 97: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	65, // 98: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	67, // 99: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	77, // [77:100] is the sub-list for method output_type
+	54, // [54:77] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_countersign_v1_countersign_proto_init() }
