@@ -43,7 +43,7 @@ scope "billing-db" {
     dns = ["billing.example.com"]
     ttl = "1h"
   }
-}`)}})
+}`)}}, policy.Options{})
 	if err != nil {
 		b.Fatal(err)
 	}
