@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	_ "modernc.org/sqlite" // to spoil a broker's store with
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/wire"
@@ -180,12 +182,22 @@ var steps = []step{
 	{"sealed", "Vault sealed for a while: nothing breaks", sealed, func(ctx context.Context, d *demo) error {
 		return d.pg.Exec(ctx, "postgres", `ALTER ROLE "`+d.user+`" NOLOGIN; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '`+d.user+`'`)
 	}},
-	{"ends", "the program ends, and PostgreSQL forgets its user", ends, func(context.Context, *demo) error { return nil }},
+	{"ends", "the program ends, and PostgreSQL forgets its user", ends, func(ctx context.Context, d *demo) error {
+		_, err := d.machine.Sh(ctx, "systemctl kill -s KILL countersign-agent; systemctl mask --now --runtime countersign-agent")
+		return err
+	}},
 	{"pcr", "a PCR changes: the host fails, its leases are revoked", pcrChanges, func(ctx context.Context, d *demo) error {
 		_, err := d.broker.CLI(ctx, "host", "reference", d.machine.HostID)
 		return err
 	}},
-	{"audit", "audit log, a receipt and fsck verified", verifyAudit, func(context.Context, *demo) error { return nil }},
+	{"audit", "audit log, a receipt and fsck verified", verifyAudit, func(_ context.Context, d *demo) error {
+		db, err := sql.Open("sqlite", filepath.Join(d.broker.State(), "store.db"))
+		if err != nil {
+			return err
+		}
+		_, err = db.Exec(`UPDATE audit_records SET body = replace(body, '"broker.initialised"', '"broker.initialized"')`)
+		return errors.Join(err, db.Close())
+	}},
 }
 
 func makeTPM(ctx context.Context, d *demo) (detail string, err error) {

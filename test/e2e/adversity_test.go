@@ -149,8 +149,19 @@ func TestRestore(t *testing.T) {
 			if known := b.leases(t); len(known) != 0 {
 				t.Fatalf("the backup knows leases: %+v", known)
 			}
+			orphans := func() string {
+				cmd := exec.CommandContext(ctx, must(lab.Program("countersign", false))(t), "--socket", filepath.Join(b.broker.State(), "operator.sock"), "vault", "orphans")
+				cmd.Env = append(os.Environ(), "VAULT_ADDR="+vault.Addr, "VAULT_CACERT="+vault.CACert, "VAULT_TOKEN="+vault.RootToken)
+				return string(must(cmd.CombinedOutput())(t))
+			}
+			if out := orphans(); !strings.Contains(out, r.GetLeaseId()) {
+				t.Errorf("orphans: want %s in\n%s", r.GetLeaseId(), out)
+			}
 			s = dial(t, h)
 			p := must(h.Prove(ctx, s, held, proof))(t)
+			if out := orphans(); strings.Contains(out, r.GetLeaseId()) {
+				t.Errorf("still an orphan after its host spoke for it:\n%s", out)
+			}
 			if got := p.GetLeases()[0].GetOutcome(); got != "live" {
 				t.Errorf("the lease is %s: %s", got, p.GetLeases()[0].GetReason())
 			}

@@ -87,5 +87,25 @@ func rootCommand() *cobra.Command {
 	o.flags(root)
 	root.AddCommand(brokerCommand(o), hostCommand(o), operatorCommand(o), joinTokenCommand(o), referenceCommand(o), scopeCommand(o),
 		whyCommand(o), leaseCommand(o), auditCommand(o), vaultCommand(o), fsckCommand(o), configCommand(o), statusCommand(o))
+	for _, sub := range root.Commands() {
+		strict(sub)
+	}
 	return root
+}
+
+// strict has a command that only groups others refuse what is none of them;
+// cobra would print its help and succeed.
+func strict(cmd *cobra.Command) {
+	for _, sub := range cmd.Commands() {
+		strict(sub)
+	}
+	if !cmd.HasSubCommands() || cmd.Runnable() {
+		return
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return &exitError{exitUsage, fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())}
+		}
+		return cmd.Help()
+	}
 }

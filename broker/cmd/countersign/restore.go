@@ -52,7 +52,7 @@ func restoreCommand(file *string) *cobra.Command {
 				return errors.Join(err, os.Remove(c.StoreFile()))
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "restored as epoch %d. Leases that were issued after the backup come back as their hosts prove themselves; "+
-				"`countersign lease orphans` then lists what Vault has and nobody spoke for.\n", epoch)
+				"`countersign vault orphans` then lists what Vault has and nobody spoke for.\n", epoch)
 			return nil
 		},
 	}

@@ -4,12 +4,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/hashicorp/vault/api"
 	"github.com/spf13/cobra"
 
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/policy"
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
 // vaultTarget is a Vault as its own users name it.
@@ -63,8 +65,43 @@ func vaultCommand(o *options) *cobra.Command {
 				}
 				return verifyVault(cmd, o, client, needs, changed)
 			}}),
+		withTarget(&cobra.Command{Use: "orphans", Short: "List tokens whose lease the broker doesn't know, by accessor", Args: exactly(0),
+			Long: "Lists what Vault has of the token roles countersign-* and the broker's journal hasn't, as after a restore,\n" +
+				"with the operator's token in VAULT_TOKEN. vault token revoke -accessor ends one.",
+			RunE: func(cmd *cobra.Command, _ []string) error { return vaultOrphans(cmd, o, to) }}),
 	)
 	return cmd
+}
+
+// vaultOrphans lists tokens whose grant the broker doesn't know: what was
+// issued after the backup that a store was restored from, and that no host
+// has spoken for since.
+func vaultOrphans(cmd *cobra.Command, o *options, to vaultTarget) error {
+	client, err := to.client()
+	if err != nil {
+		return err
+	}
+	tokens, err := vault.Tokens(cmd.Context(), client)
+	if err != nil {
+		return &exitError{exitUnreach, err}
+	}
+	known := map[string]bool{}
+	if err := eachLease(cmd.Context(), o, &v1.ListLeasesRequest{}, func(l *v1.Lease) error {
+		known[l.GetId()] = true
+		return nil
+	}); err != nil {
+		return err
+	}
+	orphans := slices.DeleteFunc(tokens, func(t vault.Token) bool { return known[t.Grant] })
+	if o.output == "json" {
+		return json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]any{"orphans": append([]vault.Token{}, orphans...)})
+	}
+	table(cmd.OutOrStdout(), "ACCESSOR GRANT HOST SCOPE SECONDS", func(row func(...any)) {
+		for _, t := range orphans {
+			row(t.Accessor, t.Grant, t.Host, t.Scope, t.TTL)
+		}
+	})
+	return nil
 }
 
 func vaultNeeds(dir string) (vault.Needs, error) {
@@ -84,15 +121,20 @@ func (t vaultTarget) open(dir string) (vault.Needs, *api.Client, error) {
 	if err != nil {
 		return needs, nil, err
 	}
+	client, err := t.client()
+	return needs, client, err
+}
+
+func (t vaultTarget) client() (*api.Client, error) {
 	token := os.Getenv("VAULT_TOKEN")
 	if t.address == "" || token == "" {
-		return needs, nil, &exitError{exitUsage, fmt.Errorf("--vault-addr or VAULT_ADDR says where Vault is, and VAULT_TOKEN holds the operator's token")}
+		return nil, &exitError{exitUsage, fmt.Errorf("--vault-addr or VAULT_ADDR says where Vault is, and VAULT_TOKEN holds the operator's token")}
 	}
 	client, err := vault.Client(t.address, t.ca, t.namespace, token)
 	if err != nil {
-		return needs, nil, &exitError{exitUsage, err}
+		return nil, &exitError{exitUsage, err}
 	}
-	return needs, client, nil
+	return client, nil
 }
 
 // verifyVault prints the findings, and beside them in JSON what was changed

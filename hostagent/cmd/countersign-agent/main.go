@@ -68,6 +68,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.PersistentFlags().StringVarP(&o.config, "config", "c", defaultConfig, "the agent's config file")
 	root.PersistentFlags().StringVarP(&o.output, "output", "o", "text", "output format: text or json")
 	root.AddCommand(joinCommand(o), serveCommand(o), statusCommand(o), inspectCommand(o), readyCommand(o), doctorCommand(o), configCommand(o))
+	for _, sub := range root.Commands() {
+		strict(sub)
+	}
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -335,4 +338,21 @@ func configCommand(o *options) *cobra.Command {
 		return nil
 	}})
 	return cmd
+}
+
+// strict has a command that only groups others refuse what is none of them;
+// cobra would print its help and succeed.
+func strict(cmd *cobra.Command) {
+	for _, sub := range cmd.Commands() {
+		strict(sub)
+	}
+	if !cmd.HasSubCommands() || cmd.Runnable() {
+		return
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return &exitError{exitUsage, fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())}
+		}
+		return cmd.Help()
+	}
 }
