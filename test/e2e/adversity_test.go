@@ -16,6 +16,7 @@ import (
 	"connectrpc.com/connect"
 
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -59,15 +60,15 @@ func nothing() []*v1.LeaseProof { return nil }
 
 func TestSilentHosts(t *testing.T) {
 	b := newBrokerWith(t, shortScope, lab.BrokerOptions{Extra: "brake_hosts_per_minute = 1"})
-	ctx := within(t, 3*time.Minute)
+	ctx := check.Within(t, 3*time.Minute)
 	issue := func(h *lab.SoftHost) string {
 		t.Helper()
-		return must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
+		return check.Must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
 	}
 	var silent []*lab.SoftHost
 	var leases []string
 	for range 3 {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		silent = append(silent, h)
 		leases = append(leases, issue(h))
 	}
@@ -77,21 +78,21 @@ func TestSilentHosts(t *testing.T) {
 		t.Fatalf("with nobody heard %d of 3 leases live", len(live))
 	}
 	// Down for longer than every grace: nothing is taken after it either.
-	check(t, b.broker.Stop())
+	check.Nil(t, b.broker.Stop())
 	time.Sleep(12 * time.Second)
-	check(t, b.broker.Start(ctx))
+	check.Nil(t, b.broker.Start(ctx))
 	time.Sleep(2 * time.Second)
 	if live := b.leases(t, "--state", "live"); len(live) != 3 {
 		t.Fatalf("after a restart %d of 3 leases live", len(live))
 	}
 	// Others are heard: one loses its lease, the brake holds the others.
-	proving(t, joined(t, b, tpmCA), nothing)
-	eventually(t, 60*time.Second, "one silent host lost its lease, two are held", func() (bool, string) {
+	proving(t, joined(t, b, services.TPMCA), nothing)
+	check.Eventually(t, 60*time.Second, "one silent host lost its lease, two are held", func() (bool, string) {
 		var st struct {
 			Alarms []string          `json:"alarms"`
 			Hosts  map[string]string `json:"hosts"`
 		}
-		check(t, b.broker.JSON(ctx, &st, "status"))
+		check.Nil(t, b.broker.JSON(ctx, &st, "status"))
 		live := b.leases(t, "--state", "live")
 		return len(live) == 2 && len(st.Alarms) == 1 && strings.Contains(st.Alarms[0], "2 silent hosts"), fmt.Sprintf("%d live, %+v", len(live), st)
 	})
@@ -103,7 +104,7 @@ func TestSilentHosts(t *testing.T) {
 	// An operator's word.
 	for _, h := range silent {
 		_, err := b.broker.CLI(ctx, "lease", "revoke", "--host", h.ID)
-		check(t, err)
+		check.Nil(t, err)
 	}
 	for _, id := range leases {
 		b.ended(t, id)
@@ -116,49 +117,49 @@ func TestRestore(t *testing.T) {
 	for _, verb := range []bool{true, false} {
 		t.Run(fmt.Sprintf("by the verb=%v", verb), func(t *testing.T) {
 			b := newBroker(t, shortScope, false)
-			ctx := within(t, 2*time.Minute)
-			h := joined(t, b, tpmCA)
+			ctx := check.Within(t, 2*time.Minute)
+			h := joined(t, b, services.TPMCA)
 			store := filepath.Join(b.broker.State(), "store.db")
-			check(t, b.broker.Stop())
-			backup := must(os.ReadFile(store))(t)
-			check(t, b.broker.Start(ctx))
+			check.Nil(t, b.broker.Stop())
+			backup := check.Must(os.ReadFile(store))(t)
+			check.Nil(t, b.broker.Start(ctx))
 
 			s := dial(t, h)
-			program := must(h.Program(softExe, "billing", 7))(t)
-			r := must(h.Issue(ctx, s, h.IssueBody("soft", program)))(t)
+			program := check.Must(h.Program(softExe, "billing", 7))(t)
+			r := check.Must(h.Issue(ctx, s, h.IssueBody("soft", program)))(t)
 			proof := &v1.LeaseProof{LeaseId: r.GetLeaseId(), Scope: "soft", Program: program, Ticket: r.GetTicket()}
-			held := must(h.Prove(ctx, s, nil, proof))(t).GetCheckpoint().GetNote()
+			held := check.Must(h.Prove(ctx, s, nil, proof))(t).GetCheckpoint().GetNote()
 			user := b.leases(t)[0].Names["db_username"]
 
-			check(t, b.broker.Stop())
-			check(t, os.Remove(store))
+			check.Nil(t, b.broker.Stop())
+			check.Nil(t, os.Remove(store))
 			for _, ending := range []string{"-wal", "-shm"} {
 				_ = os.Remove(store + ending)
 			}
 			if verb {
 				file := filepath.Join(b.dir, "backup.db")
-				check(t, os.WriteFile(file, backup, 0o600))
-				out, err := exec.Command(must(lab.Program("countersign", false))(t), "broker", "restore", file, "-c", b.broker.Config()).CombinedOutput()
+				check.Nil(t, os.WriteFile(file, backup, 0o600))
+				out, err := exec.Command(check.Must(lab.Program("countersign", false))(t), "broker", "restore", file, "-c", b.broker.Config()).CombinedOutput()
 				if err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}
 			} else {
-				check(t, os.WriteFile(store, backup, 0o600))
+				check.Nil(t, os.WriteFile(store, backup, 0o600))
 			}
-			check(t, b.broker.Start(ctx))
+			check.Nil(t, b.broker.Start(ctx))
 			if known := b.leases(t); len(known) != 0 {
 				t.Fatalf("the backup knows leases: %+v", known)
 			}
 			orphans := func() string {
-				cmd := exec.CommandContext(ctx, must(lab.Program("countersign", false))(t), "--socket", filepath.Join(b.broker.State(), "operator.sock"), "vault", "orphans")
-				cmd.Env = append(os.Environ(), "VAULT_ADDR="+vault.Addr, "VAULT_CACERT="+vault.CACert, "VAULT_TOKEN="+vault.RootToken)
-				return string(must(cmd.CombinedOutput())(t))
+				cmd := exec.CommandContext(ctx, check.Must(lab.Program("countersign", false))(t), "--socket", filepath.Join(b.broker.State(), "operator.sock"), "vault", "orphans")
+				cmd.Env = append(os.Environ(), "VAULT_ADDR="+services.Vault.Addr, "VAULT_CACERT="+services.Vault.CACert, "VAULT_TOKEN="+services.Vault.RootToken)
+				return string(check.Must(cmd.CombinedOutput())(t))
 			}
 			if out := orphans(); !strings.Contains(out, r.GetLeaseId()) {
 				t.Errorf("orphans: want %s in\n%s", r.GetLeaseId(), out)
 			}
 			s = dial(t, h)
-			p := must(h.Prove(ctx, s, held, proof))(t)
+			p := check.Must(h.Prove(ctx, s, held, proof))(t)
 			if out := orphans(); strings.Contains(out, r.GetLeaseId()) {
 				t.Errorf("still an orphan after its host spoke for it:\n%s", out)
 			}
@@ -172,15 +173,15 @@ func TestRestore(t *testing.T) {
 				t.Errorf("leases: %+v, want %s back", live, r.GetLeaseId())
 			}
 			// A ticket is for its host alone.
-			thief := joined(t, b, tpmCA)
-			stolen := must(thief.Prove(ctx, dial(t, thief), nil, &v1.LeaseProof{LeaseId: "0000", Scope: "soft", Program: must(thief.Program(softExe, "billing", 7))(t), Ticket: r.GetTicket()}))(t)
+			thief := joined(t, b, services.TPMCA)
+			stolen := check.Must(thief.Prove(ctx, dial(t, thief), nil, &v1.LeaseProof{LeaseId: "0000", Scope: "soft", Program: check.Must(thief.Program(softExe, "billing", 7))(t), Ticket: r.GetTicket()}))(t)
 			if got := stolen.GetLeases()[0].GetOutcome(); got != "gone" {
 				t.Errorf("another's ticket gave a lease: %s", got)
 			}
 			_, err := b.broker.CLI(ctx, "lease", "revoke", r.GetLeaseId())
-			check(t, err)
+			check.Nil(t, err)
 			b.ended(t, r.GetLeaseId())
-			if out, err := exec.Command(must(lab.Program("countersign", false))(t), "fsck", "-c", b.broker.Config()).CombinedOutput(); err != nil {
+			if out, err := exec.Command(check.Must(lab.Program("countersign", false))(t), "fsck", "-c", b.broker.Config()).CombinedOutput(); err != nil {
 				t.Errorf("fsck: %v\n%s", err, out)
 			}
 		})
@@ -189,9 +190,9 @@ func TestRestore(t *testing.T) {
 
 func TestRoles(t *testing.T) {
 	b := newBroker(t, shortScope, false)
-	ctx := within(t, time.Minute)
-	h := joined(t, b, tpmCA)
-	bin := must(lab.Program("countersign", false))(t)
+	ctx := check.Within(t, time.Minute)
+	h := joined(t, b, services.TPMCA)
+	bin := check.Must(lab.Program("countersign", false))(t)
 	acts := []struct {
 		need int // the first of roles that may
 		args []string
@@ -208,7 +209,7 @@ func TestRoles(t *testing.T) {
 	for rank, role := range []string{"viewer", "responder", "operator", "admin"} {
 		out := filepath.Join(b.dir, role)
 		_, err := b.broker.CLI(ctx, "operator", "add", role, "--role", role, "--out", out)
-		check(t, err)
+		check.Nil(t, err)
 		for i, act := range acts {
 			args := append([]string{"--address", "https://" + b.broker.Addr, "--ca-sha256", b.broker.CASHA256, "--cert", out + ".crt", "--key", out + ".key"}, act.args...)
 			if args[len(args)-1] == "" {
@@ -226,8 +227,8 @@ func TestRoles(t *testing.T) {
 		}
 	}
 	// A key that the operator CA never saw.
-	stranger := must(lab.SelfSigned(must(lab.NewECDSA())(t)))(t)
-	s := must(h.DialWith(ctx, stranger))(t)
+	stranger := check.Must(lab.SelfSigned(check.Must(lab.NewECDSA())(t)))(t)
+	s := check.Must(h.DialWith(ctx, stranger))(t)
 	defer func() { _ = s.Close() }()
 	if _, err := s.Operators.GetStatus(ctx, connect.NewRequest(&v1.GetStatusRequest{})); err == nil {
 		t.Error("a stranger saw the status")
@@ -236,7 +237,7 @@ func TestRoles(t *testing.T) {
 
 func TestImportTenThousandHosts(t *testing.T) {
 	b := newBroker(t, shortScope, false)
-	ctx := within(t, 2*time.Minute)
+	ctx := check.Within(t, 2*time.Minute)
 	file := filepath.Join(b.dir, "hosts.csv")
 	var text strings.Builder
 	text.WriteString("name,ek_hash,labels,reference\n")
@@ -245,25 +246,25 @@ func TestImportTenThousandHosts(t *testing.T) {
 		fmt.Fprintf(&text, "web-%d,%s,env=prod;role=web,\n", i, hex.EncodeToString(ek[:]))
 	}
 	whole := text.String()
-	check(t, os.WriteFile(file, []byte(whole+"web-x,abc,,\n"), 0o600))
+	check.Nil(t, os.WriteFile(file, []byte(whole+"web-x,abc,,\n"), 0o600))
 	if out, err := b.broker.CLI(ctx, "host", "import", "-f", file); err == nil || !strings.Contains(string(out), "host 10001 (web-x)") {
 		t.Errorf("a bad line: %v\n%s", err, out)
 	}
-	check(t, os.WriteFile(file, []byte(whole), 0o600))
+	check.Nil(t, os.WriteFile(file, []byte(whole), 0o600))
 	out, err := b.broker.CLI(ctx, "host", "import", "-f", file, "--dry-run")
 	if err != nil || !strings.Contains(string(out), "10000 hosts could be added") {
 		t.Errorf("dry run: %v\n%s", err, out)
 	}
 	count := func() int {
 		var list struct{ Hosts []json.RawMessage }
-		check(t, b.broker.JSON(ctx, &list, "host", "list", "-l", "role=web"))
+		check.Nil(t, b.broker.JSON(ctx, &list, "host", "list", "-l", "role=web"))
 		return len(list.Hosts)
 	}
 	if n := count(); n != 0 {
 		t.Errorf("the dry run added %d hosts", n)
 	}
 	_, err = b.broker.CLI(ctx, "host", "import", "-f", file)
-	check(t, err)
+	check.Nil(t, err)
 	if n := count(); n != 10_000 {
 		t.Errorf("%d hosts, want 10000", n)
 	}
@@ -275,11 +276,11 @@ func TestImportTenThousandHosts(t *testing.T) {
 // With a dead address first and the live one on IPv6, a host is served.
 func TestSeveralAddressesAndIPv6(t *testing.T) {
 	b := newBrokerWith(t, shortScope, lab.BrokerOptions{IPv6: true})
-	ctx := within(t, time.Minute)
-	b.agent = must(lab.NewAgent(filepath.Join(b.dir, "agent"), b.broker, b.tpm.Path(), "", false))(t)
+	ctx := check.Within(t, time.Minute)
+	b.agent = check.Must(lab.NewAgent(filepath.Join(b.dir, "agent"), b.broker, b.tpm.Path(), "", false))(t)
 	config := lab.AgentConfig([]string{"https://127.0.0.1:1", "https://" + b.broker.Addr}, b.broker.CASHA256, b.tpm.Path(), b.agent.Dir, "")
-	check(t, os.WriteFile(b.agent.Config(), []byte(config), 0o600))
-	out, err := b.agent.Join(ctx, must(b.broker.JoinToken(ctx))(t))
+	check.Nil(t, os.WriteFile(b.agent.Config(), []byte(config), 0o600))
+	out, err := b.agent.Join(ctx, check.Must(b.broker.JoinToken(ctx))(t))
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -292,19 +293,19 @@ func TestSeveralAddressesAndIPv6(t *testing.T) {
 // What Vault doesn't confirm is retried for as long as it takes, and shown.
 func TestRevocationWaitsForVault(t *testing.T) {
 	b := newBroker(t, shortScope, false)
-	ctx := within(t, 2*time.Minute)
-	h := joined(t, b, tpmCA)
-	id := must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
-	check(t, vault.Seal(ctx))
-	t.Cleanup(func() { _ = vault.Unseal(context.Background()) })
+	ctx := check.Within(t, 2*time.Minute)
+	h := joined(t, b, services.TPMCA)
+	id := check.Must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
+	check.Nil(t, services.Vault.Seal(ctx))
+	t.Cleanup(func() { _ = services.Vault.Unseal(context.Background()) })
 	_, err := b.broker.CLI(ctx, "lease", "revoke", id)
-	check(t, err)
-	eventually(t, 20*time.Second, "the list shows attempts", func() (bool, string) {
+	check.Nil(t, err)
+	check.Eventually(t, 20*time.Second, "the list shows attempts", func() (bool, string) {
 		out, err := b.broker.CLI(ctx, "lease", "list", "--state", "revoking")
 		return err == nil && strings.Contains(string(out), id) && strings.Contains(string(out), "attempt 2"), string(out)
 	})
-	check(t, vault.Unseal(ctx))
-	eventually(t, 30*time.Second, "it is gone", func() (bool, string) {
+	check.Nil(t, services.Vault.Unseal(ctx))
+	check.Eventually(t, 30*time.Second, "it is gone", func() (bool, string) {
 		left := b.leases(t)
 		return len(left) == 0, fmt.Sprintf("%+v", left)
 	})

@@ -28,6 +28,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/wire"
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -60,10 +61,10 @@ func outcome(t *testing.T, err error, want wire.Outcome, check string) {
 
 func joined(t *testing.T, b *bench, ca *lab.TPMCA) *lab.SoftHost {
 	t.Helper()
-	ctx := within(t, time.Minute)
-	h := must(lab.NewSoftHost(b.broker, ca))(t)
-	token := must(b.broker.JoinToken(ctx, "role=billing"))(t)
-	if pending := must(h.Join(ctx, token))(t); pending {
+	ctx := check.Within(t, time.Minute)
+	h := check.Must(lab.NewSoftHost(b.broker, ca))(t)
+	token := check.Must(b.broker.JoinToken(ctx, "role=billing"))(t)
+	if pending := check.Must(h.Join(ctx, token))(t); pending {
 		t.Fatal("pending with a token")
 	}
 	return h
@@ -71,7 +72,7 @@ func joined(t *testing.T, b *bench, ca *lab.TPMCA) *lab.SoftHost {
 
 func dial(t *testing.T, h *lab.SoftHost) *wire.Session {
 	t.Helper()
-	s := must(h.Dial(within(t, time.Minute)))(t)
+	s := check.Must(h.Dial(check.Within(t, time.Minute)))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	return s
 }
@@ -81,7 +82,7 @@ func (b *bench) hostState(t *testing.T, id string) string {
 	var h struct {
 		State string `json:"state"`
 	}
-	check(t, b.broker.JSON(within(t, time.Minute), &h, "host", "show", id))
+	check.Nil(t, b.broker.JSON(check.Within(t, time.Minute), &h, "host", "show", id))
 	return h.State
 }
 
@@ -89,98 +90,98 @@ func (b *bench) hostState(t *testing.T, id string) string {
 // one thing, and is refused for the reason that it should be.
 func TestAttacksOnSessions(t *testing.T) {
 	b := newBroker(t, softScope, false)
-	ctx := within(t, 3*time.Minute)
+	ctx := check.Within(t, 3*time.Minute)
 	order := func(h *lab.SoftHost, edits ...func(*process.Program)) *v1.IssueBody {
-		return h.IssueBody("soft", must(h.Program(softExe, "billing", 400, edits...))(t))
+		return h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 400, edits...))(t))
 	}
 	send := func(s *wire.Session, a *v1.Attested) error {
 		_, err := s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{Attested: a}))
 		return err
 	}
 	t.Run("the honest twin", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		r := must(h.Issue(ctx, s, order(h)))(t)
+		r := check.Must(h.Issue(ctx, s, order(h)))(t)
 		if len(r.GetFields()) != 2 {
 			t.Errorf("fields: %d, want username and password", len(r.GetFields()))
 		}
 	})
 	t.Run("replayed on the same connection", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		a := must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
-		check(t, send(s, a))
+		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
+		check.Nil(t, send(s, a))
 		outcome(t, send(s, a), wire.Retry, "nonce")
 		if state := b.hostState(t, h.ID); state != "trusted" {
 			t.Errorf("a retry made the host %s", state)
 		}
 	})
 	t.Run("replayed on another connection", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		a := must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
+		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		outcome(t, send(dial(t, h), a), wire.Retry, "nonce")
-		check(t, send(s, a))
+		check.Nil(t, send(s, a))
 	})
 	t.Run("re-bound to another connection's nonce", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s, other := dial(t, h), dial(t, h)
-		a := must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
-		a.Nonce = must(h.Nonce(ctx, other))(t)
+		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
+		a.Nonce = check.Must(h.Nonce(ctx, other))(t)
 		outcome(t, send(other, a), wire.Retry, "extra-data")
 	})
 	t.Run("stale", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		a := must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
+		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		time.Sleep(31 * time.Second)
 		outcome(t, send(s, a), wire.Retry, "nonce")
 	})
 	t.Run("request spliced in", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		a := must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
-		a.Body = must(proto.Marshal(order(h, func(p *process.Program) { p.PID = 401 })))(t)
+		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
+		a.Body = check.Must(proto.Marshal(order(h, func(p *process.Program) { p.PID = 401 })))(t)
 		outcome(t, send(s, a), wire.Retry, "extra-data")
 	})
 	t.Run("evidence of another call", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		a := must(h.Attest(ctx, s, evidence.CallProve, order(h)))(t)
+		a := check.Must(h.Attest(ctx, s, evidence.CallProve, order(h)))(t)
 		outcome(t, send(s, a), wire.Retry, "extra-data")
 	})
 	t.Run("quote by another host's AK", func(t *testing.T) {
-		h, thief := joined(t, b, tpmCA), joined(t, b, tpmCA)
+		h, thief := joined(t, b, services.TPMCA), joined(t, b, services.TPMCA)
 		s := dial(t, thief)
 		body := order(thief)
-		raw := must(proto.Marshal(body))(t)
-		nonce := must(thief.Nonce(ctx, s))(t)
-		extra := must(thief.ExtraData(s, evidence.CallIssue, nonce, raw))(t)
-		q := must(h.TPM.Quote(extra, pcrs()))(t)
+		raw := check.Must(proto.Marshal(body))(t)
+		nonce := check.Must(thief.Nonce(ctx, s))(t)
+		extra := check.Must(thief.ExtraData(s, evidence.CallIssue, nonce, raw))(t)
+		q := check.Must(h.TPM.Quote(extra, pcrs()))(t)
 		outcome(t, send(s, &v1.Attested{Body: raw, Nonce: nonce, Quote: lab.QuoteMessage(q)}), wire.Rejected, "signature")
 		if state := b.hostState(t, thief.ID); state != "failed" {
 			t.Errorf("the thief is %s", state)
 		}
 	})
 	t.Run("a PCR reported twice", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		a := must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
+		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		a.Quote.Pcrs = append(a.Quote.Pcrs, a.Quote.Pcrs[4])
 		outcome(t, send(s, a), wire.Rejected, "pcr-duplicate")
 	})
 	t.Run("a PCR left out", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		a := must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
+		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		a.Quote.Pcrs = a.Quote.Pcrs[1:]
 		outcome(t, send(s, a), wire.Rejected, "pcr-selection")
 	})
 	t.Run("counters that went back", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
 		h.TPM.ResetCount = 5
-		r := must(h.Issue(ctx, s, order(h)))(t)
+		r := check.Must(h.Issue(ctx, s, order(h)))(t)
 		h.TPM.ResetCount = 4
 		_, err := h.Issue(ctx, s, order(h))
 		outcome(t, err, wire.Rejected, "tpm-counters")
@@ -190,17 +191,17 @@ func TestAttacksOnSessions(t *testing.T) {
 		b.ended(t, r.GetLeaseId())
 		// An operator's word, and a new join, bring it back.
 		_, err = b.broker.CLI(ctx, "host", "reenrol", h.ID)
-		check(t, err)
-		if pending := must(h.Join(ctx, ""))(t); pending {
+		check.Nil(t, err)
+		if pending := check.Must(h.Join(ctx, ""))(t); pending {
 			t.Error("still pending after reenrol")
 		}
-		must(h.Issue(ctx, dial(t, h), order(h)))(t)
+		check.Must(h.Issue(ctx, dial(t, h), order(h)))(t)
 	})
 	t.Run("another program", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		must(h.Issue(ctx, s, order(h)))(t)
-		_, err := h.Issue(ctx, s, h.IssueBody("soft", must(h.Program("/usr/bin/python3", "billing", 402))(t)))
+		check.Must(h.Issue(ctx, s, order(h)))(t)
+		_, err := h.Issue(ctx, s, h.IssueBody("soft", check.Must(h.Program("/usr/bin/python3", "billing", 402))(t)))
 		outcome(t, err, wire.Refused, "process.exe")
 		if strings.Contains(err.Error(), softExe) {
 			t.Errorf("the refusal tells the host what was wanted: %v", err)
@@ -214,21 +215,21 @@ func TestAttacksOnSessions(t *testing.T) {
 		}
 	})
 	t.Run("a scope of another host", func(t *testing.T) {
-		h := must(lab.NewSoftHost(b.broker, tpmCA))(t)
-		must(h.Join(ctx, must(b.broker.JoinToken(ctx, "role=web"))(t)))(t)
+		h := check.Must(lab.NewSoftHost(b.broker, services.TPMCA))(t)
+		check.Must(h.Join(ctx, check.Must(b.broker.JoinToken(ctx, "role=web"))(t)))(t)
 		_, err := h.Issue(ctx, dial(t, h), order(h))
 		outcome(t, err, wire.Refused, "host.labels.role")
 	})
 	t.Run("a lease of another host", func(t *testing.T) {
-		h, thief := joined(t, b, tpmCA), joined(t, b, tpmCA)
-		lease := must(h.Issue(ctx, dial(t, h), order(h)))(t).GetLeaseId()
+		h, thief := joined(t, b, services.TPMCA), joined(t, b, services.TPMCA)
+		lease := check.Must(h.Issue(ctx, dial(t, h), order(h)))(t).GetLeaseId()
 		s := dial(t, thief)
 		body := order(thief)
 		body.Replaces = lease
 		_, err := thief.Issue(ctx, s, body)
 		outcome(t, err, wire.Fault, "gone")
-		must(s.Hosts.Release(ctx, connect.NewRequest(&v1.ReleaseRequest{LeaseIds: []string{lease}})))(t)
-		p := must(thief.Prove(ctx, s, nil, &v1.LeaseProof{LeaseId: lease, Scope: "soft", Program: must(thief.Program(softExe, "billing", 400))(t)}))(t)
+		check.Must(s.Hosts.Release(ctx, connect.NewRequest(&v1.ReleaseRequest{LeaseIds: []string{lease}})))(t)
+		p := check.Must(thief.Prove(ctx, s, nil, &v1.LeaseProof{LeaseId: lease, Scope: "soft", Program: check.Must(thief.Program(softExe, "billing", 400))(t)}))(t)
 		if got := p.GetLeases()[0].GetOutcome(); got != "gone" {
 			t.Errorf("another's lease is %s", got)
 		}
@@ -237,21 +238,39 @@ func TestAttacksOnSessions(t *testing.T) {
 		}
 	})
 	t.Run("a repeated delivery", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
 		body := order(h)
-		first := must(h.Issue(ctx, s, body))(t).GetLeaseId()
-		second := must(h.Issue(ctx, s, body))(t).GetLeaseId()
+		first := check.Must(h.Issue(ctx, s, body))(t).GetLeaseId()
+		second := check.Must(h.Issue(ctx, s, body))(t).GetLeaseId()
 		b.ended(t, first)
 		if live := b.leases(t, "--host", h.ID); len(live) != 1 || live[0].ID != second {
 			t.Errorf("leases %+v, want %s alone", live, second)
 		}
 	})
-	t.Run("never acknowledged", func(t *testing.T) {
-		h := joined(t, b, tpmCA)
+	t.Run("credentials without end", func(t *testing.T) {
+		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
-		a := must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
-		r := must(s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{Attested: a})))(t)
+		n := 0
+		var err error
+		for ; n <= 600 && err == nil; n++ {
+			var a *v1.Attested
+			if a, err = h.Attest(ctx, s, evidence.CallIssue, order(h)); err == nil {
+				err = send(s, a)
+			}
+		}
+		outcome(t, err, wire.Fault, "too-many")
+		if n < 500 {
+			t.Errorf("turned away after %d", n)
+		}
+		_, err = b.broker.CLI(ctx, "lease", "revoke", "--host", h.ID)
+		check.Nil(t, err)
+	})
+	t.Run("never acknowledged", func(t *testing.T) {
+		h := joined(t, b, services.TPMCA)
+		s := dial(t, h)
+		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
+		r := check.Must(s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{Attested: a})))(t)
 		if until := r.Msg.GetExpires().AsTime(); time.Until(until) > 3*time.Minute {
 			t.Errorf("an unacknowledged credential lives until %v", until)
 		}
@@ -261,9 +280,9 @@ func TestAttacksOnSessions(t *testing.T) {
 // ended waits until a lease is gone, in the broker's words and Vault's.
 func (b *bench) ended(t *testing.T, id string) {
 	t.Helper()
-	eventually(t, 10*time.Second, "lease "+id+" is gone", func() (bool, string) {
+	check.Eventually(t, 10*time.Second, "lease "+id+" is gone", func() (bool, string) {
 		var l lease
-		check(t, b.broker.JSON(within(t, time.Minute), &l, "lease", "show", id))
+		check.Nil(t, b.broker.JSON(check.Within(t, time.Minute), &l, "lease", "show", id))
 		if name := l.Names["db_username"]; name != "" && roleExists(t, name) {
 			return false, "role " + name + " exists"
 		}
@@ -281,21 +300,21 @@ func pcrs() []int {
 
 func TestAttacksOnTheDoor(t *testing.T) {
 	b := newBroker(t, softScope, false)
-	ctx := within(t, 2*time.Minute)
-	h := joined(t, b, tpmCA)
-	host := must(x509.ParseCertificate(h.Certificate().Certificate[0]))(t)
+	ctx := check.Within(t, 2*time.Minute)
+	h := joined(t, b, services.TPMCA)
+	host := check.Must(x509.ParseCertificate(h.Certificate().Certificate[0]))(t)
 
 	t.Run("the honest twin", func(t *testing.T) {
 		s := dial(t, h)
-		must(h.Nonce(ctx, s))(t)
+		check.Must(h.Nonce(ctx, s))(t)
 	})
 	t.Run("a certificate of another CA", func(t *testing.T) {
-		key := must(lab.NewECDSA())(t)
+		key := check.Must(lab.NewECDSA())(t)
 		other := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: host.Issuer, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 			IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 		workload := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: host.Subject, NotBefore: other.NotBefore, NotAfter: other.NotAfter,
 			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
-		der := must(x509.CreateCertificate(rand.Reader, workload, other, h.TPM.TLSKey.Public(), key))(t)
+		der := check.Must(x509.CreateCertificate(rand.Reader, workload, other, h.TPM.TLSKey.Public(), key))(t)
 		if s, err := h.DialWith(ctx, &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: h.TPM.TLSKey}); err == nil {
 			if _, err := h.Nonce(ctx, s); err == nil {
 				t.Error("a certificate of another CA opened the door")
@@ -303,7 +322,7 @@ func TestAttacksOnTheDoor(t *testing.T) {
 		}
 	})
 	t.Run("another host's certificate", func(t *testing.T) {
-		key := must(lab.NewECDSA())(t)
+		key := check.Must(lab.NewECDSA())(t)
 		if s, err := h.DialWith(ctx, &tls.Certificate{Certificate: h.Certificate().Certificate, PrivateKey: key}); err == nil {
 			if _, err := h.Nonce(ctx, s); err == nil {
 				t.Error("a certificate without its key opened the door")
@@ -311,7 +330,7 @@ func TestAttacksOnTheDoor(t *testing.T) {
 		}
 	})
 	t.Run("a bare key that never joined", func(t *testing.T) {
-		stranger := must(lab.NewSoftHost(b.broker, tpmCA))(t)
+		stranger := check.Must(lab.NewSoftHost(b.broker, services.TPMCA))(t)
 		_, err := stranger.Nonce(ctx, dial(t, stranger))
 		outcome(t, err, wire.Fault, wire.CheckUnknownHost)
 	})
@@ -326,7 +345,7 @@ func TestAttacksOnTheDoor(t *testing.T) {
 		// The client asks for tickets; the broker has none to give.
 		config := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{*h.Certificate()}, ClientSessionCache: tls.NewLRUClientSessionCache(8)}
 		for i := range 2 {
-			c := must(tls.Dial("tcp", b.broker.Addr, config))(t)
+			c := check.Must(tls.Dial("tcp", b.broker.Addr, config))(t)
 			_, _ = fmt.Fprintf(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 			_, _ = io.ReadAll(c)
 			if c.ConnectionState().DidResume {
@@ -351,7 +370,7 @@ func TestAttacksOnTheDoor(t *testing.T) {
 				t.Error("2 MiB were taken")
 			}
 		}
-		must(h.Nonce(ctx, dial(t, h)))(t)
+		check.Must(h.Nonce(ctx, dial(t, h)))(t)
 	})
 	t.Run("slow bodies", func(t *testing.T) {
 		// Many peers that send nothing; an honest one is served meanwhile.
@@ -366,7 +385,7 @@ func TestAttacksOnTheDoor(t *testing.T) {
 				}
 			}()
 		}
-		must(h.Nonce(ctx, dial(t, h)))(t)
+		check.Must(h.Nonce(ctx, dial(t, h)))(t)
 	})
 }
 
@@ -379,13 +398,13 @@ func rawClient(t *testing.T, b *bench, h *lab.SoftHost) (*http.Client, string) {
 
 func TestAttacksOnJoining(t *testing.T) {
 	b := newBroker(t, softScope, false)
-	ctx := within(t, 3*time.Minute)
-	token := func(t *testing.T) string { return must(b.broker.JoinToken(ctx, "role=billing"))(t) }
-	fresh := func(t *testing.T) *lab.SoftHost { return must(lab.NewSoftHost(b.broker, tpmCA))(t) }
+	ctx := check.Within(t, 3*time.Minute)
+	token := func(t *testing.T) string { return check.Must(b.broker.JoinToken(ctx, "role=billing"))(t) }
+	fresh := func(t *testing.T) *lab.SoftHost { return check.Must(lab.NewSoftHost(b.broker, services.TPMCA))(t) }
 
 	t.Run("a token is used once", func(t *testing.T) {
 		once := token(t)
-		must(fresh(t).Join(ctx, once))(t)
+		check.Must(fresh(t).Join(ctx, once))(t)
 		_, err := fresh(t).Join(ctx, once)
 		outcome(t, err, wire.Refused, "join-token")
 	})
@@ -395,29 +414,29 @@ func TestAttacksOnJoining(t *testing.T) {
 	})
 	t.Run("a vendor's certificate alone admits nobody", func(t *testing.T) {
 		h := fresh(t)
-		if pending := must(h.Join(ctx, ""))(t); !pending {
+		if pending := check.Must(h.Join(ctx, ""))(t); !pending {
 			t.Fatal("admitted without a word from an operator")
 		}
 		if state := b.hostState(t, h.ID); state != "pending" {
 			t.Errorf("state %s", state)
 		}
 		_, err := b.broker.CLI(ctx, "host", "approve", h.ID, "role=billing")
-		check(t, err)
-		if pending := must(h.Join(ctx, ""))(t); pending {
+		check.Nil(t, err)
+		if pending := check.Must(h.Join(ctx, ""))(t); pending {
 			t.Error("still pending after approval")
 		}
 	})
 	t.Run("a registered EK admits", func(t *testing.T) {
 		h := fresh(t)
 		_, err := b.broker.CLI(ctx, "host", "add", "web-1", "--ek-hash", h.TPM.EK.Hash().String())
-		check(t, err)
-		if pending := must(h.Join(ctx, ""))(t); pending {
+		check.Nil(t, err)
+		if pending := check.Must(h.Join(ctx, ""))(t); pending {
 			t.Error("pending, though its EK is registered")
 		}
 	})
 	t.Run("an EK of an unknown root", func(t *testing.T) {
-		other := must(lab.NewTPMCA(filepath.Join(folder(t), "ca")))(t)
-		h := must(lab.NewSoftHost(b.broker, other))(t)
+		other := check.Must(lab.NewTPMCA(filepath.Join(folder(t), "ca")))(t)
+		h := check.Must(lab.NewSoftHost(b.broker, other))(t)
 		_, err := h.Join(ctx, token(t))
 		outcome(t, err, wire.Rejected, "ek-chain")
 	})
@@ -432,13 +451,13 @@ func TestAttacksOnJoining(t *testing.T) {
 		s := dial(t, h)
 		app := h.Application(token(t))
 		app.EndorsementKeys = victim.Application("").GetEndorsementKeys()
-		body := must(proto.Marshal(app))(t)
-		must(s.Hosts.Join(ctx, connect.NewRequest(&v1.JoinRequest{Body: body})))(t)
+		body := check.Must(proto.Marshal(app))(t)
+		check.Must(s.Hosts.Join(ctx, connect.NewRequest(&v1.JoinRequest{Body: body})))(t)
 		// The attacker can't open the challenge; a guess is all it has.
 		own := h.Application(app.GetToken())
-		honest := must(proto.Marshal(own))(t)
-		cc := must(s.Hosts.Join(ctx, connect.NewRequest(&v1.JoinRequest{Body: honest})))(t)
-		answer := must(h.Answer(s, honest, cc.Msg))(t)
+		honest := check.Must(proto.Marshal(own))(t)
+		cc := check.Must(s.Hosts.Join(ctx, connect.NewRequest(&v1.JoinRequest{Body: honest})))(t)
+		answer := check.Must(h.Answer(s, honest, cc.Msg))(t)
 		answer.Secret = bytes.Repeat([]byte{7}, len(answer.GetSecret()))
 		_, err := s.Hosts.Activate(ctx, connect.NewRequest(answer))
 		outcome(t, err, wire.Rejected, "activation")
@@ -450,32 +469,32 @@ func TestAttacksOnJoining(t *testing.T) {
 	})
 	t.Run("a TLS key that another connection has", func(t *testing.T) {
 		h := fresh(t)
-		key := must(lab.NewECDSA())(t)
-		s := must(h.DialWith(ctx, must(lab.SelfSigned(key))(t)))(t)
+		key := check.Must(lab.NewECDSA())(t)
+		s := check.Must(h.DialWith(ctx, check.Must(lab.SelfSigned(key))(t)))(t)
 		defer func() { _ = s.Close() }()
-		body := must(proto.Marshal(h.Application(token(t))))(t)
-		c := must(s.Hosts.Join(ctx, connect.NewRequest(&v1.JoinRequest{Body: body})))(t)
+		body := check.Must(proto.Marshal(h.Application(token(t))))(t)
+		c := check.Must(s.Hosts.Join(ctx, connect.NewRequest(&v1.JoinRequest{Body: body})))(t)
 		// Signed for this connection's key, as an attacker would have it signed.
-		answer := must(answerAs(h, key, s, body, c.Msg))(t)
+		answer := check.Must(answerAs(h, key, s, body, c.Msg))(t)
 		_, err := s.Hosts.Activate(ctx, connect.NewRequest(answer))
 		outcome(t, err, wire.Rejected, "name")
 	})
 	t.Run("a new AK of a known EK waits", func(t *testing.T) {
 		h := fresh(t)
-		must(h.Join(ctx, token(t)))(t)
+		check.Must(h.Join(ctx, token(t)))(t)
 		old := dial(t, h)
-		lease := must(h.Issue(ctx, old, h.IssueBody("soft", must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
-		imaged := must(reimaged(h, b))(t)
-		if pending := must(imaged.Join(ctx, token(t)))(t); !pending {
+		lease := check.Must(h.Issue(ctx, old, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
+		imaged := check.Must(reimaged(h, b))(t)
+		if pending := check.Must(imaged.Join(ctx, token(t)))(t); !pending {
 			t.Fatal("another AK took the host over")
 		}
 		if imaged.ID != h.ID {
 			t.Errorf("host %s became %s", h.ID, imaged.ID)
 		}
-		must(h.Issue(ctx, old, h.IssueBody("soft", must(h.Program(softExe, "billing", 8))(t))))(t) // the old AK is good meanwhile
+		check.Must(h.Issue(ctx, old, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 8))(t))))(t) // the old AK is good meanwhile
 		_, err := b.broker.CLI(ctx, "host", "reenrol", h.ID)
-		check(t, err)
-		if pending := must(imaged.Join(ctx, ""))(t); pending {
+		check.Nil(t, err)
+		if pending := check.Must(imaged.Join(ctx, ""))(t); pending {
 			t.Fatal("pending after reenrol")
 		}
 		b.ended(t, lease)
@@ -484,11 +503,11 @@ func TestAttacksOnJoining(t *testing.T) {
 	})
 	t.Run("a removed host", func(t *testing.T) {
 		h := fresh(t)
-		must(h.Join(ctx, token(t)))(t)
+		check.Must(h.Join(ctx, token(t)))(t)
 		s := dial(t, h)
-		lease := must(h.Issue(ctx, s, h.IssueBody("soft", must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
+		lease := check.Must(h.Issue(ctx, s, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 7))(t))))(t).GetLeaseId()
 		_, err := b.broker.CLI(ctx, "host", "remove", h.ID)
-		check(t, err)
+		check.Nil(t, err)
 		b.ended(t, lease)
 		_, err = h.Nonce(ctx, s)
 		outcome(t, err, wire.Rejected, "host-removed")
@@ -499,7 +518,7 @@ func TestAttacksOnJoining(t *testing.T) {
 		ctx, cancel := context.WithCancel(ctx)
 		var wg sync.WaitGroup
 		attacker := fresh(t)
-		body := must(proto.Marshal(attacker.Application("")))(t)
+		body := check.Must(proto.Marshal(attacker.Application("")))(t)
 		var taken, turned int
 		var mu sync.Mutex
 		for range 8 {
@@ -525,14 +544,14 @@ func TestAttacksOnJoining(t *testing.T) {
 		// another address.
 		h := joinFrom(t, b, "127.0.0.2")
 		s := dial(t, h)
-		must(h.Issue(ctx, s, h.IssueBody("soft", must(h.Program(softExe, "billing", 7))(t))))(t)
+		check.Must(h.Issue(ctx, s, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 7))(t))))(t)
 		wg.Wait()
 		cancel()
 		if taken+turned < 9000 || turned < 8000 {
 			t.Errorf("%d joins were looked at, %d turned away", taken, turned)
 		}
 		var hosts struct{ Hosts []json.RawMessage }
-		check(t, b.broker.JSON(within(t, time.Minute), &hosts, "host", "list", "--state", "pending"))
+		check.Nil(t, b.broker.JSON(check.Within(t, time.Minute), &hosts, "host", "list", "--state", "pending"))
 		if len(hosts.Hosts) > 1 {
 			t.Errorf("%d hosts are pending: talk alone left something behind", len(hosts.Hosts))
 		}
@@ -563,16 +582,16 @@ func joinFrom(t *testing.T, b *bench, address string) *lab.SoftHost {
 	proxy := forward(t, address, b.broker.Addr)
 	moved := *b.broker
 	moved.Addr = proxy
-	h := must(lab.NewSoftHost(&moved, tpmCA))(t)
-	token := must(b.broker.JoinToken(within(t, time.Minute), "role=billing"))(t)
-	must(h.Join(within(t, time.Minute), token))(t)
+	h := check.Must(lab.NewSoftHost(&moved, services.TPMCA))(t)
+	token := check.Must(b.broker.JoinToken(check.Within(t, time.Minute), "role=billing"))(t)
+	check.Must(h.Join(check.Within(t, time.Minute), token))(t)
 	return h
 }
 
 // forward is a layer-4 pass-through that dials from another address.
 func forward(t *testing.T, from, to string) string {
 	t.Helper()
-	l := must(net.Listen("tcp", "127.0.0.1:0"))(t)
+	l := check.Must(net.Listen("tcp", "127.0.0.1:0"))(t)
 	t.Cleanup(func() { _ = l.Close() })
 	go func() {
 		for {
@@ -605,7 +624,7 @@ func TestInspectTellsUnitsApart(t *testing.T) {
 		Cgrp string `json:"cgroup"`
 	}
 	inspect := func(pid string) (p told) {
-		check(t, json.Unmarshal([]byte(m.sh(t, "countersign-agent inspect "+pid+" -o json")), &p))
+		check.Nil(t, json.Unmarshal([]byte(m.sh(t, "countersign-agent inspect "+pid+" -o json")), &p))
 		return p
 	}
 	main := strings.TrimSpace(m.sh(t, "systemctl show -P MainPID billing.service"))
@@ -642,19 +661,19 @@ func TestInspectTellsUnitsApart(t *testing.T) {
 
 func TestFsckNamesWhatIsPlanted(t *testing.T) {
 	b := newBroker(t, softScope, false)
-	h := joined(t, b, tpmCA)
-	ctx := within(t, time.Minute)
-	must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", must(h.Program(softExe, "billing", 7))(t))))(t)
+	h := joined(t, b, services.TPMCA)
+	ctx := check.Within(t, time.Minute)
+	check.Must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 7))(t))))(t)
 	fsck := func() (string, error) {
-		out, err := exec.Command(must(lab.Program("countersign", false))(t), "fsck", "-c", b.broker.Config()).CombinedOutput()
+		out, err := exec.Command(check.Must(lab.Program("countersign", false))(t), "fsck", "-c", b.broker.Config()).CombinedOutput()
 		return string(out), err
 	}
 	if out, err := fsck(); err != nil {
 		t.Fatalf("the honest twin: %v\n%s", err, out)
 	}
-	check(t, b.broker.Stop())
+	check.Nil(t, b.broker.Stop())
 	store := filepath.Join(b.broker.State(), "store.db")
-	whole := must(os.ReadFile(store))(t)
+	whole := check.Must(os.ReadFile(store))(t)
 	for _, tt := range []struct{ name, sql, want string }{
 		{"a record changed", `UPDATE audit_records SET body = replace(body, '"host.admitted"', '"host.admitteD"')`, "audit-intact"},
 		{"a grant without an allow", `UPDATE grants SET id = 'forged'`, "allow-first"},
@@ -665,7 +684,7 @@ func TestFsckNamesWhatIsPlanted(t *testing.T) {
 		{"a lease of a failed host", `UPDATE hosts SET state = 'failed'`, "revoked-on-no"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			check(t, os.WriteFile(store, whole, 0o600))
+			check.Nil(t, os.WriteFile(store, whole, 0o600))
 			plant(t, store, tt.sql)
 			if out, err := fsck(); err == nil || !strings.Contains(out, tt.want) {
 				t.Errorf("fsck: %v, want it to name %s:\n%s", err, tt.want, out)

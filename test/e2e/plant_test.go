@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	_ "modernc.org/sqlite" // opens the broker's store, which is stopped
+
+	"github.com/countersign/countersign/test/check"
 )
 
 // plant changes a stopped broker's store behind its back.
@@ -14,10 +16,10 @@ func plant(t *testing.T, store, statement string) {
 	for _, leftover := range []string{"-wal", "-shm"} {
 		_ = os.Remove(store + leftover)
 	}
-	db := must(sql.Open("sqlite", store))(t)
-	defer func() { check(t, db.Close()) }()
+	db := check.Must(sql.Open("sqlite", store))(t)
+	defer func() { check.Nil(t, db.Close()) }()
 	_, err := db.Exec(statement)
-	check(t, err)
+	check.Nil(t, err)
 	_, err = db.Exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
-	check(t, err)
+	check.Nil(t, err)
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -39,36 +40,36 @@ scope "billing-db" {
 
 func newMachine(t *testing.T, scopes, credentials string) *machine {
 	t.Helper()
-	ctx := within(t, 2*time.Minute)
+	ctx := check.Within(t, 2*time.Minute)
 	m := &machine{bench: newBroker(t, scopes, false)}
-	m.sys = must(lab.NewMachine(ctx, filepath.Join(m.dir, "systemd"), m.broker, m.tpm, credentials))(t)
+	m.sys = check.Must(lab.NewMachine(ctx, filepath.Join(m.dir, "systemd"), m.broker, m.tpm, credentials))(t)
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := m.sys.Run(context.Background(), "journalctl", "--no-pager", "-u", "countersign-agent", "-u", "billing", "-n", "80")
 			t.Logf("journal:\n%s", out)
 		}
-		check(t, m.sys.Poweroff(within(t, time.Minute)))
+		check.Nil(t, m.sys.Poweroff(check.Within(t, time.Minute)))
 	})
-	check(t, m.sys.LegacyUnit(ctx, "billing", filepath.Join(work, "legacy"), pg.Port))
-	check(t, m.sys.Join(ctx, m.broker, "role=billing"))
+	check.Nil(t, m.sys.LegacyUnit(ctx, "billing", legacyProgram(), services.PG.Port))
+	check.Nil(t, m.sys.Join(ctx, m.broker, "role=billing"))
 	m.host = m.sys.HostID
 	return m
 }
 
 func (m *machine) beforeStart(t *testing.T) {
 	t.Helper()
-	check(t, m.sys.BeforeStart(within(t, time.Minute), "billing", "billing-db"))
+	check.Nil(t, m.sys.BeforeStart(check.Within(t, time.Minute), "billing", "billing-db"))
 }
 
 func (m *machine) sh(t *testing.T, script string) string {
 	t.Helper()
-	return string(must(m.sys.Run(within(t, time.Minute), "sh", "-c", script))(t))
+	return string(check.Must(m.sys.Run(check.Within(t, time.Minute), "sh", "-c", script))(t))
 }
 
 // try is sh for what may fail.
 func (m *machine) try(t *testing.T, script string) (string, error) {
 	t.Helper()
-	out, err := m.sys.Run(within(t, time.Minute), "sh", "-c", script)
+	out, err := m.sys.Run(check.Within(t, time.Minute), "sh", "-c", script)
 	return string(out), err
 }
 
@@ -76,7 +77,7 @@ func (m *machine) status(t *testing.T) (st legacyStatus) {
 	t.Helper()
 	out, err := m.try(t, "tail -n 1 /var/lib/billing/status")
 	if err == nil && strings.TrimSpace(out) != "" {
-		check(t, json.Unmarshal([]byte(out), &st))
+		check.Nil(t, json.Unmarshal([]byte(out), &st))
 	}
 	return st
 }
@@ -84,7 +85,7 @@ func (m *machine) status(t *testing.T) (st legacyStatus) {
 func (m *machine) getsIn(t *testing.T) string {
 	t.Helper()
 	var user string
-	eventually(t, 20*time.Second, "the unit gets in", func() (bool, string) {
+	check.Eventually(t, 20*time.Second, "the unit gets in", func() (bool, string) {
 		st := m.status(t)
 		user = st.User
 		return strings.HasPrefix(user, "v-"), fmt.Sprintf("%+v", st)
@@ -118,11 +119,11 @@ func TestUnit(t *testing.T) {
 	var shown struct {
 		Subject string `json:"subject"`
 	}
-	check(t, m.broker.JSON(within(t, time.Minute), &shown, "lease", "show", m.leases(t)[0].ID))
+	check.Nil(t, m.broker.JSON(check.Within(t, time.Minute), &shown, "lease", "show", m.leases(t)[0].ID))
 	t.Log("invocation", invocation)
 
 	// Its lease lives a minute, so it is replaced twice and more.
-	eventually(t, 2*time.Minute, "two rotations", func() (bool, string) {
+	check.Eventually(t, 2*time.Minute, "two rotations", func() (bool, string) {
 		st := m.status(t)
 		return st.Pools >= 3, fmt.Sprintf("%+v", st)
 	})
@@ -133,12 +134,12 @@ func TestUnit(t *testing.T) {
 	if st.User == first {
 		t.Errorf("after %d pools the user is still %s", st.Pools, first)
 	}
-	eventually(t, 20*time.Second, "the first user is gone", func() (bool, string) { return !roleExists(t, first), first })
+	check.Eventually(t, 20*time.Second, "the first user is gone", func() (bool, string) { return !roleExists(t, first), first })
 
 	user := m.status(t).User
 	start := time.Now()
 	m.sh(t, "systemctl stop billing.service")
-	eventually(t, 10*time.Second, "the user is gone after the stop", func() (bool, string) { return !roleExists(t, user), user })
+	check.Eventually(t, 10*time.Second, "the user is gone after the stop", func() (bool, string) { return !roleExists(t, user), user })
 	if took := time.Since(start); took > 5*time.Second {
 		t.Errorf("revoked %v after the stop", took)
 	}
@@ -156,9 +157,9 @@ func TestUnitRestartsWhileTheBrokerIsAway(t *testing.T) {
 	m.sh(t, "systemctl start billing.service")
 	user := m.getsIn(t)
 	before := m.leases(t)
-	check(t, m.broker.Stop())
+	check.Nil(t, m.broker.Stop())
 	m.sh(t, "systemctl stop billing.service")
-	eventually(t, 40*time.Second, "the file is withdrawn", func() (bool, string) {
+	check.Eventually(t, 40*time.Second, "the file is withdrawn", func() (bool, string) {
 		out, _ := m.try(t, "ls /etc/billing")
 		return strings.TrimSpace(out) == "", out
 	})
@@ -166,10 +167,10 @@ func TestUnitRestartsWhileTheBrokerIsAway(t *testing.T) {
 	if again := m.getsIn(t); again != user {
 		t.Errorf("goes on as %s, was %s", again, user)
 	}
-	check(t, m.broker.Start(within(t, time.Minute)))
+	check.Nil(t, m.broker.Start(check.Within(t, time.Minute)))
 	invocation := strings.TrimSpace(m.sh(t, "systemctl show -P InvocationID billing.service"))
-	eventually(t, 90*time.Second, "the broker knows the new invocation", func() (bool, string) {
-		out, err := m.broker.CLI(within(t, time.Minute), "lease", "show", before[0].ID)
+	check.Eventually(t, 90*time.Second, "the broker knows the new invocation", func() (bool, string) {
+		out, err := m.broker.CLI(check.Within(t, time.Minute), "lease", "show", before[0].ID)
 		return err == nil && strings.Contains(string(out), invocation), string(out)
 	})
 	if after := m.leases(t); len(after) != 1 || after[0].ID != before[0].ID || after[0].State != "live" {
@@ -177,15 +178,15 @@ func TestUnitRestartsWhileTheBrokerIsAway(t *testing.T) {
 	}
 	// A program that isn't the one that earned it gets nothing of what is withheld.
 	user = m.status(t).User
-	check(t, m.broker.Stop())
+	check.Nil(t, m.broker.Stop())
 	m.sh(t, "systemctl stop billing.service")
 	m.sh(t, "cp /bin/sleep /opt/billing/bin/billingd.new && mv /opt/billing/bin/billingd.new /opt/billing/bin/billingd")
 	if out, err := m.try(t, "timeout 20 systemctl start billing.service"); err == nil {
 		t.Errorf("another program started with the withheld credential: %s", out)
 	}
 	m.sh(t, "systemctl stop billing.service || true")
-	check(t, m.broker.Start(within(t, time.Minute)))
-	eventually(t, 90*time.Second, "the owed lease is given back", func() (bool, string) { return !roleExists(t, user), user })
+	check.Nil(t, m.broker.Start(check.Within(t, time.Minute)))
+	check.Eventually(t, 90*time.Second, "the owed lease is given back", func() (bool, string) { return !roleExists(t, user), user })
 }
 
 // A restart on change hands the new lease to the next invocation; the end of
@@ -196,12 +197,12 @@ func TestUnitHandOver(t *testing.T) {
 	m.sh(t, "systemctl start billing.service")
 	first := m.getsIn(t)
 	invocation := m.sh(t, "systemctl show -P InvocationID billing.service")
-	eventually(t, 90*time.Second, "restarted with another user", func() (bool, string) {
+	check.Eventually(t, 90*time.Second, "restarted with another user", func() (bool, string) {
 		st := m.status(t)
 		return m.sh(t, "systemctl show -P InvocationID billing.service") != invocation && st.User != first && st.User != "", fmt.Sprintf("%+v", st)
 	})
 	second := m.status(t).User
-	eventually(t, 20*time.Second, "the old user is gone", func() (bool, string) { return !roleExists(t, first), first })
+	check.Eventually(t, 20*time.Second, "the old user is gone", func() (bool, string) { return !roleExists(t, first), first })
 	time.Sleep(7 * time.Second) // a proof passes
 	if !roleExists(t, second) {
 		t.Errorf("the new user %s went with the old instance", second)

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -49,20 +50,9 @@ func newBroker(t *testing.T, scopes string, faults bool) *bench {
 
 func newBrokerWith(t *testing.T, scopes string, o lab.BrokerOptions) *bench {
 	t.Helper()
-	ctx := within(t, 2*time.Minute)
+	ctx := check.Within(t, 2*time.Minute)
 	b := &bench{dir: folder(t)}
-	roots := filepath.Join(b.dir, "ek-roots.pem")
-	rootPEM, intermediatePEM := tpmCA.PEM()
-	check(t, os.WriteFile(roots, append(rootPEM, intermediatePEM...), 0o644))
-	dir := filepath.Join(b.dir, "broker")
-	tokenFile := filepath.Join(dir, "vault-token")
-	o.EKRoots = []string{roots}
-	o.Vault = fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", vault.Addr, vault.CACert, tokenFile)
-	b.broker = must(lab.NewBroker(ctx, dir, o))(t)
-	check(t, os.MkdirAll(b.broker.Scopes(), 0o700))
-	check(t, os.WriteFile(filepath.Join(b.broker.Scopes(), "scopes.hcl"), []byte(scopes), 0o600))
-	check(t, os.WriteFile(tokenFile, []byte(must(lab.SetUpVault(ctx, vault, b.broker.Scopes()))(t)), 0o600))
-	check(t, b.broker.Start(ctx))
+	b.broker = check.Must(services.NewBrokerFor(ctx, b.dir, scopes, o))(t)
 	t.Cleanup(func() {
 		_ = b.broker.Stop()
 		if t.Failed() {
@@ -70,8 +60,7 @@ func newBrokerWith(t *testing.T, scopes string, o lab.BrokerOptions) *bench {
 			t.Logf("broker.log:\n%s", text)
 		}
 	})
-	check(t, b.broker.ApplyScopes(ctx, scopes))
-	b.tpm = must(lab.StartTPM(ctx, filepath.Join(b.dir, "tpm"), tpmCA, lab.TPMOptions{}))(t)
+	b.tpm = check.Must(lab.StartTPM(ctx, filepath.Join(b.dir, "tpm"), services.TPMCA, lab.TPMOptions{}))(t)
 	t.Cleanup(b.tpm.Stop)
 	return b
 }
@@ -79,16 +68,16 @@ func newBrokerWith(t *testing.T, scopes string, o lab.BrokerOptions) *bench {
 // newBench is newBroker with an agent on this machine that has joined.
 func newBench(t *testing.T, scopes, credentials string, faults bool) *bench {
 	t.Helper()
-	ctx := within(t, 2*time.Minute)
+	ctx := check.Within(t, 2*time.Minute)
 	b := newBroker(t, scopes, faults)
-	b.agent = must(lab.NewAgent(filepath.Join(b.dir, "agent"), b.broker, b.tpm.Path(), credentials, faults))(t)
-	token := must(b.broker.JoinToken(ctx, "role=billing"))(t)
+	b.agent = check.Must(lab.NewAgent(filepath.Join(b.dir, "agent"), b.broker, b.tpm.Path(), credentials, faults))(t)
+	token := check.Must(b.broker.JoinToken(ctx, "role=billing"))(t)
 	var joined struct {
 		HostID string `json:"host_id"`
 	}
-	check(t, json.Unmarshal(must(b.agent.Join(ctx, token))(t), &joined))
+	check.Nil(t, json.Unmarshal(check.Must(b.agent.Join(ctx, token))(t), &joined))
 	b.host = joined.HostID
-	check(t, b.agent.Start(ctx))
+	check.Nil(t, b.agent.Start(ctx))
 	t.Cleanup(func() {
 		_ = b.agent.Stop()
 		if t.Failed() {
@@ -113,7 +102,7 @@ func (b *bench) leases(t *testing.T, args ...string) []lease {
 	var out struct {
 		Leases []lease `json:"leases"`
 	}
-	check(t, b.broker.JSON(within(t, 10*time.Second), &out, append([]string{"lease", "list"}, args...)...))
+	check.Nil(t, b.broker.JSON(check.Within(t, 10*time.Second), &out, append([]string{"lease", "list"}, args...)...))
 	return out.Leases
 }
 
@@ -125,17 +114,17 @@ type legacy struct {
 
 func startLegacy(t *testing.T, exe, file string) *legacy {
 	t.Helper()
-	u := must(user.Lookup("nobody"))(t)
+	u := check.Must(user.Lookup("nobody"))(t)
 	uid, _ := strconv.Atoi(u.Uid)
 	gid, _ := strconv.Atoi(u.Gid)
 	dir := folder(t)
-	check(t, os.Chown(dir, uid, gid))
+	check.Nil(t, os.Chown(dir, uid, gid))
 	l := &legacy{status: filepath.Join(dir, "status")}
-	l.cmd = exec.Command(exe, "-file", file, "-port", strconv.Itoa(pg.Port), "-database", "billing", "-status", l.status)
+	l.cmd = exec.Command(exe, "-file", file, "-port", strconv.Itoa(services.PG.Port), "-database", "billing", "-status", l.status)
 	l.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
 	var stderr bytes.Buffer
 	l.cmd.Stderr = &stderr
-	check(t, l.cmd.Start())
+	check.Nil(t, l.cmd.Start())
 	t.Cleanup(func() { l.stop(); t.Log(stderr.String()) })
 	return l
 }
@@ -159,22 +148,22 @@ func (l *legacy) last(t *testing.T) legacyStatus {
 	text, _ := os.ReadFile(l.status)
 	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
 	if last := lines[len(lines)-1]; last != "" {
-		check(t, json.Unmarshal([]byte(last), &st))
+		check.Nil(t, json.Unmarshal([]byte(last), &st))
 	}
 	return st
 }
 
 func roleExists(t *testing.T, name string) bool {
 	t.Helper()
-	rows := must(pg.Query(context.Background(), "postgres", "SELECT rolname FROM pg_roles WHERE rolname = $1", name))(t)
+	rows := check.Must(services.PG.Query(context.Background(), "postgres", "SELECT rolname FROM pg_roles WHERE rolname = $1", name))(t)
 	return len(rows) == 1
 }
 
 func copyExe(t *testing.T, dir, name string) string {
 	t.Helper()
-	b := must(os.ReadFile(filepath.Join(work, "legacy")))(t)
+	b := check.Must(os.ReadFile(legacyProgram()))(t)
 	path := filepath.Join(dir, name)
-	check(t, os.WriteFile(path, b, 0o755))
+	check.Nil(t, os.WriteFile(path, b, 0o755))
 	return path
 }
 
@@ -197,7 +186,7 @@ credential "billing-db" {
 }`, exe, file), false)
 	l := startLegacy(t, exe, file)
 	var user string
-	eventually(t, 20*time.Second, "the program gets in", func() (bool, string) {
+	check.Eventually(t, 20*time.Second, "the program gets in", func() (bool, string) {
 		st := l.last(t)
 		user = st.User
 		return st.Queries > 10 && strings.HasPrefix(user, "v-"), fmt.Sprintf("%+v", st)
@@ -209,7 +198,7 @@ credential "billing-db" {
 	if len(leases) != 1 || leases[0].State != "live" || leases[0].Names["db_username"] != user {
 		t.Fatalf("leases: %+v, want one live one of %s", leases, user)
 	}
-	info := must(os.Stat(file))(t)
+	info := check.Must(os.Stat(file))(t)
 	if info.Mode().Perm() != 0o400 {
 		t.Errorf("file mode %v", info.Mode())
 	}
@@ -225,7 +214,7 @@ credential "billing-db" {
 
 	start := time.Now()
 	l.stop()
-	eventually(t, 10*time.Second, "the role is gone after the program ended", func() (bool, string) { return !roleExists(t, user), user })
+	check.Eventually(t, 10*time.Second, "the role is gone after the program ended", func() (bool, string) { return !roleExists(t, user), user })
 	took := time.Since(start)
 	if took > 5*time.Second {
 		t.Errorf("the role lived on for %v", took)
@@ -233,11 +222,11 @@ credential "billing-db" {
 	if _, err := os.Stat(file); !os.IsNotExist(err) {
 		t.Errorf("the file still stands: %v", err)
 	}
-	eventually(t, 5*time.Second, "the end is confirmed", func() (bool, string) {
+	check.Eventually(t, 5*time.Second, "the end is confirmed", func() (bool, string) {
 		got := b.leases(t)
 		return len(got) == 0, fmt.Sprintf("%+v", got)
 	})
-	if out, err := exec.Command(must(lab.Program("countersign", false))(t), "fsck", "-c", b.broker.Config()).CombinedOutput(); err != nil {
+	if out, err := exec.Command(check.Must(lab.Program("countersign", false))(t), "fsck", "-c", b.broker.Config()).CombinedOutput(); err != nil {
 		t.Errorf("fsck: %v\n%s", err, out)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -22,18 +23,18 @@ func TestBrokerKilled(t *testing.T) {
 	for _, point := range []string{"issue.intended", "issue.issued", "issue.recorded", "lease.extended", "lease.revoked"} {
 		t.Run(point, func(t *testing.T) {
 			s := newSite(t, lab.BrokerOptions{})
-			ctx := within(t, 40*time.Minute)
-			h := must(lab.NewSoftHost(s.broker, tpmCA))(t)
-			must(h.Join(ctx, must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
+			ctx := check.Within(t, 40*time.Minute)
+			h := check.Must(lab.NewSoftHost(s.broker, services.TPMCA))(t)
+			check.Must(h.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
 			for round := range *rounds {
 				mark := filepath.Join(s.dir, fmt.Sprintf("mark-%d", round))
-				check(t, s.broker.Stop())
-				check(t, s.broker.Start(ctx, "COUNTERSIGN_KILL_AT="+point, "COUNTERSIGN_KILL_MARK="+mark))
-				session := must(h.Dial(ctx))(t)
-				body := h.IssueBody("soft", must(h.Program(softExe, "billing", 100+round))(t))
+				check.Nil(t, s.broker.Stop())
+				check.Nil(t, s.broker.Start(ctx, "COUNTERSIGN_KILL_AT="+point, "COUNTERSIGN_KILL_MARK="+mark))
+				session := check.Must(h.Dial(ctx))(t)
+				body := h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 100+round))(t))
 				r, err := h.Issue(ctx, session, body)
 				if point == "lease.revoked" {
-					check(t, err)
+					check.Nil(t, err)
 					_, _ = s.broker.CLI(ctx, "lease", "revoke", r.GetLeaseId())
 				}
 				_ = session.Close()
@@ -45,11 +46,11 @@ func TestBrokerKilled(t *testing.T) {
 				if said, err := os.ReadFile(mark); err != nil || string(said) != point {
 					t.Fatalf("round %d: the failpoint was not hit: %q, %v", round, said, err)
 				}
-				check(t, s.broker.Start(ctx))
-				again := must(h.Dial(ctx))(t)
-				must(h.Issue(ctx, again, body))(t) // the same delivery, as an agent would
+				check.Nil(t, s.broker.Start(ctx))
+				again := check.Must(h.Dial(ctx))(t)
+				check.Must(h.Issue(ctx, again, body))(t) // the same delivery, as an agent would
 				_ = again.Close()
-				eventually(t, 30*time.Second, "one lease of this delivery is in force", func() (bool, string) {
+				check.Eventually(t, 30*time.Second, "one lease of this delivery is in force", func() (bool, string) {
 					n, text := 0, ""
 					for _, l := range s.leases(t) {
 						text += l.ID + " " + l.State + " "
@@ -71,16 +72,16 @@ func TestAgentKilled(t *testing.T) {
 	for _, point := range []string{"agent.issued", "agent.prepared", "agent.pending", "agent.swapped", "agent.acknowledged", "agent.saved", "agent.finished", "agent.withdrawn"} {
 		t.Run(point, func(t *testing.T) {
 			s := newSite(t, lab.BrokerOptions{})
-			ctx := within(t, 40*time.Minute)
-			tpm := must(lab.StartTPM(ctx, filepath.Join(s.dir, "tpm"), tpmCA, lab.TPMOptions{}))(t)
+			ctx := check.Within(t, 40*time.Minute)
+			tpm := check.Must(lab.StartTPM(ctx, filepath.Join(s.dir, "tpm"), services.TPMCA, lab.TPMOptions{}))(t)
 			t.Cleanup(tpm.Stop)
 			file := filepath.Join(s.dir, "credential")
-			agent := must(lab.NewAgent(filepath.Join(s.dir, "agent"), s.broker, tpm.Path(), fmt.Sprintf(`
+			agent := check.Must(lab.NewAgent(filepath.Join(s.dir, "agent"), s.broker, tpm.Path(), fmt.Sprintf(`
 credential "sleeper" {
   process { exe = %q }
   file %q { template = "user={{ .username }}\npassword={{ .password }}\nend\n" }
 }`, s.sleeper, file), true))(t)
-			must(agent.Join(ctx, must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
+			check.Must(agent.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
 			t.Cleanup(func() {
 				_ = agent.Stop()
 				if t.Failed() {
@@ -91,10 +92,10 @@ credential "sleeper" {
 			for round := range *rounds {
 				mark := filepath.Join(s.dir, fmt.Sprintf("mark-%d", round))
 				program := exec.Command(s.sleeper, "600")
-				check(t, program.Start())
+				check.Nil(t, program.Start())
 				end := func() { _ = program.Process.Kill(); _ = program.Wait() }
 				t.Cleanup(end)
-				check(t, agent.Start(ctx, "COUNTERSIGN_KILL_AT="+point, "COUNTERSIGN_KILL_MARK="+mark))
+				check.Nil(t, agent.Start(ctx, "COUNTERSIGN_KILL_AT="+point, "COUNTERSIGN_KILL_MARK="+mark))
 				if point == "agent.withdrawn" {
 					inForce(t, s, file)
 					end()
@@ -108,14 +109,14 @@ credential "sleeper" {
 					t.Fatalf("round %d: the failpoint was not hit: %q, %v", round, said, err)
 				}
 				whole(t, file)
-				check(t, agent.Start(ctx))
+				check.Nil(t, agent.Start(ctx))
 				if point != "agent.withdrawn" {
 					inForce(t, s, file)
 					end()
 				}
-				eventually(t, 30*time.Second, "the file and the leases are gone with the program", func() (bool, string) {
-					entries := must(filepath.Glob(filepath.Join(s.dir, "*credential*")))(t)
-					hidden := must(filepath.Glob(filepath.Join(s.dir, ".credential*")))(t)
+				check.Eventually(t, 30*time.Second, "the file and the leases are gone with the program", func() (bool, string) {
+					entries := check.Must(filepath.Glob(filepath.Join(s.dir, "*credential*")))(t)
+					hidden := check.Must(filepath.Glob(filepath.Join(s.dir, ".credential*")))(t)
 					var working []string
 					for _, l := range s.leases(t) {
 						if l.State != "provisional" && l.State != "intended" {
@@ -124,7 +125,7 @@ credential "sleeper" {
 					}
 					return len(entries)+len(hidden)+len(working) == 0, fmt.Sprint(entries, hidden, working)
 				})
-				check(t, agent.Stop())
+				check.Nil(t, agent.Stop())
 				s.invariants(t)
 			}
 		})
@@ -138,7 +139,7 @@ func whole(t *testing.T, file string) (content string) {
 	if os.IsNotExist(err) {
 		return ""
 	}
-	check(t, err)
+	check.Nil(t, err)
 	content = string(b)
 	if !strings.HasPrefix(content, "user=v-") || !strings.HasSuffix(content, "\nend\n") {
 		t.Errorf("half a file: %q", content)
@@ -149,7 +150,7 @@ func whole(t *testing.T, file string) (content string) {
 // inForce waits until the file's user is a live lease's.
 func inForce(t *testing.T, s *site, file string) {
 	t.Helper()
-	eventually(t, 40*time.Second, "a live credential stands in the file", func() (bool, string) {
+	check.Eventually(t, 40*time.Second, "a live credential stands in the file", func() (bool, string) {
 		content := whole(t, file)
 		for _, l := range s.leases(t, "--state", "live") {
 			if user := l.Names["db_username"]; user != "" && strings.Contains(content, "user="+user+"\n") {
@@ -166,25 +167,25 @@ func TestClockStepped(t *testing.T) {
 	for _, seconds := range []int{3600, -3600} {
 		t.Run(fmt.Sprint(seconds), func(t *testing.T) {
 			s := newSite(t, lab.BrokerOptions{})
-			ctx := within(t, 10*time.Minute)
+			ctx := check.Within(t, 10*time.Minute)
 			clock := filepath.Join(s.dir, "clock")
-			step := func(n int) { check(t, os.WriteFile(clock, fmt.Append(nil, n), 0o600)) }
+			step := func(n int) { check.Nil(t, os.WriteFile(clock, fmt.Append(nil, n), 0o600)) }
 			step(0)
-			check(t, s.broker.Stop())
-			check(t, s.broker.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
-			tpm := must(lab.StartTPM(ctx, filepath.Join(s.dir, "tpm"), tpmCA, lab.TPMOptions{}))(t)
+			check.Nil(t, s.broker.Stop())
+			check.Nil(t, s.broker.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
+			tpm := check.Must(lab.StartTPM(ctx, filepath.Join(s.dir, "tpm"), services.TPMCA, lab.TPMOptions{}))(t)
 			t.Cleanup(tpm.Stop)
 			file := filepath.Join(s.dir, "credential")
-			agent := must(lab.NewAgent(filepath.Join(s.dir, "agent"), s.broker, tpm.Path(), fmt.Sprintf(`
+			agent := check.Must(lab.NewAgent(filepath.Join(s.dir, "agent"), s.broker, tpm.Path(), fmt.Sprintf(`
 credential "sleeper" {
   process { exe = %q }
   file %q { template = "user={{ .username }}\npassword={{ .password }}\nend\n" }
 }`, s.sleeper, file), true))(t)
-			must(agent.Join(ctx, must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
+			check.Must(agent.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
 			program := exec.Command(s.sleeper, "600")
-			check(t, program.Start())
+			check.Nil(t, program.Start())
 			t.Cleanup(func() { _ = program.Process.Kill(); _ = program.Wait() })
-			check(t, agent.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
+			check.Nil(t, agent.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
 			t.Cleanup(func() { _ = agent.Stop() })
 			inForce(t, s, file)
 			before, lease := whole(t, file), s.leases(t)[0].ID
@@ -200,18 +201,18 @@ credential "sleeper" {
 			step(seconds)
 			time.Sleep(12 * time.Second) // two proofs
 			same("stepped")
-			check(t, agent.Stop())
-			check(t, agent.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
+			check.Nil(t, agent.Stop())
+			check.Nil(t, agent.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
 			time.Sleep(6 * time.Second)
 			same("after the agent's restart")
-			check(t, s.broker.Stop())
-			check(t, s.broker.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
+			check.Nil(t, s.broker.Stop())
+			check.Nil(t, s.broker.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
 			proved := func() bool {
 				var st struct{ Problem string }
 				out, err := agent.CLI(ctx, "status", "-o", "json")
 				return err == nil && json.Unmarshal(out, &st) == nil && st.Problem == ""
 			}
-			eventually(t, 60*time.Second, "proven again", func() (bool, string) {
+			check.Eventually(t, 60*time.Second, "proven again", func() (bool, string) {
 				text, _ := os.ReadFile(agent.Log())
 				return proved(), string(text)
 			})
@@ -226,15 +227,15 @@ credential "sleeper" {
 // is issued without a record, and with room again it goes on.
 func TestBrokersDiskFull(t *testing.T) {
 	s := newSite(t, lab.BrokerOptions{})
-	ctx := within(t, 10*time.Minute)
-	h := must(lab.NewSoftHost(s.broker, tpmCA))(t)
-	must(h.Join(ctx, must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
-	check(t, s.broker.Stop())
+	ctx := check.Within(t, 10*time.Minute)
+	h := check.Must(lab.NewSoftHost(s.broker, services.TPMCA))(t)
+	check.Must(h.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
+	check.Nil(t, s.broker.Stop())
 	// The state folder moves onto a file system of its own.
 	state := s.broker.State()
 	saved := state + ".saved"
-	check(t, os.Rename(state, saved))
-	check(t, os.Mkdir(state, 0o700))
+	check.Nil(t, os.Rename(state, saved))
+	check.Nil(t, os.Mkdir(state, 0o700))
 	run := func(args ...string) {
 		t.Helper()
 		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
@@ -247,15 +248,15 @@ func TestBrokersDiskFull(t *testing.T) {
 		run("umount", "-l", state)
 	})
 	run("cp", "-a", saved+"/.", state)
-	check(t, s.broker.Start(ctx))
+	check.Nil(t, s.broker.Start(ctx))
 	for round := range *rounds {
-		session := must(h.Dial(ctx))(t)
-		must(h.Issue(ctx, session, h.IssueBody("soft", must(h.Program(softExe, "billing", 1000+round))(t))))(t)
+		session := check.Must(h.Dial(ctx))(t)
+		check.Must(h.Issue(ctx, session, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 1000+round))(t))))(t)
 		filler := filepath.Join(state, "filler")
 		_ = exec.Command("sh", "-c", "cat /dev/zero > "+filler).Run()
 		var refused error
 		for i := range 200 {
-			if _, refused = h.Issue(ctx, session, h.IssueBody("soft", must(h.Program(softExe, "billing", 2000+i))(t))); refused != nil {
+			if _, refused = h.Issue(ctx, session, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 2000+i))(t))); refused != nil {
 				break
 			}
 		}
@@ -268,10 +269,10 @@ func TestBrokersDiskFull(t *testing.T) {
 		case <-time.After(20 * time.Second):
 			t.Fatal("the broker went on over a failed write")
 		}
-		check(t, os.Remove(filler))
-		check(t, s.broker.Start(ctx))
-		again := must(h.Dial(ctx))(t)
-		must(h.Issue(ctx, again, h.IssueBody("soft", must(h.Program(softExe, "billing", 3000+round))(t))))(t)
+		check.Nil(t, os.Remove(filler))
+		check.Nil(t, s.broker.Start(ctx))
+		again := check.Must(h.Dial(ctx))(t)
+		check.Must(h.Issue(ctx, again, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 3000+round))(t))))(t)
 		_ = again.Close()
 		s.invariants(t)
 	}
@@ -280,23 +281,23 @@ func TestBrokersDiskFull(t *testing.T) {
 // Vault goes down while leases are wanted, extended and revoked.
 func TestVaultDown(t *testing.T) {
 	s := newSite(t, lab.BrokerOptions{})
-	ctx := within(t, 20*time.Minute)
-	h := must(lab.NewSoftHost(s.broker, tpmCA))(t)
-	must(h.Join(ctx, must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
+	ctx := check.Within(t, 20*time.Minute)
+	h := check.Must(lab.NewSoftHost(s.broker, services.TPMCA))(t)
+	check.Must(h.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
 	for round := range *rounds {
-		session := must(h.Dial(ctx))(t)
-		id := must(h.Issue(ctx, session, h.IssueBody("soft", must(h.Program(softExe, "billing", 100+round))(t))))(t).GetLeaseId()
-		check(t, vault.Stop())
-		if _, err := h.Issue(ctx, session, h.IssueBody("soft", must(h.Program(softExe, "billing", 200+round))(t))); err == nil {
+		session := check.Must(h.Dial(ctx))(t)
+		id := check.Must(h.Issue(ctx, session, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 100+round))(t))))(t).GetLeaseId()
+		check.Nil(t, services.Vault.Stop())
+		if _, err := h.Issue(ctx, session, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 200+round))(t))); err == nil {
 			t.Fatal("issued without Vault")
 		}
 		if l := s.leases(t, "--state", "live"); len(l) != 1 {
 			t.Errorf("round %d: %d live leases while Vault is down, want the one", round, len(l))
 		}
 		_, err := s.broker.CLI(ctx, "lease", "revoke", id)
-		check(t, err)
-		check(t, vault.Start(context.Background()))
-		eventually(t, 90*time.Second, "the revocation is confirmed", func() (bool, string) {
+		check.Nil(t, err)
+		check.Nil(t, services.Vault.Start(context.Background()))
+		check.Eventually(t, 90*time.Second, "the revocation is confirmed", func() (bool, string) {
 			l := s.leases(t, "--state", "revoking")
 			n := 0
 			for _, one := range l {

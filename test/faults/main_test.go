@@ -16,17 +16,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
 
 var rounds = flag.Int("rounds", 1, "how often each fault is tried")
 
-var (
-	tpmCA *lab.TPMCA
-	vault *lab.Vault
-	pg    *lab.Postgres
-	work  string
-)
+var services *lab.Services
 
 func TestMain(m *testing.M) {
 	flag.Parse()
@@ -41,27 +37,10 @@ func TestMain(m *testing.M) {
 func withLab(m *testing.M) (code int, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	if work, err = os.MkdirTemp("", "countersign-faults-"); err != nil {
+	if services, err = lab.StartServices(ctx); err != nil {
 		return 1, err
 	}
-	defer func() { _ = os.RemoveAll(work) }()
-	if err := os.Chmod(work, 0o711); err != nil {
-		return 1, err
-	}
-	if tpmCA, err = lab.NewTPMCA(filepath.Join(work, "tpmca")); err != nil {
-		return 1, err
-	}
-	if vault, err = lab.StartVault(ctx, filepath.Join(work, "vault")); err != nil {
-		return 1, err
-	}
-	defer func() { _ = vault.Stop() }()
-	if pg, err = lab.StartPostgres(ctx, filepath.Join(work, "postgres")); err != nil {
-		return 1, err
-	}
-	defer func() { _ = pg.Close() }()
-	if err := lab.ConfigureDatabase(ctx, vault, pg, lab.DatabaseRole{Name: "billing-ro", Database: "billing", DefaultTTL: time.Hour, MaxTTL: 24 * time.Hour}); err != nil {
-		return 1, err
-	}
+	defer func() { _ = services.Close() }()
 	return m.Run(), nil
 }
 
@@ -89,45 +68,6 @@ scope "sleeper" {
 }
 `
 
-func must[T any](v T, err error) func(testing.TB) T {
-	return func(t testing.TB) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-func within(t *testing.T, d time.Duration) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), d)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-func eventually(t *testing.T, d time.Duration, what string, done func() (bool, string)) {
-	t.Helper()
-	deadline := time.Now().Add(d)
-	for {
-		ok, said := done()
-		if ok {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %s; last: %s", d, what, said)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-}
-
 // A site is one broker, started without faults.
 type site struct {
 	dir     string
@@ -137,24 +77,12 @@ type site struct {
 
 func newSite(t *testing.T, o lab.BrokerOptions) *site {
 	t.Helper()
-	ctx := within(t, time.Minute)
-	s := &site{dir: must(os.MkdirTemp(work, "t"))(t)}
-	check(t, os.Chmod(s.dir, 0o711))
+	ctx := check.Within(t, time.Minute)
+	s := &site{dir: check.Must(services.Folder())(t)}
 	s.sleeper = filepath.Join(s.dir, "sleeper")
-	check(t, os.WriteFile(s.sleeper, must(os.ReadFile("/bin/sleep"))(t), 0o755))
-	roots := filepath.Join(s.dir, "ek-roots.pem")
-	root, intermediate := tpmCA.PEM()
-	check(t, os.WriteFile(roots, append(root, intermediate...), 0o644))
-	dir := filepath.Join(s.dir, "broker")
-	token := filepath.Join(dir, "vault-token")
-	o.Faults, o.EKRoots = true, []string{roots}
-	o.Vault = fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", vault.Addr, vault.CACert, token)
-	s.broker = must(lab.NewBroker(ctx, dir, o))(t)
-	text := fmt.Sprintf(scopes, s.sleeper)
-	check(t, os.MkdirAll(s.broker.Scopes(), 0o700))
-	check(t, os.WriteFile(filepath.Join(s.broker.Scopes(), "scopes.hcl"), []byte(text), 0o600))
-	check(t, os.WriteFile(token, []byte(must(lab.SetUpVault(ctx, vault, s.broker.Scopes()))(t)), 0o600))
-	check(t, s.broker.Start(ctx))
+	check.Nil(t, os.WriteFile(s.sleeper, check.Must(os.ReadFile("/bin/sleep"))(t), 0o755))
+	o.Faults = true
+	s.broker = check.Must(services.NewBrokerFor(ctx, s.dir, fmt.Sprintf(scopes, s.sleeper), o))(t)
 	t.Cleanup(func() {
 		_ = s.broker.Stop()
 		if t.Failed() {
@@ -162,7 +90,6 @@ func newSite(t *testing.T, o lab.BrokerOptions) *site {
 			t.Logf("broker.log:\n%s", text)
 		}
 	})
-	check(t, s.broker.ApplyScopes(ctx, text))
 	return s
 }
 
@@ -177,7 +104,7 @@ func (s *site) leases(t *testing.T, args ...string) []lease {
 	var out struct {
 		Leases []lease `json:"leases"`
 	}
-	check(t, s.broker.JSON(within(t, time.Minute), &out, append([]string{"lease", "list"}, args...)...))
+	check.Nil(t, s.broker.JSON(check.Within(t, time.Minute), &out, append([]string{"lease", "list"}, args...)...))
 	return out.Leases
 }
 
@@ -186,8 +113,8 @@ func (s *site) leases(t *testing.T, args ...string) []lease {
 // minutes, and nothing that is known as live is gone.
 func (s *site) invariants(t *testing.T) {
 	t.Helper()
-	ctx := within(t, time.Minute)
-	out, err := exec.CommandContext(ctx, must(lab.Program("countersign", false))(t), "fsck", "-c", s.broker.Config(), "-o", "json").Output()
+	ctx := check.Within(t, time.Minute)
+	out, err := exec.CommandContext(ctx, check.Must(lab.Program("countersign", false))(t), "fsck", "-c", s.broker.Config(), "-o", "json").Output()
 	if err != nil {
 		t.Errorf("fsck: %v\n%s", err, out)
 	}
@@ -199,14 +126,14 @@ func (s *site) invariants(t *testing.T) {
 			live[l.Names["db_username"]] = true
 		}
 	}
-	roles := must(pg.Query(ctx, "postgres", "SELECT rolname FROM pg_roles WHERE rolname LIKE 'v-%'"))(t)
+	roles := check.Must(services.PG.Query(ctx, "postgres", "SELECT rolname FROM pg_roles WHERE rolname LIKE 'v-%'"))(t)
 	for user := range live {
 		if !slices.Contains(roles, user) {
 			t.Errorf("the journal says that %s is live; PostgreSQL has no such role", user)
 		}
 	}
-	client := must(vault.Client())(t)
-	list := must(client.Logical().ListWithContext(ctx, "auth/token/accessors"))(t)
+	client := check.Must(services.Vault.Client())(t)
+	list := check.Must(client.Logical().ListWithContext(ctx, "auth/token/accessors"))(t)
 	for _, accessor := range list.Data["keys"].([]any) {
 		found, err := client.Logical().WriteWithContext(ctx, "auth/token/lookup-accessor", map[string]any{"accessor": accessor})
 		if err != nil {

@@ -34,7 +34,7 @@ const (
 const Scope = `
 scope "fleet" {
   reprove = "30s"
-  grace   = "1m"
+  grace   = "10m"
   host { labels = { role = "fleet" } }
   process {
     user = "` + account + `"

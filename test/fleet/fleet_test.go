@@ -103,7 +103,7 @@ func number(n int) json.Number { return json.Number(strconv.Itoa(n)) }
 
 func memory(t *testing.T, pid int) int {
 	t.Helper()
-	kib, err := fleet.Memory(pid)
+	kib, _, err := fleet.Memory(pid)
 	check(t, err)
 	return kib
 }

@@ -8,16 +8,24 @@ import (
 	"time"
 )
 
-// Memory is a process's resident memory in KiB.
-func Memory(pid int) (int, error) {
+// Memory is a process's resident memory, and the most that it ever was, in KiB.
+func Memory(pid int) (now, peak int, err error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	_, rest, _ := bytes.Cut(text, []byte("VmRSS:"))
+	if now, err = statusField(text, "VmRSS:"); err != nil {
+		return 0, 0, err
+	}
+	peak, err = statusField(text, "VmHWM:")
+	return now, peak, err
+}
+
+func statusField(status []byte, name string) (int, error) {
+	_, rest, _ := bytes.Cut(status, []byte(name))
 	fields := bytes.Fields(rest)
 	if len(fields) == 0 {
-		return 0, fmt.Errorf("/proc/%d/status has no VmRSS", pid)
+		return 0, fmt.Errorf("the process's status has no %s", name)
 	}
 	return strconv.Atoi(string(fields[0]))
 }

@@ -233,7 +233,9 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 			h.Tier = appraise.TierCertified
 		}
 		if h.Admitted {
-			h.State, h.Reason, h.LastProved = inventory.Trusted, "", now
+			if h.State != inventory.Failed { // which only a proof mends
+				h.State, h.Reason, h.LastProved = inventory.Trusted, "", now
+			}
 			if r.Certificate, err = d.CA.Host(mustKey(spki), h.ID, now, CertificateLifetime); err != nil {
 				return err
 			}

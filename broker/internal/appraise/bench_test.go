@@ -24,9 +24,12 @@ type request struct {
 	bundle appraise.Bundle
 	host   inventory.Host
 	set    *policy.Set
-	quoted []byte // the PCRs' values, as they are hashed
+
+	// The floor's: the PCRs' values as they are hashed, and a signature of the
+	// same statement by a key of the same kind.
+	quoted []byte
 	key    *ecdsa.PublicKey
-	sig    []byte // ASN.1
+	sig    []byte
 }
 
 func newRequest(b *testing.B) request {
@@ -78,20 +81,12 @@ scope "billing-db" {
 	for _, p := range quote.PCRs {
 		r.quoted = append(r.quoted, p.SHA256[:]...)
 	}
-	r.key, r.sig = bareSignature(b, soft, quote.Attest)
-	return r
-}
-
-// bareSignature is a key of the same kind with its signature of the same
-// bytes, in the form that crypto/ecdsa takes.
-func bareSignature(b *testing.B, soft *lab.SoftTPM, statement []byte) (*ecdsa.PublicKey, []byte) {
-	b.Helper()
-	digest := sha256.Sum256(statement)
-	sig, err := ecdsa.SignASN1(rand.Reader, soft.TLSKey, digest[:])
-	if err != nil {
+	digest := sha256.Sum256(quote.Attest)
+	if r.sig, err = ecdsa.SignASN1(rand.Reader, soft.TLSKey, digest[:]); err != nil {
 		b.Fatal(err)
 	}
-	return &soft.TLSKey.PublicKey, sig
+	r.key = &soft.TLSKey.PublicKey
+	return r
 }
 
 func (r request) decide(b *testing.B, now time.Time) {

@@ -80,6 +80,9 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	if errors.Is(err, lease.ErrReplaces) {
 		return Issued{}, &wire.Error{Outcome: wire.Fault, Check: wire.CheckGone, Request: request, Message: err.Error()}
 	}
+	if errors.Is(err, lease.ErrTooMany) {
+		return Issued{}, &wire.Error{Outcome: wire.Fault, Check: "too-many", Request: request, Message: err.Error()}
+	}
 	if err != nil {
 		return Issued{}, d.fault(request, err)
 	}

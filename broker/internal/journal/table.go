@@ -125,6 +125,12 @@ func List(tx *store.Tx, f Filter) ([]Grant, error) {
 	return list, rows.Err()
 }
 
+// CountUnended is how many grants of a host may still work.
+func CountUnended(tx *store.Tx, host string) (n int, err error) {
+	err = tx.QueryRow(`SELECT COUNT(*) FROM grants WHERE host_id = ? AND state <> ?`, host, string(Gone)).Scan(&n)
+	return n, err
+}
+
 // NextDue is the earliest Due of all grants, zero where none has one.
 func NextDue(tx *store.Tx) (time.Time, error) {
 	var ms sql.NullInt64

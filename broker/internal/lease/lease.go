@@ -63,6 +63,13 @@ type Request struct {
 	With       func(*store.Tx) error // what else belongs into the intent's transaction
 }
 
+// maxGrants bounds a host's credentials whose end is not confirmed: a host has
+// few programs, and each credential costs Vault a token and a user.
+const maxGrants = 512
+
+// ErrTooMany says that a host has maxGrants of them.
+var ErrTooMany = errors.New("the host has too many credentials at once")
+
 // ErrReplaces says that a request wants to replace what isn't its own.
 var ErrReplaces = errors.New("the lease to replace is not this host's, or of another scope")
 
@@ -141,6 +148,13 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 	var superseded []string
 	err = m.store.Update(ctx, func(tx *store.Tx) error {
 		superseded = nil
+		n, err := journal.CountUnended(tx, g.Host)
+		if err != nil {
+			return err
+		}
+		if n >= maxGrants {
+			return ErrTooMany
+		}
 		earlier, err := journal.List(tx, journal.Filter{Host: g.Host, Delivery: g.DeliveryID, States: journal.Unended})
 		if err != nil {
 			return err

@@ -142,7 +142,7 @@ func (r *Runner) clearWithheld() {
 	}
 }
 
-func (r *Runner) dropWithheld(ctx context.Context, reason string) {
+func (r *Runner) dropWithheld(reason string) {
 	r.mu.Lock()
 	withheld := r.withheld
 	r.mu.Unlock()
@@ -259,6 +259,6 @@ func (r *Runner) Judged(ctx context.Context, lease string, v attest.Verdict) {
 // operator took the host out: nothing may stand any more.
 func (r *Runner) Rejected(ctx context.Context, reason string) {
 	r.withdraw(ctx, "rejected: "+reason)
-	r.dropWithheld(ctx, reason)
+	r.dropWithheld(reason)
 	r.fail("prove", &wire.Error{Outcome: wire.Rejected, Check: "host", Message: reason})
 }

@@ -3,8 +3,10 @@ package renew
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -111,7 +113,7 @@ func (r *Runner) Run(ctx context.Context) {
 		case Withdraw:
 			r.withdraw(ctx, a.Reason)
 		case Drop:
-			r.dropWithheld(ctx, a.Reason)
+			r.dropWithheld(a.Reason)
 		}
 	}
 }
@@ -348,19 +350,18 @@ func (r *Runner) answered(ctx context.Context, err error) {
 	if e.Check == wire.CheckGone && r.lease != nil {
 		r.lease.Replace = r.now() // ask again, for a new one
 	}
-	withheld := r.withheld != nil && r.starting != nil && r.withheld.fits(r.starting)
 	r.mu.Unlock()
 	switch e.Outcome {
 	case wire.Refused, wire.Rejected:
 		if hasLease {
 			r.withdraw(ctx, e.Error())
 		}
-		r.dropWithheld(ctx, e.Error())
-	}
-	r.fail("obtain", e)
-	if !withheld {
+		r.dropWithheld(e.Error())
+		r.fail("obtain", e)
 		r.proceed(e)
+		return
 	}
+	r.fail("obtain", e) // who waits in Ready waits on: a fault may pass
 }
 
 // fail notes a problem and when to try again.
@@ -431,6 +432,11 @@ func (r *Runner) Ready(ctx context.Context) error {
 	case err := <-done:
 		return err
 	case <-ctx.Done():
-		return ctx.Err()
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.waiters = slices.DeleteFunc(r.waiters, func(w chan error) bool { return w == done }); len(r.waiters) == 0 {
+		r.starting = nil
+	}
+	return fmt.Errorf("not delivered in time: %s", r.problem)
 }
