@@ -5,7 +5,11 @@ cd "$(dirname "$0")/.."
 time=${1:-3s}
 for file in $(git ls-files '*_test.go' | xargs grep -lE '^func Fuzz'); do
 	for target in $(sed -nE 's/^func (Fuzz[A-Za-z0-9_]+)\(.*/\1/p' "$file"); do
-		echo "fuzz: $target in ${file%/*} for $time"
-		go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" "./${file%/*}" | grep -vE '^(fuzz: elapsed|PASS|ok)' || true
+		if ! out=$(go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" "./${file%/*}" 2>&1); then
+			echo "$out"
+			echo "fuzz: $target in ${file%/*} failed"
+			exit 1
+		fi
+		echo "fuzz: $target in ${file%/*}: nothing found in $time"
 	done
 done
