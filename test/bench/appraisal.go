@@ -13,8 +13,9 @@ import (
 )
 
 // rounds alternate between the request and its floor, so that both see the
-// same weather on the machine.
-const rounds = 10
+// same weather on the machine. They have one processor, so that collecting the
+// garbage of a request is in its time.
+const rounds = 20
 
 // appraisal measures one request from its bytes to its decision, by the
 // benchmarks of the package that does it.
@@ -26,7 +27,7 @@ func appraisal(ctx context.Context, dir string) ([]Row, error) {
 	}
 	samples := map[string][]float64{}
 	for range rounds {
-		out, err := exec.CommandContext(ctx, binary, "-test.run", "^$", "-test.bench", "^Benchmark(Appraise|Floor)$", "-test.benchtime", "300ms").CombinedOutput()
+		out, err := exec.CommandContext(ctx, binary, "-test.run", "^$", "-test.bench", "^Benchmark(Appraise|Floor)$", "-test.benchtime", "150ms", "-test.cpu", "1").CombinedOutput()
 		if err != nil {
 			return nil, fmt.Errorf("benchmark: %w\n%s", err, out)
 		}

@@ -14,7 +14,7 @@ import (
 
 const (
 	floorNames = "two fsync'd appends of 4 KiB on the store's file system; two ECDSA P-256 verifications (quote, certificate request) and one signature (certificate)"
-	floorTimes = 10
+	floorTimes = 12
 )
 
 // A floor does what a request for a certificate can't do without.

@@ -37,10 +37,14 @@ import (
 	"github.com/countersign/countersign/broker/server"
 	"github.com/countersign/countersign/broker/wire/clock"
 	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/broker/wire/secret"
 )
 
 // serve runs a broker until ctx ends or its store stops.
 func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) {
+	if err := secret.ProtectProcess(); err != nil {
+		return err
+	}
 	log := newLog(c.LogFormat, stderr)
 	password, err := keyPassword(c.KeyPasswordFile, false)
 	if err != nil {

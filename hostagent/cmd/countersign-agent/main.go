@@ -26,6 +26,7 @@ import (
 	"github.com/countersign/countersign/broker/wire"
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
@@ -191,7 +192,7 @@ func serveCommand(o *options) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if err := harden(); err != nil {
+		if err := secret.ProtectProcess(); err != nil {
 			return err
 		}
 		log := newLog(c.LogFormat, cmd.ErrOrStderr())

@@ -1,10 +1,10 @@
-package main
+package secret
 
 import "golang.org/x/sys/unix"
 
-// harden keeps secrets in memory out of core dumps, and from other programs'
-// ptrace.
-func harden() error {
+// ProtectProcess keeps what is in this process's memory out of core dumps, and
+// from other programs' ptrace.
+func ProtectProcess() error {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return err
 	}
