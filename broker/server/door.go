@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/countersign/countersign/attestors/evidence"
@@ -42,7 +43,12 @@ type conn struct {
 	kind      peerKind
 	challenge *challenge.Conn
 	ends      time.Time // of the peer's certificate
+	known     atomic.Bool
 }
+
+// strangerTime is how long a connection stays open whose key the broker hasn't
+// recognised: long enough to join.
+const strangerTime = time.Minute
 
 type connKey struct{}
 
@@ -99,6 +105,12 @@ func (d *Door) ConnContext(ctx context.Context, c net.Conn) context.Context {
 	state := &conn{}
 	if _, ok := c.(*net.UnixConn); ok {
 		state.kind = localPeer
+	} else {
+		time.AfterFunc(strangerTime, func() {
+			if !state.known.Load() {
+				_ = c.Close()
+			}
+		})
 	}
 	return context.WithValue(ctx, connKey{}, state)
 }

@@ -106,6 +106,7 @@ func (s *Hosts) Challenge(ctx context.Context, req *connect.Request[v1.Challenge
 	if err != nil {
 		return nil, s.fault(ctx, err)
 	}
+	c.known.Store(true)
 	out := &v1.ChallengeResponse{}
 	for _, n := range nonces {
 		out.Nonces = append(out.Nonces, n[:])
@@ -274,6 +275,8 @@ func (s *Hosts) admissionError(ctx context.Context, err error) error {
 		e.Outcome, e.Check, e.Message = wire.Refused, "join-token", inventory.ErrToken.Error()
 	case errors.Is(err, admission.ErrRemoved):
 		e.Outcome, e.Check, e.Message = wire.Refused, "host-removed", err.Error()
+	case errors.Is(err, admission.ErrUncertified):
+		e.Outcome, e.Check, e.Message = wire.Refused, "ek-uncertified", err.Error()
 	case errors.Is(err, admission.ErrPendingFull):
 		e.Check, e.Message = "pending-full", err.Error()
 	default:

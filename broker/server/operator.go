@@ -40,6 +40,7 @@ func (s *Operators) actor(ctx context.Context) (operate.Actor, error) {
 		if err != nil {
 			return a, connect.NewError(connect.CodePermissionDenied, err)
 		}
+		c.known.Store(true)
 		a.Request = requestID(ctx)
 		return a, nil
 	}

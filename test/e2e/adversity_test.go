@@ -158,6 +158,12 @@ func TestRestore(t *testing.T) {
 			if out := orphans(); !strings.Contains(out, r.GetLeaseId()) {
 				t.Errorf("orphans: want %s in\n%s", r.GetLeaseId(), out)
 			}
+			// A ticket is for its host alone.
+			thief := joined(t, b, services.TPMCA)
+			stolen := check.Must(thief.Prove(ctx, dial(t, thief), nil, &v1.LeaseProof{LeaseId: r.GetLeaseId(), Scope: "soft", Program: check.Must(thief.Program(softExe, "billing", 7))(t), Ticket: r.GetTicket()}))(t)
+			if got := stolen.GetLeases()[0].GetOutcome(); got != "gone" {
+				t.Errorf("another's ticket gave a lease: %s", got)
+			}
 			s = dial(t, h)
 			p := check.Must(h.Prove(ctx, s, held, proof))(t)
 			if out := orphans(); strings.Contains(out, r.GetLeaseId()) {
@@ -171,12 +177,6 @@ func TestRestore(t *testing.T) {
 			}
 			if live := b.leases(t, "--state", "live"); len(live) != 1 || live[0].Names["db_username"] != user || live[0].ID != r.GetLeaseId() {
 				t.Errorf("leases: %+v, want %s back", live, r.GetLeaseId())
-			}
-			// A ticket is for its host alone.
-			thief := joined(t, b, services.TPMCA)
-			stolen := check.Must(thief.Prove(ctx, dial(t, thief), nil, &v1.LeaseProof{LeaseId: "0000", Scope: "soft", Program: check.Must(thief.Program(softExe, "billing", 7))(t), Ticket: r.GetTicket()}))(t)
-			if got := stolen.GetLeases()[0].GetOutcome(); got != "gone" {
-				t.Errorf("another's ticket gave a lease: %s", got)
 			}
 			_, err := b.broker.CLI(ctx, "lease", "revoke", r.GetLeaseId())
 			check.Nil(t, err)

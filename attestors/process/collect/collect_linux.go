@@ -71,13 +71,13 @@ func once(pid int) (process.Program, error) {
 	}
 	defer func() { _ = exe.file.Close() }()
 	p.Exe = exe.path
-	if err := exe.isHostFile(); err != nil {
+	if err := d.isHostFile(exe); err != nil {
 		return p, err
 	}
 	if p.SHA256, err = digests.of(exe.file); err != nil {
 		return p, err
 	}
-	if p.Mappings, err = d.mappings(exe.path); err != nil {
+	if p.Mappings, err = d.mappings(exe); err != nil {
 		return p, err
 	}
 	p.Parent = parent(stat.ppid)
@@ -283,11 +283,11 @@ func (d *dir) exe() (executable, error) {
 }
 
 // isHostFile refuses a program whose path means another file on this host: one
-// in a container, or in a chroot. A file that was replaced since it was
-// started is still told by its digest.
-func (e executable) isHostFile() error {
+// in a container, or under a mount of its own. Of a file that was replaced
+// since it was started, as every package update does, the folder is compared.
+func (d *dir) isHostFile(e executable) error {
 	if e.deleted {
-		return nil
+		return d.isHostFolder(filepath.Dir(e.path))
 	}
 	here, err := os.Open(e.path)
 	if err != nil {
@@ -299,6 +299,29 @@ func (e executable) isHostFile() error {
 		err = fmt.Errorf("%s runs from another file system than this host's: it is in a container or a chroot", e.path)
 	}
 	return err
+}
+
+// isHostFolder says whether the process sees the same folder at this path as
+// this host does.
+func (d *dir) isHostFolder(path string) error {
+	here, err := os.Stat(path)
+	if err != nil {
+		return fmt.Errorf("%s is not on this host: the program is in a container or a chroot (%w)", path, err)
+	}
+	fd, err := unix.Openat(d.fd, "root"+path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return goneOr(d.pid, err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	defer func() { _ = f.Close() }()
+	there, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(here, there) {
+		return fmt.Errorf("%s is another folder for the program than for this host: it is in a container, or under a mount of its own", path)
+	}
+	return nil
 }
 
 func sameFile(a, b *os.File) (bool, error) {
@@ -313,7 +336,7 @@ func sameFile(a, b *os.File) (bool, error) {
 	return os.SameFile(ai, bi), nil
 }
 
-func (d *dir) mappings(exe string) ([]process.Mapping, error) {
+func (d *dir) mappings(exe executable) ([]process.Mapping, error) {
 	b, err := d.read("maps")
 	if err != nil {
 		return nil, err
@@ -327,7 +350,7 @@ func (d *dir) mappings(exe string) ([]process.Mapping, error) {
 
 // parseMaps reads the executable mappings of proc_pid_maps(5) that are not of
 // exe, each once.
-func parseMaps(b []byte, exe string) ([]process.Mapping, error) {
+func parseMaps(b []byte, exe executable) ([]process.Mapping, error) {
 	seen := map[process.Mapping]bool{}
 	var list []process.Mapping
 	s := bufio.NewScanner(bytes.NewReader(b))
@@ -342,7 +365,7 @@ func parseMaps(b []byte, exe string) ([]process.Mapping, error) {
 		}
 		path, gone := strings.CutSuffix(strings.TrimLeft(f[5], " "), deleted)
 		switch {
-		case path == "[vdso]", path == "[vsyscall]", path == exe && !gone:
+		case path == "[vdso]", path == "[vsyscall]", path == exe.path && gone == exe.deleted:
 			continue // the kernel's own, and the program
 		case !strings.HasPrefix(path, "/"):
 			path, gone = process.Anonymous, false

@@ -89,6 +89,9 @@ func TestProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	again, err := Process(cmd.Process.Pid)
+	if slices.ContainsFunc(again.Mappings, func(m process.Mapping) bool { return m.Path == exe }) {
+		t.Error("the program's own file counts as a foreign mapping once it was replaced")
+	}
 	if err != nil || again.SHA256 != p.SHA256 || again.Exe != exe {
 		t.Errorf("after it was replaced: %s %s, %v", again.Exe, again.SHA256, err)
 	}
@@ -214,7 +217,7 @@ func TestParseMaps(t *testing.T) {
 7f05-7f06 r-xp 00000000 fe:00 4  /opt/app (deleted)
 7ffe-7fff r-xp 00000000 00:00 0  [vdso]
 `
-	got, err := parseMaps([]byte(strings.ReplaceAll(maps, "00:00 0\n", "00:00 0 \n")), "/opt/app")
+	got, err := parseMaps([]byte(strings.ReplaceAll(maps, "00:00 0\n", "00:00 0 \n")), executable{path: "/opt/app"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -226,7 +229,7 @@ func TestParseMaps(t *testing.T) {
 
 func FuzzParseMaps(f *testing.F) {
 	f.Add([]byte("7f00-7f01 r-xp 00000000 fe:00 2  /lib/libc.so.6\n"))
-	f.Fuzz(func(_ *testing.T, b []byte) { _, _ = parseMaps(b, "/x") })
+	f.Fuzz(func(_ *testing.T, b []byte) { _, _ = parseMaps(b, executable{path: "/x"}) })
 }
 
 func FuzzParseStat(f *testing.F) {

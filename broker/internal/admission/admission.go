@@ -36,6 +36,10 @@ import (
 // a proof when half of that is over.
 const CertificateLifetime = 30 * 24 * time.Hour
 
+// firstProof is how long a host that joined may take to prove itself before it
+// counts as silent.
+const firstProof = 30 * time.Minute
+
 // maxEKs is how many EKs a host may offer.
 const maxEKs = 8
 
@@ -64,6 +68,7 @@ type Application struct {
 var (
 	ErrPendingFull = errors.New("too many hosts wait for an operator; ask for a join token")
 	ErrRemoved     = errors.New("this TPM's host was removed; an operator has to reenrol it")
+	ErrUncertified = errors.New("this TPM's key has no certificate of a configured root: an operator has to register its EK hash, or give a join token")
 )
 
 // A CheckActivation rejection is a TPM that didn't answer its challenge.
@@ -200,6 +205,7 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 			r = Result{Host: h, Pending: true}
 			return d.save(tx, h, "host.quarantined", requestID, now)
 		}
+		rejoined := h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling
 		if h.Reenrolling {
 			revoke = h.ID
 		}
@@ -216,7 +222,11 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 				h.Admitted, h.Labels, h.Reference = true, t.Labels, t.Reference
 				kind = "host.admitted"
 			} else if len(h.AKPublic) == 0 {
-				// Its first time: one more that waits.
+				// Its first time: one more that waits. Where roots are configured,
+				// software can't take the places of those that wait.
+				if d.Roots != nil && !j.EK.Certified {
+					return ErrUncertified
+				}
 				n, err := inventory.CountPending(tx)
 				if err != nil {
 					return err
@@ -233,8 +243,17 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 			h.Tier = appraise.TierCertified
 		}
 		if h.Admitted {
-			if h.State != inventory.Failed { // which only a proof mends
+			// Only a proof, which is held against the reference set, makes it
+			// trusted again, or for the first time where it has a set.
+			if rejoined || h.Reference != "" {
+				if h.State != inventory.Failed && h.State != inventory.Trusted {
+					h.State, h.Reason = inventory.Stale, "joined; not proven since"
+				}
+			} else {
 				h.State, h.Reason, h.LastProved = inventory.Trusted, "", now
+			}
+			if h.SilentAt.IsZero() {
+				h.SilentAt = now.Add(firstProof)
 			}
 			if r.Certificate, err = d.CA.Host(mustKey(spki), h.ID, now, CertificateLifetime); err != nil {
 				return err

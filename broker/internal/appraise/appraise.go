@@ -7,6 +7,7 @@
 package appraise
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -45,8 +46,11 @@ func (v Verified) Counters() appraise.Counters { return v.counters }
 const (
 	CheckCounters  = "tpm-counters"
 	CheckReference = "reference"
-	CheckProgram   = "program-evidence"
 )
+
+// ErrProgram says that program evidence can't be understood: an agent of
+// another version, or one that could not see its program. It is not untrue.
+var ErrProgram = errors.New("program evidence")
 
 // Appraise verifies b as evidence of the host h. The reference is the set that
 // h has to match, nil where it has none. An error is a *appraise.Rejected: the
@@ -76,26 +80,20 @@ func Appraise(b Bundle, h inventory.Host, reference []inventory.Reference, now t
 		f.Host.Reference = h.Reference
 	}
 	if b.Program != nil {
-		p, err := process.Parse(b.Program)
-		if err != nil {
-			return Verified{}, &appraise.Rejected{Check: CheckProgram, Detail: err.Error()}
-		}
-		if p.Boot != b.Boot {
-			return Verified{}, &appraise.Rejected{Check: CheckProgram, Detail: "the program ran in another boot than the host says it is in"}
-		}
-		f.Program = &p
+		return Verified{facts: f, counters: quoted.Counters}.WithProgram(b.Program)
 	}
 	return Verified{facts: f, counters: quoted.Counters}, nil
 }
 
-// WithProgram is v for one more program of the same quote.
+// WithProgram is v for one more program of the same quote; ErrProgram where its
+// evidence can't be understood.
 func (v Verified) WithProgram(encoded []byte) (Verified, error) {
 	p, err := process.Parse(encoded)
 	if err != nil {
-		return Verified{}, &appraise.Rejected{Check: CheckProgram, Detail: err.Error()}
+		return Verified{}, fmt.Errorf("%w: %w", ErrProgram, err)
 	}
 	if p.Boot != v.facts.Host.Boot {
-		return Verified{}, &appraise.Rejected{Check: CheckProgram, Detail: "the program ran in another boot than the host says it is in"}
+		return Verified{}, fmt.Errorf("%w: the program ran in another boot than the host says it is in", ErrProgram)
 	}
 	f := *v.facts
 	f.Program = &p

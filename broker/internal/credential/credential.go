@@ -7,6 +7,7 @@
 package credential
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/json"
@@ -145,6 +146,9 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	if err == nil {
 		return proven{host: h, verified: verified, given: given, conn: conn}, nil
 	}
+	if errors.Is(err, appraise.ErrProgram) {
+		return proven{}, &wire.Error{Outcome: wire.Fault, Check: "program-evidence", Request: request, Message: err.Error()}
+	}
 	var rejected *tpmappraise.Rejected
 	if !errors.As(err, &rejected) {
 		return proven{}, d.fault(request, err)
@@ -189,14 +193,18 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *tpmappraise.Reje
 }
 
 // save writes what a good proof says of its host: it is trusted, and its
-// counters are at least this high. It returns when the host is silent.
-func (p proven) save(tx *store.Tx, proveBy time.Time, grace time.Duration) error {
+// counters are at least this high. SilentAt is when it counts as silent; only a
+// proof of all its leases may put that off.
+func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 	h, err := inventory.Get(tx, p.host.ID)
 	if err != nil {
 		return err
 	}
 	if h.State == inventory.Quarantined || h.State == inventory.Removed || h.Reenrolling {
 		return &wire.Error{Outcome: wire.Rejected, Check: "host-" + string(h.State), Message: "an operator took this host out meanwhile"}
+	}
+	if !bytes.Equal(h.AKPublic, p.host.AKPublic) {
+		return &wire.Error{Outcome: wire.Fault, Check: wire.CheckReenrol, Message: "the host was enrolled anew meanwhile"}
 	}
 	facts := p.verified.Facts()
 	counters := p.verified.Counters()
@@ -209,8 +217,8 @@ func (p proven) save(tx *store.Tx, proveBy time.Time, grace time.Duration) error
 	if h.Facts, err = json.Marshal(hostFacts); err != nil {
 		return err
 	}
-	if !proveBy.IsZero() {
-		h.SilentAt = proveBy.Add(grace)
+	if proof || h.SilentAt.IsZero() || !silentAt.IsZero() && silentAt.Before(h.SilentAt) {
+		h.SilentAt = silentAt
 	}
 	return inventory.Save(tx, h)
 }

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -71,7 +72,7 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	g, c, err := d.Leases.Issue(ctx, decision, lease.Request{
 		DeliveryID: o.DeliveryID, Replaces: o.Replaces, HandOver: o.HandOver, CSR: o.CSR, ID: request, Sources: []string{conn.Address},
 		With: func(tx *store.Tx) error {
-			if err := p.save(tx, now.Add(scope.Reprove), scope.Grace); err != nil {
+			if err := p.save(tx, now.Add(scope.Reprove+scope.Grace), false); err != nil {
 				return err
 			}
 			return keepDecision(tx, p.host.ID, result, p.verified.Facts())
@@ -144,7 +145,7 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 		kind = "credential.observed"
 	}
 	err := d.Store.Update(ctx, func(tx *store.Tx) error {
-		if err := p.save(tx, time.Time{}, 0); err != nil {
+		if err := p.save(tx, time.Time{}, false); err != nil {
 			return err
 		}
 		if decision.Scope() != nil {
@@ -194,7 +195,7 @@ func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(j
 }
 
 // bounded keeps a host's word short in the audit.
-func bounded(s string) string { return s[:min(len(s), 128)] }
+func bounded(s string) string { return strings.ToValidUTF8(s[:min(len(s), 128)], "") }
 
 // Acknowledge makes a provisional grant live.
 func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delivery, request string) (journal.Grant, error) {
@@ -208,6 +209,10 @@ func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delive
 	g, err = d.Leases.Event(ctx, id, journal.Acknowledged{}, lease.Cause{Actor: "host:" + g.Host, Request: request})
 	if err != nil {
 		return g, d.fault(request, err)
+	}
+	if !g.Settled {
+		// The host keeps the old credential at hand until this succeeds.
+		return g, &wire.Error{Outcome: wire.Fault, Check: "not-extended", Request: request, Message: "the issuer has not given the credential its length yet; acknowledge again"}
 	}
 	return g, nil
 }

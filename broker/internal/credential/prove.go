@@ -115,7 +115,7 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 		if grace == 0 {
 			grace = reprove
 		}
-		return p.save(tx, silent, grace)
+		return p.save(tx, silent.Add(grace), true)
 	})
 	if err != nil {
 		return Proven{}, d.fault(request, err)
@@ -155,9 +155,9 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 	}
 	verified, err := p.verified.WithProgram(lp.Program)
 	if err != nil {
-		// Only this lease speaks of the program; the host's own evidence is good.
-		v.Outcome, v.Reason = string(wire.Refused), err.Error()
-		return v, "program evidence: " + err.Error(), nil
+		// Not understood is not untrue: nothing is decided.
+		v.Outcome, v.Reason, v.Expires = string(wire.Fault), err.Error(), g.Expires
+		return v, "", nil
 	}
 	decision := set.Decide(verified, g.Scope, now)
 	result := decision.Result()
@@ -239,14 +239,16 @@ func (d *Desk) adopt(tx *store.Tx, p proven, lp LeaseProof, now time.Time, reque
 		return journal.Grant{}, journal.ErrUnknown
 	}
 	// Live and due at once: the sweeper asks the issuer how long it lives.
-	g.State, g.Due, g.Instance, g.DeliveryID, g.Issued, g.Acked = journal.Live, now, t.Instance, t.Delivery, t.Issued, now
+	g.State, g.Due, g.Instance, g.DeliveryID, g.Issued, g.Acked, g.Settled = journal.Live, now, t.Instance, t.Delivery, t.Issued, now, true
 	g.Expires = t.Until
 	facts := *p.verified.Facts()
 	facts.Program = nil
 	if g.Facts, err = json.Marshal(facts); err != nil {
 		return g, err
 	}
-	_, err = audit.Append(tx, audit.Record{Time: now, Kind: "credential.adopted", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
-		map[string]any{"accessor": g.Accessor, "vault_lease": g.VaultLease, "serial": g.Serial, "names": g.Names})
-	return g, err
+	if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.adopted", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
+		map[string]any{"accessor": g.Accessor, "vault_lease": g.VaultLease, "serial": g.Serial, "names": g.Names}); err != nil {
+		return g, err
+	}
+	return g, journal.Save(tx, g)
 }

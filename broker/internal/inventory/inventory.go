@@ -14,6 +14,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -149,7 +150,12 @@ func Find(tx *store.Tx, idOrName string) (Host, error) {
 		return Host{}, err
 	case len(list) == 0:
 		return Host{}, fmt.Errorf("%w: %s; `countersign host list` shows them", ErrUnknown, idOrName)
-	case len(list) > 1:
+	}
+	// Who waits for admission has only named itself.
+	if admitted := slices.DeleteFunc(slices.Clone(list), func(h Host) bool { return !h.Admitted }); len(admitted) > 0 {
+		list = admitted
+	}
+	if len(list) > 1 {
 		return Host{}, fmt.Errorf("%d hosts are named %s: use the id", len(list), idOrName)
 	}
 	return list[0], nil

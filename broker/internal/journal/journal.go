@@ -69,6 +69,7 @@ type Grant struct {
 	Grace   time.Duration `json:"grace,omitempty"` // of silence after ProveBy
 	Expires time.Time     `json:"expires,omitzero"`
 	Acked   time.Time     `json:"acked,omitzero"`
+	Settled bool          `json:"settled,omitempty"` // the issuer gave it its length
 	ProveBy time.Time     `json:"prove_by,omitzero"`
 
 	Replaces  string `json:"replaces,omitempty"`
@@ -141,7 +142,8 @@ const (
 	DoExtend Effect = iota + 1
 	// DoRevoke asks the issuer to end the credential and to confirm it.
 	DoRevoke
-	// DoReplace sends Replaced to the grant that this one replaces.
+	// DoReplace sends Replaced to the grant that this one replaces, once this
+	// one has its length.
 	DoReplace
 )
 
@@ -185,24 +187,34 @@ func Step(g Grant, e Event, now time.Time) (Grant, []Effect, error) {
 		return revoke(g, "issuing failed", now)
 	case Acknowledged:
 		switch g.State {
-		case Live, Retiring:
-			return g, nil, nil // said twice
+		case Live:
+			if !g.Settled {
+				return g, []Effect{DoExtend}, nil // said again: the host waits for it
+			}
+			return g, nil, nil
+		case Retiring:
+			return g, nil, nil
 		case Provisional:
 			g.State = Live
 			g.Unrotated = false
 			g.Acked = now
 			g.Due = now.Add(extendRetry)
-			return g, settle(g), nil
+			return g, []Effect{DoExtend}, nil
 		}
 		return g, nil, invalid(g, e)
 	case Extended:
 		if g.State == Live || g.State == Retiring {
 			g.Expires = e.Expires
 			g.LastError = ""
+			first := !g.Settled
+			g.Settled = true
 			if g.State == Live {
 				g.Due = g.Expires
 				if !g.Due.After(now) {
 					g.Due = now.Add(time.Minute) // its issuer still remembers it
+				}
+				if first && g.Replaces != "" {
+					return g, []Effect{DoReplace}, nil
 				}
 			}
 		}
@@ -284,10 +296,14 @@ func tick(g Grant, now time.Time) (Grant, []Effect, error) {
 	case Provisional:
 		return revoke(g, "delivery was never acknowledged", now)
 	case Live:
+		if !g.Settled && !now.Before(g.Issued.Add(ProvisionalFor)) {
+			// The host has gone back to what it had.
+			return revoke(g, "never given its length", now)
+		}
 		// At its end it dies by itself; the issuer is asked, so that a clock
 		// that jumped takes nothing.
 		g.Due = now.Add(extendRetry)
-		return g, settle(g), nil
+		return g, []Effect{DoExtend}, nil
 	case Retiring:
 		return revoke(g, g.Reason, now)
 	case Revoking:
@@ -295,15 +311,6 @@ func tick(g Grant, now time.Time) (Grant, []Effect, error) {
 		return g, []Effect{DoRevoke}, nil
 	}
 	return g, nil, nil
-}
-
-// settle is what makes an acknowledged grant the one in force. Until Extended
-// says that it was done, Tick does it again.
-func settle(g Grant) []Effect {
-	if g.Replaces != "" {
-		return []Effect{DoExtend, DoReplace}
-	}
-	return []Effect{DoExtend}
 }
 
 // revoke sets Due so that the sweeper comes back if the effect gets lost.

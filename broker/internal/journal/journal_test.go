@@ -110,12 +110,30 @@ func TestIssuedAfterGivingUp(t *testing.T) {
 }
 
 func TestFailedExtensionIsTriedAgainWhileItLives(t *testing.T) {
-	g, _ := step(t, intended(), journal.Issued{Accessor: "a", Expires: t0.Add(journal.ProvisionalFor)}, t0)
-	g, _ = step(t, g, journal.Acknowledged{}, t0)
+	g := intended()
+	g.Replaces = "old"
+	g, _ = step(t, g, journal.Issued{Accessor: "a", Expires: t0.Add(journal.ProvisionalFor)}, t0)
+	g, effects := step(t, g, journal.Acknowledged{}, t0)
+	if has(effects, journal.DoReplace) {
+		t.Error("the old one is retired before the new one has its length")
+	}
 	g, _ = step(t, g, journal.ExtendFailed{Err: errors.New("503")}, t0)
-	g, effects := step(t, g, journal.Tick{}, g.Due)
+	g, effects = step(t, g, journal.Tick{}, g.Due)
 	if g.State != journal.Live || !has(effects, journal.DoExtend) {
 		t.Errorf("%s %v", g.State, effects)
+	}
+	if again, effects := step(t, g, journal.Acknowledged{}, t0); again.Settled || !has(effects, journal.DoExtend) {
+		t.Errorf("acknowledged again: %v", effects)
+	}
+	if over, _ := step(t, g, journal.Tick{}, t0.Add(journal.ProvisionalFor)); over.State != journal.Revoking {
+		t.Errorf("never extended: %s, but the host has gone back to the old one", over.State)
+	}
+	g, effects = step(t, g, journal.Extended{Expires: t0.Add(8 * time.Hour)}, t0)
+	if !g.Settled || !has(effects, journal.DoReplace) {
+		t.Errorf("extended: %v", effects)
+	}
+	if _, effects = step(t, g, journal.Extended{Expires: g.Expires}, t0); has(effects, journal.DoReplace) {
+		t.Error("replaces twice")
 	}
 	g, effects = step(t, g, journal.Tick{}, g.Expires)
 	if g.State != journal.Live || !has(effects, journal.DoExtend) {

@@ -63,12 +63,16 @@ type Request struct {
 	With       func(*store.Tx) error // what else belongs into the intent's transaction
 }
 
-// maxGrants bounds a host's credentials whose end is not confirmed: a host has
-// few programs, and each credential costs Vault a token and a user.
-const maxGrants = 512
+// Bounds of credentials whose end is not confirmed: a host has few programs, an
+// instance of one needs a scope's credential and its successor, and each costs
+// Vault a token and a user.
+const (
+	maxGrants      = 512 // of a host
+	maxPerInstance = 8   // of one scope
+)
 
-// ErrTooMany says that a host has maxGrants of them.
-var ErrTooMany = errors.New("the host has too many credentials at once")
+// ErrTooMany says that a host, or a program on it, has as many as it may.
+var ErrTooMany = errors.New("too many credentials at once")
 
 // ErrReplaces says that a request wants to replace what isn't its own.
 var ErrReplaces = errors.New("the lease to replace is not this host's, or of another scope")
@@ -162,6 +166,19 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 		for _, e := range earlier {
 			superseded = append(superseded, e.ID)
 		}
+		same, err := journal.List(tx, journal.Filter{Host: g.Host, Scope: g.Scope, States: journal.Unended})
+		if err != nil {
+			return err
+		}
+		own := 0
+		for _, e := range same {
+			if e.Instance == g.Instance && e.From == g.From {
+				own++
+			}
+		}
+		if own >= maxPerInstance {
+			return ErrTooMany
+		}
 		if r.Replaces != "" {
 			old, err := journal.Load(tx, r.Replaces)
 			if err != nil || old.Host != g.Host || old.Scope != g.Scope {
@@ -233,9 +250,24 @@ func recorded(e journal.Event) (kind string, ok bool) {
 // grant as it stands after that; an act that failed is not an error here, it
 // is the grant's state.
 func (m *Manager) Event(ctx context.Context, id string, e journal.Event, c Cause) (journal.Grant, error) {
-	var g journal.Grant
-	var effects []journal.Effect
-	err := m.store.Update(ctx, func(tx *store.Tx) error {
+	g, effects, err := m.record(ctx, id, e, c)
+	if err != nil || len(effects) == 0 {
+		return g, err
+	}
+	if !m.claim(g.ID) {
+		return g, nil // who is at it sees the new state when that is done
+	}
+	if c.Later {
+		go m.background(context.WithoutCancel(ctx), g, effects, c)
+		return g, nil
+	}
+	defer m.release(g.ID)
+	return m.act(context.WithoutCancel(ctx), g, effects, c)
+}
+
+// record steps a grant and writes its new state and its audit record.
+func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Cause) (g journal.Grant, effects []journal.Effect, err error) {
+	err = m.store.Update(ctx, func(tx *store.Tx) error {
 		before, err := journal.Load(tx, id)
 		if err != nil {
 			return err
@@ -257,18 +289,10 @@ func (m *Manager) Event(ctx context.Context, id string, e journal.Event, c Cause
 		_, err = audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: c.Actor, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: c.Request}, outcome(g))
 		return err
 	})
-	if err != nil {
-		return g, err
+	if err == nil {
+		m.poke()
 	}
-	m.poke()
-	if len(effects) == 0 {
-		return g, nil
-	}
-	if c.Later {
-		m.background(context.WithoutCancel(ctx), g, effects, c)
-		return g, nil
-	}
-	return m.act(context.WithoutCancel(ctx), g, effects, c)
+	return g, effects, err
 }
 
 func changes(e journal.Event) bool {
@@ -288,30 +312,38 @@ func outcome(g journal.Grant) map[string]any {
 	}
 }
 
+// background acts on a grant that the caller has claimed.
 func (m *Manager) background(ctx context.Context, g journal.Grant, effects []journal.Effect, c Cause) {
-	go func() {
-		m.acting <- struct{}{}
-		defer func() { <-m.acting }()
-		if _, err := m.act(ctx, g, effects, c); err != nil {
-			m.log.Error("lease: could not record what was done; the sweeper tries again", "lease", g.ID, "err", err)
-		}
-	}()
+	defer m.release(g.ID)
+	m.acting <- struct{}{}
+	defer func() { <-m.acting }()
+	if _, err := m.act(ctx, g, effects, c); err != nil {
+		m.log.Error("lease: could not record what was done; the sweeper tries again", "lease", g.ID, "err", err)
+	}
 }
 
-// act does the effects of one step, each with its own event after it.
+// act does the effects of one step, each with its own event after it, for who
+// has claimed the grant. What the events ask for in turn, and a revocation that
+// came in between, is done too.
 func (m *Manager) act(ctx context.Context, g journal.Grant, effects []journal.Effect, c Cause) (journal.Grant, error) {
-	if !m.claim(g.ID) {
-		return g, nil // somebody is at it; what they can't do, the sweeper repeats
-	}
-	defer m.release(g.ID)
-	for _, effect := range effects {
+	for len(effects) > 0 {
+		effect := effects[0]
+		effects = effects[1:]
 		e, target := m.do(ctx, g, effect)
-		next, err := m.Event(ctx, target, e, Cause{Actor: "broker", Request: c.Request, Later: target != g.ID})
+		if target != g.ID {
+			if _, err := m.Event(ctx, target, e, Cause{Actor: "broker", Request: c.Request, Later: true}); err != nil && !errors.Is(err, journal.ErrUnknown) {
+				return g, err
+			}
+			continue
+		}
+		next, more, err := m.record(ctx, target, e, Cause{Actor: "broker", Request: c.Request})
 		if err != nil {
 			return g, err
 		}
-		if target == g.ID {
-			g = next
+		g = next
+		effects = append(effects, more...)
+		if g.State == journal.Revoking && effect != journal.DoRevoke && len(more) == 0 {
+			effects = []journal.Effect{journal.DoRevoke}
 		}
 	}
 	return g, nil
@@ -361,6 +393,12 @@ func (m *Manager) claim(id string) bool {
 	}
 	m.running[id] = true
 	return true
+}
+
+func (m *Manager) claimed(id string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.running[id]
 }
 
 func (m *Manager) release(id string) {

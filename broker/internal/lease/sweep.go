@@ -2,6 +2,8 @@ package lease
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/journal"
@@ -45,7 +47,7 @@ func (m *Manager) untilNextDue(ctx context.Context) time.Duration {
 		return longestSleep
 	}
 	// Not at once again, lest a grant that somebody acts on be polled in a loop.
-	return min(max(next.Sub(m.now()), 200*time.Millisecond), longestSleep)
+	return min(max(next.Sub(m.now()), time.Second), longestSleep)
 }
 
 func (m *Manager) sweepOnce(ctx context.Context) error {
@@ -57,10 +59,14 @@ func (m *Manager) sweepOnce(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
+	var errs []error
 	for _, g := range due {
+		if m.claimed(g.ID) {
+			continue // its act is under way
+		}
 		if _, err := m.Event(ctx, g.ID, journal.Tick{}, Cause{Actor: "broker", Later: true}); err != nil {
-			return err
+			errs = append(errs, fmt.Errorf("lease %s: %w", g.ID, err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }

@@ -14,12 +14,15 @@ import (
 )
 
 // withdraw takes the files away and gives the lease back. While the broker
-// can't be told, a unit's credential is kept in memory for its next start.
-func (r *Runner) withdraw(ctx context.Context, reason string) {
+// can't be told, a unit's credential is kept in memory for its next start. A
+// lease that took the place of the named one meanwhile stays.
+func (r *Runner) withdraw(ctx context.Context, id, reason string) {
+	r.files.Lock()
+	defer r.files.Unlock()
 	r.mu.Lock()
 	lease := r.lease
 	r.mu.Unlock()
-	if lease == nil {
+	if lease == nil || lease.ID != id {
 		return
 	}
 	var contents []deliver.Content
@@ -96,6 +99,8 @@ func (r *Runner) PayOwed(ctx context.Context) error {
 
 // adopt puts a withheld credential back for the next start of its unit.
 func (r *Runner) adopt(p *process.Program) {
+	r.files.Lock()
+	defer r.files.Unlock()
 	lease, contents, err := r.keep.loadWithheld()
 	if err == nil && lease != nil {
 		var swap *deliver.Swap
@@ -157,6 +162,8 @@ func (r *Runner) dropWithheld(reason string) {
 // kept where the broker still takes its acknowledgement, else the old files
 // come back.
 func (r *Runner) recover(ctx context.Context) error {
+	r.files.Lock()
+	defer r.files.Unlock()
 	pending := r.pending
 	swap, committed, err := deliver.Recover(r.cfg.Files)
 	if err != nil {
@@ -225,8 +232,8 @@ func (r *Runner) cameWith(lease *Lease, p *process.Program) {
 	if r.lease != lease || !lease.Coming || p.Instance().String() == lease.Instance {
 		return
 	}
-	lease.Instance, lease.Coming = p.Instance().String(), false
-	if err := r.keep.save(lease); err != nil {
+	r.lease = lease.with(func(l *Lease) { l.Instance, l.Coming = p.Instance().String(), false })
+	if err := r.keep.save(r.lease); err != nil {
 		r.log.Error("the lease's new instance was not noted", "err", err)
 	}
 }
@@ -236,7 +243,7 @@ func (r *Runner) Judged(ctx context.Context, lease string, v attest.Verdict) {
 	r.mu.Lock()
 	mine := r.lease != nil && r.lease.ID == lease
 	if mine && v.Outcome == "live" && !v.Expires.IsZero() {
-		r.lease.Expires = v.Expires
+		r.lease = r.lease.with(func(l *Lease) { l.Expires = v.Expires })
 	}
 	r.mu.Unlock()
 	if !mine {
@@ -244,12 +251,14 @@ func (r *Runner) Judged(ctx context.Context, lease string, v attest.Verdict) {
 	}
 	switch v.Outcome {
 	case string(wire.Refused), string(wire.Rejected):
-		r.withdraw(ctx, v.Outcome+": "+v.Reason)
+		r.withdraw(ctx, lease, v.Outcome+": "+v.Reason)
 	case wire.CheckGone:
 		// It is over at its issuer: a new one takes its place, if policy lets it.
 		r.mu.Lock()
-		r.lease.Replace, r.lease.Replaces = r.now(), ""
-		r.retryAt = time.Time{}
+		if r.lease != nil && r.lease.ID == lease {
+			r.lease = r.lease.with(func(l *Lease) { l.Replace = r.now() })
+			r.retryAt = time.Time{}
+		}
 		r.mu.Unlock()
 	}
 	r.poke()
@@ -258,7 +267,12 @@ func (r *Runner) Judged(ctx context.Context, lease string, v attest.Verdict) {
 // Rejected takes a broker's word that the host's evidence is false, or that an
 // operator took the host out: nothing may stand any more.
 func (r *Runner) Rejected(ctx context.Context, reason string) {
-	r.withdraw(ctx, "rejected: "+reason)
+	r.mu.Lock()
+	lease := r.lease
+	r.mu.Unlock()
+	if lease != nil {
+		r.withdraw(ctx, lease.ID, "rejected: "+reason)
+	}
 	r.dropWithheld(reason)
 	r.fail("prove", &wire.Error{Outcome: wire.Rejected, Check: "host", Message: reason})
 }

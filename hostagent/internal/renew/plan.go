@@ -33,6 +33,13 @@ type Lease struct {
 	Replaces string    `json:"replaces,omitempty"`
 }
 
+// with is a copy of l, changed: a lease that others may see never changes.
+func (l *Lease) with(change func(*Lease)) *Lease {
+	c := *l
+	change(&c)
+	return &c
+}
+
 // fits says whether a lease that was earned by an earlier instance may serve p
 // while no broker can be asked: the same unit, running the same file, in the
 // same boot.
@@ -43,7 +50,8 @@ func (l *Lease) fits(p *process.Program) bool {
 // Observed is all that Plan decides on.
 type Observed struct {
 	Now      time.Time
-	Program  *process.Program // what runs, or starts; nil: nothing
+	Program  *process.Program // what runs, or starts; nil: nothing, or Unknown
+	Unknown  bool             // what runs could not be seen
 	Lease    *Lease           // whose credential stands in the files; nil: none
 	Withheld *Lease           // whose credential is kept in memory while its unit is down
 	RetryAt  time.Time        // no request before this
@@ -77,6 +85,9 @@ func Plan(o Observed) Action {
 		switch {
 		case !o.Now.Before(l.Expires):
 			return Action{Kind: Withdraw, Reason: "expired"}
+		case o.Unknown:
+			// Not knowing is no end: the lease runs on, and is not replaced blindly.
+			return Action{Kind: Wait, Until: l.Expires}
 		case o.Program == nil && !l.Coming:
 			return Action{Kind: Withdraw, Reason: "the program ended"}
 		case o.Program != nil && o.Program.Instance().String() != l.Instance && !l.Coming:

@@ -50,7 +50,11 @@ type Runner struct {
 	now      func() time.Time
 	wake     chan struct{}
 
-	mu       sync.Mutex // guards what follows
+	// files is held by who changes the credential's files and the lease that
+	// stands in them. It is taken before mu.
+	files sync.Mutex
+
+	mu       sync.Mutex // guards what follows; a *Lease is never changed once it is here
 	lease    *Lease
 	pending  *Lease // that is being delivered
 	withheld *Lease
@@ -111,7 +115,7 @@ func (r *Runner) Run(ctx context.Context) {
 		case Adopt:
 			r.adopt(o.Program)
 		case Withdraw:
-			r.withdraw(ctx, a.Reason)
+			r.withdraw(ctx, o.Lease.ID, a.Reason)
 		case Drop:
 			r.dropWithheld(a.Reason)
 		}
@@ -123,18 +127,17 @@ func (r *Runner) observe(ctx context.Context) Observed {
 	r.mu.Lock()
 	starting := r.starting
 	r.mu.Unlock()
-	p := starting
+	p, unknown := starting, false
 	if p == nil {
 		found, err := r.programs.Find(ctx, r.cfg.Process)
 		switch {
 		case err == nil:
 			p = &found
-		case !errors.Is(err, instance.ErrNotRunning) && ctx.Err() == nil:
-			// Not knowing is not the same as not running: keep what was seen.
-			r.fail("look at the program", err)
-			r.mu.Lock()
-			p = r.program
-			r.mu.Unlock()
+		case !errors.Is(err, instance.ErrNotRunning):
+			unknown = true
+			if ctx.Err() == nil {
+				r.fail("look at the program", err)
+			}
 		}
 	}
 	r.mu.Lock()
@@ -145,8 +148,10 @@ func (r *Runner) observe(ctx context.Context) Observed {
 	if r.program != nil && p != nil && r.program.Instance() != p.Instance() {
 		r.failures, r.retryAt = 0, time.Time{} // another one may be served at once
 	}
-	r.program = p
-	return Observed{Now: r.now(), Program: p, Lease: r.lease, Withheld: r.withheld, RetryAt: r.retryAt, Offline: r.offline}
+	if !unknown {
+		r.program = p
+	}
+	return Observed{Now: r.now(), Program: p, Unknown: unknown, Lease: r.lease, Withheld: r.withheld, RetryAt: r.retryAt, Offline: r.offline}
 }
 
 // longestWait bounds a wait, so that a clock that was set is noticed.
@@ -241,6 +246,8 @@ const observeEvery = 15 * time.Minute
 // acknowledgement doesn't get through in time: they hold a credential that
 // lives, the new ones one that dies.
 func (r *Runner) put(ctx context.Context, p *process.Program, old, lease *Lease, fields map[string]secret.Bytes) error {
+	r.files.Lock()
+	defer r.files.Unlock()
 	swap, err := deliver.Prepare(r.cfg.Files, fields)
 	for _, f := range fields {
 		f.Wipe()
@@ -268,14 +275,16 @@ func (r *Runner) put(ctx context.Context, p *process.Program, old, lease *Lease,
 }
 
 // settle acknowledges a swap that stands in the files, and finishes or undoes
-// it.
+// it. r.files is held.
 func (r *Runner) settle(ctx context.Context, p *process.Program, old, lease *Lease, swap *deliver.Swap) error {
 	expires, err := r.acknowledge(ctx, lease)
 	if err != nil {
 		return r.undo(swap, err)
 	}
 	faults.Point("agent.acknowledged")
-	lease.Acked, lease.Expires = true, expires
+	acknowledged := *lease
+	acknowledged.Acked, acknowledged.Expires = true, expires
+	lease = &acknowledged
 	if err := r.keep.save(lease); err != nil {
 		return r.undo(swap, err)
 	}
@@ -330,7 +339,7 @@ func (r *Runner) acknowledge(ctx context.Context, lease *Lease) (time.Time, erro
 			return expires, nil
 		}
 		var e *wire.Error
-		if errors.As(err, &e) && e.Check == wire.CheckGone || !r.now().Before(lease.AckBy) {
+		if errors.As(err, &e) && (e.Check == wire.CheckGone || e.Outcome == wire.Rejected) || !r.now().Before(lease.AckBy) {
 			return time.Time{}, err
 		}
 		select {
@@ -346,15 +355,15 @@ func (r *Runner) answered(ctx context.Context, err error) {
 	e := wire.FromConnect(err)
 	r.mu.Lock()
 	r.offline = e.Outcome == wire.Fault
-	hasLease := r.lease != nil
-	if e.Check == wire.CheckGone && r.lease != nil {
-		r.lease.Replace = r.now() // ask again, for a new one
+	lease := r.lease
+	if e.Check == wire.CheckGone && lease != nil {
+		r.lease = lease.with(func(l *Lease) { l.Replace = r.now() }) // ask again, for a new one
 	}
 	r.mu.Unlock()
 	switch e.Outcome {
 	case wire.Refused, wire.Rejected:
-		if hasLease {
-			r.withdraw(ctx, e.Error())
+		if lease != nil {
+			r.withdraw(ctx, lease.ID, e.Error())
 		}
 		r.dropWithheld(e.Error())
 		r.fail("obtain", e)

@@ -18,6 +18,9 @@ func Clock(runDir string, wall time.Time) (func() time.Time, error) {
 	if err := os.MkdirAll(runDir, 0o700); err != nil {
 		return nil, err
 	}
+	if err := os.Chmod(runDir, 0o700); err != nil { // it may have been there
+		return nil, err
+	}
 	path := filepath.Join(runDir, "clock")
 	var booted time.Time
 	b, err := durable.Read(path)

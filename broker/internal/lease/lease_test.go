@@ -1,0 +1,141 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/store"
+)
+
+// stubborn is an issuer that answers as it is told; what it is not told, it
+// must not be asked.
+type stubborn struct {
+	issue.Issuer
+	extend func(issue.Handle) (time.Time, error)
+	revoke func(context.Context) error
+}
+
+func (s stubborn) Extend(_ context.Context, h issue.Handle, _ time.Duration) (time.Time, error) {
+	return s.extend(h)
+}
+func (s stubborn) Revoke(ctx context.Context, _ issue.Handle) error { return s.revoke(ctx) }
+
+func manager(t *testing.T, i issue.Issuer, grants ...journal.Grant) (*Manager, func(string) journal.Grant) {
+	t.Helper()
+	s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+		for _, g := range grants {
+			g.Host, g.Scope, g.Kind = "h", "s", journal.KindVault
+			if err := journal.Save(tx, g); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	m := New(s, map[string]issue.Issuer{journal.KindVault: i}, slog.New(slog.NewTextHandler(io.Discard, nil)), time.Now)
+	return m, func(id string) (g journal.Grant) {
+		t.Helper()
+		if err := s.View(context.Background(), func(tx *store.Tx) (err error) {
+			g, err = journal.Load(tx, id)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return g
+	}
+}
+
+func wait(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for range 200 {
+		if done() {
+			return
+		}
+		time.Sleep(25 * time.Millisecond)
+	}
+	t.Fatal(what)
+}
+
+// While an issuer hangs, what waits for it is one goroutine a grant.
+func TestAHangingIssuerPilesNothingUp(t *testing.T) {
+	const n = 300
+	var grants []journal.Grant
+	for i := range n {
+		grants = append(grants, journal.Grant{ID: fmt.Sprintf("g%05d", i), State: journal.Live, Accessor: "a", Issued: time.Now()})
+	}
+	m, _ := manager(t, stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}, grants...)
+	ctx, cancel := context.WithCancel(t.Context())
+	swept := make(chan error, 1)
+	go func() { swept <- m.Sweep(ctx) }()
+	defer func() { cancel(); <-swept }()
+	before := runtime.NumGoroutine()
+	if _, err := m.RevokeAll(t.Context(), journal.Filter{Host: "h"}, "quarantine", Cause{Actor: "x"}, false); err != nil {
+		t.Fatal(err)
+	}
+	for range 4 { // the grants are due again and again
+		time.Sleep(1500 * time.Millisecond)
+		if more := runtime.NumGoroutine() - before; more > n+50 {
+			t.Fatalf("%d goroutines more for %d grants", more, n)
+		}
+	}
+}
+
+// An old credential is retired when its successor has its length, not before.
+func TestReplacedOnlyByOneThatLives(t *testing.T) {
+	now := time.Now()
+	sealed := true
+	m, load := manager(t, stubborn{extend: func(issue.Handle) (time.Time, error) {
+		if sealed {
+			return time.Time{}, errors.New("Vault is sealed")
+		}
+		return now.Add(8 * time.Hour), nil
+	}},
+		journal.Grant{ID: "old", State: journal.Live, Settled: true, Overlap: time.Minute, Expires: now.Add(3 * time.Hour), Due: now.Add(3 * time.Hour), Issued: now},
+		journal.Grant{ID: "new", State: journal.Provisional, Replaces: "old", TTL: 8 * time.Hour, Expires: now.Add(2 * time.Minute), Due: now.Add(2 * time.Minute), Issued: now})
+	g, err := m.Event(t.Context(), "new", journal.Acknowledged{}, Cause{Actor: "host:h"})
+	if err != nil || g.Settled {
+		t.Fatalf("acknowledged while sealed: %+v, %v", g, err)
+	}
+	if old := load("old"); old.State != journal.Live {
+		t.Fatalf("the old one is %s, and the new one has two minutes", old.State)
+	}
+	sealed = false
+	if g, err = m.Event(t.Context(), "new", journal.Acknowledged{}, Cause{Actor: "host:h"}); err != nil || !g.Settled {
+		t.Fatalf("acknowledged again: %+v, %v", g, err)
+	}
+	wait(t, "the old one was not retired", func() bool { return load("old").State == journal.Retiring })
+}
+
+// A revocation that comes while the issuer extends is done right after.
+func TestRevokedWhileExtending(t *testing.T) {
+	now := time.Now()
+	extending, goOn := make(chan struct{}), make(chan struct{})
+	m, load := manager(t, stubborn{
+		extend: func(issue.Handle) (time.Time, error) { close(extending); <-goOn; return now.Add(time.Hour), nil },
+		revoke: func(context.Context) error { return nil },
+	}, journal.Grant{ID: "g", State: journal.Provisional, Expires: now.Add(2 * time.Minute), Due: now.Add(2 * time.Minute), Issued: now})
+	if _, err := m.Event(t.Context(), "g", journal.Acknowledged{}, Cause{Actor: "host:h", Later: true}); err != nil {
+		t.Fatal(err)
+	}
+	<-extending
+	if g, err := m.Event(t.Context(), "g", journal.Revoke{Reason: "quarantined"}, Cause{Actor: "operator:x"}); err != nil || g.State != journal.Revoking {
+		t.Fatalf("%+v, %v", g, err)
+	}
+	close(goOn)
+	wait(t, "it was not revoked", func() bool { return load("g").State == journal.Gone })
+}

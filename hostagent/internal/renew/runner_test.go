@@ -1,0 +1,164 @@
+package renew
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/hostagent/internal/attest"
+	"github.com/countersign/countersign/hostagent/internal/config"
+)
+
+// broker answers as a test tells it to.
+type broker struct {
+	issue       func() (attest.Issued, error)
+	acknowledge func() (time.Time, error)
+	released    []string
+}
+
+func (b *broker) Issue(context.Context, attest.Order) (attest.Issued, error) { return b.issue() }
+func (b *broker) Acknowledge(context.Context, string, string) (time.Time, error) {
+	return b.acknowledge()
+}
+func (b *broker) Release(_ context.Context, l []string, _ string) ([]string, error) {
+	b.released = append(b.released, l...)
+	return l, nil
+}
+func (b *broker) Host() (string, string) { return "h", "t" }
+
+// programs is one that runs, or an error.
+type programs struct {
+	p   process.Program
+	err error
+}
+
+func (r programs) Find(context.Context, config.Process) (process.Program, error) { return r.p, r.err }
+func (r programs) Starting(context.Context, string) (process.Program, error)     { return r.p, r.err }
+func (r programs) Watch(context.Context, config.Process) <-chan struct{}         { return nil }
+
+var running = process.Program{Boot: "boot", PID: 7, Start: 9, Exe: "/bin/x", SHA256: [32]byte{1}, User: "x"}
+
+// holding is a Runner that starts with the lease l, whose credential stands in
+// the file.
+func holding(t *testing.T, b *broker, p programs, l Lease) (r *Runner, file string) {
+	t.Helper()
+	dir := t.TempDir()
+	file = filepath.Join(dir, "db.properties")
+	if err := os.WriteFile(file, []byte("password=old\n"), 0o400); err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := config.Parse("x.hcl", []byte(`broker {
+  addresses = ["https://b.example:1"]
+  ca_sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
+}
+credential "billing-db" {
+  process { exe = "/bin/x" }
+  file "`+file+`" { template = "password={{ .password }}\n" }
+}
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Instance, l.Boot, l.Acked = running.Instance().String(), "boot", true
+	if err := (&keeper{dir, dir, "billing-db"}).save(&l); err != nil {
+		t.Fatal(err)
+	}
+	r, err = New(Options{Credential: cfg.Credentials[0], Broker: b, Programs: p, StateDir: dir, RunDir: dir, ProveNow: func() {},
+		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r, file
+}
+
+// An agent that restarts and can't see its program takes nothing, and says
+// nothing untrue of it.
+func TestAProgramThatCantBeSeenKeepsItsCredential(t *testing.T) {
+	b := &broker{}
+	r, file := holding(t, b, programs{err: errors.New("the system manager can't be reached")},
+		Lease{ID: "l1", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(-time.Minute)})
+	for _, p := range r.Proofs(t.Context()) {
+		if p.Program != nil {
+			t.Errorf("told of a program that was not seen: %s", p.Program)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	r.Run(ctx)
+	if _, err := os.Stat(file); err != nil || len(b.released) > 0 {
+		t.Errorf("file: %v; released: %v", err, b.released)
+	}
+}
+
+// A verdict on the old lease, while the new one awaits its acknowledgement,
+// takes nothing of the new one.
+func TestAVerdictDuringADelivery(t *testing.T) {
+	acking, answer := make(chan struct{}), make(chan struct{})
+	b := &broker{
+		issue: func() (attest.Issued, error) {
+			n := time.Now()
+			return attest.Issued{Lease: "l2", Fields: map[string]secret.Bytes{"password": secret.New([]byte("new"))},
+				Expires: n.Add(2 * time.Minute), ReplaceAt: n.Add(5 * time.Hour), AcknowledgeBy: n.Add(2 * time.Minute)}, nil
+		},
+		acknowledge: func() (time.Time, error) {
+			close(acking)
+			<-answer
+			return time.Now().Add(8 * time.Hour), nil
+		},
+	}
+	r, file := holding(t, b, programs{p: running}, Lease{ID: "l1", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(-time.Second)})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { r.Run(ctx); close(done) }()
+	<-acking
+	judged := make(chan struct{})
+	go func() {
+		r.Judged(ctx, "l1", attest.Verdict{Outcome: "refused", Reason: "a policy that was mended a second later"})
+		close(judged)
+	}()
+	time.Sleep(50 * time.Millisecond)
+	close(answer)
+	<-judged
+	for range 100 {
+		if r.Status().Lease == "l2" {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	cancel()
+	<-done
+	content, err := os.ReadFile(file)
+	if st := r.Status(); st.Lease != "l2" || err != nil || string(content) != "password=new\n" {
+		t.Errorf("lease %q, file %q, %v", st.Lease, content, err)
+	}
+}
+
+// Where the acknowledgement fails the old credential comes back.
+func TestUnacknowledgedGoesBack(t *testing.T) {
+	b := &broker{
+		issue: func() (attest.Issued, error) {
+			n := time.Now()
+			return attest.Issued{Lease: "l2", Fields: map[string]secret.Bytes{"password": secret.New([]byte("new"))},
+				Expires: n.Add(2 * time.Minute), ReplaceAt: n.Add(5 * time.Hour), AcknowledgeBy: n}, nil
+		},
+		acknowledge: func() (time.Time, error) { return time.Time{}, errors.New("no broker") },
+	}
+	r, file := holding(t, b, programs{p: running}, Lease{ID: "l1", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(-time.Second)})
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	r.Run(ctx)
+	content, err := os.ReadFile(file)
+	if st := r.Status(); st.Lease != "l1" || err != nil || string(content) != "password=old\n" {
+		t.Errorf("lease %q, file %q, %v", st.Lease, content, err)
+	}
+	if len(b.released) == 0 || b.released[0] != "l2" {
+		t.Errorf("released %v, want l2", b.released)
+	}
+}
