@@ -181,7 +181,7 @@ func (r *Runner) recover(ctx context.Context) error {
 		r.release(ctx, []string{pending.ID}, "the agent died before it delivered")
 		return r.dropPending()
 	}
-	return r.settle(ctx, nil, r.lease, pending, swap)
+	return r.settle(ctx, nil, pending, swap)
 }
 
 // Proofs are what a proof says of this credential: of the lease in force, and

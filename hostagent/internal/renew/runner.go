@@ -65,6 +65,7 @@ type Runner struct {
 	failures int
 	offline  bool
 	problem  string // what keeps the credential from being in force, in words
+	unseen   string // why the program can't be seen, in words
 	observed bool   // the scope only observes
 }
 
@@ -127,31 +128,32 @@ func (r *Runner) observe(ctx context.Context) Observed {
 	r.mu.Lock()
 	starting := r.starting
 	r.mu.Unlock()
-	p, unknown := starting, false
+	p, unseen := starting, ""
 	if p == nil {
 		found, err := r.programs.Find(ctx, r.cfg.Process)
 		switch {
 		case err == nil:
 			p = &found
 		case !errors.Is(err, instance.ErrNotRunning):
-			unknown = true
-			if ctx.Err() == nil {
-				r.fail("look at the program", err)
-			}
+			unseen = err.Error()
 		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if unseen != "" && unseen != r.unseen && ctx.Err() == nil {
+		r.log.Warn("the program can't be seen", "err", unseen)
+	}
+	r.unseen = unseen
 	if p != nil && p.Starting && starting == nil && (r.lease == nil || r.lease.Instance != p.Instance().String()) {
 		p = nil // it starts and doesn't wait for us: it is served when it runs
 	}
 	if r.program != nil && p != nil && r.program.Instance() != p.Instance() {
 		r.failures, r.retryAt = 0, time.Time{} // another one may be served at once
 	}
-	if !unknown {
+	if unseen == "" {
 		r.program = p
 	}
-	return Observed{Now: r.now(), Program: p, Unknown: unknown, Lease: r.lease, Withheld: r.withheld, RetryAt: r.retryAt, Offline: r.offline}
+	return Observed{Now: r.now(), Program: p, Unknown: unseen != "", Lease: r.lease, Withheld: r.withheld, RetryAt: r.retryAt, Offline: r.offline}
 }
 
 // longestWait bounds a wait, so that a clock that was set is noticed.
@@ -194,7 +196,7 @@ func (r *Runner) obtain(ctx context.Context, p *process.Program) {
 		return
 	}
 	faults.Point("agent.issued")
-	if err := r.put(ctx, p, old, lease, fields); err != nil {
+	if err := r.put(ctx, p, lease, fields); err != nil {
 		r.fail("deliver", err)
 		r.release(ctx, []string{lease.ID}, "not delivered")
 		return
@@ -245,7 +247,7 @@ const observeEvery = 15 * time.Minute
 // put swaps the files and acknowledges. The old files come back where the
 // acknowledgement doesn't get through in time: they hold a credential that
 // lives, the new ones one that dies.
-func (r *Runner) put(ctx context.Context, p *process.Program, old, lease *Lease, fields map[string]secret.Bytes) error {
+func (r *Runner) put(ctx context.Context, p *process.Program, lease *Lease, fields map[string]secret.Bytes) error {
 	r.files.Lock()
 	defer r.files.Unlock()
 	swap, err := deliver.Prepare(r.cfg.Files, fields)
@@ -271,12 +273,12 @@ func (r *Runner) put(ctx context.Context, p *process.Program, old, lease *Lease,
 		return errors.Join(err, r.dropPending())
 	}
 	faults.Point("agent.swapped")
-	return r.settle(ctx, p, old, lease, swap)
+	return r.settle(ctx, p, lease, swap)
 }
 
 // settle acknowledges a swap that stands in the files, and finishes or undoes
 // it. r.files is held.
-func (r *Runner) settle(ctx context.Context, p *process.Program, old, lease *Lease, swap *deliver.Swap) error {
+func (r *Runner) settle(ctx context.Context, p *process.Program, lease *Lease, swap *deliver.Swap) error {
 	expires, err := r.acknowledge(ctx, lease)
 	if err != nil {
 		return r.undo(swap, err)

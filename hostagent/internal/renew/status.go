@@ -20,6 +20,9 @@ func (r *Runner) Status() Status {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := Status{Name: r.cfg.Name, Scope: r.cfg.Scope, State: "waiting", Problem: r.problem, Failures: r.failures}
+	if r.unseen != "" {
+		s.Problem = "the program can't be seen: " + r.unseen
+	}
 	if r.program != nil {
 		s.Program = r.program.Instance().String()
 		s.State = "obtaining"
