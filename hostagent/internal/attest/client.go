@@ -74,14 +74,14 @@ func Open(o Options) (*Client, error) {
 // ErrNotJoined says that the host is not admitted yet.
 var ErrNotJoined = errors.New("this host has not joined; `countersign-agent join` asks a broker to admit it")
 
-// Host is the host's id and the trust domain, empty before it joined.
-func (c *Client) Host() (id, trustDomain string) {
+// Host is the host's id, empty before it joined.
+func (c *Client) Host() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.member == nil {
-		return "", ""
+		return ""
 	}
-	return c.member.HostID, c.member.TrustDomain
+	return c.member.HostID
 }
 
 // Close ends the connection.

@@ -137,7 +137,7 @@ func (c *Client) answer(ctx context.Context, s *wire.Session, eks []tpm.EK, body
 // followed so far goes on under a key that doesn't change. c.mu is held.
 func (c *Client) admitted(m *v1.ActivateResponse) error {
 	before := c.member
-	c.member = &membership{HostID: m.GetHostId(), TrustDomain: m.GetTrustDomain(), AuditKey: m.GetAuditKey(), Certificate: m.GetCertificate()}
+	c.member = &membership{HostID: m.GetHostId(), AuditKey: m.GetAuditKey(), Certificate: m.GetCertificate()}
 	if before != nil && before.AuditKey == c.member.AuditKey {
 		// Kept as it is: the next proof shows it and demands consistency.
 		c.member.Checkpoint = before.Checkpoint

@@ -29,7 +29,6 @@ type keys struct {
 // membership is what joining gave.
 type membership struct {
 	HostID      string   `json:"host_id"`
-	TrustDomain string   `json:"trust_domain"`
 	AuditKey    string   `json:"audit_key"`
 	Certificate [][]byte `json:"certificate"` // DER chain, leaf first
 	Checkpoint  []byte   `json:"checkpoint"`  // signed note

@@ -46,7 +46,11 @@ func Write(path string, data []byte) (err error) {
 
 // Remove deletes the file path, if it is there.
 func Remove(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	err := os.Remove(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	return SyncDir(filepath.Dir(path))

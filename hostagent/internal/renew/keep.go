@@ -61,19 +61,12 @@ func write(path string, v any) error {
 	return durable.Write(path, b)
 }
 
-func remove(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return nil
-}
-
 func (k *keeper) load() (*Lease, error)        { return read[Lease](k.file("json")) }
 func (k *keeper) save(l *Lease) error          { return write(k.file("json"), l) }
-func (k *keeper) drop() error                  { return remove(k.file("json")) }
+func (k *keeper) drop() error                  { return durable.Remove(k.file("json")) }
 func (k *keeper) loadPending() (*Lease, error) { return read[Lease](k.file("pending")) }
 func (k *keeper) savePending(l *Lease) error   { return write(k.file("pending"), l) }
-func (k *keeper) dropPending() error           { return remove(k.file("pending")) }
+func (k *keeper) dropPending() error           { return durable.Remove(k.file("pending")) }
 
 func (k *keeper) owed() ([]string, error) {
 	list, err := read[[]string](k.file("owed"))
@@ -96,7 +89,7 @@ func (k *keeper) owe(leases []string) error {
 	return write(k.file("owed"), have)
 }
 
-func (k *keeper) paid() error { return remove(k.file("owed")) }
+func (k *keeper) paid() error { return durable.Remove(k.file("owed")) }
 
 type withheldFile struct {
 	Lease    *Lease   `json:"lease"`
@@ -123,7 +116,7 @@ func (k *keeper) loadWithheld() (*Lease, []secret.Bytes, error) {
 	return w.Lease, contents, nil
 }
 
-func (k *keeper) dropWithheld() error { return remove(k.withheldFile()) }
+func (k *keeper) dropWithheld() error { return durable.Remove(k.withheldFile()) }
 
 func newDeliveryID() string {
 	var b [12]byte

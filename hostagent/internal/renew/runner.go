@@ -25,8 +25,6 @@ type Broker interface {
 	Issue(context.Context, attest.Order) (attest.Issued, error)
 	Acknowledge(ctx context.Context, lease, delivery string) (time.Time, error)
 	Release(ctx context.Context, leases []string, reason string) ([]string, error)
-	// Host is the host's id and trust domain.
-	Host() (id, trustDomain string)
 }
 
 // Programs is what a Runner needs to know of what runs.

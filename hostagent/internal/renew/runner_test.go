@@ -31,7 +31,6 @@ func (b *broker) Release(_ context.Context, l []string, _ string) ([]string, err
 	b.released = append(b.released, l...)
 	return l, nil
 }
-func (b *broker) Host() (string, string) { return "h", "t" }
 
 // programs is one that runs, or an error.
 type programs struct {
