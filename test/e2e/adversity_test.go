@@ -139,7 +139,16 @@ func TestRestore(t *testing.T) {
 			if verb {
 				file := filepath.Join(b.dir, "backup.db")
 				check.Nil(t, os.WriteFile(file, backup, 0o600))
-				out, err := exec.Command(check.Must(lab.Program("countersign", false))(t), "broker", "restore", file, "-c", b.broker.Config()).CombinedOutput()
+				restore := func() ([]byte, error) {
+					return exec.Command(check.Must(lab.Program("countersign", false))(t), "broker", "restore", file, "-c", b.broker.Config()).CombinedOutput()
+				}
+				// What a write-ahead log left behind holds must not get into the backup.
+				check.Nil(t, os.WriteFile(store+"-wal", nil, 0o600))
+				if out, err := restore(); err == nil || !strings.Contains(string(out), "store.db-wal exists") {
+					t.Errorf("restored beside an old log: %v: %s", err, out)
+				}
+				check.Nil(t, os.Remove(store+"-wal"))
+				out, err := restore()
 				if err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}

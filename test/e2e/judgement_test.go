@@ -189,6 +189,9 @@ func TestQuarantineWinsEveryRace(t *testing.T) {
 	for range workers {
 		<-done
 	}
+	if out, err := b.broker.CLI(ctx, "why", h.ID, "soft"); err == nil || !bytes.Contains(out, []byte("the host is quarantined")) {
+		t.Errorf("why: %v: %s", err, out)
+	}
 	check.Eventually(t, 30*time.Second, "nothing stands", func() (bool, string) {
 		left := b.leases(t, "--host", h.ID)
 		return len(left) == 0, fmt.Sprint(left)

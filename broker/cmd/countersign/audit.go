@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -160,7 +161,9 @@ func auditCheckCommand() *cobra.Command {
 		if err := json.Unmarshal(b, &r); err != nil {
 			return no("%s is no receipt: %v", args[0], err)
 		}
+		believed := "the key in the receipt; --key-file holds it against the broker's"
 		if keyFile != "" {
+			believed = keyFile
 			key, err := os.ReadFile(keyFile)
 			if err != nil {
 				return err
@@ -179,7 +182,7 @@ func auditCheckCommand() *cobra.Command {
 		if err != nil {
 			return no("%v", err)
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "record %d (%s at %s) is in the log of %s\n", rec.Index, rec.Kind, rec.Time, v.Name())
+		fmt.Fprintf(cmd.OutOrStdout(), "record %d (%s at %s) is in the log of %s, by %s\n", rec.Index, rec.Kind, rec.Time.Format(time.RFC3339), v.Name(), believed)
 		return nil
 	}}
 	cmd.Flags().StringVar(&keyFile, "key-file", "", "the broker's audit.pub, got another way than with the receipt")

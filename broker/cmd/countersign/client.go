@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -38,7 +39,7 @@ func (o *options) flags(root *cobra.Command) {
 	f.StringVarP(&o.output, "output", "o", "text", "output format: text or json")
 	f.StringVar(&o.socket, "socket", env("COUNTERSIGN_SOCKET", defaultSocket), "the broker's local socket, for root on its machine")
 	f.StringVar(&o.address, "address", os.Getenv("COUNTERSIGN_ADDRESS"), "the broker's https://HOST:PORT; without it, the local socket")
-	f.StringVar(&o.caSHA256, "ca-sha256", os.Getenv("COUNTERSIGN_CA_SHA256"), "SHA-256 of the broker's CA certificate, as `broker init` printed it")
+	f.StringVar(&o.caSHA256, "ca-sha256", os.Getenv("COUNTERSIGN_CA_SHA256"), "SHA-256 of the broker's CA certificate, as broker init printed it")
 	f.StringVar(&o.cert, "cert", os.Getenv("COUNTERSIGN_CERT"), "the operator's certificate file")
 	f.StringVar(&o.key, "key", os.Getenv("COUNTERSIGN_KEY"), "the operator's key file")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
@@ -61,12 +62,15 @@ func env(name, otherwise string) string {
 func (o *options) client(ctx context.Context) (countersignv1connect.OperatorServiceClient, error) {
 	if o.address == "" {
 		if _, err := os.Stat(o.socket); err != nil {
-			return nil, &exitError{exitUnreach, fmt.Errorf("no broker at %s (%w): start it, or name another by --address, --ca-sha256, --cert and --key", o.socket, err)}
+			return nil, &exitError{exitUnreach, fmt.Errorf("no broker at %s (%w): start it, or name its socket by --socket (operator.sock in its state_dir), or another broker by --address, --ca-sha256, --cert and --key", o.socket, err)}
 		}
 		transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", o.socket)
 		}}
 		return countersignv1connect.NewOperatorServiceClient(&http.Client{Transport: transport}, "http://broker"), nil
+	}
+	if o.caSHA256 == "" {
+		return nil, &exitError{exitUsage, errors.New("--address needs --ca-sha256, which broker init printed: without it anybody could be the broker")}
 	}
 	cert, err := tls.LoadX509KeyPair(o.cert, o.key)
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 
 func configCommand(_ *options) *cobra.Command {
 	cmd := &cobra.Command{Use: "config", Short: "The broker's config file"}
+	var file string
 	check := &cobra.Command{Use: "check [FILE]", Short: "Report every mistake in a config file", Args: cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
-		file := defaultConfig
 		if len(args) > 0 {
 			file = args[0]
 		}
@@ -25,6 +25,7 @@ func configCommand(_ *options) *cobra.Command {
 		fmt.Fprintf(cmd.OutOrStdout(), "%s is valid\n", file)
 		return nil
 	}}
+	check.Flags().StringVarP(&file, "config", "c", defaultConfig, "the broker's config file")
 	cmd.AddCommand(check)
 	return cmd
 }

@@ -133,7 +133,7 @@ func hostAddCommand(o *options) *cobra.Command {
 		}
 		return addHosts(cmd, o, []*v1.NewHost{{Name: args[0], EkHashes: eks, Labels: labels, Reference: reference}}, false)
 	}}
-	cmd.Flags().StringSliceVar(&eks, "ek-hash", nil, "SHA-256 of an EK's PKIX DER, as `countersign-agent doctor` prints it")
+	cmd.Flags().StringSliceVar(&eks, "ek-hash", nil, "SHA-256 of an EK's PKIX DER, as countersign-agent doctor prints it")
 	cmd.Flags().StringVar(&reference, "reference", "", "reference set that its PCRs must match")
 	_ = cmd.MarkFlagRequired("ek-hash")
 	return cmd

@@ -101,7 +101,8 @@ func leaseRevokeCommand(o *options) *cobra.Command {
 			return err
 		}
 		return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
-			fmt.Fprintf(w, "%d leases are revoked or being revoked; `countersign lease list --state revoking` shows the latter\n", len(r.Msg.GetRevoking()))
+			fmt.Fprintf(w, "%d ended, or being ended: `countersign lease list --state revoking` shows what is not confirmed\n"+
+				"their hosts hear of it at their next proof, and may earn new ones; `countersign host quarantine` prevents that\n", len(r.Msg.GetRevoking()))
 		})
 	}}
 	cmd.Flags().StringVar(&req.Host, "host", "", "all leases of this host")

@@ -60,7 +60,7 @@ func operatorCommand(o *options) *cobra.Command {
 		if err := writeNew(out+".crt", chain, 0o644); err != nil {
 			return err
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s.key and %s.crt are written; use them by --key and --cert\n", out, out)
+		fmt.Fprintf(cmd.OutOrStdout(), "%s.key and %s.crt are written; from another machine:\n  countersign --address https://BROKER:PORT --ca-sha256 SHA256 --cert %s.crt --key %s.key status\n", out, out, out, out)
 		return nil
 	}}
 	add.Flags().StringVar(&role, "role", "viewer", "viewer, responder, operator or admin")

@@ -26,8 +26,11 @@ func restoreCommand(file *string) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := os.Stat(c.StoreFile()); err == nil {
-				return no("%s exists: move it away first; restore never overwrites a store", c.StoreFile())
+			// A write-ahead log that was left behind would be replayed into the backup.
+			for _, ending := range []string{"", "-wal", "-shm"} {
+				if _, err := os.Stat(c.StoreFile() + ending); err == nil {
+					return no("%s exists: move %s* away first; restore never overwrites a store", c.StoreFile()+ending, c.StoreFile())
+				}
 			}
 			if err := copyFile(args[0], c.StoreFile()); err != nil {
 				return err

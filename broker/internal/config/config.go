@@ -95,7 +95,7 @@ func (c *CA) Every() time.Duration { return c.crlEvery }
 func Load(path string) (*Broker, error) {
 	info, err := os.Stat(path)
 	if err != nil {
-		return nil, fmt.Errorf("broker config: %w", err)
+		return nil, fmt.Errorf("broker config: %w; -c names another, and docs/examples/broker.hcl is one to start from", err)
 	}
 	if info.Size() > maxFile {
 		return nil, fmt.Errorf("broker config %s has %d bytes; at most %d are read", path, info.Size(), maxFile)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/appraise"
@@ -153,9 +154,9 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (policy.Res
 		return policy.Result{}, time.Time{}, err
 	}
 	var text string
-	err := d.Store.View(ctx, func(tx *store.Tx) error {
-		h, err := inventory.Find(tx, host)
-		if err != nil {
+	var h inventory.Host
+	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
+		if h, err = inventory.Find(tx, host); err != nil {
 			return err
 		}
 		err = tx.QueryRow(`SELECT facts FROM decisions WHERE host_id = ? AND scope = ?`, h.ID, scope).Scan(&text)
@@ -171,13 +172,23 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (policy.Res
 	if err := json.Unmarshal([]byte(text), &f); err != nil {
 		return policy.Result{}, time.Time{}, err
 	}
-	return d.Policy.Load().Evaluate(scope, f, d.Now()), f.At, nil
+	r := d.Policy.Load().Evaluate(scope, f, d.Now())
+	if h.State == inventory.Quarantined || h.State == inventory.Failed || h.State == inventory.Removed {
+		// Whatever the scope says of its last evidence.
+		r.Outcome, r.Reason = policy.Refused, fmt.Sprintf("the host is %s: %s", h.State, h.Reason)
+	}
+	return r, f.At, nil
 }
 
 // List reads grants by id, and the names of their hosts.
 func (d *Desk) List(ctx context.Context, a Actor, f journal.Filter) (list []journal.Grant, names map[string]string, err error) {
 	if err := a.need(Viewer); err != nil {
 		return nil, nil, err
+	}
+	for _, state := range f.States {
+		if state != journal.Gone && !slices.Contains(journal.Unended, state) {
+			return nil, nil, invalid("no state %q: intended, provisional, live, retiring, revoking or gone", state)
+		}
 	}
 	names = map[string]string{}
 	err = d.Store.View(ctx, func(tx *store.Tx) error {

@@ -30,12 +30,15 @@ func doctorCommand(o *options) *cobra.Command {
 			if err := t.Flush(); err != nil {
 				return err
 			}
+			if len(r.EKHashes) > 0 {
+				fmt.Fprintln(w, "\nany of these registers the host, by countersign host add NAME --ek-hash …")
+			}
 			for _, h := range r.EKHashes {
-				fmt.Fprintln(w, "ek-hash", h)
+				fmt.Fprintln(w, " ", h)
 			}
 		}
 		if !r.Healthy() {
-			return errors.New("something is wrong")
+			return errors.New("what is marked wrong keeps the agent from working")
 		}
 		return nil
 	}}

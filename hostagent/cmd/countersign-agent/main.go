@@ -319,7 +319,10 @@ func checkTemplates(name string, c *config.Agent) error {
 
 func configCommand(o *options) *cobra.Command {
 	cmd := &cobra.Command{Use: "config", Short: "The agent's config file"}
-	cmd.AddCommand(&cobra.Command{Use: "check", Short: "Report every mistake in the config file", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	cmd.AddCommand(&cobra.Command{Use: "check [FILE]", Short: "Report every mistake in the config file", Args: cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			o.config = args[0]
+		}
 		c, err := config.Load(o.config)
 		if err == nil {
 			err = checkTemplates(o.config, c)

@@ -135,7 +135,7 @@ func (p Problems) Error() string {
 func Load(path string) (*Agent, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("agent config: %w", err)
+		return nil, fmt.Errorf("agent config: %w; -c names another, and docs/examples/agent.hcl is one to start from", err)
 	}
 	return Parse(path, b)
 }
