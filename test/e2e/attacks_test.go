@@ -197,6 +197,19 @@ func TestAttacksOnSessions(t *testing.T) {
 		}
 		check.Must(h.Issue(ctx, dial(t, h), order(h)))(t)
 	})
+	t.Run("counters that went back at a join", func(t *testing.T) {
+		h := joined(t, b, services.TPMCA)
+		h.TPM.ResetCount = 5
+		lease := check.Must(h.Issue(ctx, dial(t, h), order(h)))(t).GetLeaseId()
+		h.TPM.ResetCount = 4
+		if pending := check.Must(h.Join(ctx, ""))(t); !pending {
+			t.Error("a reverted snapshot joined")
+		}
+		if state := b.hostState(t, h.ID); state != "quarantined" {
+			t.Errorf("the host is %s, want quarantined", state)
+		}
+		b.ended(t, lease)
+	})
 	t.Run("another program", func(t *testing.T) {
 		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)

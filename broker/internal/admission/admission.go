@@ -182,9 +182,9 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 	}
 
 	var r Result
-	var revoke string
+	revoke, because := "", ""
 	err = d.Store.Update(ctx, func(tx *store.Tx) error {
-		r, revoke = Result{}, ""
+		r, revoke, because = Result{}, "", ""
 		h, err := inventory.ByEK(tx, j.EK.Hash)
 		switch {
 		case errors.Is(err, inventory.ErrUnknown):
@@ -202,12 +202,13 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 		}
 		if sameAK && h.Counters != nil && quoted.Counters.Before(*h.Counters) && !h.Reenrolling {
 			h.State, h.Reason = inventory.Quarantined, "the TPM's counters went back: a copy or a reverted snapshot"
-			r = Result{Host: h, Pending: true}
-			return d.save(tx, h, "host.quarantined", requestID, now)
+			h.SilentAt = time.Time{}
+			r, revoke, because = Result{Host: h, Pending: true}, h.ID, h.Reason
+			return d.save(tx, h, "finding.duplicate-instance", requestID, now)
 		}
 		rejoined := h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling
 		if h.Reenrolling {
-			revoke = h.ID
+			revoke, because = h.ID, "the host was enrolled anew"
 		}
 		kind := "host.joined"
 		if !h.Admitted {
@@ -266,7 +267,7 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 		return Result{}, err
 	}
 	if revoke != "" {
-		if _, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: revoke}, "the host was enrolled anew", lease.Cause{Actor: "host:" + revoke, Request: requestID}, false); err != nil {
+		if _, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: revoke}, because, lease.Cause{Actor: "host:" + revoke, Request: requestID}, false); err != nil {
 			return Result{}, err
 		}
 	}

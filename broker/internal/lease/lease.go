@@ -240,8 +240,6 @@ func recorded(e journal.Event) (kind string, ok bool) {
 		return "credential.revoking", true
 	case journal.Revoked, journal.Vanished:
 		return "credential.ended", true
-	case journal.Bound:
-		return "credential.bound", true
 	}
 	return "", false
 }
@@ -280,10 +278,10 @@ func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Caus
 			return err
 		}
 		kind, ok := recorded(e)
-		if tick, isTick := e.(journal.Tick); isTick && g.State != before.State {
-			kind, ok = "credential.revoking", tick == journal.Tick{}
+		if _, tick := e.(journal.Tick); tick {
+			kind, ok = "credential.revoking", true // all that time alone leads to
 		}
-		if !ok || g.State == before.State && !changes(e) {
+		if !ok || g.State == before.State {
 			return nil
 		}
 		_, err = audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: c.Actor, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: c.Request}, outcome(g))
@@ -293,14 +291,6 @@ func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Caus
 		m.poke()
 	}
 	return g, effects, err
-}
-
-func changes(e journal.Event) bool {
-	switch e.(type) {
-	case journal.Bound:
-		return true
-	}
-	return false
 }
 
 // outcome is what the audit says of a grant: how it can be found and ended

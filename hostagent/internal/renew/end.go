@@ -13,10 +13,11 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 )
 
-// withdraw takes the files away and gives the lease back. While the broker
-// can't be told, a unit's credential is kept in memory for its next start. A
-// lease that took the place of the named one meanwhile stays.
-func (r *Runner) withdraw(ctx context.Context, id, reason string) {
+// withdraw takes the files away and gives the lease back. Where only the
+// program's end is the reason, and the broker can't be told, a unit's credential
+// is kept in memory for its next start: withhold says so. One that a broker took
+// away never is. A lease that took the place of the named one meanwhile stays.
+func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool) {
 	r.files.Lock()
 	defer r.files.Unlock()
 	r.mu.Lock()
@@ -26,7 +27,7 @@ func (r *Runner) withdraw(ctx context.Context, id, reason string) {
 		return
 	}
 	var contents []deliver.Content
-	if lease.Unit != "" && lease.Acked && r.now().Before(lease.Expires) {
+	if withhold && lease.Unit != "" && lease.Acked && r.now().Before(lease.Expires) {
 		contents = deliver.ReadBack(r.cfg.Files)
 	}
 	if err := deliver.Withdraw(r.cfg.Files); err != nil {
@@ -74,6 +75,11 @@ const releaseTimeout = 25 * time.Second
 
 // PayOwed gives back what could not be given back before.
 func (r *Runner) PayOwed(ctx context.Context) error {
+	// What is owed must not be put back into the files meanwhile.
+	r.files.Lock()
+	defer r.files.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, releaseTimeout)
+	defer cancel()
 	owed, err := r.keep.owed()
 	if err != nil || len(owed) == 0 {
 		return err
@@ -251,7 +257,7 @@ func (r *Runner) Judged(ctx context.Context, lease string, v attest.Verdict) {
 	}
 	switch v.Outcome {
 	case string(wire.Refused), string(wire.Rejected):
-		r.withdraw(ctx, lease, v.Outcome+": "+v.Reason)
+		r.withdraw(ctx, lease, v.Outcome+": "+v.Reason, false)
 	case wire.CheckGone:
 		// It is over at its issuer: a new one takes its place, if policy lets it.
 		r.mu.Lock()
@@ -271,7 +277,7 @@ func (r *Runner) Rejected(ctx context.Context, reason string) {
 	lease := r.lease
 	r.mu.Unlock()
 	if lease != nil {
-		r.withdraw(ctx, lease.ID, "rejected: "+reason)
+		r.withdraw(ctx, lease.ID, "rejected: "+reason, false)
 	}
 	r.dropWithheld(reason)
 	r.fail("prove", &wire.Error{Outcome: wire.Rejected, Check: "host", Message: reason})

@@ -114,7 +114,7 @@ func (r *Runner) Run(ctx context.Context) {
 		case Adopt:
 			r.adopt(o.Program)
 		case Withdraw:
-			r.withdraw(ctx, o.Lease.ID, a.Reason)
+			r.withdraw(ctx, o.Lease.ID, a.Reason, true)
 		case Drop:
 			r.dropWithheld(a.Reason)
 		}
@@ -363,7 +363,7 @@ func (r *Runner) answered(ctx context.Context, err error) {
 	switch e.Outcome {
 	case wire.Refused, wire.Rejected:
 		if lease != nil {
-			r.withdraw(ctx, lease.ID, e.Error())
+			r.withdraw(ctx, lease.ID, e.Error(), false)
 		}
 		r.dropWithheld(e.Error())
 		r.fail("obtain", e)

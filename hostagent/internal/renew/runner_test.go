@@ -14,6 +14,7 @@ import (
 	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/instance"
 )
 
 // broker answers as a test tells it to.
@@ -21,6 +22,7 @@ type broker struct {
 	issue       func() (attest.Issued, error)
 	acknowledge func() (time.Time, error)
 	released    []string
+	away        bool // Release finds nobody
 }
 
 func (b *broker) Issue(context.Context, attest.Order) (attest.Issued, error) { return b.issue() }
@@ -28,6 +30,9 @@ func (b *broker) Acknowledge(context.Context, string, string) (time.Time, error)
 	return b.acknowledge()
 }
 func (b *broker) Release(_ context.Context, l []string, _ string) ([]string, error) {
+	if b.away {
+		return nil, errors.New("no broker")
+	}
 	b.released = append(b.released, l...)
 	return l, nil
 }
@@ -136,6 +141,34 @@ func TestAVerdictDuringADelivery(t *testing.T) {
 	content, err := os.ReadFile(file)
 	if st := r.Status(); st.Lease != "l2" || err != nil || string(content) != "password=new\n" {
 		t.Errorf("lease %q, file %q, %v", st.Lease, content, err)
+	}
+}
+
+// What a broker took away isn't kept for the unit's next start, though the
+// broker can't be told that it went; what only lost its program is.
+func TestWhatIsWithheld(t *testing.T) {
+	for _, refused := range []bool{true, false} {
+		b := &broker{away: true}
+		r, file := holding(t, b, programs{err: instance.ErrNotRunning}, Lease{ID: "l1", Unit: "x.service", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(time.Hour)})
+		if err := os.Chown(file, 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		if refused {
+			r.Judged(t.Context(), "l1", attest.Verdict{Outcome: "refused", Reason: "policy"})
+		} else {
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			defer cancel()
+			r.Run(ctx)
+		}
+		if _, err := os.Stat(file); err == nil {
+			t.Errorf("refused=%v: the file stands", refused)
+		}
+		if lease, _, err := r.keep.loadWithheld(); err != nil || (lease == nil) != refused {
+			t.Errorf("refused=%v: withheld %+v, %v", refused, lease, err)
+		}
+		if owed, err := r.keep.owed(); err != nil || len(owed) != 1 {
+			t.Errorf("refused=%v: owed %v, %v", refused, owed, err)
+		}
 	}
 }
 
