@@ -44,8 +44,10 @@ func start(t *testing.T, edit func(*exec.Cmd)) (*exec.Cmd, string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	for range 200 { // until it has exec'ed
-		if link, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", cmd.Process.Pid)); link == exe {
+	for range 200 { // until it has exec'ed, and its loader is through
+		link, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", cmd.Process.Pid))
+		maps, _ := os.ReadFile(fmt.Sprintf("/proc/%d/maps", cmd.Process.Pid))
+		if link == exe && strings.Contains(string(maps), "libc") {
 			return cmd, exe
 		}
 		time.Sleep(5 * time.Millisecond)
