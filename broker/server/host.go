@@ -10,8 +10,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
-	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
 	"github.com/countersign/countersign/broker/internal/admission"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/credential"
@@ -267,7 +267,7 @@ func (s *Hosts) fault(ctx context.Context, err error) error {
 // else's secret.
 func (s *Hosts) admissionError(ctx context.Context, err error) error {
 	e := &wire.Error{Outcome: wire.Fault, Check: "join", Request: requestID(ctx)}
-	var rejected *tpmappraise.Rejected
+	var rejected *evidence.Rejected
 	switch {
 	case errors.As(err, &rejected):
 		e.Outcome, e.Check, e.Message = wire.Rejected, string(rejected.Check), rejected.Detail

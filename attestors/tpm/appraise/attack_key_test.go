@@ -16,11 +16,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/countersign/countersign/attestors/tpm/appraise"
 	"github.com/countersign/countersign/attestors/tpm/collect"
 	"github.com/countersign/countersign/test/lab"
-	"github.com/google/go-tpm/tpm2"
 )
 
 // A software AK's bytes are those of a real one, so it can be read. Only the
@@ -93,7 +95,7 @@ func TestEKCertificateAttacks(t *testing.T) {
 	for _, attack := range []struct {
 		name        string
 		certificate []byte
-		want        appraise.Check
+		want        evidence.Check
 	}{
 		{"of another EK", issue(maker, other), appraise.CheckEKCertificate},
 		{"expired", issue(maker, key, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), appraise.CheckEKExpired},
@@ -152,7 +154,7 @@ func TestEKPublicAttacks(t *testing.T) {
 	for _, attack := range []struct {
 		name string
 		ek   tpm.EK
-		want appraise.Check
+		want evidence.Check
 	}{
 		{"empty", tpm.EK{}, appraise.CheckEncoding},
 		{"trailing bytes", tpm.EK{Public: append(slices.Clone(good.Public), 0)}, appraise.CheckEncoding},
@@ -209,7 +211,7 @@ func TestAKAttacks(t *testing.T) {
 	for _, attack := range []struct {
 		name   string
 		public []byte
-		want   appraise.Check
+		want   evidence.Check
 	}{
 		{"empty", nil, appraise.CheckEncoding},
 		{"trailing bytes in the TPMT", append(slices.Clone(good), 0), appraise.CheckEncoding},
@@ -256,7 +258,7 @@ func TestTLSKeyAttacks(t *testing.T) {
 	for _, attack := range []struct {
 		name   string
 		public []byte
-		want   appraise.Check
+		want   evidence.Check
 	}{
 		{"without noDA", edited(t, good, attribute(func(a *tpm2.TPMAObject) { a.NoDA = false })), appraise.CheckAttributes},
 		{"not fixedTPM", edited(t, good, attribute(func(a *tpm2.TPMAObject) { a.FixedTPM = false })), appraise.CheckAttributes},

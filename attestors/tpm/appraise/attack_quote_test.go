@@ -6,12 +6,13 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/google/go-tpm/tpm2"
+
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/countersign/countersign/attestors/tpm/appraise"
 	"github.com/countersign/countersign/attestors/tpm/collect"
 	"github.com/countersign/countersign/test/lab"
-	"github.com/google/go-tpm/tpm2"
 )
 
 // A statementEdit changes a statement before an attacker's AK signs it.
@@ -76,7 +77,7 @@ func TestQuoteAttacks(t *testing.T) {
 	for _, attack := range []struct {
 		name string
 		make func(*testing.T) tpm.Quote
-		want appraise.Check
+		want evidence.Check
 	}{
 		{"duplicate PCR, the forged one first", report(func(q *tpm.Quote) { q.PCRs = append([]tpm.PCR{{Index: 4, SHA256: forged}}, q.PCRs...) }), appraise.CheckDuplicatePCR},
 		{"duplicate PCR, the forged one last", report(func(q *tpm.Quote) { q.PCRs = append(q.PCRs, tpm.PCR{Index: 4, SHA256: forged}) }), appraise.CheckDuplicatePCR},
@@ -185,7 +186,7 @@ func TestCertificationAttacks(t *testing.T) {
 	for _, attack := range []struct {
 		name string
 		make func(*testing.T) (tpm.Certification, error)
-		want appraise.Check
+		want evidence.Check
 	}{
 		{"of another key", func(*testing.T) (tpm.Certification, error) { return forgedTLS(soft, other.TLSPublic).Certify(extra) }, appraise.CheckName},
 		{"by another AK", func(*testing.T) (tpm.Certification, error) { return forgedTLS(other, soft.TLSPublic).Certify(extra) }, appraise.CheckSignature},

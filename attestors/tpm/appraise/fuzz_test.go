@@ -18,7 +18,7 @@ func judged(t *testing.T, err error) {
 	if err == nil {
 		return
 	}
-	if check := appraise.CheckOf(err); check == "" || check == appraise.CheckInternal {
+	if check := evidence.CheckOf(err); check == "" || check == appraise.CheckInternal {
 		t.Errorf("%v", err)
 	}
 }

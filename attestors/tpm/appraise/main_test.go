@@ -68,11 +68,11 @@ func must[T any](t testing.TB) func(T, error) T {
 }
 
 // rejected demands that err is a rejection by one named check.
-func rejected(t *testing.T, err error, want appraise.Check) {
+func rejected(t *testing.T, err error, want evidence.Check) {
 	t.Helper()
 	if err == nil {
 		t.Errorf("accepted, want a rejection by %s", want)
-	} else if got := appraise.CheckOf(err); got != want {
+	} else if got := evidence.CheckOf(err); got != want {
 		t.Errorf("rejected by %q (%v), want %s", got, err, want)
 	}
 }

@@ -72,7 +72,7 @@ var (
 )
 
 // A CheckActivation rejection is a TPM that didn't answer its challenge.
-const CheckActivation tpmappraise.Check = "activation"
+const CheckActivation evidence.Check = "activation"
 
 // A Challenge is what the host's TPM has to answer.
 type Challenge struct {
@@ -85,7 +85,7 @@ type Challenge struct {
 // one if there is, else a certified one.
 func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (Challenge, error) {
 	if len(a.EKs) == 0 || len(a.EKs) > maxEKs {
-		return Challenge{}, &tpmappraise.Rejected{Check: tpmappraise.CheckEKKey, Detail: fmt.Sprintf("%d endorsement keys; 1 to %d are looked at", len(a.EKs), maxEKs)}
+		return Challenge{}, &evidence.Rejected{Check: tpmappraise.CheckEKKey, Detail: fmt.Sprintf("%d endorsement keys; 1 to %d are looked at", len(a.EKs), maxEKs)}
 	}
 	ak, err := tpmappraise.ParseAK(a.AKPublic)
 	if err != nil {
@@ -103,7 +103,7 @@ func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (
 			offered.Certificate = nil // nothing to hold it against: the tier is known at best
 		}
 		ek, err := tpmappraise.VerifyEK(offered, d.Roots, d.Intermediates, now)
-		if known && tpmappraise.CheckOf(err) == tpmappraise.CheckEKChain {
+		if known && evidence.CheckOf(err) == tpmappraise.CheckEKChain {
 			// Operators vouch for this key, whoever its maker is.
 			offered.Certificate = nil
 			ek, err = tpmappraise.VerifyEK(offered, nil, nil, now)
@@ -167,14 +167,14 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 		return Result{}, err
 	}
 	if subtle.ConstantTimeCompare(a.Secret, j.Secret) != 1 {
-		return Result{}, &tpmappraise.Rejected{Check: CheckActivation, Detail: "the challenge to the TPM was not answered: AK and EK are not in one TPM"}
+		return Result{}, &evidence.Rejected{Check: CheckActivation, Detail: "the challenge to the TPM was not answered: AK and EK are not in one TPM"}
 	}
 	spki, err := j.AK.VerifyCertification(j.TLS, a.Certification, conn.Binding(evidence.CallCertify, j.Nonce, j.Body).ExtraData())
 	if err != nil {
 		return Result{}, err
 	}
 	if !bytes.Equal(spki, conn.KeySPKI) {
-		return Result{}, &tpmappraise.Rejected{Check: tpmappraise.CheckName, Detail: "the certified TLS key is not the one that opened this connection"}
+		return Result{}, &evidence.Rejected{Check: tpmappraise.CheckName, Detail: "the certified TLS key is not the one that opened this connection"}
 	}
 	quoted, err := j.AK.VerifyQuote(a.Quote, conn.Binding(evidence.CallJoin, j.Nonce, j.Body).ExtraData(), tpm.DefaultPCRs())
 	if err != nil {

@@ -53,7 +53,7 @@ const (
 var ErrProgram = errors.New("program evidence")
 
 // Appraise verifies b as evidence of the host h. The reference is the set that
-// h has to match, nil where it has none. An error is a *appraise.Rejected: the
+// h has to match, nil where it has none. An error is a *evidence.Rejected: the
 // evidence says no.
 func Appraise(b Bundle, h inventory.Host, reference []inventory.Reference, now time.Time) (Verified, error) {
 	ak, err := appraise.ParseAK(h.AKPublic)
@@ -65,7 +65,7 @@ func Appraise(b Bundle, h inventory.Host, reference []inventory.Reference, now t
 		return Verified{}, err
 	}
 	if b.Seen != nil && quoted.Counters.Before(*b.Seen) {
-		return Verified{}, &appraise.Rejected{Check: CheckCounters, Detail: fmt.Sprintf(
+		return Verified{}, &evidence.Rejected{Check: CheckCounters, Detail: fmt.Sprintf(
 			"the TPM's counters went back (reset %d, restart %d, clock %d; seen before: %d, %d, %d): a copy or a reverted snapshot; "+
 				"`countersign host reenrol` after looking into it", quoted.Counters.ResetCount, quoted.Counters.RestartCount, quoted.Counters.Clock,
 			b.Seen.ResetCount, b.Seen.RestartCount, b.Seen.Clock)}
@@ -116,5 +116,5 @@ func match(versions []inventory.Reference, pcrs map[int]evidence.Digest) error {
 	if len(versions) > 0 {
 		name = versions[0].Name
 	}
-	return &appraise.Rejected{Check: CheckReference, Detail: fmt.Sprintf("reference set %s: %s", name, strings.Join(newest, "; "))}
+	return &evidence.Rejected{Check: CheckReference, Detail: fmt.Sprintf("reference set %s: %s", name, strings.Join(newest, "; "))}
 }

@@ -149,7 +149,7 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	if errors.Is(err, appraise.ErrProgram) {
 		return proven{}, &wire.Error{Outcome: wire.Fault, Check: "program-evidence", Request: request, Message: err.Error()}
 	}
-	var rejected *tpmappraise.Rejected
+	var rejected *evidence.Rejected
 	if !errors.As(err, &rejected) {
 		return proven{}, d.fault(request, err)
 	}
@@ -161,7 +161,7 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 }
 
 // reject fails the host and revokes its leases.
-func (d *Desk) reject(ctx context.Context, h inventory.Host, r *tpmappraise.Rejected, request string) error {
+func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejected, request string) error {
 	state, kind := inventory.Failed, "host.failed"
 	if r.Check == appraise.CheckCounters {
 		state, kind = inventory.Quarantined, "finding.duplicate-instance"
