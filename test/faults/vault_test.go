@@ -2,8 +2,13 @@ package faults_test
 
 import (
 	"context"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -11,6 +16,70 @@ import (
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
+
+// order asks for a credential for one more program of a host.
+func order(ctx context.Context, h *lab.SoftHost, pid int) error {
+	program, err := h.Program(softExe, "billing", pid)
+	if err != nil {
+		return err
+	}
+	session, err := h.Dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = session.Close() }()
+	_, err = h.Issue(ctx, session, h.IssueBody("soft", program))
+	return err
+}
+
+// Vault does what it was told, and its answer is lost on the way: nobody is
+// let in whom nobody knows, and a revocation is repeated until it is confirmed.
+func TestReplyLost(t *testing.T) {
+	for _, path := range []string{"auth/token/create/", "database/creds/", "auth/token/renew-accessor", "sys/leases/renew", "sys/leases/revoke", "auth/token/revoke-accessor"} {
+		t.Run(path, func(t *testing.T) {
+			front := check.Must(lab.NewFront(services.Vault, filepath.Join(t.TempDir(), "front-ca.pem")))(t)
+			t.Cleanup(front.Close)
+			s := newSite(t, lab.BrokerOptions{Front: front})
+			ctx := check.Within(t, 20*time.Minute)
+			h := check.Must(lab.NewSoftHost(s.broker, services.TPMCA))(t)
+			check.Must(h.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
+			for round := range *rounds {
+				check.Nil(t, order(ctx, h, 100+round))
+				lost := make(chan struct{}, 1000)
+				front.Set(func(_ http.ResponseWriter, r *http.Request, forward http.Handler) bool {
+					if !strings.HasPrefix(r.URL.Path, "/v1/"+path) {
+						return false
+					}
+					forward.ServeHTTP(httptest.NewRecorder(), r)
+					lost <- struct{}{}
+					panic(http.ErrAbortHandler)
+				})
+				err := order(ctx, h, 200+round)
+				live := s.leases(t, "--state", "live")
+				revoked := ""
+				if strings.Contains(path, "revoke") {
+					check.Nil(t, err)
+					revoked = live[0].ID
+					_, err = s.broker.CLI(ctx, "lease", "revoke", revoked)
+					check.Nil(t, err)
+				}
+				select {
+				case <-lost:
+				case <-time.After(20 * time.Second):
+					t.Fatalf("round %d: %s was not called (%v)", round, path, err)
+				}
+				front.Set(nil)
+				check.Nil(t, order(ctx, h, 300+round))
+				// One whose token nobody heard of stays until it has died by itself.
+				check.Eventually(t, 60*time.Second, "the revocation is confirmed", func() (bool, string) {
+					left := s.leases(t, "--state", "revoking")
+					return !slices.ContainsFunc(left, func(l lease) bool { return l.ID == revoked }), fmt.Sprint(left)
+				})
+				s.invariants(t)
+			}
+		})
+	}
+}
 
 // Vault turns the broker away in different ways: nothing new is issued,
 // nothing that works is taken, and afterwards it goes on by itself.
@@ -42,6 +111,10 @@ func TestVaultRefuses(t *testing.T) {
 			write(path, map[string]any{"policy": `path "sys/nothing" { capabilities = ["read"] }`})(t)
 			return write(path, map[string]any{"policy": was.Data["policy"]})
 		}},
+		{"PostgreSQL's connections are used up", func(t *testing.T, _ *site) func(*testing.T) {
+			release := check.Must(services.PG.TakeConnections(check.Within(t, time.Minute)))(t)
+			return func(*testing.T) { release() }
+		}},
 		{"its rate limit is used up", func(t *testing.T, _ *site) func(*testing.T) {
 			write("sys/quotas/rate-limit/faults", map[string]any{"rate": 0.01, "interval": "300s", "path": "auth/token/"})(t)
 			return func(t *testing.T) {
@@ -57,15 +130,7 @@ func TestVaultRefuses(t *testing.T) {
 			h := check.Must(lab.NewSoftHost(s.broker, services.TPMCA))(t)
 			check.Must(h.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
 			for round := range *rounds {
-				order := func(ctx context.Context, pid int) error {
-					session, err := h.Dial(ctx)
-					if err != nil {
-						return err
-					}
-					defer func() { _ = session.Close() }()
-					_, err = h.Issue(ctx, session, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 10_000+round*100+pid))(t)))
-					return err
-				}
+				order := func(ctx context.Context, pid int) error { return order(ctx, h, 10_000+round*100+pid) }
 				check.Nil(t, order(ctx, 1))
 				live := len(s.leases(t, "--state", "live"))
 				mend := tt.fault(t, s)

@@ -244,3 +244,38 @@ func findInitdb() (string, error) {
 	}
 	return newest, nil
 }
+
+// TakeConnections leaves nobody else a connection, Vault neither, until release.
+func (pg *Postgres) TakeConnections(ctx context.Context) (release func(), err error) {
+	var held []*pgx.Conn
+	release = func() {
+		for _, conn := range held {
+			_ = conn.Close(ctx)
+		}
+	}
+	take := func() {
+		for {
+			conn, err := pgx.Connect(ctx, pg.DSN(pg.User, pg.Password, "postgres"))
+			if err != nil {
+				return
+			}
+			held = append(held, conn)
+		}
+	}
+	if take(); len(held) == 0 {
+		return nil, errors.New("no connection is left to take")
+	}
+	mine := make([]int32, len(held))
+	for n, conn := range held {
+		mine[n] = int32(conn.PgConn().PID())
+	}
+	for others := 1; others > 0; {
+		if err := held[0].QueryRow(ctx, `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+			WHERE backend_type = 'client backend' AND NOT pid = ANY($1)`, mine).Scan(&others); err != nil {
+			release()
+			return nil, err
+		}
+	}
+	take()
+	return release, nil
+}

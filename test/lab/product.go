@@ -32,6 +32,7 @@ type BrokerOptions struct {
 	Faults  bool     // use the build with failpoints and a clock
 	EKRoots []string // PEM files
 	Vault   string   // the body of the vault block; empty: none
+	Front   *Front   // what stands between NewBrokerFor's broker and its Vault
 	CA      string   // the body of the ca block; empty: none
 	Extra   string   // more lines of config
 	Names   []string // beside localhost, 127.0.0.1 and ::1

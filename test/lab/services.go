@@ -81,7 +81,11 @@ func (s *Services) NewBrokerFor(ctx context.Context, dir, scopes string, o Broke
 	home := filepath.Join(dir, "broker")
 	token := filepath.Join(home, "vault-token")
 	o.EKRoots = []string{roots}
-	o.Vault = fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", s.Vault.Addr, s.Vault.CACert, token)
+	address, ca := s.Vault.Addr, s.Vault.CACert
+	if o.Front != nil {
+		address, ca = o.Front.Addr, o.Front.CACert
+	}
+	o.Vault = fmt.Sprintf("address = %q\nca_file = %q\ntoken_file = %q", address, ca, token)
 	b, err := NewBroker(ctx, home, o)
 	if err != nil {
 		return nil, err

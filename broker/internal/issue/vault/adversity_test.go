@@ -18,10 +18,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
-
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/test/check"
 )
 
 func wantConfig(t *testing.T, err error, words ...string) {
@@ -293,22 +292,22 @@ func TestRateLimit(t *testing.T) {
 }
 
 func TestReplyLost(t *testing.T) {
-	f := newFront(t)
-	i := newIssuer(t, f.config(t))
+	f, behind := newFront(t)
+	i := newIssuer(t, behind)
 	ctx := within(t, time.Minute)
 	c := mustIssue(t, i, "billing-db", "lost0")
 
 	before := users(t)
-	f.loseReply("database/creds/")
+	f.LoseReply("database/creds/")
 	_, err := i.issue(ctx, scope("billing-db"), order("lost1"))
 	wantFault(t, err, "no answer to read database/creds/billing-ro")
 	eventually(t, "the user that nobody knows is gone", func() bool { return len(users(t)) == len(before) })
 
-	f.loseReply("sys/leases/revoke/")
+	f.LoseReply("sys/leases/revoke/")
 	wantFault(t, i.Revoke(ctx, c.Handle), "no answer")
-	f.loseReply("auth/token/revoke-accessor")
+	f.LoseReply("auth/token/revoke-accessor")
 	wantFault(t, i.Revoke(ctx, c.Handle), "no answer")
-	f.set(nil)
+	f.Set(nil)
 	if err := i.Revoke(ctx, c.Handle); err != nil {
 		t.Error(err)
 	}
@@ -316,7 +315,7 @@ func TestReplyLost(t *testing.T) {
 	// Of a token whose creation wasn't answered, nothing is known: it dies.
 	i.provisional = 2 * time.Second
 	accessors := tokens(t)
-	f.loseReply("auth/token/create/")
+	f.LoseReply("auth/token/create/")
 	_, err = i.issue(ctx, scope("billing-db"), order("lost2"))
 	wantFault(t, err, "no answer")
 	if len(tokens(t)) <= len(accessors) {
@@ -344,8 +343,8 @@ func tokens(t *testing.T) []string {
 }
 
 func TestHostileAnswers(t *testing.T) {
-	f := newFront(t)
-	i := newIssuer(t, f.config(t))
+	f, behind := newFront(t)
+	i := newIssuer(t, behind)
 	ctx := within(t, time.Minute)
 	mustIssue(t, i, "billing-db", "hostile0")
 	const echoed = "echoed-secret-0815"
@@ -370,7 +369,7 @@ func TestHostileAnswers(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f.answer("database/creds/", with)
+			f.Answer("database/creds/", with)
 			_, err := i.issue(ctx, scope("billing-db"), order("hostile"))
 			fails(t, err, "database/creds/billing-ro")
 			if len(err.Error()) > 1000 {
@@ -378,7 +377,7 @@ func TestHostileAnswers(t *testing.T) {
 			}
 		})
 	}
-	f.answer("sys/leases/lookup", func(w http.ResponseWriter, _ *http.Request) { http.NotFound(w, nil) })
+	f.Answer("sys/leases/lookup", func(w http.ResponseWriter, _ *http.Request) { http.NotFound(w, nil) })
 	_, err := i.lookupLease(ctx, "database/creds/billing-ro/x")
 	if unknown(err) {
 		t.Error("a proxy's 404 counts as Vault's word that a lease is over")
@@ -386,10 +385,10 @@ func TestHostileAnswers(t *testing.T) {
 }
 
 func TestRedirectKeepsMethod(t *testing.T) {
-	f := newFront(t)
-	i := newIssuer(t, f.config(t))
+	f, behind := newFront(t)
+	i := newIssuer(t, behind)
 	redirected := 0
-	f.set(func(w http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+	f.Set(func(w http.ResponseWriter, r *http.Request, _ http.Handler) bool {
 		redirected++
 		http.Redirect(w, r, testVault.Addr+r.URL.Path, http.StatusTemporaryRedirect)
 		return true
@@ -441,44 +440,9 @@ func TestConnectionsUsedUp(t *testing.T) {
 	i := newIssuer(t, tokenConfig(t, brokerToken(t, nil)))
 	ctx := within(t, time.Minute)
 	mustIssue(t, i, "billing-db", "full1")
-	release := takeConnections(t)
+	release := check.Must(testPG.TakeConnections(ctx))(t)
 	_, err := i.issue(ctx, scope("billing-db"), order("full2"))
 	release()
 	wantFault(t, err, "database/creds/billing-ro", "too many clients")
 	mustIssue(t, i, "billing-db", "full3")
-}
-
-// takeConnections leaves nobody else a connection, Vault neither.
-func takeConnections(t *testing.T) (release func()) {
-	t.Helper()
-	ctx := within(t, time.Minute)
-	var held []*pgx.Conn
-	take := func() {
-		for {
-			conn, err := pgx.Connect(ctx, testPG.DSN(testPG.User, testPG.Password, "postgres"))
-			if err != nil {
-				return
-			}
-			held = append(held, conn)
-		}
-	}
-	take()
-	mine := make([]int32, len(held))
-	for n, conn := range held {
-		mine[n] = int32(conn.PgConn().PID())
-	}
-	if _, err := held[0].Exec(ctx, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'client backend' AND NOT pid = ANY($1)", mine); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "the others' connections are ended", func() bool {
-		var others int
-		err := held[0].QueryRow(ctx, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND NOT pid = ANY($1)", mine).Scan(&others)
-		return err == nil && others == 0
-	})
-	take()
-	return func() {
-		for _, conn := range held {
-			_ = conn.Close(ctx)
-		}
-	}
 }
