@@ -48,7 +48,7 @@ func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) 
 	if err != nil {
 		return nil, err
 	}
-	if !s.joins.allow(c.challenge.Address) {
+	if !s.joins.allow(source(c.challenge.Address)) {
 		return nil, (&wire.Error{Outcome: wire.Fault, Check: "join-rate", Request: requestID(ctx), Message: "too many joins from this address; try again in a while"}).Connect()
 	}
 	var body v1.JoinBody

@@ -14,9 +14,9 @@ import (
 const (
 	maxBody     = 1 << 20          // of one request; evidence of a host with event log and IMA list has its own call
 	bodyTime    = 20 * time.Second // in which a request has to be sent
-	joinsPerSec = 2                // from one address, after joinBurst
+	joinsPerSec = 2                // from one source, after joinBurst
 	joinBurst   = 20
-	maxSources  = 65536 // addresses that the join limit remembers
+	maxSources  = 65536 // sources that the join limit remembers
 )
 
 // RequestHeader carries a correlation id from agent to Vault's audit log. The
@@ -58,7 +58,7 @@ func requestID(ctx context.Context) string {
 	return id
 }
 
-// A sourceLimit holds joins from one address to a rate, so that one source
+// A sourceLimit holds joins from one source to a rate, so that one source
 // can't take the time of all others.
 type sourceLimit struct {
 	mu      sync.Mutex
@@ -70,7 +70,7 @@ func newSourceLimit(now func() time.Time) *sourceLimit {
 	return &sourceLimit{sources: map[string]*rate.Limiter{}, now: now}
 }
 
-func (l *sourceLimit) allow(address string) bool {
+func (l *sourceLimit) allow(from string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.now()
@@ -84,10 +84,10 @@ func (l *sourceLimit) allow(address string) bool {
 			return false
 		}
 	}
-	s, ok := l.sources[address]
+	s, ok := l.sources[from]
 	if !ok {
 		s = rate.NewLimiter(joinsPerSec, joinBurst)
-		l.sources[address] = s
+		l.sources[from] = s
 	}
 	return s.AllowN(now, 1)
 }

@@ -21,6 +21,10 @@ import (
 // maxConnections bounds the listener: each costs memory for its TLS state.
 const maxConnections = 20000
 
+// maxShare is how many of them one source may have; hosts behind one address
+// are many, and strangers from one never take all.
+const maxShare = maxConnections / 4
+
 // A Server serves one broker's listeners until its context ends.
 type Server struct {
 	Door      *Door
@@ -58,7 +62,7 @@ func (s *Server) Run(ctx context.Context) error {
 	tlsServer := s.httpServer(handler)
 	tlsServer.TLSConfig = s.Door.TLS()
 	s.serve(ctx, group, tlsServer, func() error {
-		return tlsServer.ServeTLS(netutil.LimitListener(outside, maxConnections), "", "")
+		return tlsServer.ServeTLS(netutil.LimitListener(newFairListener(outside, maxShare), maxConnections), "", "")
 	})
 	localServer := s.httpServer(handler)
 	s.serve(ctx, group, localServer, func() error { return localServer.Serve(local) })

@@ -14,6 +14,8 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
+
+	"github.com/countersign/countersign/broker/internal/nesting"
 )
 
 const (
@@ -122,7 +124,7 @@ func (r *reader) file(f File) []*Scope {
 		r.problem(hcl.Range{Filename: f.Name}, fmt.Sprintf("%d signs $ and %%; at most %d are read", n, maxSigns), "")
 		return nil
 	}
-	if at, deep := tooDeep(f); deep {
+	if at, deep := nesting.TooDeep(f.Content, f.Name, maxNesting); deep {
 		r.problem(at, fmt.Sprintf("nested deeper than %d levels", maxNesting), "")
 		return nil
 	}
@@ -144,30 +146,6 @@ func (r *reader) file(f File) []*Scope {
 		}
 	}
 	return out
-}
-
-// tooDeep says where a file nests deeper than any scope does, before the
-// parser, which recurses, sees it. Operators recurse there too, and scopes have
-// none, so that each counts as a level that never closes.
-func tooDeep(f File) (hcl.Range, bool) {
-	tokens, _ := hclsyntax.LexConfig(f.Content, f.Name, hcl.InitialPos)
-	depth, operators := 0, 0
-	for _, t := range tokens {
-		switch t.Type {
-		case hclsyntax.TokenOBrace, hclsyntax.TokenOBrack, hclsyntax.TokenOParen, hclsyntax.TokenOQuote,
-			hclsyntax.TokenOHeredoc, hclsyntax.TokenTemplateInterp, hclsyntax.TokenTemplateControl:
-			depth++
-		case hclsyntax.TokenCBrace, hclsyntax.TokenCBrack, hclsyntax.TokenCParen, hclsyntax.TokenCQuote,
-			hclsyntax.TokenCHeredoc, hclsyntax.TokenTemplateSeqEnd:
-			depth = max(depth-1, 0)
-		case hclsyntax.TokenMinus, hclsyntax.TokenBang, hclsyntax.TokenQuestion:
-			operators++
-		}
-		if depth+operators > maxNesting {
-			return t.Range, true
-		}
-	}
-	return hcl.Range{}, false
 }
 
 // A block is one body whose unknown names were complained about.

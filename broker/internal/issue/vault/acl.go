@@ -9,6 +9,8 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
+
+	"github.com/countersign/countersign/broker/internal/nesting"
 )
 
 // maxPolicy bounds the text of a policy that is read.
@@ -29,7 +31,7 @@ func parsePolicy(text string) (map[string]held, error) {
 	if strings.HasPrefix(strings.TrimSpace(text), "{") {
 		return nil, errors.New("it is JSON; write it as HCL")
 	}
-	if tooDeep(text) {
+	if _, deep := nesting.TooDeep([]byte(text), "policy", maxNesting); deep {
 		return nil, errors.New("it nests deeper than a policy does")
 	}
 	file, diags := hclsyntax.ParseConfig([]byte(text), "policy", hcl.InitialPos)
@@ -81,29 +83,6 @@ func parsePolicy(text string) (map[string]held, error) {
 
 // maxNesting is more than a policy needs; HCL's parser recurses.
 const maxNesting = 16
-
-// tooDeep counts, beside what nests, the operators in front of which the parser
-// recurses, too; a policy has none.
-func tooDeep(text string) bool {
-	tokens, _ := hclsyntax.LexConfig([]byte(text), "policy", hcl.InitialPos)
-	depth, operators := 0, 0
-	for _, t := range tokens {
-		switch t.Type {
-		case hclsyntax.TokenOBrace, hclsyntax.TokenOBrack, hclsyntax.TokenOParen, hclsyntax.TokenOQuote,
-			hclsyntax.TokenOHeredoc, hclsyntax.TokenTemplateInterp, hclsyntax.TokenTemplateControl:
-			depth++
-		case hclsyntax.TokenCBrace, hclsyntax.TokenCBrack, hclsyntax.TokenCParen, hclsyntax.TokenCQuote,
-			hclsyntax.TokenCHeredoc, hclsyntax.TokenTemplateSeqEnd:
-			depth = max(depth-1, 0)
-		case hclsyntax.TokenMinus, hclsyntax.TokenBang, hclsyntax.TokenQuestion:
-			operators++
-		}
-		if depth+operators > maxNesting {
-			return true
-		}
-	}
-	return false
-}
 
 // words are a list of strings.
 func words(v cty.Value) ([]string, error) {
