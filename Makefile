@@ -37,7 +37,7 @@ demo: setup build ## a legacy program gets in with an earned credential, and los
 bench: setup build ## speed and size, as ratios against floors; writes bench.json
 	@$(GO) run ./test/bench
 
-faults: setup faults-build ## kill, fill, seal and step clocks: 20 rounds each
+faults: setup build faults-build ## kill, fill, seal and step clocks: 20 rounds each
 	$(GO) test -count=1 -timeout 80m ./test/faults -rounds 20
 
 fuzz: ## every fuzz target, FUZZTIME inputs each
