@@ -3,8 +3,11 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
+	"strings"
 	"time"
+	"unicode"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
@@ -31,6 +34,7 @@ type Hosts struct {
 	Now         func() time.Time
 
 	joins *sourceLimit
+	asks  *sourceLimit
 }
 
 // host is the connection of an admitted host, or a fault.
@@ -166,6 +170,9 @@ func (s *Hosts) Issue(ctx context.Context, req *connect.Request[v1.IssueRequest]
 	if err != nil {
 		return nil, err
 	}
+	if !s.asks.allow(c.challenge.Key().String()) {
+		return nil, (&wire.Error{Outcome: wire.Fault, Check: "ask-rate", Request: requestID(ctx), Message: "this host asks for too many credentials; try again in a while"}).Connect()
+	}
 	var body v1.IssueBody
 	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
 	if err != nil {
@@ -244,6 +251,11 @@ func quoteOf(q *v1.Quote) (tpm.Quote, error) {
 func evidenceOf(a *v1.Attested, body proto.Message, host func() *v1.HostFacts) (credential.Evidence, error) {
 	if err := proto.Unmarshal(a.GetBody(), body); err != nil {
 		return credential.Evidence{}, err
+	}
+	for what, text := range map[string]string{"os": host().GetOs(), "boot_id": host().GetBootId()} {
+		if len(text) > maxFact || strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			return credential.Evidence{}, fmt.Errorf("%s: more than %d bytes, or not printable", what, maxFact)
+		}
 	}
 	quote, err := quoteOf(a.GetQuote())
 	return credential.Evidence{Body: a.GetBody(), Nonce: a.GetNonce(), Quote: quote, Boot: host().GetBootId(), OS: host().GetOs()}, err

@@ -16,6 +16,9 @@ const (
 	bodyTime    = 20 * time.Second // in which a request has to be sent
 	joinsPerSec = 2                // from one source, after joinBurst
 	joinBurst   = 20
+	asksPerSec  = 10 // for credentials, by one host, after askBurst: each is journalled and audited for good
+	askBurst    = 300
+	maxFact     = 256   // bytes of a host's word about itself; it is kept with each decision
 	maxSources  = 65536 // sources that the join limit remembers
 )
 
@@ -58,16 +61,19 @@ func requestID(ctx context.Context) string {
 	return id
 }
 
-// A sourceLimit holds joins from one source to a rate, so that one source
-// can't take the time of all others.
+// A sourceLimit holds what one source asks for to a rate, so that it can't take
+// the time, or the disk, of all others.
 type sourceLimit struct {
+	perSecond rate.Limit
+	burst     int
+
 	mu      sync.Mutex
 	sources map[string]*rate.Limiter // guarded by mu
 	now     func() time.Time
 }
 
-func newSourceLimit(now func() time.Time) *sourceLimit {
-	return &sourceLimit{sources: map[string]*rate.Limiter{}, now: now}
+func newSourceLimit(perSecond rate.Limit, burst int, now func() time.Time) *sourceLimit {
+	return &sourceLimit{perSecond: perSecond, burst: burst, sources: map[string]*rate.Limiter{}, now: now}
 }
 
 func (l *sourceLimit) allow(from string) bool {
@@ -76,7 +82,7 @@ func (l *sourceLimit) allow(from string) bool {
 	now := l.now()
 	if len(l.sources) >= maxSources {
 		for a, s := range l.sources {
-			if s.TokensAt(now) >= joinBurst {
+			if s.TokensAt(now) >= float64(l.burst) {
 				delete(l.sources, a)
 			}
 		}
@@ -86,7 +92,7 @@ func (l *sourceLimit) allow(from string) bool {
 	}
 	s, ok := l.sources[from]
 	if !ok {
-		s = rate.NewLimiter(joinsPerSec, joinBurst)
+		s = rate.NewLimiter(l.perSecond, l.burst)
 		l.sources[from] = s
 	}
 	return s.AllowN(now, 1)

@@ -161,6 +161,25 @@ func (s *Operators) AddOperator(ctx context.Context, req *connect.Request[v1.Add
 	})
 }
 
+// ListOperators lists who may call from outside.
+func (s *Operators) ListOperators(ctx context.Context, _ *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.ListOperatorsResponse, error) {
+		list, err := s.Desk.Operators(ctx, a)
+		out := &v1.ListOperatorsResponse{}
+		for _, o := range list {
+			out.Operators = append(out.Operators, &v1.Operator{Name: o.Name, Role: o.Role, KeySha256: o.Key, Created: stamp(o.Created), Expires: stamp(o.Expires)})
+		}
+		return out, err
+	})
+}
+
+// RemoveOperator makes an operator's key good for nothing.
+func (s *Operators) RemoveOperator(ctx context.Context, req *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.RemoveOperatorResponse, error) {
+		return &v1.RemoveOperatorResponse{}, s.Desk.RemoveOperator(ctx, a, req.Msg.GetName())
+	})
+}
+
 func referenceMessage(r inventory.Reference) *v1.Reference {
 	m := &v1.Reference{Name: r.Name, Version: uint64(r.Version), LearnedFrom: r.LearnedFrom, Created: stamp(r.Created)}
 	for _, i := range slices.Sorted(maps.Keys(r.PCRs)) {

@@ -43,7 +43,8 @@ type Server struct {
 
 // Run serves until ctx ends, then lets running requests finish.
 func (s *Server) Run(ctx context.Context) error {
-	s.Hosts.joins = newSourceLimit(s.Door.Now)
+	s.Hosts.joins = newSourceLimit(joinsPerSec, joinBurst, s.Door.Now)
+	s.Hosts.asks = newSourceLimit(asksPerSec, askBurst, s.Door.Now)
 	opts := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxBody), connect.WithInterceptors(s.observe()))
 	mux := http.NewServeMux()
 	mux.Handle(countersignv1connect.NewHostServiceHandler(s.Hosts, opts, connect.WithRecover(s.recovered)))
@@ -133,6 +134,10 @@ func (s *Server) recovered(ctx context.Context, spec connect.Spec, _ http.Header
 // localSocket listens where root alone may connect: by the file's mode, and
 // again by the peer's uid, since a mode can be changed.
 func localSocket(path string) (net.Listener, error) {
+	if c, err := net.Dial("unix", path); err == nil {
+		_ = c.Close()
+		return nil, fmt.Errorf("local socket: another broker answers at %s", path)
+	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}

@@ -235,6 +235,26 @@ func TestRoles(t *testing.T) {
 			}
 		}
 	}
+	// One name is one key, and one that is removed is good for nothing at once.
+	out := filepath.Join(b.dir, "admin")
+	if _, err := b.broker.CLI(ctx, "operator", "add", "admin", "--role", "viewer", "--out", out+"2"); err == nil || !strings.Contains(err.Error(), "operator remove admin") {
+		t.Errorf("a taken name: %v", err)
+	}
+	_, err := b.broker.CLI(ctx, "operator", "remove", "admin")
+	check.Nil(t, err)
+	removed := exec.CommandContext(ctx, bin, "--address", "https://"+b.broker.Addr, "--ca-sha256", b.broker.CASHA256, "--cert", out+".crt", "--key", out+".key", "status")
+	if said, err := removed.CombinedOutput(); err == nil {
+		t.Errorf("a removed operator sees the status: %s", said)
+	}
+	if list := string(check.Must(b.broker.CLI(ctx, "operator", "list"))(t)); strings.Contains(list, "admin") || !strings.Contains(list, "responder") {
+		t.Errorf("operators: %s", list)
+	}
+	// A name that nothing has is a mistake, not an empty answer.
+	for _, args := range [][]string{{"lease", "revoke", "--scope", "typo"}, {"host", "list", "--state", "bogus"}, {"operator", "remove", "nobody"}} {
+		if out, err := b.broker.CLI(ctx, args...); err == nil {
+			t.Errorf("%v: %s", args, out)
+		}
+	}
 	// A key that the operator CA never saw.
 	stranger := check.Must(lab.SelfSigned(check.Must(lab.NewECDSA())(t)))(t)
 	s := check.Must(h.DialWith(ctx, stranger))(t)

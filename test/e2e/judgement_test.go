@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/countersign/countersign/attestors/evidence"
@@ -240,6 +241,36 @@ func TestJunk(t *testing.T) {
 		t.Errorf("the host is %s", state)
 	}
 	check.Must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 7))(t))))(t)
+}
+
+// What a host says of itself is kept with each decision for good: it is short,
+// printable, and not said too often.
+func TestAHostsWordIsBounded(t *testing.T) {
+	b := newBroker(t, softScope, false)
+	ctx := check.Within(t, 2*time.Minute)
+	h := joined(t, b, services.TPMCA)
+	s := dial(t, h)
+	program := check.Must(h.Program(softExe, "billing", 7))(t)
+	lease := check.Must(h.Issue(ctx, s, h.IssueBody("soft", program)))(t).GetLeaseId() // the honest twin
+	for name, os := range map[string]string{"long": strings.Repeat("x", 300), "escapes": "linux\x1b[2J"} {
+		body := h.IssueBody("soft", program)
+		body.Host.Os = os
+		_, err := h.Issue(ctx, s, body)
+		if e := wire.FromConnect(err); e == nil || e.Outcome != wire.Fault || e.Check != "request" {
+			t.Errorf("%s: %v, want a fault of the request", name, err)
+		}
+	}
+	_, err := s.Hosts.Release(ctx, connect.NewRequest(&v1.ReleaseRequest{LeaseIds: []string{lease}, Reason: "x\x1b[2K\nFAKE  row"}))
+	check.Nil(t, err)
+	if out := string(check.Must(b.broker.CLI(ctx, "lease", "list", "--all", "-o", "json"))(t)); strings.Contains(out, `\u001b`) || !strings.Contains(out, "FAKE") {
+		t.Errorf("the reason as it is kept: %s", out)
+	}
+	for range 400 {
+		if _, err = s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{})); wire.FromConnect(err).Check == "ask-rate" {
+			return
+		}
+	}
+	t.Errorf("a host may ask on and on: %v", err)
 }
 
 // Evidence of a program whose package was upgraded under it is still its own:

@@ -51,7 +51,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		return exitOK
 	}
-	fmt.Fprintln(stderr, "countersign:", message(err))
+	fmt.Fprintln(terminal{stderr}, "countersign:", message(err))
 	var exit *exitError
 	var remote *connect.Error
 	switch {

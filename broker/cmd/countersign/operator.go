@@ -67,7 +67,32 @@ func operatorCommand(o *options) *cobra.Command {
 	add.Flags().StringVar(&out, "out", "", "file name without ending (default NAME)")
 	add.Flags().DurationVar(&ttl, "ttl", 90*24*time.Hour, "how long the certificate lives, a year at most")
 	_ = add.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{"viewer", "responder", "operator", "admin"}, cobra.ShellCompDirectiveNoFileComp))
-	cmd.AddCommand(add)
+	list := &cobra.Command{Use: "list", Short: "List operators and when their certificates end", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		r, err := client.ListOperators(cmd.Context(), connect.NewRequest(&v1.ListOperatorsRequest{}))
+		if err != nil {
+			return err
+		}
+		return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
+			table(w, "NAME ROLE CREATED EXPIRES KEY", func(row func(...any)) {
+				for _, op := range r.Msg.GetOperators() {
+					row(op.GetName(), op.GetRole(), stampText(op.GetCreated()), stampText(op.GetExpires()), op.GetKeySha256()[:min(16, len(op.GetKeySha256()))])
+				}
+			})
+		})
+	}}
+	remove := &cobra.Command{Use: "remove NAME", Short: "Make an operator's key good for nothing, at once", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		_, err = client.RemoveOperator(cmd.Context(), connect.NewRequest(&v1.RemoveOperatorRequest{Name: args[0]}))
+		return err
+	}}
+	cmd.AddCommand(add, list, remove)
 	return cmd
 }
 

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	"unicode"
 
 	"golang.org/x/mod/sumdb/note"
 
@@ -194,8 +195,15 @@ func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(j
 	return nil
 }
 
-// bounded keeps a host's word short in the audit.
-func bounded(s string) string { return strings.ToValidUTF8(s[:min(len(s), 128)], "") }
+// bounded keeps a host's word short in the audit, and of printable letters.
+func bounded(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '\uFFFD'
+	}, s[:min(len(s), 128)])
+}
 
 // Acknowledge makes a provisional grant live.
 func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delivery, request string) (journal.Grant, error) {

@@ -37,6 +37,9 @@ const (
 	Removed     State = "removed"     // a tombstone: its EKs and keys are refused
 )
 
+// States are all of them.
+var States = []State{Registered, Pending, Trusted, Stale, Failed, Quarantined, Removed}
+
 // A Host is one machine. The zero values of key fields mean that it never
 // joined.
 type Host struct {

@@ -65,6 +65,9 @@ func (d *Desk) Hosts(ctx context.Context, a Actor, host, selector, state string)
 	if err != nil {
 		return nil, err
 	}
+	if state != "" && !slices.Contains(inventory.States, inventory.State(state)) {
+		return nil, invalid("no host is ever %q; the states are %v", state, inventory.States)
+	}
 	var list []inventory.Host
 	err = d.Store.View(ctx, func(tx *store.Tx) error {
 		if host != "" {

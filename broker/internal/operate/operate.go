@@ -8,14 +8,12 @@ package operate
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"time"
 
-	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/authority"
 	"github.com/countersign/countersign/broker/internal/lease"
@@ -99,52 +97,6 @@ func (d *Desk) act(ctx context.Context, a Actor, need Role, kind string, detail 
 		_, err := audit.Append(tx, r, detail)
 		return err
 	})
-}
-
-// longestOperator bounds operators' certificates.
-const longestOperator = 366 * 24 * time.Hour
-
-// AddOperator certifies the key of a CSR as an operator's.
-func (d *Desk) AddOperator(ctx context.Context, a Actor, name string, role Role, csr []byte, until time.Time) ([]byte, error) {
-	now := d.Now()
-	if until.IsZero() {
-		until = now.Add(longestOperator)
-	}
-	switch {
-	case !plainName(name):
-		return nil, invalid("operator name %q: 1 to 64 letters, digits, and . @ _ -", name)
-	case !until.After(now) || until.Sub(now) > longestOperator:
-		return nil, invalid("an operator's certificate ends within a year from now")
-	}
-	der, key, err := d.OperatorCA.Operator(csr, name, now, until)
-	if err != nil {
-		return nil, invalid("%v", err)
-	}
-	spki, err := x509.MarshalPKIXPublicKey(key)
-	if err != nil {
-		return nil, err
-	}
-	err = d.act(ctx, a, Admin, "operator.added", map[string]any{"name": name, "role": role.String(), "until": until}, func(tx *store.Tx, _ *audit.Record) error {
-		_, err := tx.Exec(`INSERT INTO operators (key_hash, name, role, created, expires) VALUES (?, ?, ?, ?, ?)
-			ON CONFLICT (key_hash) DO UPDATE SET name = excluded.name, role = excluded.role, expires = excluded.expires`,
-			evidence.Sum(spki).String(), name, role.String(), store.Millis(now), store.Millis(until))
-		return err
-	})
-	return der, err
-}
-
-// ActorByKey is the operator with this key, by its PKIX DER.
-func (d *Desk) ActorByKey(ctx context.Context, spki []byte) (Actor, error) {
-	var name, role string
-	var expires int64
-	err := d.Store.View(ctx, func(tx *store.Tx) error {
-		return tx.QueryRow(`SELECT name, role, expires FROM operators WHERE key_hash = ?`, evidence.Sum(spki).String()).Scan(&name, &role, &expires)
-	})
-	if err != nil || !d.Now().Before(store.Time(expires)) {
-		return Actor{}, fmt.Errorf("%w: no operator has this key", ErrForbidden)
-	}
-	r, err := ParseRole(role)
-	return Actor{Name: name, Role: r}, err
 }
 
 func plainName(s string) bool {

@@ -268,5 +268,8 @@ func (d *Desk) Revoke(ctx context.Context, a Actor, ids []string, host, scope, r
 	for _, g := range ended {
 		revoking = append(revoking, g.ID)
 	}
+	if err == nil && len(revoking) == 0 && scope != "" && d.Policy.Load().Scope(scope) == nil {
+		return nil, invalid("no scope is called %s, and no lease is of one", scope)
+	}
 	return revoking, err
 }

@@ -26,6 +26,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	_ "modernc.org/sqlite" // the embedded database
 )
 
@@ -47,7 +48,8 @@ func (t *Tx) QueryRow(query string, args ...any) *sql.Row        { return t.tx.Q
 // A Store is safe for concurrent use.
 type Store struct {
 	path    string
-	writer  *sql.DB // one connection, used by commitLoop alone
+	lock    *os.File // nil where it is only read
+	writer  *sql.DB  // one connection, used by commitLoop alone
 	readers *sql.DB
 	queue   chan *update
 	quit    chan struct{} // closed by Close
@@ -74,6 +76,20 @@ func Open(path string) (*Store, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
+	lock, err := exclusive(path + ".lock")
+	if err != nil {
+		return nil, err
+	}
+	s, err := openLocked(path)
+	if err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	s.lock = lock
+	go s.commitLoop()
+	return s, nil
+}
+
+func openLocked(path string) (*Store, error) {
 	// SQLite takes the journal's mode from the database file, so it is made
 	// closed to others before SQLite sees it.
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
@@ -86,11 +102,24 @@ func Open(path string) (*Store, error) {
 		return nil, err
 	}
 	if err := s.migrate(); err != nil {
-		s.closeDBs()
-		return nil, fmt.Errorf("store %s: %w", path, err)
+		return nil, errors.Join(fmt.Errorf("store %s: %w", path, err), s.closeDBs())
 	}
-	go s.commitLoop()
 	return s, nil
+}
+
+// exclusive holds a lock for as long as the file is open: two brokers on one
+// store would each act on what the other changed. It is a file of its own, since
+// closing another descriptor of the database would drop SQLite's own locks.
+func exclusive(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("another broker has this store open (%s is locked: %w)", path, err)
+	}
+	return f, nil
 }
 
 // OpenReadOnly opens the store for View alone and never writes to it.
@@ -210,7 +239,11 @@ func (s *Store) Close() error {
 		close(s.quit)
 	}
 	<-s.done
-	return s.closeDBs()
+	err := s.closeDBs()
+	if first && s.lock != nil {
+		err = errors.Join(err, s.lock.Close())
+	}
+	return err
 }
 
 func (s *Store) closeDBs() error { return errors.Join(s.readers.Close(), s.writer.Close()) }

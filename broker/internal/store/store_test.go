@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -110,5 +111,27 @@ func TestReadOnlyNeverWrites(t *testing.T) {
 	}
 	if err := r.View(t.Context(), set("c", "d")); err == nil {
 		t.Error("a read-only view wrote")
+	}
+}
+
+// Two brokers on one store would each act on what the other changed.
+func TestOneBrokerAStore(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store.db")
+	first, err := store.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Open(path); err == nil || !strings.Contains(err.Error(), "another broker has this store open") {
+		t.Errorf("a second one: %v", err)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	second, err := store.Open(path)
+	if err != nil {
+		t.Fatalf("after the first has closed: %v", err)
+	}
+	if err := second.Close(); err != nil {
+		t.Error(err)
 	}
 }

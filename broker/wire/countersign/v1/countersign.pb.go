@@ -2671,6 +2671,242 @@ func (x *AddOperatorResponse) GetCertificate() [][]byte {
 	return nil
 }
 
+type ListOperatorsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListOperatorsRequest) Reset() {
+	*x = ListOperatorsRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListOperatorsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListOperatorsRequest) ProtoMessage() {}
+
+func (x *ListOperatorsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListOperatorsRequest.ProtoReflect.Descriptor instead.
+func (*ListOperatorsRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{42}
+}
+
+type ListOperatorsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operators     []*Operator            `protobuf:"bytes,1,rep,name=operators,proto3" json:"operators,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListOperatorsResponse) Reset() {
+	*x = ListOperatorsResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListOperatorsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListOperatorsResponse) ProtoMessage() {}
+
+func (x *ListOperatorsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListOperatorsResponse.ProtoReflect.Descriptor instead.
+func (*ListOperatorsResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *ListOperatorsResponse) GetOperators() []*Operator {
+	if x != nil {
+		return x.Operators
+	}
+	return nil
+}
+
+type Operator struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Role          string                 `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	KeySha256     string                 `protobuf:"bytes,3,opt,name=key_sha256,json=keySha256,proto3" json:"key_sha256,omitempty"` // hex, of the key's PKIX DER
+	Created       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=created,proto3" json:"created,omitempty"`
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expires,proto3" json:"expires,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Operator) Reset() {
+	*x = Operator{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Operator) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Operator) ProtoMessage() {}
+
+func (x *Operator) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Operator.ProtoReflect.Descriptor instead.
+func (*Operator) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *Operator) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Operator) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *Operator) GetKeySha256() string {
+	if x != nil {
+		return x.KeySha256
+	}
+	return ""
+}
+
+func (x *Operator) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+func (x *Operator) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+type RemoveOperatorRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveOperatorRequest) Reset() {
+	*x = RemoveOperatorRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveOperatorRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveOperatorRequest) ProtoMessage() {}
+
+func (x *RemoveOperatorRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveOperatorRequest.ProtoReflect.Descriptor instead.
+func (*RemoveOperatorRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *RemoveOperatorRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RemoveOperatorResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveOperatorResponse) Reset() {
+	*x = RemoveOperatorResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveOperatorResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveOperatorResponse) ProtoMessage() {}
+
+func (x *RemoveOperatorResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveOperatorResponse.ProtoReflect.Descriptor instead.
+func (*RemoveOperatorResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{46}
+}
+
 type LearnReferenceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -2682,7 +2918,7 @@ type LearnReferenceRequest struct {
 
 func (x *LearnReferenceRequest) Reset() {
 	*x = LearnReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2694,7 +2930,7 @@ func (x *LearnReferenceRequest) String() string {
 func (*LearnReferenceRequest) ProtoMessage() {}
 
 func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2707,7 +2943,7 @@ func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceRequest.ProtoReflect.Descriptor instead.
 func (*LearnReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{42}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *LearnReferenceRequest) GetName() string {
@@ -2740,7 +2976,7 @@ type LearnReferenceResponse struct {
 
 func (x *LearnReferenceResponse) Reset() {
 	*x = LearnReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2752,7 +2988,7 @@ func (x *LearnReferenceResponse) String() string {
 func (*LearnReferenceResponse) ProtoMessage() {}
 
 func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2765,7 +3001,7 @@ func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceResponse.ProtoReflect.Descriptor instead.
 func (*LearnReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{43}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *LearnReferenceResponse) GetReference() *Reference {
@@ -2789,7 +3025,7 @@ type Reference struct {
 
 func (x *Reference) Reset() {
 	*x = Reference{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2801,7 +3037,7 @@ func (x *Reference) String() string {
 func (*Reference) ProtoMessage() {}
 
 func (x *Reference) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2814,7 +3050,7 @@ func (x *Reference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reference.ProtoReflect.Descriptor instead.
 func (*Reference) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{44}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Reference) GetName() string {
@@ -2868,7 +3104,7 @@ type ListReferencesRequest struct {
 
 func (x *ListReferencesRequest) Reset() {
 	*x = ListReferencesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2880,7 +3116,7 @@ func (x *ListReferencesRequest) String() string {
 func (*ListReferencesRequest) ProtoMessage() {}
 
 func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2893,7 +3129,7 @@ func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesRequest.ProtoReflect.Descriptor instead.
 func (*ListReferencesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{45}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ListReferencesRequest) GetName() string {
@@ -2912,7 +3148,7 @@ type ListReferencesResponse struct {
 
 func (x *ListReferencesResponse) Reset() {
 	*x = ListReferencesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2924,7 +3160,7 @@ func (x *ListReferencesResponse) String() string {
 func (*ListReferencesResponse) ProtoMessage() {}
 
 func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2937,7 +3173,7 @@ func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesResponse.ProtoReflect.Descriptor instead.
 func (*ListReferencesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{46}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ListReferencesResponse) GetReferences() []*Reference {
@@ -2957,7 +3193,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2969,7 +3205,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2982,7 +3218,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{47}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *File) GetName() string {
@@ -3009,7 +3245,7 @@ type ApplyScopesRequest struct {
 
 func (x *ApplyScopesRequest) Reset() {
 	*x = ApplyScopesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3021,7 +3257,7 @@ func (x *ApplyScopesRequest) String() string {
 func (*ApplyScopesRequest) ProtoMessage() {}
 
 func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3034,7 +3270,7 @@ func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesRequest.ProtoReflect.Descriptor instead.
 func (*ApplyScopesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{48}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ApplyScopesRequest) GetFiles() []*File {
@@ -3062,7 +3298,7 @@ type ApplyScopesResponse struct {
 
 func (x *ApplyScopesResponse) Reset() {
 	*x = ApplyScopesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3074,7 +3310,7 @@ func (x *ApplyScopesResponse) String() string {
 func (*ApplyScopesResponse) ProtoMessage() {}
 
 func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3087,7 +3323,7 @@ func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesResponse.ProtoReflect.Descriptor instead.
 func (*ApplyScopesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{49}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ApplyScopesResponse) GetVersion() uint64 {
@@ -3121,7 +3357,7 @@ type ScopeChange struct {
 
 func (x *ScopeChange) Reset() {
 	*x = ScopeChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3133,7 +3369,7 @@ func (x *ScopeChange) String() string {
 func (*ScopeChange) ProtoMessage() {}
 
 func (x *ScopeChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3146,7 +3382,7 @@ func (x *ScopeChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScopeChange.ProtoReflect.Descriptor instead.
 func (*ScopeChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{50}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ScopeChange) GetScope() string {
@@ -3176,7 +3412,7 @@ type LeaseChange struct {
 
 func (x *LeaseChange) Reset() {
 	*x = LeaseChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3188,7 +3424,7 @@ func (x *LeaseChange) String() string {
 func (*LeaseChange) ProtoMessage() {}
 
 func (x *LeaseChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3201,7 +3437,7 @@ func (x *LeaseChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseChange.ProtoReflect.Descriptor instead.
 func (*LeaseChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *LeaseChange) GetHost() string {
@@ -3248,7 +3484,7 @@ type FactsRequest struct {
 
 func (x *FactsRequest) Reset() {
 	*x = FactsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3260,7 +3496,7 @@ func (x *FactsRequest) String() string {
 func (*FactsRequest) ProtoMessage() {}
 
 func (x *FactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3273,7 +3509,7 @@ func (x *FactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
 func (*FactsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *FactsRequest) GetHost() string {
@@ -3292,7 +3528,7 @@ type FactsResponse struct {
 
 func (x *FactsResponse) Reset() {
 	*x = FactsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3304,7 +3540,7 @@ func (x *FactsResponse) String() string {
 func (*FactsResponse) ProtoMessage() {}
 
 func (x *FactsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3317,7 +3553,7 @@ func (x *FactsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsResponse.ProtoReflect.Descriptor instead.
 func (*FactsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *FactsResponse) GetJson() []byte {
@@ -3337,7 +3573,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3349,7 +3585,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3362,7 +3598,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *WhyRequest) GetHost() string {
@@ -3393,7 +3629,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3405,7 +3641,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3418,7 +3654,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *WhyResponse) GetAllowed() bool {
@@ -3475,7 +3711,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3487,7 +3723,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3500,7 +3736,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Selector) GetName() string {
@@ -3556,7 +3792,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3568,7 +3804,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3581,7 +3817,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Lease) GetId() string {
@@ -3717,7 +3953,7 @@ type ListLeasesRequest struct {
 
 func (x *ListLeasesRequest) Reset() {
 	*x = ListLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3729,7 +3965,7 @@ func (x *ListLeasesRequest) String() string {
 func (*ListLeasesRequest) ProtoMessage() {}
 
 func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3742,7 +3978,7 @@ func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ListLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ListLeasesRequest) GetHost() string {
@@ -3797,7 +4033,7 @@ type ListLeasesResponse struct {
 
 func (x *ListLeasesResponse) Reset() {
 	*x = ListLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3809,7 +4045,7 @@ func (x *ListLeasesResponse) String() string {
 func (*ListLeasesResponse) ProtoMessage() {}
 
 func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3822,7 +4058,7 @@ func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ListLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ListLeasesResponse) GetLeases() []*Lease {
@@ -3851,7 +4087,7 @@ type RevokeLeasesRequest struct {
 
 func (x *RevokeLeasesRequest) Reset() {
 	*x = RevokeLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3863,7 +4099,7 @@ func (x *RevokeLeasesRequest) String() string {
 func (*RevokeLeasesRequest) ProtoMessage() {}
 
 func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3876,7 +4112,7 @@ func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesRequest.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *RevokeLeasesRequest) GetLeases() []string {
@@ -3916,7 +4152,7 @@ type RevokeLeasesResponse struct {
 
 func (x *RevokeLeasesResponse) Reset() {
 	*x = RevokeLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3928,7 +4164,7 @@ func (x *RevokeLeasesResponse) String() string {
 func (*RevokeLeasesResponse) ProtoMessage() {}
 
 func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3941,7 +4177,7 @@ func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesResponse.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *RevokeLeasesResponse) GetRevoking() []string {
@@ -3961,7 +4197,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3973,7 +4209,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3986,7 +4222,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -4013,7 +4249,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4025,7 +4261,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4038,7 +4274,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *AuditRecord) GetIndex() uint64 {
@@ -4064,7 +4300,7 @@ type AuditReceiptRequest struct {
 
 func (x *AuditReceiptRequest) Reset() {
 	*x = AuditReceiptRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4076,7 +4312,7 @@ func (x *AuditReceiptRequest) String() string {
 func (*AuditReceiptRequest) ProtoMessage() {}
 
 func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4089,7 +4325,7 @@ func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptRequest.ProtoReflect.Descriptor instead.
 func (*AuditReceiptRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *AuditReceiptRequest) GetIndex() uint64 {
@@ -4110,7 +4346,7 @@ type AuditReceiptResponse struct {
 
 func (x *AuditReceiptResponse) Reset() {
 	*x = AuditReceiptResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4122,7 +4358,7 @@ func (x *AuditReceiptResponse) String() string {
 func (*AuditReceiptResponse) ProtoMessage() {}
 
 func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4135,7 +4371,7 @@ func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptResponse.ProtoReflect.Descriptor instead.
 func (*AuditReceiptResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *AuditReceiptResponse) GetRecord() []byte {
@@ -4168,7 +4404,7 @@ type AuditCheckpointRequest struct {
 
 func (x *AuditCheckpointRequest) Reset() {
 	*x = AuditCheckpointRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4180,7 +4416,7 @@ func (x *AuditCheckpointRequest) String() string {
 func (*AuditCheckpointRequest) ProtoMessage() {}
 
 func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4193,7 +4429,7 @@ func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *AuditCheckpointRequest) GetConsistentWith() uint64 {
@@ -4214,7 +4450,7 @@ type AuditCheckpointResponse struct {
 
 func (x *AuditCheckpointResponse) Reset() {
 	*x = AuditCheckpointResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4226,7 +4462,7 @@ func (x *AuditCheckpointResponse) String() string {
 func (*AuditCheckpointResponse) ProtoMessage() {}
 
 func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4239,7 +4475,7 @@ func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *AuditCheckpointResponse) GetCheckpoint() []byte {
@@ -4486,7 +4722,20 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x03csr\x18\x03 \x01(\fR\x03csr\x124\n" +
 	"\aexpires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"7\n" +
 	"\x13AddOperatorResponse\x12 \n" +
-	"\vcertificate\x18\x01 \x03(\fR\vcertificate\"S\n" +
+	"\vcertificate\x18\x01 \x03(\fR\vcertificate\"\x16\n" +
+	"\x14ListOperatorsRequest\"O\n" +
+	"\x15ListOperatorsResponse\x126\n" +
+	"\toperators\x18\x01 \x03(\v2\x18.countersign.v1.OperatorR\toperators\"\xbd\x01\n" +
+	"\bOperator\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\x12\x1d\n" +
+	"\n" +
+	"key_sha256\x18\x03 \x01(\tR\tkeySha256\x124\n" +
+	"\acreated\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x124\n" +
+	"\aexpires\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"+\n" +
+	"\x15RemoveOperatorRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x18\n" +
+	"\x16RemoveOperatorResponse\"S\n" +
 	"\x15LearnReferenceRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x12\n" +
@@ -4615,8 +4864,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05Prove\x12\x1c.countersign.v1.ProveRequest\x1a\x1d.countersign.v1.ProveResponse\x12D\n" +
 	"\x05Issue\x12\x1c.countersign.v1.IssueRequest\x1a\x1d.countersign.v1.IssueResponse\x12V\n" +
 	"\vAcknowledge\x12\".countersign.v1.AcknowledgeRequest\x1a#.countersign.v1.AcknowledgeResponse\x12J\n" +
-	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse2\xf2\n" +
-	"\n" +
+	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse2\xb1\f\n" +
 	"\x0fOperatorService\x12P\n" +
 	"\tGetStatus\x12 .countersign.v1.GetStatusRequest\x1a!.countersign.v1.GetStatusResponse\x12P\n" +
 	"\tListHosts\x12 .countersign.v1.ListHostsRequest\x1a!.countersign.v1.ListHostsResponse\x12M\n" +
@@ -4624,7 +4872,9 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\n" +
 	"ChangeHost\x12!.countersign.v1.ChangeHostRequest\x1a\".countersign.v1.ChangeHostResponse\x12b\n" +
 	"\x0fCreateJoinToken\x12&.countersign.v1.CreateJoinTokenRequest\x1a'.countersign.v1.CreateJoinTokenResponse\x12V\n" +
-	"\vAddOperator\x12\".countersign.v1.AddOperatorRequest\x1a#.countersign.v1.AddOperatorResponse\x12_\n" +
+	"\vAddOperator\x12\".countersign.v1.AddOperatorRequest\x1a#.countersign.v1.AddOperatorResponse\x12\\\n" +
+	"\rListOperators\x12$.countersign.v1.ListOperatorsRequest\x1a%.countersign.v1.ListOperatorsResponse\x12_\n" +
+	"\x0eRemoveOperator\x12%.countersign.v1.RemoveOperatorRequest\x1a&.countersign.v1.RemoveOperatorResponse\x12_\n" +
 	"\x0eLearnReference\x12%.countersign.v1.LearnReferenceRequest\x1a&.countersign.v1.LearnReferenceResponse\x12_\n" +
 	"\x0eListReferences\x12%.countersign.v1.ListReferencesRequest\x1a&.countersign.v1.ListReferencesResponse\x12V\n" +
 	"\vApplyScopes\x12\".countersign.v1.ApplyScopesRequest\x1a#.countersign.v1.ApplyScopesResponse\x12D\n" +
@@ -4649,7 +4899,7 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 	return file_countersign_v1_countersign_proto_rawDescData
 }
 
-var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 75)
+var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 80)
 var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*JoinRequest)(nil),             // 0: countersign.v1.JoinRequest
 	(*JoinBody)(nil),                // 1: countersign.v1.JoinBody
@@ -4693,40 +4943,45 @@ var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*CreateJoinTokenResponse)(nil), // 39: countersign.v1.CreateJoinTokenResponse
 	(*AddOperatorRequest)(nil),      // 40: countersign.v1.AddOperatorRequest
 	(*AddOperatorResponse)(nil),     // 41: countersign.v1.AddOperatorResponse
-	(*LearnReferenceRequest)(nil),   // 42: countersign.v1.LearnReferenceRequest
-	(*LearnReferenceResponse)(nil),  // 43: countersign.v1.LearnReferenceResponse
-	(*Reference)(nil),               // 44: countersign.v1.Reference
-	(*ListReferencesRequest)(nil),   // 45: countersign.v1.ListReferencesRequest
-	(*ListReferencesResponse)(nil),  // 46: countersign.v1.ListReferencesResponse
-	(*File)(nil),                    // 47: countersign.v1.File
-	(*ApplyScopesRequest)(nil),      // 48: countersign.v1.ApplyScopesRequest
-	(*ApplyScopesResponse)(nil),     // 49: countersign.v1.ApplyScopesResponse
-	(*ScopeChange)(nil),             // 50: countersign.v1.ScopeChange
-	(*LeaseChange)(nil),             // 51: countersign.v1.LeaseChange
-	(*FactsRequest)(nil),            // 52: countersign.v1.FactsRequest
-	(*FactsResponse)(nil),           // 53: countersign.v1.FactsResponse
-	(*WhyRequest)(nil),              // 54: countersign.v1.WhyRequest
-	(*WhyResponse)(nil),             // 55: countersign.v1.WhyResponse
-	(*Selector)(nil),                // 56: countersign.v1.Selector
-	(*Lease)(nil),                   // 57: countersign.v1.Lease
-	(*ListLeasesRequest)(nil),       // 58: countersign.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),      // 59: countersign.v1.ListLeasesResponse
-	(*RevokeLeasesRequest)(nil),     // 60: countersign.v1.RevokeLeasesRequest
-	(*RevokeLeasesResponse)(nil),    // 61: countersign.v1.RevokeLeasesResponse
-	(*ReadAuditRequest)(nil),        // 62: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),             // 63: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),     // 64: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),    // 65: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),  // 66: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil), // 67: countersign.v1.AuditCheckpointResponse
-	nil,                             // 68: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                             // 69: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                             // 70: countersign.v1.Host.LabelsEntry
-	nil,                             // 71: countersign.v1.NewHost.LabelsEntry
-	nil,                             // 72: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                             // 73: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                             // 74: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),   // 75: google.protobuf.Timestamp
+	(*ListOperatorsRequest)(nil),    // 42: countersign.v1.ListOperatorsRequest
+	(*ListOperatorsResponse)(nil),   // 43: countersign.v1.ListOperatorsResponse
+	(*Operator)(nil),                // 44: countersign.v1.Operator
+	(*RemoveOperatorRequest)(nil),   // 45: countersign.v1.RemoveOperatorRequest
+	(*RemoveOperatorResponse)(nil),  // 46: countersign.v1.RemoveOperatorResponse
+	(*LearnReferenceRequest)(nil),   // 47: countersign.v1.LearnReferenceRequest
+	(*LearnReferenceResponse)(nil),  // 48: countersign.v1.LearnReferenceResponse
+	(*Reference)(nil),               // 49: countersign.v1.Reference
+	(*ListReferencesRequest)(nil),   // 50: countersign.v1.ListReferencesRequest
+	(*ListReferencesResponse)(nil),  // 51: countersign.v1.ListReferencesResponse
+	(*File)(nil),                    // 52: countersign.v1.File
+	(*ApplyScopesRequest)(nil),      // 53: countersign.v1.ApplyScopesRequest
+	(*ApplyScopesResponse)(nil),     // 54: countersign.v1.ApplyScopesResponse
+	(*ScopeChange)(nil),             // 55: countersign.v1.ScopeChange
+	(*LeaseChange)(nil),             // 56: countersign.v1.LeaseChange
+	(*FactsRequest)(nil),            // 57: countersign.v1.FactsRequest
+	(*FactsResponse)(nil),           // 58: countersign.v1.FactsResponse
+	(*WhyRequest)(nil),              // 59: countersign.v1.WhyRequest
+	(*WhyResponse)(nil),             // 60: countersign.v1.WhyResponse
+	(*Selector)(nil),                // 61: countersign.v1.Selector
+	(*Lease)(nil),                   // 62: countersign.v1.Lease
+	(*ListLeasesRequest)(nil),       // 63: countersign.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),      // 64: countersign.v1.ListLeasesResponse
+	(*RevokeLeasesRequest)(nil),     // 65: countersign.v1.RevokeLeasesRequest
+	(*RevokeLeasesResponse)(nil),    // 66: countersign.v1.RevokeLeasesResponse
+	(*ReadAuditRequest)(nil),        // 67: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),             // 68: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),     // 69: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),    // 70: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),  // 71: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil), // 72: countersign.v1.AuditCheckpointResponse
+	nil,                             // 73: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                             // 74: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                             // 75: countersign.v1.Host.LabelsEntry
+	nil,                             // 76: countersign.v1.NewHost.LabelsEntry
+	nil,                             // 77: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                             // 78: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                             // 79: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),   // 80: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	2,  // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
@@ -4738,102 +4993,109 @@ var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	11, // 6: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
 	14, // 7: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
 	15, // 8: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	75, // 9: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	80, // 9: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
 	17, // 10: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
 	18, // 11: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	75, // 12: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
-	75, // 13: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	75, // 14: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	80, // 12: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	80, // 13: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	80, // 14: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
 	11, // 15: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
 	14, // 16: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
 	22, // 17: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	75, // 18: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	75, // 19: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	75, // 20: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	75, // 21: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	75, // 22: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	75, // 23: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	75, // 24: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
-	68, // 25: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	69, // 26: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	70, // 27: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	75, // 28: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	75, // 29: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	80, // 18: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	80, // 19: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	80, // 20: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	80, // 21: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	80, // 22: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	80, // 23: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	80, // 24: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	73, // 25: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	74, // 26: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	75, // 27: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	80, // 28: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	80, // 29: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
 	30, // 30: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	71, // 31: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	76, // 31: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
 	33, // 32: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	72, // 33: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	77, // 33: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
 	30, // 34: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	75, // 35: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	73, // 36: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	75, // 37: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	75, // 38: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
-	44, // 39: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	7,  // 40: countersign.v1.Reference.pcrs:type_name -> countersign.v1.Pcr
-	75, // 41: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	44, // 42: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
-	47, // 43: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
-	50, // 44: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
-	51, // 45: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
-	56, // 46: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	75, // 47: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	74, // 48: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	75, // 49: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	75, // 50: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	75, // 51: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	75, // 52: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	57, // 53: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	0,  // 54: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
-	4,  // 55: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
-	9,  // 56: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
-	12, // 57: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
-	19, // 58: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
-	23, // 59: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
-	25, // 60: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
-	28, // 61: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
-	31, // 62: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
-	34, // 63: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
-	36, // 64: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
-	38, // 65: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
-	40, // 66: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
-	42, // 67: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	45, // 68: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	48, // 69: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	52, // 70: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	54, // 71: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	58, // 72: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	60, // 73: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	62, // 74: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	64, // 75: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	66, // 76: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	3,  // 77: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	8,  // 78: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	10, // 79: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	16, // 80: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	21, // 81: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	24, // 82: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	26, // 83: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	29, // 84: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	32, // 85: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	35, // 86: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	37, // 87: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	39, // 88: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	41, // 89: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	43, // 90: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	46, // 91: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	49, // 92: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	53, // 93: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	55, // 94: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	59, // 95: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	61, // 96: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	63, // 97: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	65, // 98: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	67, // 99: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	77, // [77:100] is the sub-list for method output_type
-	54, // [54:77] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	80, // 35: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	78, // 36: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	80, // 37: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	80, // 38: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	44, // 39: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
+	80, // 40: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	80, // 41: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	49, // 42: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
+	7,  // 43: countersign.v1.Reference.pcrs:type_name -> countersign.v1.Pcr
+	80, // 44: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	49, // 45: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
+	52, // 46: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
+	55, // 47: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
+	56, // 48: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
+	61, // 49: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	80, // 50: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	79, // 51: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	80, // 52: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	80, // 53: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	80, // 54: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	80, // 55: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	62, // 56: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	0,  // 57: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
+	4,  // 58: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
+	9,  // 59: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
+	12, // 60: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
+	19, // 61: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
+	23, // 62: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
+	25, // 63: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
+	28, // 64: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
+	31, // 65: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
+	34, // 66: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
+	36, // 67: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
+	38, // 68: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
+	40, // 69: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
+	42, // 70: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
+	45, // 71: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
+	47, // 72: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	50, // 73: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	53, // 74: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	57, // 75: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	59, // 76: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	63, // 77: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	65, // 78: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	67, // 79: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	69, // 80: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	71, // 81: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	3,  // 82: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	8,  // 83: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	10, // 84: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	16, // 85: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	21, // 86: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	24, // 87: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	26, // 88: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	29, // 89: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	32, // 90: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	35, // 91: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	37, // 92: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	39, // 93: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	41, // 94: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	43, // 95: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	46, // 96: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	48, // 97: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	51, // 98: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	54, // 99: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	58, // 100: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	60, // 101: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	64, // 102: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	66, // 103: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	68, // 104: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	70, // 105: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	72, // 106: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	82, // [82:107] is the sub-list for method output_type
+	57, // [57:82] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_countersign_v1_countersign_proto_init() }
@@ -4847,7 +5109,7 @@ func file_countersign_v1_countersign_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   75,
+			NumMessages:   80,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

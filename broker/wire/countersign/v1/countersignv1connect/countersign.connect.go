@@ -72,6 +72,12 @@ const (
 	// OperatorServiceAddOperatorProcedure is the fully-qualified name of the OperatorService's
 	// AddOperator RPC.
 	OperatorServiceAddOperatorProcedure = "/countersign.v1.OperatorService/AddOperator"
+	// OperatorServiceListOperatorsProcedure is the fully-qualified name of the OperatorService's
+	// ListOperators RPC.
+	OperatorServiceListOperatorsProcedure = "/countersign.v1.OperatorService/ListOperators"
+	// OperatorServiceRemoveOperatorProcedure is the fully-qualified name of the OperatorService's
+	// RemoveOperator RPC.
+	OperatorServiceRemoveOperatorProcedure = "/countersign.v1.OperatorService/RemoveOperator"
 	// OperatorServiceLearnReferenceProcedure is the fully-qualified name of the OperatorService's
 	// LearnReference RPC.
 	OperatorServiceLearnReferenceProcedure = "/countersign.v1.OperatorService/LearnReference"
@@ -350,6 +356,8 @@ type OperatorServiceClient interface {
 	ChangeHost(context.Context, *connect.Request[v1.ChangeHostRequest]) (*connect.Response[v1.ChangeHostResponse], error)
 	CreateJoinToken(context.Context, *connect.Request[v1.CreateJoinTokenRequest]) (*connect.Response[v1.CreateJoinTokenResponse], error)
 	AddOperator(context.Context, *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error)
+	ListOperators(context.Context, *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error)
+	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
 	LearnReference(context.Context, *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error)
 	ListReferences(context.Context, *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error)
 	ApplyScopes(context.Context, *connect.Request[v1.ApplyScopesRequest]) (*connect.Response[v1.ApplyScopesResponse], error)
@@ -407,6 +415,18 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			httpClient,
 			baseURL+OperatorServiceAddOperatorProcedure,
 			connect.WithSchema(operatorServiceMethods.ByName("AddOperator")),
+			connect.WithClientOptions(opts...),
+		),
+		listOperators: connect.NewClient[v1.ListOperatorsRequest, v1.ListOperatorsResponse](
+			httpClient,
+			baseURL+OperatorServiceListOperatorsProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("ListOperators")),
+			connect.WithClientOptions(opts...),
+		),
+		removeOperator: connect.NewClient[v1.RemoveOperatorRequest, v1.RemoveOperatorResponse](
+			httpClient,
+			baseURL+OperatorServiceRemoveOperatorProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("RemoveOperator")),
 			connect.WithClientOptions(opts...),
 		),
 		learnReference: connect.NewClient[v1.LearnReferenceRequest, v1.LearnReferenceResponse](
@@ -480,6 +500,8 @@ type operatorServiceClient struct {
 	changeHost      *connect.Client[v1.ChangeHostRequest, v1.ChangeHostResponse]
 	createJoinToken *connect.Client[v1.CreateJoinTokenRequest, v1.CreateJoinTokenResponse]
 	addOperator     *connect.Client[v1.AddOperatorRequest, v1.AddOperatorResponse]
+	listOperators   *connect.Client[v1.ListOperatorsRequest, v1.ListOperatorsResponse]
+	removeOperator  *connect.Client[v1.RemoveOperatorRequest, v1.RemoveOperatorResponse]
 	learnReference  *connect.Client[v1.LearnReferenceRequest, v1.LearnReferenceResponse]
 	listReferences  *connect.Client[v1.ListReferencesRequest, v1.ListReferencesResponse]
 	applyScopes     *connect.Client[v1.ApplyScopesRequest, v1.ApplyScopesResponse]
@@ -520,6 +542,16 @@ func (c *operatorServiceClient) CreateJoinToken(ctx context.Context, req *connec
 // AddOperator calls countersign.v1.OperatorService.AddOperator.
 func (c *operatorServiceClient) AddOperator(ctx context.Context, req *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error) {
 	return c.addOperator.CallUnary(ctx, req)
+}
+
+// ListOperators calls countersign.v1.OperatorService.ListOperators.
+func (c *operatorServiceClient) ListOperators(ctx context.Context, req *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error) {
+	return c.listOperators.CallUnary(ctx, req)
+}
+
+// RemoveOperator calls countersign.v1.OperatorService.RemoveOperator.
+func (c *operatorServiceClient) RemoveOperator(ctx context.Context, req *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
+	return c.removeOperator.CallUnary(ctx, req)
 }
 
 // LearnReference calls countersign.v1.OperatorService.LearnReference.
@@ -580,6 +612,8 @@ type OperatorServiceHandler interface {
 	ChangeHost(context.Context, *connect.Request[v1.ChangeHostRequest]) (*connect.Response[v1.ChangeHostResponse], error)
 	CreateJoinToken(context.Context, *connect.Request[v1.CreateJoinTokenRequest]) (*connect.Response[v1.CreateJoinTokenResponse], error)
 	AddOperator(context.Context, *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error)
+	ListOperators(context.Context, *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error)
+	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
 	LearnReference(context.Context, *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error)
 	ListReferences(context.Context, *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error)
 	ApplyScopes(context.Context, *connect.Request[v1.ApplyScopesRequest]) (*connect.Response[v1.ApplyScopesResponse], error)
@@ -633,6 +667,18 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 		OperatorServiceAddOperatorProcedure,
 		svc.AddOperator,
 		connect.WithSchema(operatorServiceMethods.ByName("AddOperator")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceListOperatorsHandler := connect.NewUnaryHandler(
+		OperatorServiceListOperatorsProcedure,
+		svc.ListOperators,
+		connect.WithSchema(operatorServiceMethods.ByName("ListOperators")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceRemoveOperatorHandler := connect.NewUnaryHandler(
+		OperatorServiceRemoveOperatorProcedure,
+		svc.RemoveOperator,
+		connect.WithSchema(operatorServiceMethods.ByName("RemoveOperator")),
 		connect.WithHandlerOptions(opts...),
 	)
 	operatorServiceLearnReferenceHandler := connect.NewUnaryHandler(
@@ -709,6 +755,10 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 			operatorServiceCreateJoinTokenHandler.ServeHTTP(w, r)
 		case OperatorServiceAddOperatorProcedure:
 			operatorServiceAddOperatorHandler.ServeHTTP(w, r)
+		case OperatorServiceListOperatorsProcedure:
+			operatorServiceListOperatorsHandler.ServeHTTP(w, r)
+		case OperatorServiceRemoveOperatorProcedure:
+			operatorServiceRemoveOperatorHandler.ServeHTTP(w, r)
 		case OperatorServiceLearnReferenceProcedure:
 			operatorServiceLearnReferenceHandler.ServeHTTP(w, r)
 		case OperatorServiceListReferencesProcedure:
@@ -760,6 +810,14 @@ func (UnimplementedOperatorServiceHandler) CreateJoinToken(context.Context, *con
 
 func (UnimplementedOperatorServiceHandler) AddOperator(context.Context, *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.AddOperator is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) ListOperators(context.Context, *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.ListOperators is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.RemoveOperator is not implemented"))
 }
 
 func (UnimplementedOperatorServiceHandler) LearnReference(context.Context, *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error) {

@@ -1,0 +1,112 @@
+package operate
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/store"
+)
+
+// longestOperator bounds operators' certificates.
+const longestOperator = 366 * 24 * time.Hour
+
+// AddOperator certifies the key of a CSR as an operator's.
+func (d *Desk) AddOperator(ctx context.Context, a Actor, name string, role Role, csr []byte, until time.Time) ([]byte, error) {
+	now := d.Now()
+	if until.IsZero() {
+		until = now.Add(longestOperator)
+	}
+	switch {
+	case !plainName(name):
+		return nil, invalid("operator name %q: 1 to 64 letters, digits, and . @ _ -", name)
+	case !until.After(now) || until.Sub(now) > longestOperator:
+		return nil, invalid("an operator's certificate ends within a year from now")
+	}
+	der, key, err := d.OperatorCA.Operator(csr, name, now, until)
+	if err != nil {
+		return nil, invalid("%v", err)
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return nil, err
+	}
+	err = d.act(ctx, a, Admin, "operator.added", map[string]any{"name": name, "role": role.String(), "until": until}, func(tx *store.Tx, _ *audit.Record) error {
+		// One name, one key, or nobody knows what the other one still may.
+		var taken int
+		if err := tx.QueryRow(`SELECT COUNT(*) FROM operators WHERE name = ? AND expires > ?`, name, store.Millis(now)).Scan(&taken); err != nil {
+			return err
+		}
+		if taken > 0 {
+			return invalid("operator %s exists; `countersign operator remove %s` first", name, name)
+		}
+		_, err := tx.Exec(`INSERT INTO operators (key_hash, name, role, created, expires) VALUES (?, ?, ?, ?, ?)`,
+			evidence.Sum(spki).String(), name, role.String(), store.Millis(now), store.Millis(until))
+		return err
+	})
+	return der, err
+}
+
+// ActorByKey is the operator with this key, by its PKIX DER.
+func (d *Desk) ActorByKey(ctx context.Context, spki []byte) (Actor, error) {
+	var name, role string
+	var expires int64
+	err := d.Store.View(ctx, func(tx *store.Tx) error {
+		return tx.QueryRow(`SELECT name, role, expires FROM operators WHERE key_hash = ?`, evidence.Sum(spki).String()).Scan(&name, &role, &expires)
+	})
+	if err != nil || !d.Now().Before(store.Time(expires)) {
+		return Actor{}, fmt.Errorf("%w: no operator has this key", ErrForbidden)
+	}
+	r, err := ParseRole(role)
+	return Actor{Name: name, Role: r}, err
+}
+
+// An OperatorKey is one by which somebody may call from outside.
+type OperatorKey struct {
+	Name, Role       string
+	Key              string // hex SHA-256 of the key's PKIX DER
+	Created, Expires time.Time
+}
+
+// Operators lists all, those whose certificate has ended too.
+func (d *Desk) Operators(ctx context.Context, a Actor) (list []OperatorKey, err error) {
+	if err := a.need(Viewer); err != nil {
+		return nil, err
+	}
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		rows, err := tx.Query(`SELECT name, role, key_hash, created, expires FROM operators ORDER BY name, created`)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = rows.Close() }()
+		for rows.Next() {
+			var o OperatorKey
+			var created, expires int64
+			if err := rows.Scan(&o.Name, &o.Role, &o.Key, &created, &expires); err != nil {
+				return err
+			}
+			o.Created, o.Expires = store.Time(created), store.Time(expires)
+			list = append(list, o)
+		}
+		return rows.Err()
+	})
+	return list, err
+}
+
+// RemoveOperator ends what an operator's certificate is good for, at once.
+func (d *Desk) RemoveOperator(ctx context.Context, a Actor, name string) error {
+	return d.act(ctx, a, Admin, "operator.removed", map[string]any{"name": name}, func(tx *store.Tx, _ *audit.Record) error {
+		r, err := tx.Exec(`DELETE FROM operators WHERE name = ?`, name)
+		if err != nil {
+			return err
+		}
+		if n, err := r.RowsAffected(); err != nil || n == 0 {
+			return errors.Join(err, invalid("no operator is called %s; `countersign operator list` shows who is", name))
+		}
+		return nil
+	})
+}
