@@ -282,48 +282,6 @@ func (d *dir) exe() (executable, error) {
 	return executable{path: path, deleted: gone, file: file}, nil
 }
 
-// isHostFile refuses a program whose path means another file on this host: one
-// in a container, or under a mount of its own. Of a file that was replaced
-// since it was started, as every package update does, the folder is compared.
-func (d *dir) isHostFile(e executable) error {
-	if e.deleted {
-		return d.isHostFolder(filepath.Dir(e.path))
-	}
-	here, err := os.Open(e.path)
-	if err != nil {
-		return fmt.Errorf("%s runs, but is not on this host: it is in a container or a chroot (%w)", e.path, err)
-	}
-	defer func() { _ = here.Close() }()
-	same, err := sameFile(e.file, here)
-	if err == nil && !same {
-		err = fmt.Errorf("%s runs from another file system than this host's: it is in a container or a chroot", e.path)
-	}
-	return err
-}
-
-// isHostFolder says whether the process sees the same folder at this path as
-// this host does.
-func (d *dir) isHostFolder(path string) error {
-	here, err := os.Stat(path)
-	if err != nil {
-		return fmt.Errorf("%s is not on this host: the program is in a container or a chroot (%w)", path, err)
-	}
-	fd, err := unix.Openat(d.fd, "root"+path, unix.O_PATH|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return goneOr(d.pid, err)
-	}
-	f := os.NewFile(uintptr(fd), path)
-	defer func() { _ = f.Close() }()
-	there, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if !os.SameFile(here, there) {
-		return fmt.Errorf("%s is another folder for the program than for this host: it is in a container, or under a mount of its own", path)
-	}
-	return nil
-}
-
 func sameFile(a, b *os.File) (bool, error) {
 	ai, err := a.Stat()
 	if err != nil {
@@ -403,7 +361,9 @@ func parent(pid int) *process.Parent {
 		out.Start = s.start
 	}
 	if e, err := d.exe(); err == nil {
-		out.Exe = e.path
+		if d.isHostFile(e) == nil {
+			out.Exe = e.path
+		}
 		_ = e.file.Close()
 	}
 	return out
@@ -414,7 +374,8 @@ func File(path string) (resolved string, digest evidence.Digest, err error) {
 	if resolved, err = filepath.EvalSymlinks(path); err != nil {
 		return "", digest, err
 	}
-	f, err := os.Open(resolved)
+	// What isn't a regular file is not waited for; of says what it is.
+	f, err := os.OpenFile(resolved, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return "", digest, err
 	}

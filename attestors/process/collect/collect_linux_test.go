@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -190,6 +191,24 @@ func TestDigestFollowsTheContent(t *testing.T) {
 	}
 	if _, _, err := File(t.TempDir()); err == nil {
 		t.Error("a folder has a digest")
+	}
+}
+
+// The size says it: nothing is read.
+func TestAFileTooLarge(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	if err := f.Truncate(maxExe + 1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := digests.of(f); err == nil || !strings.Contains(err.Error(), "is larger than") {
+		t.Error(err)
+	}
+	if at, err := f.Seek(0, io.SeekCurrent); err != nil || at != 0 {
+		t.Errorf("%d bytes were read, %v", at, err)
 	}
 }
 

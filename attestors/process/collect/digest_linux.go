@@ -43,6 +43,9 @@ func keyOf(f *os.File) (cacheKey, error) {
 	if !ok || !info.Mode().IsRegular() {
 		return cacheKey{}, fmt.Errorf("%s is not a regular file", f.Name())
 	}
+	if st.Size > maxExe {
+		return cacheKey{}, fmt.Errorf("%s is larger than %d bytes", f.Name(), int64(maxExe))
+	}
 	return cacheKey{st.Dev, st.Ino, st.Size, st.Ctim, st.Mtim}, nil
 }
 
@@ -58,12 +61,9 @@ func (c *digestCache) of(f *os.File) (evidence.Digest, error) {
 		return sum, nil
 	}
 	h := sha256.New()
-	n, err := io.Copy(h, io.LimitReader(f, maxExe+1))
-	if err != nil {
+	// One that grows meanwhile is told by its key.
+	if _, err := io.Copy(h, io.LimitReader(f, key.size+1)); err != nil {
 		return evidence.Digest{}, err
-	}
-	if n > maxExe {
-		return evidence.Digest{}, fmt.Errorf("%s is larger than %d bytes", f.Name(), int64(maxExe))
 	}
 	after, err := keyOf(f)
 	if err != nil {

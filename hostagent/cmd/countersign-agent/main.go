@@ -329,7 +329,11 @@ func configCommand(o *options) *cobra.Command {
 		}
 		var problems config.Problems
 		if o.output == "json" && (err == nil || errors.As(err, &problems)) {
-			if encodeErr := json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]any{"valid": err == nil, "problems": problems}); encodeErr != nil {
+			answer := map[string]any{"valid": err == nil, "problems": problems}
+			if c != nil && len(c.Warnings()) > 0 {
+				answer["warnings"] = c.Warnings()
+			}
+			if encodeErr := json.NewEncoder(cmd.OutOrStdout()).Encode(answer); encodeErr != nil {
 				return encodeErr
 			}
 		}
@@ -337,6 +341,9 @@ func configCommand(o *options) *cobra.Command {
 			return err
 		}
 		if o.output == "text" {
+			for _, w := range c.Warnings() {
+				fmt.Fprintln(cmd.ErrOrStderr(), "warning:", w)
+			}
 			fmt.Fprintf(cmd.OutOrStdout(), "%s is valid\n", o.config)
 		}
 		return nil

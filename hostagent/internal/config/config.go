@@ -40,7 +40,12 @@ type Agent struct {
 	LogFormat string `hcl:"log_format,optional"`
 
 	Credentials []*Credential `hcl:"credential,block"`
+
+	warnings Problems
 }
+
+// Warnings are what works, and is better said otherwise.
+func (a *Agent) Warnings() Problems { return a.warnings }
 
 // Broker says whom to ask.
 type Broker struct {
@@ -72,6 +77,12 @@ type Process struct {
 	PIDFile string `hcl:"pid_file,optional"`
 	PID     int    `hcl:"pid,optional"`
 }
+
+// Loose says that anybody can start another process that answers to p.
+func (p Process) Loose() bool { return p.Exe != "" && p.User == "" }
+
+// LooseWarning is what is wrong with a Process that is loose.
+const LooseWarning = "process: exe without user: anybody who can run the file can start another, and then it can't be told which one the credential is for"
 
 // A File is where the program reads the credential. The files of one
 // credential are swapped as one.
@@ -122,13 +133,16 @@ type Problems []Problem
 func (p Problems) Error() string {
 	text := "the config has mistakes:"
 	for _, one := range p {
-		text += "\n  " + one.File
-		if one.Line > 0 {
-			text += ":" + strconv.Itoa(one.Line)
-		}
-		text += ": " + one.Message
+		text += "\n  " + one.String()
 	}
 	return text
+}
+
+func (p Problem) String() string {
+	if p.Line > 0 {
+		return p.File + ":" + strconv.Itoa(p.Line) + ": " + p.Message
+	}
+	return p.File + ": " + p.Message
 }
 
 // Load reads and checks a config file. A mistake is a Problems.
@@ -160,6 +174,12 @@ func Parse(name string, b []byte) (*Agent, error) {
 			p = append(p, Problem{File: name, Line: lineOf(f.Body.(*hclsyntax.Body), e.credential), Message: e.text})
 		}
 		return nil, p
+	}
+	for _, c := range a.Credentials {
+		if c.Process.Loose() {
+			a.warnings = append(a.warnings, Problem{File: name, Line: lineOf(f.Body.(*hclsyntax.Body), c.Name),
+				Message: fmt.Sprintf("credential %q: %s: add user, or find the program by its unit", c.Name, LooseWarning)})
+		}
 	}
 	return a, nil
 }

@@ -33,8 +33,14 @@ func withdraw(f *config.File) error {
 		return err
 	}
 	defer func() { _ = t.dir.Close() }()
-	// The file last: an old content beside a missing file would be rolled back.
-	return t.clear(t.new(), t.old(), t.none(), t.name)
+	// The file first, and each of them whatever the others say: who owns the
+	// folder can put there what can't be unlinked. What Recover makes of the rest
+	// after a crash is withdrawn once more.
+	var errs []error
+	for _, name := range []string{t.name, t.new(), t.old(), t.none()} {
+		errs = append(errs, t.clear(name))
+	}
+	return errors.Join(errs...)
 }
 
 // Standing says whether all files are there.

@@ -202,7 +202,12 @@ func (r *Report) programs(ctx context.Context, credentials []*config.Credential)
 			r.add(check, Wrong, err.Error(), "make the folder, user or group, or mend the template")
 			continue
 		}
-		p, err := finder.Find(ctx, c.Process)
+		if c.Process.Loose() {
+			r.add(check, Warning, config.LooseWarning, "add user to process, or find the program by its unit")
+		}
+		limited, cancel := context.WithTimeout(ctx, time.Minute)
+		p, err := finder.Find(limited, c.Process, "")
+		cancel()
 		switch {
 		case err == nil:
 			r.add(check, OK, fmt.Sprintf("%s, sha256 %s, user %s", p.Exe, p.SHA256, p.User), "")

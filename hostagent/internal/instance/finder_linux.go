@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -27,12 +28,13 @@ type Finder struct {
 	manager manager
 
 	mu       sync.Mutex
-	watchers map[string][]chan struct{} // guarded by mu; by unit
+	watchers map[string][]chan struct{}       // guarded by mu; by unit
+	looks    map[config.Process]chan struct{} // guarded by mu; held by who looks
 }
 
 // New makes a Finder; the system manager is asked when a unit is.
 func New() *Finder {
-	f := &Finder{watchers: map[string][]chan struct{}{}}
+	f := &Finder{watchers: map[string][]chan struct{}{}, looks: map[config.Process]chan struct{}{}}
 	f.manager.changed = f.changed
 	return f
 }
@@ -40,21 +42,64 @@ func New() *Finder {
 // Close ends the connection to the system manager.
 func (f *Finder) Close() { f.manager.close() }
 
-// Find is the evidence of the program that p describes.
-func (f *Finder) Find(ctx context.Context, p config.Process) (process.Program, error) {
-	if p.Unit != "" {
-		return f.unit(ctx, p.Unit)
-	}
-	pid, err := findPID(p)
-	if err != nil {
-		return process.Program{}, err
-	}
-	return f.Inspect(ctx, pid)
+// Find is the evidence of the program that p describes. Of several that answer
+// to exe or user it is the instance named held, if that is one of them.
+func (f *Finder) Find(ctx context.Context, p config.Process, held string) (process.Program, error) {
+	return f.look(ctx, p, func() (process.Program, error) {
+		if p.Unit != "" {
+			return f.unit(ctx, p.Unit)
+		}
+		pid, err := findPID(p, held)
+		if err != nil {
+			return process.Program{}, err
+		}
+		return f.inspect(ctx, pid)
+	})
 }
 
 // Inspect is the evidence of one process; with its unit, where it is a
 // service's main process.
 func (f *Finder) Inspect(ctx context.Context, pid int) (process.Program, error) {
+	return f.look(ctx, config.Process{PID: pid}, func() (process.Program, error) { return f.inspect(ctx, pid) })
+}
+
+// look comes back when ctx ends, whatever the kernel does: a file may lie on a
+// file system that its user keeps from answering. A look that hangs is the only
+// one at its program until it is over.
+func (f *Finder) look(ctx context.Context, p config.Process, see func() (process.Program, error)) (process.Program, error) {
+	f.mu.Lock()
+	turn := f.looks[p]
+	if turn == nil {
+		turn = make(chan struct{}, 1)
+		f.looks[p] = turn
+	}
+	f.mu.Unlock()
+	var program process.Program
+	err := errors.New("an earlier look at the program hangs")
+	select {
+	case <-ctx.Done():
+		return program, errors.Join(err, ctx.Err())
+	case turn <- struct{}{}:
+	}
+	type seen struct {
+		program process.Program
+		err     error
+	}
+	done := make(chan seen, 1)
+	go func() {
+		defer func() { <-turn }()
+		program, err := see()
+		done <- seen{program, err}
+	}()
+	select {
+	case <-ctx.Done():
+		return program, fmt.Errorf("the look at the program takes too long: does a file system hang? %w", ctx.Err())
+	case s := <-done:
+		return s.program, s.err
+	}
+}
+
+func (f *Finder) inspect(ctx context.Context, pid int) (process.Program, error) {
 	program, err := collect.Process(pid)
 	if err != nil {
 		return program, notRunning(err)
@@ -132,6 +177,10 @@ func (f *Finder) mainProcess(ctx context.Context, name string, u unit) (process.
 // Starting is the evidence of a unit that waits for its credential in an
 // ExecStartPre.
 func (f *Finder) Starting(ctx context.Context, name string) (process.Program, error) {
+	return f.look(ctx, config.Process{Unit: name}, func() (process.Program, error) { return f.starting(ctx, name) })
+}
+
+func (f *Finder) starting(ctx context.Context, name string) (process.Program, error) {
 	u, err := f.manager.unit(ctx, name)
 	if err != nil {
 		return process.Program{}, err
@@ -173,13 +222,18 @@ func populated(cgroup string) bool {
 	return err == nil && len(b) > 0
 }
 
-// findPID looks for the one process that answers to p.
-func findPID(p config.Process) (int, error) {
+// findPID looks for the one process that answers to p, or the one of several
+// that is of the instance held. Anybody may start another of the same exe: that
+// takes nothing from the one that has the credential, nor from its end.
+func findPID(p config.Process, held string) (int, error) {
 	switch {
 	case p.PID != 0:
 		return p.PID, nil
 	case p.PIDFile != "":
 		return readPIDFile(p.PIDFile)
+	}
+	if pid, ok := pidOf(held); ok && answers(pid, p) {
+		return pid, nil
 	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -199,7 +253,11 @@ func findPID(p config.Process) (int, error) {
 				found = pid
 				continue
 			}
-			return 0, fmt.Errorf("more than one process answers to the description (pids %d and %d): use a unit or a pid_file", found, pid)
+			err := fmt.Errorf("more than one process answers to the description (pids %d and %d): use a unit or a pid_file, or say the user", found, pid)
+			if held != "" {
+				err = fmt.Errorf("%w: what had the credential ended, and %w", ErrNotRunning, err)
+			}
+			return 0, err
 		}
 		if found == 0 {
 			found = pid
@@ -209,6 +267,18 @@ func findPID(p config.Process) (int, error) {
 		return 0, ErrNotRunning
 	}
 	return found, nil
+}
+
+// pidOf is the pid of an instance that is a process of this boot.
+func pidOf(instance string) (int, bool) {
+	boot, rest, _ := strings.Cut(instance, "/")
+	number, _, _ := strings.Cut(rest, "/")
+	pid, err := strconv.Atoi(number)
+	if err != nil {
+		return 0, false
+	}
+	now, err := collect.BootID()
+	return pid, err == nil && boot == now
 }
 
 // answers is cheap: it reads no file's content.
@@ -256,20 +326,29 @@ func descends(pid, ancestor int) bool {
 }
 
 func readPIDFile(path string) (int, error) {
-	f, err := os.Open(path)
+	// The file is the program's user's, who may put anything there.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return 0, fmt.Errorf("%w: %w", ErrNotRunning, err)
+	}
+	if errors.Is(err, unix.ELOOP) {
+		return 0, fmt.Errorf("%s is a symlink, which is not followed: name the file itself", path)
 	}
 	if err != nil {
 		return 0, err
 	}
 	defer func() { _ = f.Close() }()
-	b := make([]byte, 32)
-	n, err := f.Read(b)
-	if err != nil && n == 0 {
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return 0, errors.Join(fmt.Errorf("%s is not a regular file", path), err)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, 32))
+	if err != nil {
+		return 0, err
+	}
+	if len(b) == 0 {
 		return 0, fmt.Errorf("%w: %s is empty", ErrNotRunning, path)
 	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b[:n])))
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil || pid <= 1 {
 		return 0, fmt.Errorf("%s holds no pid", path)
 	}
@@ -341,13 +420,13 @@ func (f *Finder) watchUnit(ctx context.Context, name string, tell func()) {
 // pidfd.
 func watchProcess(ctx context.Context, p config.Process, tell func()) {
 	for ctx.Err() == nil {
-		pid, err := findPID(p)
-		if err == nil {
+		pid, err := findPID(p, "")
+		if !errors.Is(err, ErrNotRunning) {
 			tell()
-			if waitEnd(ctx, pid) {
-				tell()
-				continue
-			}
+		}
+		if err == nil && waitEnd(ctx, pid) {
+			tell()
+			continue
 		}
 		select {
 		case <-ctx.Done():

@@ -22,7 +22,7 @@ func New() *Finder { return &Finder{} }
 func (*Finder) Close() {}
 
 // Find is not there on this system yet.
-func (*Finder) Find(context.Context, config.Process) (process.Program, error) {
+func (*Finder) Find(context.Context, config.Process, string) (process.Program, error) {
 	return process.Program{}, errSystem
 }
 

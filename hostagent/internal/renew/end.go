@@ -13,10 +13,12 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 )
 
-// withdraw takes the files away and gives the lease back. Where only the
-// program's end is the reason, and the broker can't be told, a unit's credential
-// is kept in memory for its next start: withhold says so. One that a broker took
-// away never is. A lease that took the place of the named one meanwhile stays.
+// withdraw takes the files away and gives the lease back, whatever the files
+// say: their folder may be the program's user's, who could keep them from going.
+// What can't be done now is noted in the lease, and is tried again. Where only the program's end is the reason, and the broker
+// can't be told, a unit's credential is kept in memory for its next start:
+// withhold says so. One that a broker took away never is. A lease that took the
+// place of the named one meanwhile stays.
 func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool) {
 	r.files.Lock()
 	defer r.files.Unlock()
@@ -27,15 +29,15 @@ func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool)
 		return
 	}
 	var contents []deliver.Content
-	if withhold && lease.Unit != "" && lease.Acked && r.now().Before(lease.Expires) {
+	if withhold && lease.holds() && lease.Unit != "" && lease.Acked && r.now().Before(lease.Expires) {
 		contents = deliver.ReadBack(r.cfg.Files)
 	}
-	if err := deliver.Withdraw(r.cfg.Files); err != nil {
-		r.fail("withdraw", err)
-		return
-	}
+	err := deliver.Withdraw(r.cfg.Files)
 	faults.Point("agent.withdrawn")
-	told := r.release(ctx, []string{lease.ID}, reason)
+	told, returned := true, lease.Returned
+	if !returned {
+		told, returned = r.release(ctx, []string{lease.ID}, reason)
+	}
 	if !told && len(contents) > 0 {
 		if err := r.keep.withhold(lease, contents); err != nil {
 			r.fail("withhold", err)
@@ -45,30 +47,46 @@ func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool)
 			r.mu.Unlock()
 		}
 	}
-	if err := r.keep.drop(); err != nil {
-		r.fail("forget the lease", err)
+	if err == nil && !returned {
+		err = errors.New("the lease is neither given back nor noted as owed")
+	}
+	if err == nil {
+		err = r.keep.drop()
+	}
+	if err != nil {
+		ended := lease.with(func(l *Lease) { l.Ended, l.Returned = reason, returned })
+		err = errors.Join(err, r.keep.save(ended))
+		r.mu.Lock()
+		r.lease = ended
+		r.mu.Unlock()
+		r.fail(reason+"; left to do", err)
 		return
 	}
 	r.mu.Lock()
 	r.lease = nil
+	if !lease.holds() {
+		r.failures, r.retryAt, r.problem = 0, time.Time{}, ""
+	}
 	r.mu.Unlock()
 	r.log.Info("credential withdrawn", "lease", lease.ID, "reason", reason, "told", told)
 }
 
 // release gives leases back, and says whether the broker heard it. Those it
-// didn't hear of are owed: Owed has them until it does.
-func (r *Runner) release(ctx context.Context, leases []string, reason string) bool {
+// didn't hear of are owed until it does; returned is false only where that could
+// not be noted either.
+func (r *Runner) release(ctx context.Context, leases []string, reason string) (told, returned bool) {
 	bounded, cancel := context.WithTimeout(ctx, releaseTimeout)
 	defer cancel()
 	_, err := r.broker.Release(bounded, leases, reason)
 	if err == nil {
-		return true
+		return true, true
 	}
 	r.log.Warn("lease not given back, trying again", "leases", leases, "err", err)
 	if err := r.keep.owe(leases); err != nil {
 		r.fail("note what is owed", err)
+		return false, false
 	}
-	return false
+	return false, true
 }
 
 const releaseTimeout = 25 * time.Second
@@ -87,7 +105,7 @@ func (r *Runner) PayOwed(ctx context.Context) error {
 	r.mu.Lock()
 	adopted := r.lease
 	r.mu.Unlock()
-	if adopted != nil {
+	if adopted.holds() {
 		// A lease that was put back into the files is no longer owed.
 		owed = slices.DeleteFunc(owed, func(id string) bool { return id == adopted.ID })
 	}
@@ -196,11 +214,14 @@ func (r *Runner) Proofs(ctx context.Context) []attest.LeaseProof {
 	r.mu.Lock()
 	lease, pending, p := r.lease, r.pending, r.starting
 	r.mu.Unlock()
+	if !lease.holds() {
+		lease = nil
+	}
 	if lease == nil && pending == nil {
 		return nil
 	}
 	if p == nil {
-		found, err := r.programs.Find(ctx, r.cfg.Process)
+		found, err := r.find(ctx)
 		if err == nil {
 			p = &found
 		} else {
@@ -247,7 +268,7 @@ func (r *Runner) cameWith(lease *Lease, p *process.Program) {
 // Judged takes a broker's verdict on a lease.
 func (r *Runner) Judged(ctx context.Context, lease string, v attest.Verdict) {
 	r.mu.Lock()
-	mine := r.lease != nil && r.lease.ID == lease
+	mine := r.lease.holds() && r.lease.ID == lease
 	if mine && v.Outcome == "live" && !v.Expires.IsZero() {
 		r.lease = r.lease.with(func(l *Lease) { l.Expires = v.Expires })
 	}
@@ -276,9 +297,12 @@ func (r *Runner) Rejected(ctx context.Context, reason string) {
 	r.mu.Lock()
 	lease := r.lease
 	r.mu.Unlock()
-	if lease != nil {
+	if lease == nil || lease.holds() { // else Run removes what is left, at its pace
+		r.fail("prove", &wire.Error{Outcome: wire.Rejected, Check: "host", Message: reason})
+	}
+	if lease.holds() {
 		r.withdraw(ctx, lease.ID, "rejected: "+reason, false)
 	}
 	r.dropWithheld(reason)
-	r.fail("prove", &wire.Error{Outcome: wire.Rejected, Check: "host", Message: reason})
+	r.poke()
 }

@@ -31,7 +31,15 @@ type Lease struct {
 	Acked    bool      `json:"acked"`
 	AckBy    time.Time `json:"ack_by"`
 	Replaces string    `json:"replaces,omitempty"`
+
+	// Ended is why the lease is over, while something of it is still to be
+	// removed; Returned says that the broker knows, or is owed to be told.
+	Ended    string `json:"ended,omitempty"`
+	Returned bool   `json:"returned,omitempty"`
 }
+
+// holds says whether a credential is in force by l.
+func (l *Lease) holds() bool { return l != nil && l.Ended == "" }
 
 // with is a copy of l, changed: a lease that others may see never changes.
 func (l *Lease) with(change func(*Lease)) *Lease {
@@ -83,6 +91,10 @@ func Plan(o Observed) Action {
 	}
 	if l := o.Lease; l != nil {
 		switch {
+		case !l.holds() && o.Now.Before(o.RetryAt):
+			return Action{Kind: Wait, Until: o.RetryAt}
+		case !l.holds():
+			return Action{Kind: Withdraw, Reason: l.Ended}
 		case !o.Now.Before(l.Expires):
 			return Action{Kind: Withdraw, Reason: "expired"}
 		case o.Unknown:

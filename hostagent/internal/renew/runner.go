@@ -29,8 +29,10 @@ type Broker interface {
 
 // Programs is what a Runner needs to know of what runs.
 type Programs interface {
-	// Find is the program's evidence; instance.ErrNotRunning while there is none.
-	Find(ctx context.Context, p config.Process) (process.Program, error)
+	// Find is the program's evidence; instance.ErrNotRunning while there is
+	// none. Of several that answer to p, it is of the instance named held. It
+	// returns when ctx ends.
+	Find(ctx context.Context, p config.Process, held string) (process.Program, error)
 	// Starting is the evidence of a unit that waits for its credential.
 	Starting(ctx context.Context, unit string) (process.Program, error)
 	// Watch sends when Find may answer differently, until ctx ends.
@@ -128,7 +130,7 @@ func (r *Runner) observe(ctx context.Context) Observed {
 	r.mu.Unlock()
 	p, unseen := starting, ""
 	if p == nil {
-		found, err := r.programs.Find(ctx, r.cfg.Process)
+		found, err := r.find(ctx)
 		switch {
 		case err == nil:
 			p = &found
@@ -152,6 +154,22 @@ func (r *Runner) observe(ctx context.Context) Observed {
 		r.program = p
 	}
 	return Observed{Now: r.now(), Program: p, Unknown: unseen != "", Lease: r.lease, Withheld: r.withheld, RetryAt: r.retryAt, Offline: r.offline}
+}
+
+// seeTime bounds one look at the program: a proof waits for it.
+const seeTime = 5 * time.Second
+
+// find looks at the program that has the credential, or is to have it.
+func (r *Runner) find(ctx context.Context) (process.Program, error) {
+	r.mu.Lock()
+	held := ""
+	if r.lease.holds() {
+		held = r.lease.Instance
+	}
+	r.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, seeTime)
+	defer cancel()
+	return r.programs.Find(ctx, r.cfg.Process, held)
 }
 
 // longestWait bounds a wait, so that a clock that was set is noticed.
@@ -362,11 +380,11 @@ func (r *Runner) answered(ctx context.Context, err error) {
 	r.mu.Unlock()
 	switch e.Outcome {
 	case wire.Refused, wire.Rejected:
+		r.fail("obtain", e)
 		if lease != nil {
 			r.withdraw(ctx, lease.ID, e.Error(), false)
 		}
 		r.dropWithheld(e.Error())
-		r.fail("obtain", e)
 		r.proceed(e)
 		return
 	}
@@ -428,7 +446,7 @@ func (r *Runner) Ready(ctx context.Context) error {
 	}
 	done := make(chan error, 1)
 	r.mu.Lock()
-	if l := r.lease; l != nil && l.Acked && (l.Instance == p.Instance().String() || l.Coming) && r.now().Before(l.Expires) && deliver.Standing(r.cfg.Files) {
+	if l := r.lease; l.holds() && l.Acked && (l.Instance == p.Instance().String() || l.Coming) && r.now().Before(l.Expires) && deliver.Standing(r.cfg.Files) {
 		r.mu.Unlock()
 		return nil // handed over, and there already
 	}

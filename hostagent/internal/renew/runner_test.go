@@ -43,9 +43,11 @@ type programs struct {
 	err error
 }
 
-func (r programs) Find(context.Context, config.Process) (process.Program, error) { return r.p, r.err }
-func (r programs) Starting(context.Context, string) (process.Program, error)     { return r.p, r.err }
-func (r programs) Watch(context.Context, config.Process) <-chan struct{}         { return nil }
+func (r programs) Find(context.Context, config.Process, string) (process.Program, error) {
+	return r.p, r.err
+}
+func (r programs) Starting(context.Context, string) (process.Program, error) { return r.p, r.err }
+func (r programs) Watch(context.Context, config.Process) <-chan struct{}     { return nil }
 
 var running = process.Program{Boot: "boot", PID: 7, Start: 9, Exe: "/bin/x", SHA256: [32]byte{1}, User: "x"}
 

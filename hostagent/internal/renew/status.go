@@ -6,7 +6,7 @@ import "time"
 type Status struct {
 	Name     string    `json:"name"`
 	Scope    string    `json:"scope"`
-	State    string    `json:"state"` // waiting, obtaining, in force, withheld, observed or failing
+	State    string    `json:"state"` // waiting, obtaining, in force, ended, withheld, observed or failing
 	Program  string    `json:"program,omitempty"`
 	Lease    string    `json:"lease,omitempty"`
 	Expires  time.Time `json:"expires,omitzero"`
@@ -20,7 +20,7 @@ func (r *Runner) Status() Status {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := Status{Name: r.cfg.Name, Scope: r.cfg.Scope, State: "waiting", Problem: r.problem, Failures: r.failures}
-	if r.unseen != "" {
+	if r.unseen != "" && (r.lease == nil || r.lease.holds()) {
 		s.Problem = "the program can't be seen: " + r.unseen
 	}
 	if r.program != nil {
@@ -28,8 +28,10 @@ func (r *Runner) Status() Status {
 		s.State = "obtaining"
 	}
 	switch {
-	case r.lease != nil:
+	case r.lease.holds():
 		s.State, s.Lease, s.Expires, s.Replace = "in force", r.lease.ID, r.lease.Expires, r.lease.Replace
+	case r.lease != nil:
+		s.State = "ended" // Problem says what is left of it
 	case r.withheld != nil:
 		s.State, s.Lease, s.Expires = "withheld", r.withheld.ID, r.withheld.Expires
 	case r.observed:

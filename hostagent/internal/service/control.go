@@ -34,7 +34,7 @@ type Status struct {
 
 func (s *Service) status() Status {
 	st := Status{Now: s.now(), Credentials: []renew.Status{}}
-	st.HostID = s.client.Host()
+	st.HostID = s.broker.Host()
 	s.mu.Lock()
 	st.Proved, st.ProveBy, st.Problem, st.Rejected = s.proved, s.proveBy, s.problem, s.rejected
 	s.mu.Unlock()

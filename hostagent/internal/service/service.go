@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -17,10 +18,18 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/renew"
 )
 
+// Broker is what a Service needs of a broker.
+type Broker interface {
+	renew.Broker
+	Prove(context.Context, []attest.LeaseProof) (attest.Proven, error)
+	Host() string
+}
+
 // A Service is one running agent.
 type Service struct {
-	client  *attest.Client
+	broker  Broker
 	runners []*renew.Runner
+	turns   []sync.Mutex // held by who has the runner of that index do its part
 	cfg     *config.Agent
 	log     *slog.Logger
 	now     func() time.Time
@@ -34,16 +43,17 @@ type Service struct {
 }
 
 // New makes a Service with a Runner for each credential of cfg.
-func New(cfg *config.Agent, client *attest.Client, programs renew.Programs, log *slog.Logger, now func() time.Time) (*Service, error) {
-	s := &Service{client: client, cfg: cfg, log: log, now: now, prove: make(chan struct{}, 1)}
+func New(cfg *config.Agent, broker Broker, programs renew.Programs, log *slog.Logger, now func() time.Time) (*Service, error) {
+	s := &Service{broker: broker, cfg: cfg, log: log, now: now, prove: make(chan struct{}, 1)}
 	for _, c := range cfg.Credentials {
-		r, err := renew.New(renew.Options{Credential: c, Broker: client, Programs: programs, StateDir: cfg.StateDir, RunDir: cfg.RunDir,
+		r, err := renew.New(renew.Options{Credential: c, Broker: broker, Programs: programs, StateDir: cfg.StateDir, RunDir: cfg.RunDir,
 			ProveNow: s.proveNow, Log: log, Now: now})
 		if err != nil {
 			return nil, fmt.Errorf("credential %q: %w", c.Name, err)
 		}
 		s.runners = append(s.runners, r)
 	}
+	s.turns = make([]sync.Mutex, len(s.runners))
 	return s, nil
 }
 
@@ -121,41 +131,94 @@ func (s *Service) proveLoop(ctx context.Context) {
 	}
 }
 
+// proveOnce gives back what is owed, and proves the host whether or not that
+// went: a broker that rejects the host says so to both.
 func (s *Service) proveOnce(ctx context.Context) error {
-	for _, r := range s.runners {
-		if err := r.PayOwed(ctx); err != nil {
-			s.note(err)
-			return err
-		}
-	}
-	var proofs []attest.LeaseProof
-	owner := map[string]*renew.Runner{}
-	for _, r := range s.runners {
-		for _, p := range r.Proofs(ctx) {
-			proofs = append(proofs, p)
-			owner[p.Lease] = r
-		}
-	}
-	proven, err := s.client.Prove(ctx, proofs)
-	if err != nil {
-		s.note(err)
-		if e := wire.FromConnect(err); e.Outcome == wire.Rejected {
-			for _, r := range s.runners {
-				r.Rejected(ctx, e.Message)
+	owing := s.each(ctx, func(r *renew.Runner) error { return r.PayOwed(ctx) })
+	proofs := s.proofs(ctx)
+	proven, err := s.broker.Prove(ctx, proofs)
+	s.note(err)
+	errs := append(owing, err)
+	if err == nil {
+		s.mu.Lock()
+		s.proveBy = proven.ProveBy
+		s.mu.Unlock()
+		errs = append(errs, s.each(ctx, func(r *renew.Runner) error {
+			for lease, v := range proven.Verdicts {
+				r.Judged(ctx, lease, v)
 			}
-		}
-		return err
+			return nil
+		})...)
 	}
-	s.note(nil)
-	s.mu.Lock()
-	s.proveBy = proven.ProveBy
-	s.mu.Unlock()
-	for lease, v := range proven.Verdicts {
-		if r, ok := owner[lease]; ok {
-			r.Judged(ctx, lease, v)
+	for _, err := range errs {
+		if e := rejection(err); e != nil {
+			s.note(e)
+			s.each(ctx, func(r *renew.Runner) error { r.Rejected(ctx, e.Message); return nil })
+			return e
 		}
+	}
+	all := errors.Join(errs...)
+	if err == nil && all != nil {
+		s.log.Warn("the host is proven, and not all is settled: trying again", "err", all)
+	}
+	return all
+}
+
+func rejection(err error) *wire.Error {
+	if err == nil {
+		return nil
+	}
+	if e := wire.FromConnect(err); e.Outcome == wire.Rejected {
+		return e
 	}
 	return nil
+}
+
+// proofs are those of all runners, each of which bounds its own.
+func (s *Service) proofs(ctx context.Context) (all []attest.LeaseProof) {
+	of := make([][]attest.LeaseProof, len(s.runners))
+	var wg sync.WaitGroup
+	for i, r := range s.runners {
+		wg.Go(func() { of[i] = r.Proofs(ctx) })
+	}
+	wg.Wait()
+	return slices.Concat(of...)
+}
+
+// patience is how long one runner's part holds up the others'.
+const patience = 10 * time.Second
+
+// each has all runners do their part at the same time. One that takes long, in
+// a folder whose file system hangs, say, goes on alone, and is left out until
+// it is through.
+func (s *Service) each(ctx context.Context, part func(*renew.Runner) error) (errs []error) {
+	results := make(chan error, len(s.runners))
+	working := 0
+	for i, r := range s.runners {
+		if !s.turns[i].TryLock() {
+			errs = append(errs, fmt.Errorf("credential %q is still busy with its files", s.cfg.Credentials[i].Name))
+			continue
+		}
+		working++
+		go func() {
+			err := part(r)
+			s.turns[i].Unlock()
+			results <- err
+		}()
+	}
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	for range working {
+		select {
+		case err := <-results:
+			errs = append(errs, err)
+		case <-timer.C:
+			return errs
+		case <-ctx.Done():
+			return append(errs, ctx.Err())
+		}
+	}
+	return errs
 }
 
 // note keeps how the last proof went, and logs a change.
