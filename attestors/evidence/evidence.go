@@ -78,6 +78,16 @@ func (d *Digest) UnmarshalText(b []byte) (err error) {
 	return err
 }
 
+// LogsDigest names an event log together with systemd's, so that neither has to
+// be sent twice; zero where there is none.
+func LogsDigest(event, userspace []byte) Digest {
+	if len(event)+len(userspace) == 0 {
+		return Digest{}
+	}
+	a, b := Sum(event), Sum(userspace)
+	return Sum(append(a[:], b[:]...))
+}
+
 // A Call is what a binding is for. Evidence made for one call never serves
 // another, because the call's label is hashed into it.
 type Call string

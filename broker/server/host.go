@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"strings"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/countersign/countersign/broker/internal/admission"
+	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/credential"
 	"github.com/countersign/countersign/broker/internal/inventory"
@@ -106,12 +108,16 @@ func (s *Hosts) Challenge(ctx context.Context, req *connect.Request[v1.Challenge
 	if err != nil {
 		return nil, err
 	}
-	nonces, err := s.Credentials.Challenge(ctx, c.challenge, int(min(req.Msg.GetCount(), 16)), requestID(ctx))
+	nonces, known, err := s.Credentials.Challenge(ctx, c.challenge, int(min(req.Msg.GetCount(), 16)), requestID(ctx))
 	if err != nil {
 		return nil, s.fault(ctx, err)
 	}
 	c.known.Store(true)
-	out := &v1.ChallengeResponse{}
+	boot, logs, offset := known.Resume()
+	out := &v1.ChallengeResponse{Known: &v1.Known{BootId: boot, ImaOffset: uint64(offset)}}
+	if !logs.IsZero() {
+		out.Known.EventLogSha256 = logs[:]
+	}
 	for _, n := range nonces {
 		out.Nonces = append(out.Nonces, n[:])
 	}
@@ -258,7 +264,12 @@ func evidenceOf(a *v1.Attested, body proto.Message, host func() *v1.HostFacts) (
 		}
 	}
 	quote, err := quoteOf(a.GetQuote())
-	return credential.Evidence{Body: a.GetBody(), Nonce: a.GetNonce(), Quote: quote, Boot: host().GetBootId(), OS: host().GetOs()}, err
+	return credential.Evidence{Body: a.GetBody(), Nonce: a.GetNonce(), Quote: quote, Boot: host().GetBootId(), OS: host().GetOs(), Logs: logsOf(a.GetLogs())}, err
+}
+
+func logsOf(l *v1.Logs) appraise.Logs {
+	return appraise.Logs{Event: l.GetEventLog(), Userspace: l.GetUserspaceLog(), EventKnown: l.GetEventLogKnown(),
+		IMA: l.GetIma(), IMAOffset: int(min(l.GetImaOffset(), math.MaxInt32)), IMAPresent: l.GetImaPresent()}
 }
 
 func malformed(ctx context.Context, err error) error {

@@ -4,17 +4,24 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
+	"io"
 	"net/http"
 	"sync"
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"github.com/countersign/countersign/attestors/ima"
+	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
 )
 
 const (
-	maxBody     = 1 << 20          // of one request; evidence of a host with event log and IMA list has its own call
-	bodyTime    = 20 * time.Second // in which a request has to be sent
-	joinsPerSec = 2                // from one source, after joinBurst
+	maxBody     = 1 << 20                 // of one request without logs
+	maxEvidence = ima.MaxDelivery + 4<<20 // of one with event log and IMA list
+	largeAtOnce = 4                       // such requests that are read at the same time
+	bodyTime    = 20 * time.Second        // in which a request has to be sent
+	joinsPerSec = 2                       // from one source, after joinBurst
 	joinBurst   = 20
 	asksPerSec  = 10 // for credentials, by one host, after askBurst: each is journalled and audited for good
 	askBurst    = 300
@@ -30,6 +37,7 @@ type requestKey struct{}
 
 // limit bounds each request in size and time and gives it its id.
 func limit(next http.Handler) http.Handler {
+	large := make(chan struct{}, largeAtOnce)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := r.Header.Get(RequestHeader)
 		if !usableID(id) {
@@ -39,9 +47,48 @@ func limit(next http.Handler) http.Handler {
 		}
 		w.Header().Set(RequestHeader, id)
 		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTime))
-		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		most := int64(maxBody)
+		if r.URL.Path == countersignv1connect.HostServiceProveProcedure || r.URL.Path == countersignv1connect.HostServiceIssueProcedure {
+			most = maxEvidence
+			body := &largeBody{ReadCloser: r.Body, slots: large}
+			defer body.done()
+			r.Body = body
+		}
+		r.Body = http.MaxBytesReader(w, r.Body, most)
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestKey{}, id)))
 	})
+}
+
+// A largeBody takes a slot once it is larger than requests without logs are: few
+// are read at the same time, so that hosts that show much don't take the memory
+// of all others.
+type largeBody struct {
+	io.ReadCloser
+	slots chan struct{}
+	read  int
+	held  bool
+}
+
+var errBusy = errors.New("too many hosts send long logs at the same time; try again")
+
+func (b *largeBody) Read(p []byte) (int, error) {
+	if b.read > maxBody && !b.held {
+		select {
+		case b.slots <- struct{}{}:
+			b.held = true
+		default:
+			return 0, errBusy
+		}
+	}
+	n, err := b.ReadCloser.Read(p)
+	b.read += n
+	return n, err
+}
+
+func (b *largeBody) done() {
+	if b.held {
+		<-b.slots
+	}
 }
 
 func usableID(id string) bool {

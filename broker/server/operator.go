@@ -5,10 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"maps"
-	"slices"
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/audit"
@@ -180,13 +180,68 @@ func (s *Operators) RemoveOperator(ctx context.Context, req *connect.Request[v1.
 	})
 }
 
-func referenceMessage(r inventory.Reference) *v1.Reference {
-	m := &v1.Reference{Name: r.Name, Version: uint64(r.Version), LearnedFrom: r.LearnedFrom, Created: stamp(r.Created)}
-	for _, i := range slices.Sorted(maps.Keys(r.PCRs)) {
-		value := r.PCRs[i]
-		m.Pcrs = append(m.Pcrs, &v1.Pcr{Index: uint32(i), Sha256: value[:]})
+func (s *Operators) referenceMessage(r inventory.Reference) *v1.Reference {
+	return &v1.Reference{Name: r.Name, Version: uint64(r.Version), Content: r.Content, LearnedFrom: r.LearnedFrom, Created: stamp(r.Created),
+		State: r.State(s.Desk.Now()), Until: stamp(r.Ends)}
+}
+
+// AddReference takes a draft that was written by hand.
+func (s *Operators) AddReference(ctx context.Context, req *connect.Request[v1.AddReferenceRequest]) (*connect.Response[v1.AddReferenceResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.AddReferenceResponse, error) {
+		r, err := s.Desk.AddReference(ctx, a, req.Msg.GetName(), req.Msg.GetContent())
+		return &v1.AddReferenceResponse{Reference: s.referenceMessage(r)}, err
+	})
+}
+
+// ApproveReference puts a version in force.
+func (s *Operators) ApproveReference(ctx context.Context, req *connect.Request[v1.ApproveReferenceRequest]) (*connect.Response[v1.ApproveReferenceResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.ApproveReferenceResponse, error) {
+		r, err := s.Desk.ApproveReference(ctx, a, req.Msg.GetName(), int64(req.Msg.GetVersion()), moment(req.Msg.GetOlderUntil()))
+		return &v1.ApproveReferenceResponse{Reference: s.referenceMessage(r)}, err
+	})
+}
+
+// MaintainReference lets be what a set's file rules don't allow.
+func (s *Operators) MaintainReference(ctx context.Context, req *connect.Request[v1.MaintainReferenceRequest]) (*connect.Response[v1.MaintainReferenceResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.MaintainReferenceResponse, error) {
+		return &v1.MaintainReferenceResponse{}, s.Desk.Maintain(ctx, a, req.Msg.GetName(), moment(req.Msg.GetUntil()))
+	})
+}
+
+// AddRelease expects what a build announced.
+func (s *Operators) AddRelease(ctx context.Context, req *connect.Request[v1.AddReleaseRequest]) (*connect.Response[v1.AddReleaseResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.AddReleaseResponse, error) {
+		r := inventory.Release{Name: req.Msg.GetName(), Source: req.Msg.GetSource()}
+		for _, f := range req.Msg.GetFiles() {
+			r.Files = append(r.Files, inventory.ReleaseFile{Path: f.GetPath(), Digest: f.GetDigest()})
+		}
+		r, err := s.Desk.AddRelease(ctx, a, r, moment(req.Msg.GetOlderUntil()))
+		return &v1.AddReleaseResponse{Release: releaseMessage(r)}, err
+	})
+}
+
+// ListReleases lists versions of releases.
+func (s *Operators) ListReleases(ctx context.Context, req *connect.Request[v1.ListReleasesRequest]) (*connect.Response[v1.ListReleasesResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.ListReleasesResponse, error) {
+		list, err := s.Desk.Releases(ctx, a, req.Msg.GetName())
+		out := &v1.ListReleasesResponse{}
+		for _, r := range list {
+			out.Releases = append(out.Releases, releaseMessage(r))
+		}
+		return out, err
+	})
+}
+
+func releaseMessage(r inventory.Release) *v1.Release {
+	return &v1.Release{Name: r.Name, Version: uint64(r.Version), Source: r.Source, Files: uint32(len(r.Files)), Added: stamp(r.Added), Until: stamp(r.Ends)}
+}
+
+// moment is a time that was sent; zero: none was.
+func moment(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
 	}
-	return m
+	return t.AsTime()
 }
 
 // LearnReference makes a reference set of what a host last quoted.
@@ -197,7 +252,7 @@ func (s *Operators) LearnReference(ctx context.Context, req *connect.Request[v1.
 			pcrs = append(pcrs, int(i))
 		}
 		r, err := s.Desk.LearnReference(ctx, a, req.Msg.GetName(), req.Msg.GetHost(), pcrs)
-		return &v1.LearnReferenceResponse{Reference: referenceMessage(r)}, err
+		return &v1.LearnReferenceResponse{Reference: s.referenceMessage(r)}, err
 	})
 }
 
@@ -207,7 +262,7 @@ func (s *Operators) ListReferences(ctx context.Context, req *connect.Request[v1.
 		list, err := s.Desk.References(ctx, a, req.Msg.GetName())
 		out := &v1.ListReferencesResponse{}
 		for _, r := range list {
-			out.References = append(out.References, referenceMessage(r))
+			out.References = append(out.References, s.referenceMessage(r))
 		}
 		return out, err
 	})

@@ -42,6 +42,7 @@ type Error struct {
 const (
 	CheckUnknownHost = "unknown-host" // join again
 	CheckReenrol     = "reenrol"      // join again: an operator allowed it
+	CheckResync      = "resync"       // send event log and IMA list whole
 	CheckGone        = "gone"         // the lease is over: ask for a new credential
 )
 

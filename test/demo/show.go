@@ -134,7 +134,10 @@ func attestHost(ctx context.Context, d *demo) (string, error) {
 	if h.State != "trusted" || h.Tier != "certified" {
 		return "", fmt.Errorf("the host is %s (%s), of tier %s", h.State, h.Reason, h.Tier)
 	}
-	_, err = d.broker.CLI(ctx, "reference", "learn", "demo-hosts", "--host", d.machine.HostID)
+	if _, err := d.broker.CLI(ctx, "reference", "learn", "demo-hosts", "--host", d.machine.HostID); err != nil {
+		return "", err
+	}
+	_, err = d.broker.CLI(ctx, "reference", "approve", "demo-hosts")
 	return "state trusted, tier certified", err
 }
 

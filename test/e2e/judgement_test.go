@@ -50,6 +50,8 @@ func TestAFailedHostJoinsAgain(t *testing.T) {
 	h := joined(t, b, services.TPMCA)
 	_, err := b.broker.CLI(ctx, "reference", "learn", "prod", "--host", h.ID)
 	check.Nil(t, err)
+	_, err = b.broker.CLI(ctx, "reference", "approve", "prod")
+	check.Nil(t, err)
 	check.Must(h.Prove(ctx, dial(t, h), nil))(t)
 	h.TPM.PCRs[4] = evidence.Sum([]byte("another boot loader"))
 	_, err = h.Prove(ctx, dial(t, h), nil)

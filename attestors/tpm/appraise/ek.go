@@ -113,15 +113,15 @@ func verifyCertificate(der []byte, key crypto.PublicKey, roots, intermediates *x
 	if cert.IsCA || !slices.ContainsFunc(cert.UnknownExtKeyUsage, oidEKCertificate.Equal) {
 		return nil, reject(CheckEKUsage, "the certificate isn't for endorsement keys (%s)", oidEKCertificate)
 	}
-	if certified, ok := certifiedKey(cert).(interface{ Equal(crypto.PublicKey) bool }); !ok || !certified.Equal(key) {
+	if certified, ok := CertifiedKey(cert).(interface{ Equal(crypto.PublicKey) bool }); !ok || !certified.Equal(key) {
 		return nil, reject(CheckEKCertificate, "the certificate is for another key than this EK")
 	}
 	return cert, nil
 }
 
-// certifiedKey is the certificate's key. Some makers name its algorithm RSA
+// CertifiedKey is the certificate's key. Some makers name its algorithm RSA
 // with OAEP, which Go doesn't parse.
-func certifiedKey(cert *x509.Certificate) crypto.PublicKey {
+func CertifiedKey(cert *x509.Certificate) crypto.PublicKey {
 	if cert.PublicKey != nil {
 		return cert.PublicKey
 	}

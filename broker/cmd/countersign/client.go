@@ -97,6 +97,15 @@ func (o *options) show(w io.Writer, m proto.Message, text func(io.Writer)) error
 	return nil
 }
 
+// print writes what has no message of the wire contract, in the same two forms.
+func (o *options) print(w io.Writer, v any, text func(io.Writer)) error {
+	if o.output == "json" {
+		return json.NewEncoder(w).Encode(v)
+	}
+	text(terminal{w})
+	return nil
+}
+
 // A terminal takes text that hosts may have written parts of.
 type terminal struct{ w io.Writer }
 

@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/hex"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -132,57 +131,6 @@ func joinTokenCommand(o *options) *cobra.Command {
 	create.Flags().StringVar(&reference, "reference", "", "reference set that its PCRs must match")
 	create.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long the token is good, 30 days at most")
 	cmd.AddCommand(create)
-	return cmd
-}
-
-func referenceCommand(o *options) *cobra.Command {
-	cmd := &cobra.Command{Use: "reference", Short: "PCR values that hosts must match"}
-	var host string
-	var pcrs []uint
-	learn := &cobra.Command{Use: "learn NAME --host HOST", Short: "Take a host's PCRs as the next version of a set", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
-		client, err := o.client(cmd.Context())
-		if err != nil {
-			return err
-		}
-		req := &v1.LearnReferenceRequest{Name: args[0], Host: host}
-		for _, p := range pcrs {
-			req.Pcrs = append(req.Pcrs, uint32(p))
-		}
-		r, err := client.LearnReference(cmd.Context(), connect.NewRequest(req))
-		if err != nil {
-			return err
-		}
-		return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
-			ref := r.Msg.GetReference()
-			fmt.Fprintf(w, "%s version %d, %d PCRs, learned from %s\n", ref.GetName(), ref.GetVersion(), len(ref.GetPcrs()), ref.GetLearnedFrom())
-		})
-	}}
-	learn.Flags().StringVar(&host, "host", "", "the host to learn from; it must be trusted")
-	learn.Flags().UintSliceVar(&pcrs, "pcr", nil, "PCRs to take (default 0-7)")
-	_ = learn.MarkFlagRequired("host")
-	show := &cobra.Command{Use: "show [NAME]", Short: "Show the versions of a set, or of all", RunE: func(cmd *cobra.Command, args []string) error {
-		client, err := o.client(cmd.Context())
-		if err != nil {
-			return err
-		}
-		req := &v1.ListReferencesRequest{}
-		if len(args) > 0 {
-			req.Name = args[0]
-		}
-		r, err := client.ListReferences(cmd.Context(), connect.NewRequest(req))
-		if err != nil {
-			return err
-		}
-		return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
-			for _, ref := range r.Msg.GetReferences() {
-				fmt.Fprintf(w, "%s version %d, learned from %s at %s\n", ref.GetName(), ref.GetVersion(), ref.GetLearnedFrom(), stampText(ref.GetCreated()))
-				for _, p := range ref.GetPcrs() {
-					fmt.Fprintf(w, "  %2d %s\n", p.GetIndex(), hex.EncodeToString(p.GetSha256()))
-				}
-			}
-		})
-	}}
-	cmd.AddCommand(learn, show)
 	return cmd
 }
 

@@ -22,6 +22,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/admission"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/authority"
+	"github.com/countersign/countersign/broker/internal/basis"
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/credential"
 	"github.com/countersign/countersign/broker/internal/issue"
@@ -29,6 +30,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/measured"
 	"github.com/countersign/countersign/broker/internal/metrics"
 	"github.com/countersign/countersign/broker/internal/operate"
 	"github.com/countersign/countersign/broker/internal/policy"
@@ -114,9 +116,10 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		issuers[journal.KindCertificate] = workloads
 		crl = workloads.CRL
 	}
+	book, logs := basis.New(s), measured.New(measured.MostFiles)
 	leases := lease.New(s, issuers, log, steady)
 	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
-	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, ParseSet: parse, Log: log, Now: faults.Now}
+	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
 	root := operate.Actor{Name: "root", Role: operate.Viewer}
 	handler, requests := metrics.New(metrics.Source{
 		Counts: func(ctx context.Context) (map[string]uint64, map[string]uint64, error) {
@@ -138,7 +141,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		Door: &server.Door{HostCA: hostCA.Certificate, OperatorCA: operatorCA.Certificate, Certificate: listenerCertificate(hostCA, c.Names), Now: faults.Now},
 		Hosts: &server.Hosts{
 			Admission: &admission.Desk{Store: s, Leases: leases, CA: hostCA, Roots: roots, Intermediates: intermediates, MostPending: c.PendingHosts, Now: faults.Now},
-			Credentials: &credential.Desk{Store: s, Leases: leases, Policy: inForce.Load, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
+			Credentials: &credential.Desk{Store: s, Leases: leases, Policy: inForce.Load, Basis: book, Logs: logs, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
 				Log: log, Now: steady},
 			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: steady,
 		},

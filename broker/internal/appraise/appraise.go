@@ -9,7 +9,6 @@ package appraise
 import (
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/countersign/countersign/attestors/evidence"
@@ -25,16 +24,23 @@ type Bundle struct {
 	Quote   tpm.Quote
 	Seen    *appraise.Counters // the highest counters known when the nonce was given
 	Program []byte             // the process attestor's encoding; nil: only the host
-	Boot    string             // agent's word
-	OS      string             // agent's word
-	Address string             // the connection's peer
+	Logs    Logs
+	Known   *Known // of this host's logs; nil: nothing
+	Boot    string // agent's word
+	OS      string // agent's word
+	Address string // the connection's peer
 }
 
 // A Verified is appraised evidence. The zero value verifies nothing.
 type Verified struct {
 	facts    *Facts
 	counters appraise.Counters
+	known    *Known
+	releases Releases
 }
+
+// Known is what is known of the host's logs now.
+func (v Verified) Known() *Known { return v.known }
 
 // Facts are what the evidence established; nil on the zero value.
 func (v Verified) Facts() *Facts { return v.facts }
@@ -52,10 +58,19 @@ const (
 // another version, or one that could not see its program. It is not untrue.
 var ErrProgram = errors.New("program evidence")
 
-// Appraise verifies b as evidence of the host h. The reference is the set that
-// h has to match, nil where it has none. An error is a *evidence.Rejected: the
-// evidence says no.
-func Appraise(b Bundle, h inventory.Host, reference []inventory.Reference, now time.Time) (Verified, error) {
+// Releases says which releases announced a file, by its path and digest.
+type Releases func(path, digest string) []string
+
+// A Basis is what operators said that evidence is held against.
+type Basis struct {
+	Reference *Reference // the set that the host has to match; nil: none
+	Releases  Releases   // nil: there are none
+}
+
+// Appraise verifies b as evidence of the host h. An error is a
+// *evidence.Rejected where the evidence says no, and ErrResync or ErrProgram
+// where it says nothing.
+func Appraise(b Bundle, h inventory.Host, basis Basis, now time.Time) (Verified, error) {
 	ak, err := appraise.ParseAK(h.AKPublic)
 	if err != nil {
 		return Verified{}, err
@@ -70,19 +85,22 @@ func Appraise(b Bundle, h inventory.Host, reference []inventory.Reference, now t
 				"`countersign host reenrol` after looking into it", quoted.Counters.ResetCount, quoted.Counters.RestartCount, quoted.Counters.Clock,
 			b.Seen.ResetCount, b.Seen.RestartCount, b.Seen.Clock)}
 	}
+	known, err := appraiseLogs(b.Logs, b.Boot, quoted.PCRs, b.Known)
+	if err != nil {
+		return Verified{}, err
+	}
+	if err := basis.Reference.match(known, quoted.PCRs); err != nil {
+		return Verified{}, err
+	}
 	f := &Facts{At: now, Host: Host{
-		ID: h.ID, Name: h.Name, Labels: h.Labels, Tier: h.Tier, Address: b.Address, Boot: b.Boot, OS: b.OS, PCRs: quoted.PCRs,
+		ID: h.ID, Name: h.Name, Labels: h.Labels, Tier: h.Tier, Reference: h.Reference, Address: b.Address, Boot: b.Boot, OS: b.OS, PCRs: quoted.PCRs,
 	}}
-	if h.Reference != "" {
-		if err := match(reference, quoted.PCRs); err != nil {
-			return Verified{}, err
-		}
-		f.Host.Reference = h.Reference
-	}
+	known.describe(&f.Host)
+	v := Verified{facts: f, counters: quoted.Counters, known: known, releases: basis.Releases}
 	if b.Program != nil {
-		return Verified{facts: f, counters: quoted.Counters}.WithProgram(b.Program)
+		return v.WithProgram(b.Program)
 	}
-	return Verified{facts: f, counters: quoted.Counters}, nil
+	return v, nil
 }
 
 // WithProgram is v for one more program of the same quote; ErrProgram where its
@@ -96,25 +114,10 @@ func (v Verified) WithProgram(encoded []byte) (Verified, error) {
 		return Verified{}, fmt.Errorf("%w: the program ran in another boot than the host says it is in", ErrProgram)
 	}
 	f := *v.facts
-	f.Program = &p
-	return Verified{facts: &f, counters: v.counters}, nil
-}
-
-// match holds the quoted values against every version of a set.
-func match(versions []inventory.Reference, pcrs map[int]evidence.Digest) error {
-	var newest []string
-	for _, r := range versions {
-		diffs := r.Mismatch(pcrs)
-		if len(diffs) == 0 {
-			return nil
-		}
-		if newest == nil {
-			newest = diffs
-		}
+	f.Program, f.Measured = &p, v.known.measured(&p)
+	if v.releases != nil {
+		f.Releases = v.releases(p.Exe, "sha256:"+p.SHA256.String())
 	}
-	name := "(none)"
-	if len(versions) > 0 {
-		name = versions[0].Name
-	}
-	return &evidence.Rejected{Check: CheckReference, Detail: fmt.Sprintf("reference set %s: %s", name, strings.Join(newest, "; "))}
+	v.facts = &f
+	return v, nil
 }

@@ -90,7 +90,7 @@ scope "billing-db" {
 }
 
 func (r request) decide(b *testing.B, now time.Time) {
-	verified, err := appraise.Appraise(r.bundle, r.host, nil, now)
+	verified, err := appraise.Appraise(r.bundle, r.host, appraise.Basis{}, now)
 	if err != nil {
 		b.Fatal(err)
 	}

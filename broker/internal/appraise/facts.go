@@ -1,9 +1,12 @@
 package appraise
 
 import (
+	"slices"
 	"time"
 
+	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
+	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
 	"github.com/countersign/countersign/attestors/process"
 )
 
@@ -14,7 +17,11 @@ type Facts struct {
 	At      time.Time        `json:"at"` // of the appraisal
 	Host    Host             `json:"host"`
 	Program *process.Program `json:"program,omitempty"` // nil where only the host was proven
-	Subject Subject          `json:"subject"`
+
+	Measured *Measured `json:"measured,omitempty"` // the program's, nil without an IMA list
+	Releases []string  `json:"releases,omitempty"` // that announced the program's digest under its path
+
+	Subject Subject `json:"subject"`
 }
 
 // Host is one machine as it was appraised.
@@ -30,9 +37,49 @@ type Host struct {
 
 	PCRs map[int]evidence.Digest `json:"pcrs"` // SHA-256 bank, quoted
 
-	// Absent until an event log or an IMA list is appraised.
-	SecureBoot *bool   `json:"secure_boot,omitempty"`
-	IMA        *string `json:"ima,omitempty"`
+	// Absent unless an event log was appraised and proves them.
+	SecureBoot *bool     `json:"secure_boot,omitempty"`
+	EventLog   *EventLog `json:"event_log,omitempty"`
+
+	// Absent unless an IMA list was appraised.
+	IMA  *string `json:"ima,omitempty"` // IMAVerified
+	List *List   `json:"ima_list,omitempty"`
+}
+
+// IMAVerified is the IMA fact of a host whose list was replayed and held.
+const IMAVerified = "verified"
+
+// An EventLog is what decisions need to know of a measured boot. Digests are
+// lowercase hex of SHA-256, in the order of measurement.
+type EventLog struct {
+	SecureBootMode     string   `json:"secure_boot_mode,omitempty"` // setup, user, audit or deployed
+	FirmwareVersion    *string  `json:"firmware_version,omitempty"`
+	KernelCommandLine  *string  `json:"kernel_command_line,omitempty"`  // absent where another reading is possible
+	KernelCommandLines []string `json:"kernel_command_lines,omitempty"` // all that may have been a kernel's
+	Images             []string `json:"boot_images,omitempty"`          // Authenticode, PCR 4
+	Files              []string `json:"boot_files,omitempty"`           // PCR 9
+	Authorities        []string `json:"authorities,omitempty"`          // what images were verified by, PCR 7
+	PCRs               []int    `json:"pcrs_replayed"`
+	// Incomplete are PCRs that were extended by what the logs don't show: a list
+	// of what they hold is not the whole list.
+	Incomplete []int `json:"pcrs_incomplete,omitempty"`
+}
+
+// CommandLines are all that may have been a kernel's: the one, where it is proven.
+func (e *EventLog) CommandLines() []string {
+	if e.KernelCommandLine != nil {
+		return []string{*e.KernelCommandLine}
+	}
+	return e.KernelCommandLines
+}
+
+// A List is what decisions need to know of an IMA list.
+type List struct {
+	Proven     int              `json:"proven"` // entries
+	Violations int              `json:"violations"`
+	Bank       imaappraise.Bank `json:"bank,omitempty"`
+	Unexpected int              `json:"unexpected"`         // files that the reference set doesn't allow, and lets be
+	Examples   []string         `json:"examples,omitempty"` // of them
 }
 
 // Tiers: whether the EK's certificate chains to the configured roots.
@@ -44,4 +91,29 @@ const (
 // Subject is what the broker learned about the subject beyond this request.
 type Subject struct {
 	Risk *int64 `json:"risk,omitempty"` // 0–100, from findings; absent without any
+}
+
+// describe writes down what k knows for decisions.
+func (k *Known) describe(h *Host) {
+	if f := k.facts; f != nil {
+		e := &EventLog{SecureBootMode: f.SecureBootMode, FirmwareVersion: f.FirmwareVersion, KernelCommandLine: f.KernelCommandLine,
+			KernelCommandLines: f.KernelCommandLines, PCRs: f.PCRsReplayed, Incomplete: slices.Concat(f.PCRsUnreplayed, f.PCRsUnexplained)}
+		for _, c := range f.Components {
+			switch c.Kind {
+			case boot.KindApplication:
+				e.Images = append(e.Images, c.SHA256.String())
+			case boot.KindFile:
+				e.Files = append(e.Files, c.SHA256.String())
+			}
+		}
+		for _, a := range f.Authorities {
+			e.Authorities = append(e.Authorities, a.SHA256.String())
+		}
+		h.SecureBoot, h.EventLog = f.SecureBoot, e
+	}
+	if s := k.ima; s != nil && s.Entries > 0 {
+		verified := IMAVerified
+		h.IMA = &verified
+		h.List = &List{Proven: s.Entries, Violations: s.Violations, Bank: s.Bank, Unexpected: k.count, Examples: k.unexpected}
+	}
 }

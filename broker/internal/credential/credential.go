@@ -27,10 +27,12 @@ import (
 	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/authority"
+	"github.com/countersign/countersign/broker/internal/basis"
 	"github.com/countersign/countersign/broker/internal/challenge"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/measured"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/store"
 	"github.com/countersign/countersign/broker/wire"
@@ -44,8 +46,10 @@ type Desk struct {
 	Store  *store.Store
 	Leases *lease.Manager
 	Policy func() *policy.Set // the set in force
-	CA     *authority.CA      // renews host certificates
-	Signer note.Signer        // of tickets
+	Basis  *basis.Book
+	Logs   *measured.Cache
+	CA     *authority.CA // renews host certificates
+	Signer note.Signer   // of tickets
 	Verify note.Verifier
 	Log    *slog.Logger
 	Now    func() time.Time
@@ -58,16 +62,17 @@ type Evidence struct {
 	Quote tpm.Quote
 	Boot  string
 	OS    string
+	Logs  appraise.Logs
 }
 
 // Challenge opens up to n nonces on conn, together with what is known now of
-// the TPM's counters.
-func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int, request string) ([]evidence.Nonce, error) {
+// the TPM's counters, and says what of the host's logs needn't be sent again.
+func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int, request string) ([]evidence.Nonce, *appraise.Known, error) {
 	h, err := d.host(ctx, conn, request)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return conn.Give(max(n, 1), h.Counters, d.Now()), nil
+	return conn.Give(max(n, 1), h.Counters, d.Now()), d.Logs.Get(h.ID), nil
 }
 
 // host finds who speaks, and turns away who must not.
@@ -129,22 +134,21 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	if err != nil {
 		return proven{}, &wire.Error{Outcome: wire.Retry, Check: "nonce", Request: request, Message: err.Error()}
 	}
-	var reference []inventory.Reference
-	if h.Reference != "" {
-		err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
-			reference, err = inventory.References(tx, h.Reference)
-			return err
-		})
-		if err != nil {
-			return proven{}, d.fault(request, err)
-		}
+	held, err := d.Basis.For(ctx, h.Reference, now)
+	if err != nil {
+		return proven{}, d.fault(request, err)
 	}
 	verified, err := appraise.Appraise(appraise.Bundle{
 		Binding: conn.Binding(call, nonce, e.Body), Quote: e.Quote, Seen: given.Seen, Program: program,
-		Boot: e.Boot, OS: e.OS, Address: conn.Address,
-	}, h, reference, now)
+		Boot: e.Boot, OS: e.OS, Address: conn.Address, Logs: e.Logs, Known: d.Logs.Get(h.ID),
+	}, h, held, now)
 	if err == nil {
+		d.Logs.Put(h.ID, verified.Known())
 		return proven{host: h, verified: verified, given: given, conn: conn}, nil
+	}
+	if errors.Is(err, appraise.ErrResync) {
+		d.Logs.Forget(h.ID)
+		return proven{}, &wire.Error{Outcome: wire.Retry, Check: wire.CheckResync, Request: request, Message: err.Error()}
 	}
 	if errors.Is(err, appraise.ErrProgram) {
 		return proven{}, &wire.Error{Outcome: wire.Fault, Check: "program-evidence", Request: request, Message: err.Error()}

@@ -4,49 +4,84 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"time"
 
-	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/store"
 )
 
-// A Reference is one version of a named set of PCR values (SHA-256 bank). A
-// host matches the set when it matches any of its versions, so that a fleet
-// can move from one to the next.
+// A Reference is one version of a named reference set. A host matches the set
+// by any version that is in force, so that a fleet can move from one to the
+// next.
 type Reference struct {
 	Name        string
 	Version     int64
-	PCRs        map[int]evidence.Digest
-	LearnedFrom string // host id
+	Content     json.RawMessage // a reference.Content
+	LearnedFrom string          // host id; empty: written by hand
 	Created     time.Time
+	Approved    time.Time // zero: a draft
+	Ends        time.Time // zero: it stays in force
+}
+
+// Reference states.
+const (
+	Draft    = "draft"
+	Approved = "approved"
+	Ended    = "ended"
+)
+
+// State says whether r is in force now.
+func (r Reference) State(now time.Time) string {
+	switch {
+	case r.Approved.IsZero():
+		return Draft
+	case !r.Ends.IsZero() && !now.Before(r.Ends):
+		return Ended
+	}
+	return Approved
 }
 
 // ErrNoReference says that no set has that name.
 var ErrNoReference = errors.New("no such reference set")
 
-// AddReference stores r as the next version of its set.
+// AddReference stores r as the next version of its set, a draft.
 func AddReference(tx *store.Tx, r Reference) (Reference, error) {
-	if len(r.PCRs) == 0 {
-		return r, errors.New("a reference set without a PCR would match every host")
-	}
 	if err := tx.QueryRow(`SELECT COALESCE(MAX(version), 0) + 1 FROM reference_sets WHERE name = ?`, r.Name).Scan(&r.Version); err != nil {
 		return r, err
 	}
-	pcrs, err := json.Marshal(r.PCRs)
+	_, err := tx.Exec(`INSERT INTO reference_sets (name, version, content, learned_from, created) VALUES (?, ?, ?, ?, ?)`,
+		r.Name, r.Version, string(r.Content), r.LearnedFrom, store.Millis(r.Created))
+	return r, err
+}
+
+// ApproveReference puts a version in force, 0 for the newest; those that were,
+// and would stay longer, end at olderEnd.
+func ApproveReference(tx *store.Tx, name string, version int64, now, olderEnd time.Time) (Reference, error) {
+	list, err := References(tx, name)
 	if err != nil {
+		return Reference{}, err
+	}
+	if version == 0 {
+		version = list[0].Version
+	}
+	for _, r := range list {
+		if r.Version != version {
+			continue
+		}
+		if _, err := tx.Exec(`UPDATE reference_sets SET ends = ? WHERE name = ? AND approved > 0 AND (ends = 0 OR ends > ?)`,
+			store.Millis(olderEnd), name, store.Millis(olderEnd)); err != nil {
+			return r, err
+		}
+		r.Approved, r.Ends = now, time.Time{}
+		_, err := tx.Exec(`UPDATE reference_sets SET approved = ?, ends = 0 WHERE name = ? AND version = ?`, store.Millis(now), name, version)
 		return r, err
 	}
-	_, err = tx.Exec(`INSERT INTO reference_sets (name, version, pcrs, learned_from, created) VALUES (?, ?, ?, ?, ?)`,
-		r.Name, r.Version, string(pcrs), r.LearnedFrom, store.Millis(r.Created))
-	return r, err
+	return Reference{}, fmt.Errorf("%w: %s has no version %d", ErrNoReference, name, version)
 }
 
 // References reads the versions of one set, newest first, or of all where name
 // is empty.
 func References(tx *store.Tx, name string) ([]Reference, error) {
-	rows, err := tx.Query(`SELECT name, version, pcrs, learned_from, created FROM reference_sets
+	rows, err := tx.Query(`SELECT name, version, content, learned_from, created, approved, ends FROM reference_sets
 		WHERE ? = '' OR name = ? ORDER BY name, version DESC`, name, name)
 	if err != nil {
 		return nil, err
@@ -55,15 +90,12 @@ func References(tx *store.Tx, name string) ([]Reference, error) {
 	var list []Reference
 	for rows.Next() {
 		var r Reference
-		var pcrs string
-		var created int64
-		if err := rows.Scan(&r.Name, &r.Version, &pcrs, &r.LearnedFrom, &created); err != nil {
+		var content string
+		var created, approved, ends int64
+		if err := rows.Scan(&r.Name, &r.Version, &content, &r.LearnedFrom, &created, &approved, &ends); err != nil {
 			return nil, err
 		}
-		r.Created = store.Time(created)
-		if err := json.Unmarshal([]byte(pcrs), &r.PCRs); err != nil {
-			return nil, fmt.Errorf("reference %s version %d: %w", r.Name, r.Version, err)
-		}
+		r.Content, r.Created, r.Approved, r.Ends = json.RawMessage(content), store.Time(created), timeOrZero(approved), timeOrZero(ends)
 		list = append(list, r)
 	}
 	if err := rows.Err(); err != nil {
@@ -75,17 +107,78 @@ func References(tx *store.Tx, name string) ([]Reference, error) {
 	return list, nil
 }
 
-// Mismatch says how pcrs differ from r, in the order of the indices; it is
-// empty where they match.
-func (r Reference) Mismatch(pcrs map[int]evidence.Digest) []string {
-	var diffs []string
-	for _, i := range slices.Sorted(maps.Keys(r.PCRs)) {
-		switch have, ok := pcrs[i]; {
-		case !ok:
-			diffs = append(diffs, fmt.Sprintf("PCR %d was not quoted", i))
-		case !have.Equal(r.PCRs[i]):
-			diffs = append(diffs, fmt.Sprintf("PCR %d is %s, version %d has %s", i, have, r.Version, r.PCRs[i]))
-		}
+func timeOrZero(millis int64) time.Time {
+	if millis == 0 {
+		return time.Time{}
 	}
-	return diffs
+	return store.Time(millis)
+}
+
+// Maintain lets be what a set's file rules don't allow, until then.
+func Maintain(tx *store.Tx, name string, until time.Time) error {
+	_, err := tx.Exec(`INSERT INTO reference_maintenance (name, ends) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET ends = excluded.ends`, name, store.Millis(until))
+	return err
+}
+
+// Maintenance is when a set's maintenance ends, or ended.
+func Maintenance(tx *store.Tx, name string) (time.Time, error) {
+	var ends int64
+	err := tx.QueryRow(`SELECT COALESCE(MAX(ends), 0) FROM reference_maintenance WHERE name = ?`, name).Scan(&ends)
+	return timeOrZero(ends), err
+}
+
+// A Release is one version of a named set of files that a build announced.
+type Release struct {
+	Name    string
+	Version int64
+	Source  string // what it was made of
+	Files   []ReleaseFile
+	Added   time.Time
+	Ends    time.Time // zero: it stays in force
+}
+
+// A ReleaseFile is a path and its digest, as "sha256:…".
+type ReleaseFile struct {
+	Path   string `json:"path"`
+	Digest string `json:"digest"`
+}
+
+// AddRelease stores r as the next version of its name; older ones, which would
+// stay longer, end at olderEnd.
+func AddRelease(tx *store.Tx, r Release, olderEnd time.Time) (Release, error) {
+	if err := tx.QueryRow(`SELECT COALESCE(MAX(version), 0) + 1 FROM releases WHERE name = ?`, r.Name).Scan(&r.Version); err != nil {
+		return r, err
+	}
+	files, err := json.Marshal(r.Files)
+	if err != nil {
+		return r, err
+	}
+	if _, err := tx.Exec(`UPDATE releases SET ends = ? WHERE name = ? AND (ends = 0 OR ends > ?)`, store.Millis(olderEnd), r.Name, store.Millis(olderEnd)); err != nil {
+		return r, err
+	}
+	_, err = tx.Exec(`INSERT INTO releases (name, version, source, files, added, ends) VALUES (?, ?, ?, ?, ?, 0)`, r.Name, r.Version, r.Source, string(files), store.Millis(r.Added))
+	return r, err
+}
+
+// Releases reads the versions of one name, newest first, or of all.
+func Releases(tx *store.Tx, name string) (list []Release, err error) {
+	rows, err := tx.Query(`SELECT name, version, source, files, added, ends FROM releases WHERE ? = '' OR name = ? ORDER BY name, version DESC`, name, name)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		var r Release
+		var files string
+		var added, ends int64
+		if err := rows.Scan(&r.Name, &r.Version, &r.Source, &files, &added, &ends); err != nil {
+			return nil, err
+		}
+		if err := json.Unmarshal([]byte(files), &r.Files); err != nil {
+			return nil, fmt.Errorf("release %s version %d: %w", r.Name, r.Version, err)
+		}
+		r.Added, r.Ends = store.Time(added), timeOrZero(ends)
+		list = append(list, r)
+	}
+	return list, rows.Err()
 }

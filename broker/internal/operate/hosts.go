@@ -207,7 +207,7 @@ func (d *Desk) ChangeHost(ctx context.Context, a Actor, host string, c Change) (
 			return err
 		}
 		r.Host = h.ID
-		if h, err = changed(tx, h, c); err != nil {
+		if h, err = changed(tx, h, c, d.Now()); err != nil {
 			return err
 		}
 		return inventory.Save(tx, h)
@@ -219,7 +219,7 @@ func (d *Desk) ChangeHost(ctx context.Context, a Actor, host string, c Change) (
 	return h, len(ended), err
 }
 
-func changed(tx *store.Tx, h inventory.Host, c Change) (inventory.Host, error) {
+func changed(tx *store.Tx, h inventory.Host, c Change, now time.Time) (inventory.Host, error) {
 	if h.State == inventory.Removed && c.Action != "reenrol" {
 		return h, invalid("host %s was removed; only reenrol brings it back", h.ID)
 	}
@@ -229,7 +229,7 @@ func changed(tx *store.Tx, h inventory.Host, c Change) (inventory.Host, error) {
 			return h, invalid("host %s is admitted already", h.ID)
 		}
 		h.Admitted, h.State, h.Reason = true, inventory.Registered, ""
-		return withReference(tx, withLabels(h, c), c.Reference)
+		return withReference(tx, withLabels(h, c), c.Reference, now)
 	case "label":
 		h = withLabels(h, c)
 		return h, checkLabels(h.Labels)
@@ -238,7 +238,7 @@ func changed(tx *store.Tx, h inventory.Host, c Change) (inventory.Host, error) {
 			h.Reference = ""
 			return h, nil
 		}
-		return withReference(tx, h, c.Reference)
+		return withReference(tx, h, c.Reference, now)
 	case "quarantine":
 		h.State, h.Reason, h.SilentAt = inventory.Quarantined, c.Reason, time.Time{}
 	case "release":
@@ -269,11 +269,11 @@ func withLabels(h inventory.Host, c Change) inventory.Host {
 	return h
 }
 
-func withReference(tx *store.Tx, h inventory.Host, name string) (inventory.Host, error) {
+func withReference(tx *store.Tx, h inventory.Host, name string, now time.Time) (inventory.Host, error) {
 	if name == "" {
 		return h, nil
 	}
-	if _, err := inventory.References(tx, name); err != nil {
+	if err := inForce(tx, name, now); err != nil {
 		return h, err
 	}
 	h.Reference = name
@@ -294,7 +294,7 @@ func (d *Desk) CreateToken(ctx context.Context, a Actor, t inventory.JoinToken) 
 	err = d.act(ctx, a, Operator, "token.created", map[string]any{"name": t.Name, "labels": t.Labels, "reference": t.Reference, "expires": t.Expires},
 		func(tx *store.Tx, _ *audit.Record) (err error) {
 			if t.Reference != "" {
-				if _, err := inventory.References(tx, t.Reference); err != nil {
+				if err := inForce(tx, t.Reference, d.Now()); err != nil {
 					return err
 				}
 			}
@@ -302,51 +302,4 @@ func (d *Desk) CreateToken(ctx context.Context, a Actor, t inventory.JoinToken) 
 			return err
 		})
 	return token, err
-}
-
-// LearnReference takes what a host last quoted as the next version of a set,
-// and has the host match it from now on.
-func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, pcrs []int) (r inventory.Reference, err error) {
-	if !plainName(name) {
-		return r, invalid("reference name %q: 1 to 64 letters, digits, and . @ _ -", name)
-	}
-	if len(pcrs) == 0 {
-		pcrs = []int{0, 1, 2, 3, 4, 5, 6, 7}
-	}
-	err = d.act(ctx, a, Operator, "reference.learned", map[string]any{"name": name, "pcrs": pcrs}, func(tx *store.Tx, rec *audit.Record) error {
-		h, err := inventory.Find(tx, host)
-		if err != nil {
-			return err
-		}
-		rec.Host = h.ID
-		if h.State != inventory.Trusted {
-			return invalid("host %s is %s: its PCRs are learned only while it is trusted", h.ID, h.State)
-		}
-		r = inventory.Reference{Name: name, LearnedFrom: h.ID, Created: d.Now(), PCRs: map[int]evidence.Digest{}}
-		for _, i := range pcrs {
-			value, ok := h.PCRs[i]
-			if !ok {
-				return invalid("host %s quotes no PCR %d; it has %v", h.ID, i, slices.Sorted(maps.Keys(h.PCRs)))
-			}
-			r.PCRs[i] = value
-		}
-		if r, err = inventory.AddReference(tx, r); err != nil {
-			return err
-		}
-		h.Reference = name
-		return inventory.Save(tx, h)
-	})
-	return r, err
-}
-
-// References lists the versions of one set, or of all.
-func (d *Desk) References(ctx context.Context, a Actor, name string) (list []inventory.Reference, err error) {
-	if err := a.need(Viewer); err != nil {
-		return nil, err
-	}
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
-		list, err = inventory.References(tx, name)
-		return err
-	})
-	return list, err
 }

@@ -16,7 +16,9 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/authority"
+	"github.com/countersign/countersign/broker/internal/basis"
 	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/measured"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/store"
 )
@@ -70,6 +72,8 @@ type Desk struct {
 	Audit      *audit.Log
 	OperatorCA *authority.CA
 	Policy     *atomic.Pointer[policy.Set]
+	Basis      *basis.Book
+	Logs       *measured.Cache
 	ParseSet   func([]policy.File) (*policy.Set, error)
 	Log        *slog.Logger
 	Now        func() time.Time

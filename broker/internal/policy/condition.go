@@ -45,12 +45,20 @@ var vocabulary = map[string][]fact{
 		{"id", cel.StringType}, {"name", cel.StringType}, {"labels", cel.MapType(cel.StringType, cel.StringType)},
 		{"tier", cel.StringType}, {"reference", cel.StringType}, {"address", cel.StringType}, {"boot", cel.StringType},
 		{"os", cel.StringType}, {"pcrs", cel.MapType(cel.IntType, cel.StringType)},
-		{"secure_boot", cel.BoolType}, {"ima", cel.StringType},
+		// Absent unless an event log was appraised and proves them.
+		{"secure_boot", cel.BoolType}, {"secure_boot_mode", cel.StringType}, {"firmware_version", cel.StringType},
+		{"kernel_command_line", cel.StringType}, {"kernel_command_lines", cel.ListType(cel.StringType)},
+		{"boot_images", cel.ListType(cel.StringType)}, {"boot_files", cel.ListType(cel.StringType)}, {"authorities", cel.ListType(cel.StringType)},
+		{"pcrs_replayed", cel.ListType(cel.IntType)}, {"pcrs_incomplete", cel.ListType(cel.IntType)},
+		// Absent unless an IMA list was appraised.
+		{"ima", cel.StringType}, {"ima_bank", cel.StringType}, {"ima_entries", cel.IntType}, {"ima_violations", cel.IntType}, {"ima_unexpected", cel.IntType},
 	},
 	processType.TypeName(): {
 		{"exe", cel.StringType}, {"sha256", cel.StringType}, {"user", cel.StringType}, {"uid", cel.IntType},
 		{"gid", cel.IntType}, {"groups", cel.ListType(cel.IntType)}, {"unit", cel.StringType}, {"cgroup", cel.StringType},
-		{"starting", cel.BoolType}, {"mappings", cel.ListType(mappingType)}, {"parent", parentType},
+		{"starting", cel.BoolType}, {"releases", cel.ListType(cel.StringType)},
+		{"measured", cel.BoolType}, // absent unless an IMA list was appraised
+		{"mappings", cel.ListType(mappingType)}, {"parent", parentType},
 	},
 	mappingType.TypeName(): {{"path", cel.StringType}, {"deleted", cel.BoolType}},
 	parentType.TypeName():  {{"pid", cel.IntType}, {"exe", cel.StringType}},
@@ -222,8 +230,22 @@ func activation(f appraise.Facts, now time.Time) map[string]any {
 	if f.Host.SecureBoot != nil {
 		host["secure_boot"] = *f.Host.SecureBoot
 	}
+	if l := f.Host.EventLog; l != nil {
+		host["secure_boot_mode"] = l.SecureBootMode
+		if l.FirmwareVersion != nil {
+			host["firmware_version"] = *l.FirmwareVersion
+		}
+		if l.KernelCommandLine != nil {
+			host["kernel_command_line"] = *l.KernelCommandLine
+		}
+		host["kernel_command_lines"], host["boot_images"], host["boot_files"], host["authorities"] = l.CommandLines(), l.Images, l.Files, l.Authorities
+		host["pcrs_replayed"], host["pcrs_incomplete"] = l.PCRs, l.Incomplete
+	}
 	if f.Host.IMA != nil {
 		host["ima"] = *f.Host.IMA
+	}
+	if l := f.Host.List; l != nil {
+		host["ima_bank"], host["ima_entries"], host["ima_violations"], host["ima_unexpected"] = string(l.Bank), int64(l.Proven), int64(l.Violations), int64(l.Unexpected)
 	}
 	subject := object{}
 	if f.Subject.Risk != nil {
@@ -242,6 +264,13 @@ func activation(f appraise.Facts, now time.Time) map[string]any {
 		process = object{
 			"exe": p.Exe, "sha256": p.SHA256.String(), "user": p.User, "uid": int64(p.UID), "gid": int64(p.GID),
 			"groups": groups, "unit": p.Unit, "cgroup": p.Cgroup, "starting": p.Starting, "mappings": mappings,
+		}
+		if f.Releases == nil {
+			f.Releases = []string{}
+		}
+		process["releases"] = f.Releases
+		if f.Measured != nil {
+			process["measured"] = f.Measured.Exe && len(f.Measured.Unmeasured) == 0
 		}
 		if p.Parent != nil {
 			process["parent"] = object{"pid": int64(p.Parent.PID), "exe": p.Parent.Exe}

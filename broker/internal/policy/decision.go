@@ -33,6 +33,10 @@ type HostSelector struct {
 	SecureBoot *bool
 	Reference  string
 	IMA        string
+
+	// Of what was measured, everything has to be among these.
+	BootImages         []string // Authenticode SHA-256, lowercase hex
+	KernelCommandLines []string // * is any run of characters that aren't spaces
 }
 
 // A ProcessSelector's set fields must all hold; an empty one is refused by
@@ -42,6 +46,7 @@ type ProcessSelector struct {
 	Unit        string
 	Exe         string
 	SHA256      []string // any of them, lowercase hex
+	Release     string   // announced the exe's digest, under its path
 	BeforeStart bool     // the unit may have it while it starts
 
 	// Mappings are globs of the files that may be mapped executable beside the

@@ -13,6 +13,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/internal/appraise"
+	"github.com/countersign/countersign/broker/internal/reference"
 )
 
 // Results of one selector.
@@ -21,9 +22,6 @@ const (
 	fail   = "fail"
 	absent = "absent" // could not be evaluated
 )
-
-// IMAVerified is the IMA fact of a host whose list was replayed and held.
-const IMAVerified = "verified"
 
 // compiled is what Parse made ready of a scope.
 type compiled struct {
@@ -48,7 +46,7 @@ func (s *Set) Evaluate(scope string, f appraise.Facts, now time.Time) Result {
 	}
 	var e evaluation
 	e.host(sc.Host, f.Host)
-	e.process(sc, f.Program)
+	e.process(sc, f)
 	e.when(sc, f, now)
 	r.Selectors = e.selectors
 	if unknown := e.with(absent); unknown != "" {
@@ -121,13 +119,51 @@ func (e *evaluation) host(want HostSelector, h appraise.Host) {
 		if h.IMA == nil {
 			e.add("host.ima", want.IMA, "no IMA list was appraised", absent)
 		} else {
-			e.is("host.ima", want.IMA, *h.IMA, *h.IMA == IMAVerified)
+			e.is("host.ima", want.IMA, *h.IMA, *h.IMA == appraise.IMAVerified)
+		}
+	}
+	e.boot(want, h.EventLog)
+}
+
+// boot holds what was measured against what may be.
+func (e *evaluation) boot(want HostSelector, log *appraise.EventLog) {
+	for _, part := range []struct {
+		name     string
+		pcrs     []int // that have to be explained
+		want     []string
+		measured func() []string
+		same     func(want, measured string) bool
+	}{
+		{"host.boot_images", []int{4}, want.BootImages, func() []string { return log.Images }, func(a, b string) bool { return a == b }},
+		{"host.kernel_command_line", []int{8, 12}, want.KernelCommandLines, func() []string { return log.CommandLines() }, reference.CommandLineMatches},
+	} {
+		if len(part.want) == 0 {
+			continue
+		}
+		wanted := strings.Join(part.want, " or ")
+		if log == nil {
+			e.add(part.name, wanted, "no event log was appraised", absent)
+			continue
+		}
+		measured := part.measured()
+		var odd []string
+		for _, m := range measured {
+			if !slices.ContainsFunc(part.want, func(w string) bool { return part.same(w, m) }) {
+				odd = append(odd, m)
+			}
+		}
+		if i := slices.IndexFunc(part.pcrs, func(pcr int) bool { return slices.Contains(log.Incomplete, pcr) }); i >= 0 {
+			e.is(part.name, wanted, fmt.Sprintf("PCR %d is not explained by the event log", part.pcrs[i]), false)
+		} else if len(odd) > 0 {
+			e.is(part.name, wanted, strings.Join(odd[:min(len(odd), 5)], ", "), false)
+		} else {
+			e.is(part.name, wanted, strings.Join(measured, ", "), len(measured) > 0)
 		}
 	}
 }
 
-func (e *evaluation) process(sc *Scope, p *process.Program) {
-	want := sc.Process
+func (e *evaluation) process(sc *Scope, f appraise.Facts) {
+	want, p := sc.Process, f.Program
 	if p == nil {
 		e.add("process", "a program", "only the host was proven", absent)
 		return
@@ -153,7 +189,38 @@ func (e *evaluation) process(sc *Scope, p *process.Program) {
 		saw = "starting"
 	}
 	e.is("process.before_start", wanted, saw, !p.Starting || want.BeforeStart)
+	if want.Release != "" {
+		e.is("process.release", want.Release, strings.Join(f.Releases, ", "), slices.Contains(f.Releases, want.Release))
+	}
 	e.mappings(sc, p)
+	if sc.Host.IMA != "" {
+		e.measured(p, f.Measured)
+	}
+}
+
+// measured wants the kernel's word, under the TPM's signature, for what the
+// agent says of the program. One that is about to start has not been run, and
+// is held against the list at its next proof.
+func (e *evaluation) measured(p *process.Program, m *appraise.Measured) {
+	const exe, mappings = "process.measured", "process.measured_mappings"
+	switch {
+	case m == nil:
+		e.add(exe, "in the IMA list", "no IMA list was appraised", absent)
+		return
+	case p.Starting:
+		e.is(exe, "in the IMA list", "not started yet", true)
+		return
+	}
+	saw := "in the IMA list"
+	if !m.Exe {
+		saw = "not in the IMA list"
+	}
+	e.is(exe, "in the IMA list", saw, m.Exe)
+	saw = "all in the IMA list"
+	if len(m.Unmeasured) > 0 {
+		saw = "not in the IMA list: " + strings.Join(m.Unmeasured, ", ")
+	}
+	e.is(mappings, "all in the IMA list", saw, len(m.Unmeasured) == 0)
 }
 
 // mappings looks for code in the program that its exe doesn't account for, as

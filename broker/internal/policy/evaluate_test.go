@@ -3,6 +3,7 @@ package policy
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
@@ -131,6 +132,23 @@ func TestManyMappingsAreSummed(t *testing.T) {
 	}
 }
 
+const shim, kernel = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752"
+
+// A release that announced the program stands for its digest.
+func TestRelease(t *testing.T) {
+	set, err := Parse([]File{{"a.hcl", []byte("scope \"a\" {\n host { }\n process { release = \"billingd\" }\n certificate { ttl = \"1h\" }\n}\n")}}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := subject()
+	for want, releases := range map[Outcome][]string{Allowed: {"other", "billingd"}, Refused: {"other"}} {
+		f.Releases = releases
+		if r := set.Evaluate("a", f, time.Now()); r.Outcome != want {
+			t.Errorf("%v: %+v, want %s", releases, r, want)
+		}
+	}
+}
+
 // with is a scope of one condition.
 func with(host, when string) string {
 	text := "scope \"a\" {\n host {\n" + host + "\n}\n process { user = \"billing\" }\n certificate { ttl = \"1h\" }\n"
@@ -141,10 +159,14 @@ func with(host, when string) string {
 }
 
 func TestFacts(t *testing.T) {
-	yes, verified, risk := true, IMAVerified, int64(10)
+	yes, verified, risk := true, appraise.IMAVerified, int64(10)
 	known := func() appraise.Facts {
 		f := subject()
 		f.Host.SecureBoot, f.Host.IMA, f.Subject.Risk = &yes, &verified, &risk
+		f.Measured, f.Releases = &appraise.Measured{Exe: true}, []string{"billingd"}
+		line := "/vmlinuz root=UUID=1234 ro quiet"
+		f.Host.EventLog = &appraise.EventLog{SecureBootMode: "user", KernelCommandLine: &line, Images: []string{shim, kernel}, PCRs: []int{0, 4}}
+		f.Host.List = &appraise.List{Proven: 43, Violations: 1}
 		return f
 	}
 	no, failed := false, "failed"
@@ -160,6 +182,24 @@ func TestFacts(t *testing.T) {
 		{"ima", `ima = "required"`, "", known, Allowed},
 		{"ima failed", `ima = "required"`, "", func() appraise.Facts { f := known(); f.Host.IMA = &failed; return f }, Refused},
 		{"ima is absent", `ima = "required"`, "", subject, Fault},
+		{"ima, and the program was never measured", `ima = "required"`, "", func() appraise.Facts { f := known(); f.Measured.Exe = false; return f }, Refused},
+		{"ima, and code that was never measured", `ima = "required"`, "", func() appraise.Facts { f := known(); f.Measured.Unmeasured = []string{"/lib/x.so"}; return f }, Refused},
+		{"ima, and nothing is known of the program", `ima = "required"`, "", func() appraise.Facts { f := known(); f.Measured = nil; return f }, Fault},
+		{"images", `boot_images = ["` + shim + `", "` + kernel + `"]`, "", known, Allowed},
+		{"an image more", `boot_images = ["` + shim + `"]`, "", known, Refused},
+		{"images, without an event log", `boot_images = ["` + shim + `"]`, "", subject, Fault},
+		{"images, of which none was measured", `boot_images = ["` + shim + `"]`, "", func() appraise.Facts { f := known(); f.Host.EventLog.Images = nil; return f }, Refused},
+		{"images, and more that no log shows", `boot_images = ["` + shim + `", "` + kernel + `"]`, "", func() appraise.Facts { f := known(); f.Host.EventLog.Incomplete = []int{4}; return f }, Refused},
+		{"a command line", `kernel_command_line = ["/vmlinuz root=UUID=* ro quiet"]`, "", known, Allowed},
+		{"a word more", `kernel_command_line = ["/vmlinuz root=UUID=* ro"]`, "", known, Refused},
+		{"two readings, one of them wrong", `kernel_command_line = ["/vmlinuz root=UUID=* ro quiet"]`, "", func() appraise.Facts {
+			f := known()
+			f.Host.EventLog.KernelCommandLine, f.Host.EventLog.KernelCommandLines = nil, []string{"/vmlinuz root=UUID=1 ro quiet", "/vmlinuz init=/bin/sh"}
+			return f
+		}, Refused},
+		{"boot facts by condition", "", "host.kernel_command_line.contains('quiet') && host.secure_boot_mode == 'user' && host.boot_images.size() == 2 && 4 in host.pcrs_replayed && host.pcrs_incomplete.size() == 0", known, Allowed},
+		{"boot facts that are absent", "", "host.kernel_command_line != ''", subject, Fault},
+		{"files by condition", "", "host.ima_entries == 43 && host.ima_violations == 1 && host.ima_unexpected == 0 && process.measured && 'billingd' in process.releases", known, Allowed},
 		{"absent beside a definite no", "secure_boot = true\n tier = [\"known\"]", "", subject, Fault},
 
 		{"risk", "", "subject.risk < 50", known, Allowed},

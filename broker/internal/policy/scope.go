@@ -136,14 +136,24 @@ func (b block) condition() (string, cel.Program) {
 }
 
 func (r *reader) host(hb *hclsyntax.Block) HostSelector {
-	b := r.block(hb.Body, "a host block", []string{"labels", "tier", "secure_boot", "reference", "ima"}, nil)
+	b := r.block(hb.Body, "a host block", []string{"labels", "tier", "secure_boot", "reference", "ima", "boot_images", "kernel_command_line"}, nil)
 	return HostSelector{
 		Labels:     b.pairs("labels", label, printable),
 		Tier:       b.texts("tier", oneOf(appraise.TierCertified, appraise.TierKnown)),
 		SecureBoot: b.flag("secure_boot"),
 		Reference:  b.text("reference", printable),
 		IMA:        b.text("ima", oneOf("required")),
+
+		BootImages:         b.texts("boot_images", digest),
+		KernelCommandLines: b.texts("kernel_command_line", commandLine),
 	}
+}
+
+func commandLine(s string) (why, meant string) {
+	if s == "" || len(s) > 4096 || strings.ContainsFunc(s, unprintable) {
+		why = "is not 1 to 4096 printable characters"
+	}
+	return why, ""
 }
 
 func label(key string) (why, meant string) {
@@ -161,15 +171,16 @@ func printable(s string) (why, meant string) {
 }
 
 func (r *reader) process(hb *hclsyntax.Block) (ProcessSelector, []*regexp.Regexp) {
-	b := r.block(hb.Body, "a process block", []string{"user", "unit", "exe", "sha256", "before_start", "mappings"}, nil)
-	if !b.has("user") && !b.has("unit") && !b.has("exe") && !b.has("sha256") {
-		r.problem(hb.TypeRange, "a process block wants at least one of user, unit, exe and sha256", "")
+	b := r.block(hb.Body, "a process block", []string{"user", "unit", "exe", "sha256", "release", "before_start", "mappings"}, nil)
+	if !b.has("user") && !b.has("unit") && !b.has("exe") && !b.has("sha256") && !b.has("release") {
+		r.problem(hb.TypeRange, "a process block wants at least one of user, unit, exe, sha256 and release", "")
 	}
 	p := ProcessSelector{
 		User:     b.text("user", user),
 		Unit:     b.text("unit", unit),
 		Exe:      b.text("exe", absolute),
 		SHA256:   b.texts("sha256", digest),
+		Release:  b.text("release", printable),
 		Mappings: b.texts("mappings", absolute),
 	}
 	if flag := b.flag("before_start"); flag != nil {

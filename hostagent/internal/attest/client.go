@@ -34,6 +34,7 @@ type Client struct {
 	peer   wire.Peer
 	alg    tpm.KeyAlgorithm
 	facts  func() *v1.HostFacts
+	logs   LogPaths
 	log    *slog.Logger
 	now    func() time.Time
 	wall   func() time.Time
@@ -51,6 +52,7 @@ type Options struct {
 	Peer     wire.Peer
 	AK       tpm.KeyAlgorithm
 	Facts    func() *v1.HostFacts // read anew for each request
+	Logs     LogPaths
 	Log      *slog.Logger
 	Now      func() time.Time // of leases
 	Wall     func() time.Time // of certificates
@@ -61,7 +63,7 @@ func Open(o Options) (*Client, error) {
 	if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
 		return nil, err
 	}
-	c := &Client{device: o.Device, dir: o.StateDir, peer: o.Peer, alg: o.AK, facts: o.Facts, log: o.Log, now: o.Now, wall: o.Wall}
+	c := &Client{device: o.Device, dir: o.StateDir, peer: o.Peer, alg: o.AK, facts: o.Facts, logs: o.Logs, log: o.Log, now: o.Now, wall: o.Wall}
 	c.peer.Now = o.Wall
 	var err error
 	if c.keys, err = loadKeys(o.StateDir); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -176,6 +178,7 @@ func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, 
 		last = err
 		e := wire.FromConnect(err)
 		switch {
+		case e.Check == wire.CheckResync: // the next challenge names nothing as known
 		case e.Outcome == wire.Retry, s.Err() != nil:
 			c.forget(s)
 		case (e.Check == wire.CheckUnknownHost || e.Check == wire.CheckReenrol) && !rejoined:
@@ -228,7 +231,11 @@ func (c *Client) attest(ctx context.Context, s *wire.Session, k *keys, call evid
 	if err != nil {
 		return nil, fmt.Errorf("TPM: %w", err)
 	}
-	return &v1.Attested{Body: body, Nonce: nonce[:], Quote: quoteMessage(q)}, nil
+	logs, err := c.logs.read(c.facts().GetBootId(), r.Msg.GetKnown())
+	if err != nil {
+		return nil, err
+	}
+	return &v1.Attested{Body: body, Nonce: nonce[:], Quote: quoteMessage(q), Logs: logs}, nil
 }
 
 func quoteMessage(q tpm.Quote) *v1.Quote {

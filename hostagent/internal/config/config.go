@@ -38,6 +38,10 @@ type Agent struct {
 	Key string `hcl:"ak_key,optional"`
 	// LogFormat is "text" (default) or "json".
 	LogFormat string `hcl:"log_format,optional"`
+	// EventLog and IMAList are where the kernel shows what was booted and what
+	// ran. Defaults: below /sys/kernel/security.
+	EventLog string `hcl:"event_log,optional"`
+	IMAList  string `hcl:"ima_list,optional"`
 
 	Credentials []*Credential `hcl:"credential,block"`
 

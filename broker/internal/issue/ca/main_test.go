@@ -84,7 +84,7 @@ func decide(t testing.TB, scope string) policy.Decision {
 		User: "billing", UID: 990, GID: 990, Cgroup: "/system.slice/billing.service", Unit: "billing.service", Invocation: "0123456789abcdef0123456789abcdef",
 	}).Encode())(t)
 	verified := must(appraise.Appraise(appraise.Bundle{Binding: binding, Quote: quote, Program: program, Boot: boot},
-		inventory.Host{ID: host, AKPublic: soft.AKPublic, Tier: appraise.TierKnown}, nil, time.Now()))(t)
+		inventory.Host{ID: host, AKPublic: soft.AKPublic, Tier: appraise.TierKnown}, appraise.Basis{}, time.Now()))(t)
 	set := must(policy.Parse([]policy.File{{Name: "test.hcl", Content: []byte(scopesHCL)}}, policy.Options{}))(t)
 	return set.Decide(verified, scope, time.Now())
 }

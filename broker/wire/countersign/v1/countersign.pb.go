@@ -623,6 +623,7 @@ func (x *ChallengeRequest) GetCount() uint32 {
 type ChallengeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nonces        [][]byte               `protobuf:"bytes,1,rep,name=nonces,proto3" json:"nonces,omitempty"`
+	Known         *Known                 `protobuf:"bytes,2,opt,name=known,proto3" json:"known,omitempty"` // what needn't be sent again
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -664,19 +665,90 @@ func (x *ChallengeResponse) GetNonces() [][]byte {
 	return nil
 }
 
-// Attested is a request with the quote that was made for it.
+func (x *ChallengeResponse) GetKnown() *Known {
+	if x != nil {
+		return x.Known
+	}
+	return nil
+}
+
+// Known is what the broker has proven of a host's logs.
+type Known struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	BootId         string                 `protobuf:"bytes,1,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`                           // in this boot
+	EventLogSha256 []byte                 `protobuf:"bytes,2,opt,name=event_log_sha256,json=eventLogSha256,proto3" json:"event_log_sha256,omitempty"` // of event log and systemd's log, one after the other; empty: none
+	ImaOffset      uint64                 `protobuf:"varint,3,opt,name=ima_offset,json=imaOffset,proto3" json:"ima_offset,omitempty"`                 // bytes of the IMA list
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Known) Reset() {
+	*x = Known{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Known) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Known) ProtoMessage() {}
+
+func (x *Known) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Known.ProtoReflect.Descriptor instead.
+func (*Known) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Known) GetBootId() string {
+	if x != nil {
+		return x.BootId
+	}
+	return ""
+}
+
+func (x *Known) GetEventLogSha256() []byte {
+	if x != nil {
+		return x.EventLogSha256
+	}
+	return nil
+}
+
+func (x *Known) GetImaOffset() uint64 {
+	if x != nil {
+		return x.ImaOffset
+	}
+	return 0
+}
+
+// Attested is a request with the quote that was made for it, and the logs that
+// explain the quoted values. The logs are read after the quote and proven by its
+// PCRs alone.
 type Attested struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Body          []byte                 `protobuf:"bytes,1,opt,name=body,proto3" json:"body,omitempty"` // ProveBody or IssueBody
 	Nonce         []byte                 `protobuf:"bytes,2,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	Quote         *Quote                 `protobuf:"bytes,3,opt,name=quote,proto3" json:"quote,omitempty"`
+	Logs          *Logs                  `protobuf:"bytes,4,opt,name=logs,proto3" json:"logs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Attested) Reset() {
 	*x = Attested{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[11]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -688,7 +760,7 @@ func (x *Attested) String() string {
 func (*Attested) ProtoMessage() {}
 
 func (x *Attested) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[11]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -701,7 +773,7 @@ func (x *Attested) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attested.ProtoReflect.Descriptor instead.
 func (*Attested) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{11}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Attested) GetBody() []byte {
@@ -725,6 +797,97 @@ func (x *Attested) GetQuote() *Quote {
 	return nil
 }
 
+func (x *Attested) GetLogs() *Logs {
+	if x != nil {
+		return x.Logs
+	}
+	return nil
+}
+
+type Logs struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EventLog      []byte                 `protobuf:"bytes,1,opt,name=event_log,json=eventLog,proto3" json:"event_log,omitempty"`                   // binary_bios_measurements; empty: none, or known
+	UserspaceLog  []byte                 `protobuf:"bytes,2,opt,name=userspace_log,json=userspaceLog,proto3" json:"userspace_log,omitempty"`       // systemd's tpm2-measure.log
+	EventLogKnown bool                   `protobuf:"varint,3,opt,name=event_log_known,json=eventLogKnown,proto3" json:"event_log_known,omitempty"` // both are those that Known names
+	Ima           []byte                 `protobuf:"bytes,4,opt,name=ima,proto3" json:"ima,omitempty"`                                             // binary_runtime_measurements from ima_offset on
+	ImaOffset     uint64                 `protobuf:"varint,5,opt,name=ima_offset,json=imaOffset,proto3" json:"ima_offset,omitempty"`
+	ImaPresent    bool                   `protobuf:"varint,6,opt,name=ima_present,json=imaPresent,proto3" json:"ima_present,omitempty"` // the host has a list, if nothing of it is new
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Logs) Reset() {
+	*x = Logs{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Logs) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Logs) ProtoMessage() {}
+
+func (x *Logs) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Logs.ProtoReflect.Descriptor instead.
+func (*Logs) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Logs) GetEventLog() []byte {
+	if x != nil {
+		return x.EventLog
+	}
+	return nil
+}
+
+func (x *Logs) GetUserspaceLog() []byte {
+	if x != nil {
+		return x.UserspaceLog
+	}
+	return nil
+}
+
+func (x *Logs) GetEventLogKnown() bool {
+	if x != nil {
+		return x.EventLogKnown
+	}
+	return false
+}
+
+func (x *Logs) GetIma() []byte {
+	if x != nil {
+		return x.Ima
+	}
+	return nil
+}
+
+func (x *Logs) GetImaOffset() uint64 {
+	if x != nil {
+		return x.ImaOffset
+	}
+	return 0
+}
+
+func (x *Logs) GetImaPresent() bool {
+	if x != nil {
+		return x.ImaPresent
+	}
+	return false
+}
+
 type ProveRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Attested      *Attested              `protobuf:"bytes,1,opt,name=attested,proto3" json:"attested,omitempty"`
@@ -735,7 +898,7 @@ type ProveRequest struct {
 
 func (x *ProveRequest) Reset() {
 	*x = ProveRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[12]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -747,7 +910,7 @@ func (x *ProveRequest) String() string {
 func (*ProveRequest) ProtoMessage() {}
 
 func (x *ProveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[12]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -760,7 +923,7 @@ func (x *ProveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveRequest.ProtoReflect.Descriptor instead.
 func (*ProveRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{12}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ProveRequest) GetAttested() *Attested {
@@ -787,7 +950,7 @@ type ProveBody struct {
 
 func (x *ProveBody) Reset() {
 	*x = ProveBody{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[13]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -799,7 +962,7 @@ func (x *ProveBody) String() string {
 func (*ProveBody) ProtoMessage() {}
 
 func (x *ProveBody) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[13]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -812,7 +975,7 @@ func (x *ProveBody) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveBody.ProtoReflect.Descriptor instead.
 func (*ProveBody) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{13}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ProveBody) GetHost() *HostFacts {
@@ -842,7 +1005,7 @@ type HostFacts struct {
 
 func (x *HostFacts) Reset() {
 	*x = HostFacts{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[14]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -854,7 +1017,7 @@ func (x *HostFacts) String() string {
 func (*HostFacts) ProtoMessage() {}
 
 func (x *HostFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[14]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -867,7 +1030,7 @@ func (x *HostFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFacts.ProtoReflect.Descriptor instead.
 func (*HostFacts) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{14}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HostFacts) GetBootId() string {
@@ -910,7 +1073,7 @@ type LeaseProof struct {
 
 func (x *LeaseProof) Reset() {
 	*x = LeaseProof{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[15]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -922,7 +1085,7 @@ func (x *LeaseProof) String() string {
 func (*LeaseProof) ProtoMessage() {}
 
 func (x *LeaseProof) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[15]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -935,7 +1098,7 @@ func (x *LeaseProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseProof.ProtoReflect.Descriptor instead.
 func (*LeaseProof) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{15}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *LeaseProof) GetLeaseId() string {
@@ -980,7 +1143,7 @@ type ProveResponse struct {
 
 func (x *ProveResponse) Reset() {
 	*x = ProveResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[16]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -992,7 +1155,7 @@ func (x *ProveResponse) String() string {
 func (*ProveResponse) ProtoMessage() {}
 
 func (x *ProveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[16]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1005,7 +1168,7 @@ func (x *ProveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveResponse.ProtoReflect.Descriptor instead.
 func (*ProveResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{16}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ProveResponse) GetHostState() string {
@@ -1065,7 +1228,7 @@ type LeaseVerdict struct {
 
 func (x *LeaseVerdict) Reset() {
 	*x = LeaseVerdict{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[17]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1077,7 +1240,7 @@ func (x *LeaseVerdict) String() string {
 func (*LeaseVerdict) ProtoMessage() {}
 
 func (x *LeaseVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[17]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1090,7 +1253,7 @@ func (x *LeaseVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseVerdict.ProtoReflect.Descriptor instead.
 func (*LeaseVerdict) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{17}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LeaseVerdict) GetLeaseId() string {
@@ -1138,7 +1301,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[18]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1150,7 +1313,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[18]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1163,7 +1326,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{18}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Checkpoint) GetNote() []byte {
@@ -1189,7 +1352,7 @@ type IssueRequest struct {
 
 func (x *IssueRequest) Reset() {
 	*x = IssueRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[19]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1201,7 +1364,7 @@ func (x *IssueRequest) String() string {
 func (*IssueRequest) ProtoMessage() {}
 
 func (x *IssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[19]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1214,7 +1377,7 @@ func (x *IssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueRequest.ProtoReflect.Descriptor instead.
 func (*IssueRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{19}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *IssueRequest) GetAttested() *Attested {
@@ -1240,7 +1403,7 @@ type IssueBody struct {
 
 func (x *IssueBody) Reset() {
 	*x = IssueBody{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[20]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1415,7 @@ func (x *IssueBody) String() string {
 func (*IssueBody) ProtoMessage() {}
 
 func (x *IssueBody) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[20]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1428,7 @@ func (x *IssueBody) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueBody.ProtoReflect.Descriptor instead.
 func (*IssueBody) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{20}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *IssueBody) GetScope() string {
@@ -1343,7 +1506,7 @@ type IssueResponse struct {
 
 func (x *IssueResponse) Reset() {
 	*x = IssueResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[21]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1355,7 +1518,7 @@ func (x *IssueResponse) String() string {
 func (*IssueResponse) ProtoMessage() {}
 
 func (x *IssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[21]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1368,7 +1531,7 @@ func (x *IssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResponse.ProtoReflect.Descriptor instead.
 func (*IssueResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{21}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *IssueResponse) GetLeaseId() string {
@@ -1444,7 +1607,7 @@ type SecretField struct {
 
 func (x *SecretField) Reset() {
 	*x = SecretField{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[22]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1456,7 +1619,7 @@ func (x *SecretField) String() string {
 func (*SecretField) ProtoMessage() {}
 
 func (x *SecretField) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[22]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1469,7 +1632,7 @@ func (x *SecretField) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretField.ProtoReflect.Descriptor instead.
 func (*SecretField) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{22}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SecretField) GetName() string {
@@ -1496,7 +1659,7 @@ type AcknowledgeRequest struct {
 
 func (x *AcknowledgeRequest) Reset() {
 	*x = AcknowledgeRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[23]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1508,7 +1671,7 @@ func (x *AcknowledgeRequest) String() string {
 func (*AcknowledgeRequest) ProtoMessage() {}
 
 func (x *AcknowledgeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[23]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1521,7 +1684,7 @@ func (x *AcknowledgeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcknowledgeRequest.ProtoReflect.Descriptor instead.
 func (*AcknowledgeRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{23}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AcknowledgeRequest) GetLeaseId() string {
@@ -1548,7 +1711,7 @@ type AcknowledgeResponse struct {
 
 func (x *AcknowledgeResponse) Reset() {
 	*x = AcknowledgeResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[24]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1560,7 +1723,7 @@ func (x *AcknowledgeResponse) String() string {
 func (*AcknowledgeResponse) ProtoMessage() {}
 
 func (x *AcknowledgeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[24]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1573,7 +1736,7 @@ func (x *AcknowledgeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcknowledgeResponse.ProtoReflect.Descriptor instead.
 func (*AcknowledgeResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{24}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AcknowledgeResponse) GetExpires() *timestamppb.Timestamp {
@@ -1600,7 +1763,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[25]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1612,7 +1775,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[25]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1625,7 +1788,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{25}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ReleaseRequest) GetLeaseIds() []string {
@@ -1652,7 +1815,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[26]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1664,7 +1827,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[26]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1677,7 +1840,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{26}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ReleaseResponse) GetConfirmed() []string {
@@ -1701,7 +1864,7 @@ type ErrorDetail struct {
 
 func (x *ErrorDetail) Reset() {
 	*x = ErrorDetail{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[27]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +1876,7 @@ func (x *ErrorDetail) String() string {
 func (*ErrorDetail) ProtoMessage() {}
 
 func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[27]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +1889,7 @@ func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorDetail.ProtoReflect.Descriptor instead.
 func (*ErrorDetail) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{27}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ErrorDetail) GetOutcome() string {
@@ -1758,7 +1921,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[28]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +1933,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[28]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +1946,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{28}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{30}
 }
 
 type GetStatusResponse struct {
@@ -1802,7 +1965,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +1977,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +1990,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{29}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *GetStatusResponse) GetBrokerId() string {
@@ -1907,7 +2070,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1919,7 +2082,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1932,7 +2095,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{30}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Host) GetId() string {
@@ -2037,7 +2200,7 @@ type ListHostsRequest struct {
 
 func (x *ListHostsRequest) Reset() {
 	*x = ListHostsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2049,7 +2212,7 @@ func (x *ListHostsRequest) String() string {
 func (*ListHostsRequest) ProtoMessage() {}
 
 func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2062,7 +2225,7 @@ func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsRequest.ProtoReflect.Descriptor instead.
 func (*ListHostsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{31}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListHostsRequest) GetSelector() string {
@@ -2095,7 +2258,7 @@ type ListHostsResponse struct {
 
 func (x *ListHostsResponse) Reset() {
 	*x = ListHostsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2107,7 +2270,7 @@ func (x *ListHostsResponse) String() string {
 func (*ListHostsResponse) ProtoMessage() {}
 
 func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2120,7 +2283,7 @@ func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsResponse.ProtoReflect.Descriptor instead.
 func (*ListHostsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{32}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListHostsResponse) GetHosts() []*Host {
@@ -2142,7 +2305,7 @@ type NewHost struct {
 
 func (x *NewHost) Reset() {
 	*x = NewHost{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2154,7 +2317,7 @@ func (x *NewHost) String() string {
 func (*NewHost) ProtoMessage() {}
 
 func (x *NewHost) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2167,7 +2330,7 @@ func (x *NewHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewHost.ProtoReflect.Descriptor instead.
 func (*NewHost) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{33}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *NewHost) GetName() string {
@@ -2208,7 +2371,7 @@ type AddHostsRequest struct {
 
 func (x *AddHostsRequest) Reset() {
 	*x = AddHostsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2220,7 +2383,7 @@ func (x *AddHostsRequest) String() string {
 func (*AddHostsRequest) ProtoMessage() {}
 
 func (x *AddHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2233,7 +2396,7 @@ func (x *AddHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddHostsRequest.ProtoReflect.Descriptor instead.
 func (*AddHostsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{34}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AddHostsRequest) GetHosts() []*NewHost {
@@ -2260,7 +2423,7 @@ type AddHostsResponse struct {
 
 func (x *AddHostsResponse) Reset() {
 	*x = AddHostsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2272,7 +2435,7 @@ func (x *AddHostsResponse) String() string {
 func (*AddHostsResponse) ProtoMessage() {}
 
 func (x *AddHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2285,7 +2448,7 @@ func (x *AddHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddHostsResponse.ProtoReflect.Descriptor instead.
 func (*AddHostsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{35}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AddHostsResponse) GetIds() []string {
@@ -2317,7 +2480,7 @@ type ChangeHostRequest struct {
 
 func (x *ChangeHostRequest) Reset() {
 	*x = ChangeHostRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2329,7 +2492,7 @@ func (x *ChangeHostRequest) String() string {
 func (*ChangeHostRequest) ProtoMessage() {}
 
 func (x *ChangeHostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2342,7 +2505,7 @@ func (x *ChangeHostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeHostRequest.ProtoReflect.Descriptor instead.
 func (*ChangeHostRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{36}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ChangeHostRequest) GetHost() string {
@@ -2397,7 +2560,7 @@ type ChangeHostResponse struct {
 
 func (x *ChangeHostResponse) Reset() {
 	*x = ChangeHostResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2409,7 +2572,7 @@ func (x *ChangeHostResponse) String() string {
 func (*ChangeHostResponse) ProtoMessage() {}
 
 func (x *ChangeHostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2422,7 +2585,7 @@ func (x *ChangeHostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeHostResponse.ProtoReflect.Descriptor instead.
 func (*ChangeHostResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{37}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ChangeHostResponse) GetHost() *Host {
@@ -2451,7 +2614,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2463,7 +2626,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2476,7 +2639,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{38}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CreateJoinTokenRequest) GetExpires() *timestamppb.Timestamp {
@@ -2517,7 +2680,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2529,7 +2692,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2542,7 +2705,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{39}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *CreateJoinTokenResponse) GetToken() string {
@@ -2571,7 +2734,7 @@ type AddOperatorRequest struct {
 
 func (x *AddOperatorRequest) Reset() {
 	*x = AddOperatorRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2583,7 +2746,7 @@ func (x *AddOperatorRequest) String() string {
 func (*AddOperatorRequest) ProtoMessage() {}
 
 func (x *AddOperatorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +2759,7 @@ func (x *AddOperatorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddOperatorRequest.ProtoReflect.Descriptor instead.
 func (*AddOperatorRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{40}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AddOperatorRequest) GetName() string {
@@ -2636,7 +2799,7 @@ type AddOperatorResponse struct {
 
 func (x *AddOperatorResponse) Reset() {
 	*x = AddOperatorResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2648,7 +2811,7 @@ func (x *AddOperatorResponse) String() string {
 func (*AddOperatorResponse) ProtoMessage() {}
 
 func (x *AddOperatorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2661,7 +2824,7 @@ func (x *AddOperatorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddOperatorResponse.ProtoReflect.Descriptor instead.
 func (*AddOperatorResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{41}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *AddOperatorResponse) GetCertificate() [][]byte {
@@ -2679,7 +2842,7 @@ type ListOperatorsRequest struct {
 
 func (x *ListOperatorsRequest) Reset() {
 	*x = ListOperatorsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2691,7 +2854,7 @@ func (x *ListOperatorsRequest) String() string {
 func (*ListOperatorsRequest) ProtoMessage() {}
 
 func (x *ListOperatorsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2704,7 +2867,7 @@ func (x *ListOperatorsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperatorsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperatorsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{42}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{44}
 }
 
 type ListOperatorsResponse struct {
@@ -2716,7 +2879,7 @@ type ListOperatorsResponse struct {
 
 func (x *ListOperatorsResponse) Reset() {
 	*x = ListOperatorsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2728,7 +2891,7 @@ func (x *ListOperatorsResponse) String() string {
 func (*ListOperatorsResponse) ProtoMessage() {}
 
 func (x *ListOperatorsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2741,7 +2904,7 @@ func (x *ListOperatorsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperatorsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperatorsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{43}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListOperatorsResponse) GetOperators() []*Operator {
@@ -2764,7 +2927,7 @@ type Operator struct {
 
 func (x *Operator) Reset() {
 	*x = Operator{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2776,7 +2939,7 @@ func (x *Operator) String() string {
 func (*Operator) ProtoMessage() {}
 
 func (x *Operator) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2789,7 +2952,7 @@ func (x *Operator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operator.ProtoReflect.Descriptor instead.
 func (*Operator) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{44}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Operator) GetName() string {
@@ -2836,7 +2999,7 @@ type RemoveOperatorRequest struct {
 
 func (x *RemoveOperatorRequest) Reset() {
 	*x = RemoveOperatorRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2848,7 +3011,7 @@ func (x *RemoveOperatorRequest) String() string {
 func (*RemoveOperatorRequest) ProtoMessage() {}
 
 func (x *RemoveOperatorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2861,7 +3024,7 @@ func (x *RemoveOperatorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveOperatorRequest.ProtoReflect.Descriptor instead.
 func (*RemoveOperatorRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{45}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RemoveOperatorRequest) GetName() string {
@@ -2879,7 +3042,7 @@ type RemoveOperatorResponse struct {
 
 func (x *RemoveOperatorResponse) Reset() {
 	*x = RemoveOperatorResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2891,7 +3054,7 @@ func (x *RemoveOperatorResponse) String() string {
 func (*RemoveOperatorResponse) ProtoMessage() {}
 
 func (x *RemoveOperatorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2904,21 +3067,21 @@ func (x *RemoveOperatorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveOperatorResponse.ProtoReflect.Descriptor instead.
 func (*RemoveOperatorResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{46}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{48}
 }
 
 type LearnReferenceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Host          string                 `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"`
-	Pcrs          []uint32               `protobuf:"varint,3,rep,packed,name=pcrs,proto3" json:"pcrs,omitempty"` // empty: 0–7
+	Pcrs          []uint32               `protobuf:"varint,3,rep,packed,name=pcrs,proto3" json:"pcrs,omitempty"` // raw values; empty: 0–7 where no event log was appraised, else none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LearnReferenceRequest) Reset() {
 	*x = LearnReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2930,7 +3093,7 @@ func (x *LearnReferenceRequest) String() string {
 func (*LearnReferenceRequest) ProtoMessage() {}
 
 func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2943,7 +3106,7 @@ func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceRequest.ProtoReflect.Descriptor instead.
 func (*LearnReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{47}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *LearnReferenceRequest) GetName() string {
@@ -2976,7 +3139,7 @@ type LearnReferenceResponse struct {
 
 func (x *LearnReferenceResponse) Reset() {
 	*x = LearnReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2988,7 +3151,7 @@ func (x *LearnReferenceResponse) String() string {
 func (*LearnReferenceResponse) ProtoMessage() {}
 
 func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3001,7 +3164,7 @@ func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceResponse.ProtoReflect.Descriptor instead.
 func (*LearnReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{48}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *LearnReferenceResponse) GetReference() *Reference {
@@ -3015,17 +3178,18 @@ type Reference struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
-	Pcrs          []*Pcr                 `protobuf:"bytes,3,rep,name=pcrs,proto3" json:"pcrs,omitempty"`
+	Content       []byte                 `protobuf:"bytes,3,opt,name=content,proto3" json:"content,omitempty"` // JSON
 	LearnedFrom   string                 `protobuf:"bytes,4,opt,name=learned_from,json=learnedFrom,proto3" json:"learned_from,omitempty"`
 	Created       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
-	Hosts         uint32                 `protobuf:"varint,6,opt,name=hosts,proto3" json:"hosts,omitempty"`
+	State         string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"` // draft, approved or ended
+	Until         *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=until,proto3" json:"until,omitempty"` // of an approved one that a newer one replaces
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Reference) Reset() {
 	*x = Reference{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3037,7 +3201,7 @@ func (x *Reference) String() string {
 func (*Reference) ProtoMessage() {}
 
 func (x *Reference) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3050,7 +3214,7 @@ func (x *Reference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reference.ProtoReflect.Descriptor instead.
 func (*Reference) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{49}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Reference) GetName() string {
@@ -3067,9 +3231,9 @@ func (x *Reference) GetVersion() uint64 {
 	return 0
 }
 
-func (x *Reference) GetPcrs() []*Pcr {
+func (x *Reference) GetContent() []byte {
 	if x != nil {
-		return x.Pcrs
+		return x.Content
 	}
 	return nil
 }
@@ -3088,11 +3252,18 @@ func (x *Reference) GetCreated() *timestamppb.Timestamp {
 	return nil
 }
 
-func (x *Reference) GetHosts() uint32 {
+func (x *Reference) GetState() string {
 	if x != nil {
-		return x.Hosts
+		return x.State
 	}
-	return 0
+	return ""
+}
+
+func (x *Reference) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
 }
 
 type ListReferencesRequest struct {
@@ -3104,7 +3275,7 @@ type ListReferencesRequest struct {
 
 func (x *ListReferencesRequest) Reset() {
 	*x = ListReferencesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3116,7 +3287,7 @@ func (x *ListReferencesRequest) String() string {
 func (*ListReferencesRequest) ProtoMessage() {}
 
 func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3129,7 +3300,7 @@ func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesRequest.ProtoReflect.Descriptor instead.
 func (*ListReferencesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{50}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ListReferencesRequest) GetName() string {
@@ -3148,7 +3319,7 @@ type ListReferencesResponse struct {
 
 func (x *ListReferencesResponse) Reset() {
 	*x = ListReferencesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3160,7 +3331,7 @@ func (x *ListReferencesResponse) String() string {
 func (*ListReferencesResponse) ProtoMessage() {}
 
 func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3173,12 +3344,636 @@ func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesResponse.ProtoReflect.Descriptor instead.
 func (*ListReferencesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ListReferencesResponse) GetReferences() []*Reference {
 	if x != nil {
 		return x.References
+	}
+	return nil
+}
+
+type AddReferenceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Content       []byte                 `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"` // JSON
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddReferenceRequest) Reset() {
+	*x = AddReferenceRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddReferenceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddReferenceRequest) ProtoMessage() {}
+
+func (x *AddReferenceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddReferenceRequest.ProtoReflect.Descriptor instead.
+func (*AddReferenceRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *AddReferenceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AddReferenceRequest) GetContent() []byte {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
+type AddReferenceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     *Reference             `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddReferenceResponse) Reset() {
+	*x = AddReferenceResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddReferenceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddReferenceResponse) ProtoMessage() {}
+
+func (x *AddReferenceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddReferenceResponse.ProtoReflect.Descriptor instead.
+func (*AddReferenceResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *AddReferenceResponse) GetReference() *Reference {
+	if x != nil {
+		return x.Reference
+	}
+	return nil
+}
+
+type ApproveReferenceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`                        // 0: the newest
+	OlderUntil    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=older_until,json=olderUntil,proto3" json:"older_until,omitempty"` // when versions approved before end
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveReferenceRequest) Reset() {
+	*x = ApproveReferenceRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveReferenceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveReferenceRequest) ProtoMessage() {}
+
+func (x *ApproveReferenceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveReferenceRequest.ProtoReflect.Descriptor instead.
+func (*ApproveReferenceRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *ApproveReferenceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ApproveReferenceRequest) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *ApproveReferenceRequest) GetOlderUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.OlderUntil
+	}
+	return nil
+}
+
+type ApproveReferenceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reference     *Reference             `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveReferenceResponse) Reset() {
+	*x = ApproveReferenceResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveReferenceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveReferenceResponse) ProtoMessage() {}
+
+func (x *ApproveReferenceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveReferenceResponse.ProtoReflect.Descriptor instead.
+func (*ApproveReferenceResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *ApproveReferenceResponse) GetReference() *Reference {
+	if x != nil {
+		return x.Reference
+	}
+	return nil
+}
+
+type MaintainReferenceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Until         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=until,proto3" json:"until,omitempty"` // none: now
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MaintainReferenceRequest) Reset() {
+	*x = MaintainReferenceRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MaintainReferenceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MaintainReferenceRequest) ProtoMessage() {}
+
+func (x *MaintainReferenceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MaintainReferenceRequest.ProtoReflect.Descriptor instead.
+func (*MaintainReferenceRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *MaintainReferenceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *MaintainReferenceRequest) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+type MaintainReferenceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MaintainReferenceResponse) Reset() {
+	*x = MaintainReferenceResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MaintainReferenceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MaintainReferenceResponse) ProtoMessage() {}
+
+func (x *MaintainReferenceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MaintainReferenceResponse.ProtoReflect.Descriptor instead.
+func (*MaintainReferenceResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
+}
+
+type AddReleaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Files         []*ReleaseFile         `protobuf:"bytes,2,rep,name=files,proto3" json:"files,omitempty"`
+	OlderUntil    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=older_until,json=olderUntil,proto3" json:"older_until,omitempty"`
+	Source        string                 `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"` // what it was made of
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddReleaseRequest) Reset() {
+	*x = AddReleaseRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddReleaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddReleaseRequest) ProtoMessage() {}
+
+func (x *AddReleaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddReleaseRequest.ProtoReflect.Descriptor instead.
+func (*AddReleaseRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *AddReleaseRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AddReleaseRequest) GetFiles() []*ReleaseFile {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *AddReleaseRequest) GetOlderUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.OlderUntil
+	}
+	return nil
+}
+
+func (x *AddReleaseRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+type ReleaseFile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Digest        string                 `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"` // as "sha256:…"
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseFile) Reset() {
+	*x = ReleaseFile{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseFile) ProtoMessage() {}
+
+func (x *ReleaseFile) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseFile.ProtoReflect.Descriptor instead.
+func (*ReleaseFile) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *ReleaseFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ReleaseFile) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+type AddReleaseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Release       *Release               `protobuf:"bytes,1,opt,name=release,proto3" json:"release,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddReleaseResponse) Reset() {
+	*x = AddReleaseResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddReleaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddReleaseResponse) ProtoMessage() {}
+
+func (x *AddReleaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddReleaseResponse.ProtoReflect.Descriptor instead.
+func (*AddReleaseResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *AddReleaseResponse) GetRelease() *Release {
+	if x != nil {
+		return x.Release
+	}
+	return nil
+}
+
+type Release struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	Files         uint32                 `protobuf:"varint,4,opt,name=files,proto3" json:"files,omitempty"`
+	Added         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=added,proto3" json:"added,omitempty"`
+	Until         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=until,proto3" json:"until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Release) Reset() {
+	*x = Release{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Release) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Release) ProtoMessage() {}
+
+func (x *Release) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Release.ProtoReflect.Descriptor instead.
+func (*Release) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *Release) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Release) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *Release) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Release) GetFiles() uint32 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *Release) GetAdded() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Added
+	}
+	return nil
+}
+
+func (x *Release) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+type ListReleasesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListReleasesRequest) Reset() {
+	*x = ListReleasesRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListReleasesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListReleasesRequest) ProtoMessage() {}
+
+func (x *ListReleasesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListReleasesRequest.ProtoReflect.Descriptor instead.
+func (*ListReleasesRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *ListReleasesRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ListReleasesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Releases      []*Release             `protobuf:"bytes,1,rep,name=releases,proto3" json:"releases,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListReleasesResponse) Reset() {
+	*x = ListReleasesResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListReleasesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListReleasesResponse) ProtoMessage() {}
+
+func (x *ListReleasesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListReleasesResponse.ProtoReflect.Descriptor instead.
+func (*ListReleasesResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *ListReleasesResponse) GetReleases() []*Release {
+	if x != nil {
+		return x.Releases
 	}
 	return nil
 }
@@ -3193,7 +3988,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3205,7 +4000,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3218,7 +4013,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *File) GetName() string {
@@ -3245,7 +4040,7 @@ type ApplyScopesRequest struct {
 
 func (x *ApplyScopesRequest) Reset() {
 	*x = ApplyScopesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3257,7 +4052,7 @@ func (x *ApplyScopesRequest) String() string {
 func (*ApplyScopesRequest) ProtoMessage() {}
 
 func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3270,7 +4065,7 @@ func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesRequest.ProtoReflect.Descriptor instead.
 func (*ApplyScopesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ApplyScopesRequest) GetFiles() []*File {
@@ -3298,7 +4093,7 @@ type ApplyScopesResponse struct {
 
 func (x *ApplyScopesResponse) Reset() {
 	*x = ApplyScopesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3310,7 +4105,7 @@ func (x *ApplyScopesResponse) String() string {
 func (*ApplyScopesResponse) ProtoMessage() {}
 
 func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3323,7 +4118,7 @@ func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesResponse.ProtoReflect.Descriptor instead.
 func (*ApplyScopesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ApplyScopesResponse) GetVersion() uint64 {
@@ -3357,7 +4152,7 @@ type ScopeChange struct {
 
 func (x *ScopeChange) Reset() {
 	*x = ScopeChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3369,7 +4164,7 @@ func (x *ScopeChange) String() string {
 func (*ScopeChange) ProtoMessage() {}
 
 func (x *ScopeChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3382,7 +4177,7 @@ func (x *ScopeChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScopeChange.ProtoReflect.Descriptor instead.
 func (*ScopeChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ScopeChange) GetScope() string {
@@ -3412,7 +4207,7 @@ type LeaseChange struct {
 
 func (x *LeaseChange) Reset() {
 	*x = LeaseChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3424,7 +4219,7 @@ func (x *LeaseChange) String() string {
 func (*LeaseChange) ProtoMessage() {}
 
 func (x *LeaseChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3437,7 +4232,7 @@ func (x *LeaseChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseChange.ProtoReflect.Descriptor instead.
 func (*LeaseChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *LeaseChange) GetHost() string {
@@ -3484,7 +4279,7 @@ type FactsRequest struct {
 
 func (x *FactsRequest) Reset() {
 	*x = FactsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3496,7 +4291,7 @@ func (x *FactsRequest) String() string {
 func (*FactsRequest) ProtoMessage() {}
 
 func (x *FactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3509,7 +4304,7 @@ func (x *FactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
 func (*FactsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *FactsRequest) GetHost() string {
@@ -3528,7 +4323,7 @@ type FactsResponse struct {
 
 func (x *FactsResponse) Reset() {
 	*x = FactsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3540,7 +4335,7 @@ func (x *FactsResponse) String() string {
 func (*FactsResponse) ProtoMessage() {}
 
 func (x *FactsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3553,7 +4348,7 @@ func (x *FactsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsResponse.ProtoReflect.Descriptor instead.
 func (*FactsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *FactsResponse) GetJson() []byte {
@@ -3573,7 +4368,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3585,7 +4380,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3598,7 +4393,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *WhyRequest) GetHost() string {
@@ -3629,7 +4424,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3641,7 +4436,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3654,7 +4449,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *WhyResponse) GetAllowed() bool {
@@ -3711,7 +4506,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3723,7 +4518,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3736,7 +4531,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *Selector) GetName() string {
@@ -3792,7 +4587,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3804,7 +4599,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3817,7 +4612,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *Lease) GetId() string {
@@ -3953,7 +4748,7 @@ type ListLeasesRequest struct {
 
 func (x *ListLeasesRequest) Reset() {
 	*x = ListLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3965,7 +4760,7 @@ func (x *ListLeasesRequest) String() string {
 func (*ListLeasesRequest) ProtoMessage() {}
 
 func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3978,7 +4773,7 @@ func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ListLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ListLeasesRequest) GetHost() string {
@@ -4033,7 +4828,7 @@ type ListLeasesResponse struct {
 
 func (x *ListLeasesResponse) Reset() {
 	*x = ListLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4045,7 +4840,7 @@ func (x *ListLeasesResponse) String() string {
 func (*ListLeasesResponse) ProtoMessage() {}
 
 func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4058,7 +4853,7 @@ func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ListLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ListLeasesResponse) GetLeases() []*Lease {
@@ -4087,7 +4882,7 @@ type RevokeLeasesRequest struct {
 
 func (x *RevokeLeasesRequest) Reset() {
 	*x = RevokeLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4099,7 +4894,7 @@ func (x *RevokeLeasesRequest) String() string {
 func (*RevokeLeasesRequest) ProtoMessage() {}
 
 func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4112,7 +4907,7 @@ func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesRequest.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *RevokeLeasesRequest) GetLeases() []string {
@@ -4152,7 +4947,7 @@ type RevokeLeasesResponse struct {
 
 func (x *RevokeLeasesResponse) Reset() {
 	*x = RevokeLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4164,7 +4959,7 @@ func (x *RevokeLeasesResponse) String() string {
 func (*RevokeLeasesResponse) ProtoMessage() {}
 
 func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4177,7 +4972,7 @@ func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesResponse.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *RevokeLeasesResponse) GetRevoking() []string {
@@ -4197,7 +4992,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4209,7 +5004,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4222,7 +5017,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -4249,7 +5044,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4261,7 +5056,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4274,7 +5069,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *AuditRecord) GetIndex() uint64 {
@@ -4300,7 +5095,7 @@ type AuditReceiptRequest struct {
 
 func (x *AuditReceiptRequest) Reset() {
 	*x = AuditReceiptRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4312,7 +5107,7 @@ func (x *AuditReceiptRequest) String() string {
 func (*AuditReceiptRequest) ProtoMessage() {}
 
 func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4325,7 +5120,7 @@ func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptRequest.ProtoReflect.Descriptor instead.
 func (*AuditReceiptRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *AuditReceiptRequest) GetIndex() uint64 {
@@ -4346,7 +5141,7 @@ type AuditReceiptResponse struct {
 
 func (x *AuditReceiptResponse) Reset() {
 	*x = AuditReceiptResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4358,7 +5153,7 @@ func (x *AuditReceiptResponse) String() string {
 func (*AuditReceiptResponse) ProtoMessage() {}
 
 func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4371,7 +5166,7 @@ func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptResponse.ProtoReflect.Descriptor instead.
 func (*AuditReceiptResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *AuditReceiptResponse) GetRecord() []byte {
@@ -4404,7 +5199,7 @@ type AuditCheckpointRequest struct {
 
 func (x *AuditCheckpointRequest) Reset() {
 	*x = AuditCheckpointRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4416,7 +5211,7 @@ func (x *AuditCheckpointRequest) String() string {
 func (*AuditCheckpointRequest) ProtoMessage() {}
 
 func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4429,7 +5224,7 @@ func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *AuditCheckpointRequest) GetConsistentWith() uint64 {
@@ -4450,7 +5245,7 @@ type AuditCheckpointResponse struct {
 
 func (x *AuditCheckpointResponse) Reset() {
 	*x = AuditCheckpointResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4462,7 +5257,7 @@ func (x *AuditCheckpointResponse) String() string {
 func (*AuditCheckpointResponse) ProtoMessage() {}
 
 func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4475,7 +5270,7 @@ func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *AuditCheckpointResponse) GetCheckpoint() []byte {
@@ -4545,13 +5340,29 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"checkpoint\x12\x1b\n" +
 	"\taudit_key\x18\x06 \x01(\tR\bauditKey\"(\n" +
 	"\x10ChallengeRequest\x12\x14\n" +
-	"\x05count\x18\x01 \x01(\rR\x05count\"+\n" +
+	"\x05count\x18\x01 \x01(\rR\x05count\"X\n" +
 	"\x11ChallengeResponse\x12\x16\n" +
-	"\x06nonces\x18\x01 \x03(\fR\x06nonces\"a\n" +
+	"\x06nonces\x18\x01 \x03(\fR\x06nonces\x12+\n" +
+	"\x05known\x18\x02 \x01(\v2\x15.countersign.v1.KnownR\x05known\"i\n" +
+	"\x05Known\x12\x17\n" +
+	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12(\n" +
+	"\x10event_log_sha256\x18\x02 \x01(\fR\x0eeventLogSha256\x12\x1d\n" +
+	"\n" +
+	"ima_offset\x18\x03 \x01(\x04R\timaOffset\"\x8b\x01\n" +
 	"\bAttested\x12\x12\n" +
 	"\x04body\x18\x01 \x01(\fR\x04body\x12\x14\n" +
 	"\x05nonce\x18\x02 \x01(\fR\x05nonce\x12+\n" +
-	"\x05quote\x18\x03 \x01(\v2\x15.countersign.v1.QuoteR\x05quote\"d\n" +
+	"\x05quote\x18\x03 \x01(\v2\x15.countersign.v1.QuoteR\x05quote\x12(\n" +
+	"\x04logs\x18\x04 \x01(\v2\x14.countersign.v1.LogsR\x04logs\"\xc2\x01\n" +
+	"\x04Logs\x12\x1b\n" +
+	"\tevent_log\x18\x01 \x01(\fR\beventLog\x12#\n" +
+	"\ruserspace_log\x18\x02 \x01(\fR\fuserspaceLog\x12&\n" +
+	"\x0fevent_log_known\x18\x03 \x01(\bR\reventLogKnown\x12\x10\n" +
+	"\x03ima\x18\x04 \x01(\fR\x03ima\x12\x1d\n" +
+	"\n" +
+	"ima_offset\x18\x05 \x01(\x04R\timaOffset\x12\x1f\n" +
+	"\vima_present\x18\x06 \x01(\bR\n" +
+	"imaPresent\"d\n" +
 	"\fProveRequest\x124\n" +
 	"\battested\x18\x01 \x01(\v2\x18.countersign.v1.AttestedR\battested\x12\x1e\n" +
 	"\n" +
@@ -4741,20 +5552,59 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x12\n" +
 	"\x04pcrs\x18\x03 \x03(\rR\x04pcrs\"Q\n" +
 	"\x16LearnReferenceResponse\x127\n" +
-	"\treference\x18\x01 \x01(\v2\x19.countersign.v1.ReferenceR\treference\"\xd1\x01\n" +
+	"\treference\x18\x01 \x01(\v2\x19.countersign.v1.ReferenceR\treference\"\xf4\x01\n" +
 	"\tReference\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
-	"\aversion\x18\x02 \x01(\x04R\aversion\x12'\n" +
-	"\x04pcrs\x18\x03 \x03(\v2\x13.countersign.v1.PcrR\x04pcrs\x12!\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x18\n" +
+	"\acontent\x18\x03 \x01(\fR\acontent\x12!\n" +
 	"\flearned_from\x18\x04 \x01(\tR\vlearnedFrom\x124\n" +
 	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x14\n" +
-	"\x05hosts\x18\x06 \x01(\rR\x05hosts\"+\n" +
+	"\x05state\x18\x06 \x01(\tR\x05state\x120\n" +
+	"\x05until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"+\n" +
 	"\x15ListReferencesRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"S\n" +
 	"\x16ListReferencesResponse\x129\n" +
 	"\n" +
 	"references\x18\x01 \x03(\v2\x19.countersign.v1.ReferenceR\n" +
-	"references\"4\n" +
+	"references\"C\n" +
+	"\x13AddReferenceRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\acontent\x18\x02 \x01(\fR\acontent\"O\n" +
+	"\x14AddReferenceResponse\x127\n" +
+	"\treference\x18\x01 \x01(\v2\x19.countersign.v1.ReferenceR\treference\"\x84\x01\n" +
+	"\x17ApproveReferenceRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12;\n" +
+	"\volder_until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"olderUntil\"S\n" +
+	"\x18ApproveReferenceResponse\x127\n" +
+	"\treference\x18\x01 \x01(\v2\x19.countersign.v1.ReferenceR\treference\"`\n" +
+	"\x18MaintainReferenceRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
+	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\x1b\n" +
+	"\x19MaintainReferenceResponse\"\xaf\x01\n" +
+	"\x11AddReleaseRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
+	"\x05files\x18\x02 \x03(\v2\x1b.countersign.v1.ReleaseFileR\x05files\x12;\n" +
+	"\volder_until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"olderUntil\x12\x16\n" +
+	"\x06source\x18\x04 \x01(\tR\x06source\"9\n" +
+	"\vReleaseFile\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\"G\n" +
+	"\x12AddReleaseResponse\x121\n" +
+	"\arelease\x18\x01 \x01(\v2\x17.countersign.v1.ReleaseR\arelease\"\xc9\x01\n" +
+	"\aRelease\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12\x14\n" +
+	"\x05files\x18\x04 \x01(\rR\x05files\x120\n" +
+	"\x05added\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05added\x120\n" +
+	"\x05until\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\")\n" +
+	"\x13ListReleasesRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"K\n" +
+	"\x14ListReleasesResponse\x123\n" +
+	"\breleases\x18\x01 \x03(\v2\x17.countersign.v1.ReleaseR\breleases\"4\n" +
 	"\x04File\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\acontent\x18\x02 \x01(\fR\acontent\"]\n" +
@@ -4864,7 +5714,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05Prove\x12\x1c.countersign.v1.ProveRequest\x1a\x1d.countersign.v1.ProveResponse\x12D\n" +
 	"\x05Issue\x12\x1c.countersign.v1.IssueRequest\x1a\x1d.countersign.v1.IssueResponse\x12V\n" +
 	"\vAcknowledge\x12\".countersign.v1.AcknowledgeRequest\x1a#.countersign.v1.AcknowledgeResponse\x12J\n" +
-	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse2\xb1\f\n" +
+	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse2\x8d\x10\n" +
 	"\x0fOperatorService\x12P\n" +
 	"\tGetStatus\x12 .countersign.v1.GetStatusRequest\x1a!.countersign.v1.GetStatusResponse\x12P\n" +
 	"\tListHosts\x12 .countersign.v1.ListHostsRequest\x1a!.countersign.v1.ListHostsResponse\x12M\n" +
@@ -4876,7 +5726,13 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\rListOperators\x12$.countersign.v1.ListOperatorsRequest\x1a%.countersign.v1.ListOperatorsResponse\x12_\n" +
 	"\x0eRemoveOperator\x12%.countersign.v1.RemoveOperatorRequest\x1a&.countersign.v1.RemoveOperatorResponse\x12_\n" +
 	"\x0eLearnReference\x12%.countersign.v1.LearnReferenceRequest\x1a&.countersign.v1.LearnReferenceResponse\x12_\n" +
-	"\x0eListReferences\x12%.countersign.v1.ListReferencesRequest\x1a&.countersign.v1.ListReferencesResponse\x12V\n" +
+	"\x0eListReferences\x12%.countersign.v1.ListReferencesRequest\x1a&.countersign.v1.ListReferencesResponse\x12Y\n" +
+	"\fAddReference\x12#.countersign.v1.AddReferenceRequest\x1a$.countersign.v1.AddReferenceResponse\x12e\n" +
+	"\x10ApproveReference\x12'.countersign.v1.ApproveReferenceRequest\x1a(.countersign.v1.ApproveReferenceResponse\x12h\n" +
+	"\x11MaintainReference\x12(.countersign.v1.MaintainReferenceRequest\x1a).countersign.v1.MaintainReferenceResponse\x12S\n" +
+	"\n" +
+	"AddRelease\x12!.countersign.v1.AddReleaseRequest\x1a\".countersign.v1.AddReleaseResponse\x12Y\n" +
+	"\fListReleases\x12#.countersign.v1.ListReleasesRequest\x1a$.countersign.v1.ListReleasesResponse\x12V\n" +
 	"\vApplyScopes\x12\".countersign.v1.ApplyScopesRequest\x1a#.countersign.v1.ApplyScopesResponse\x12D\n" +
 	"\x05Facts\x12\x1c.countersign.v1.FactsRequest\x1a\x1d.countersign.v1.FactsResponse\x12>\n" +
 	"\x03Why\x12\x1a.countersign.v1.WhyRequest\x1a\x1b.countersign.v1.WhyResponse\x12S\n" +
@@ -4899,203 +5755,239 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 	return file_countersign_v1_countersign_proto_rawDescData
 }
 
-var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 80)
+var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 94)
 var file_countersign_v1_countersign_proto_goTypes = []any{
-	(*JoinRequest)(nil),             // 0: countersign.v1.JoinRequest
-	(*JoinBody)(nil),                // 1: countersign.v1.JoinBody
-	(*EndorsementKey)(nil),          // 2: countersign.v1.EndorsementKey
-	(*JoinResponse)(nil),            // 3: countersign.v1.JoinResponse
-	(*ActivateRequest)(nil),         // 4: countersign.v1.ActivateRequest
-	(*Certification)(nil),           // 5: countersign.v1.Certification
-	(*Quote)(nil),                   // 6: countersign.v1.Quote
-	(*Pcr)(nil),                     // 7: countersign.v1.Pcr
-	(*ActivateResponse)(nil),        // 8: countersign.v1.ActivateResponse
-	(*ChallengeRequest)(nil),        // 9: countersign.v1.ChallengeRequest
-	(*ChallengeResponse)(nil),       // 10: countersign.v1.ChallengeResponse
-	(*Attested)(nil),                // 11: countersign.v1.Attested
-	(*ProveRequest)(nil),            // 12: countersign.v1.ProveRequest
-	(*ProveBody)(nil),               // 13: countersign.v1.ProveBody
-	(*HostFacts)(nil),               // 14: countersign.v1.HostFacts
-	(*LeaseProof)(nil),              // 15: countersign.v1.LeaseProof
-	(*ProveResponse)(nil),           // 16: countersign.v1.ProveResponse
-	(*LeaseVerdict)(nil),            // 17: countersign.v1.LeaseVerdict
-	(*Checkpoint)(nil),              // 18: countersign.v1.Checkpoint
-	(*IssueRequest)(nil),            // 19: countersign.v1.IssueRequest
-	(*IssueBody)(nil),               // 20: countersign.v1.IssueBody
-	(*IssueResponse)(nil),           // 21: countersign.v1.IssueResponse
-	(*SecretField)(nil),             // 22: countersign.v1.SecretField
-	(*AcknowledgeRequest)(nil),      // 23: countersign.v1.AcknowledgeRequest
-	(*AcknowledgeResponse)(nil),     // 24: countersign.v1.AcknowledgeResponse
-	(*ReleaseRequest)(nil),          // 25: countersign.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),         // 26: countersign.v1.ReleaseResponse
-	(*ErrorDetail)(nil),             // 27: countersign.v1.ErrorDetail
-	(*GetStatusRequest)(nil),        // 28: countersign.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),       // 29: countersign.v1.GetStatusResponse
-	(*Host)(nil),                    // 30: countersign.v1.Host
-	(*ListHostsRequest)(nil),        // 31: countersign.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),       // 32: countersign.v1.ListHostsResponse
-	(*NewHost)(nil),                 // 33: countersign.v1.NewHost
-	(*AddHostsRequest)(nil),         // 34: countersign.v1.AddHostsRequest
-	(*AddHostsResponse)(nil),        // 35: countersign.v1.AddHostsResponse
-	(*ChangeHostRequest)(nil),       // 36: countersign.v1.ChangeHostRequest
-	(*ChangeHostResponse)(nil),      // 37: countersign.v1.ChangeHostResponse
-	(*CreateJoinTokenRequest)(nil),  // 38: countersign.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 39: countersign.v1.CreateJoinTokenResponse
-	(*AddOperatorRequest)(nil),      // 40: countersign.v1.AddOperatorRequest
-	(*AddOperatorResponse)(nil),     // 41: countersign.v1.AddOperatorResponse
-	(*ListOperatorsRequest)(nil),    // 42: countersign.v1.ListOperatorsRequest
-	(*ListOperatorsResponse)(nil),   // 43: countersign.v1.ListOperatorsResponse
-	(*Operator)(nil),                // 44: countersign.v1.Operator
-	(*RemoveOperatorRequest)(nil),   // 45: countersign.v1.RemoveOperatorRequest
-	(*RemoveOperatorResponse)(nil),  // 46: countersign.v1.RemoveOperatorResponse
-	(*LearnReferenceRequest)(nil),   // 47: countersign.v1.LearnReferenceRequest
-	(*LearnReferenceResponse)(nil),  // 48: countersign.v1.LearnReferenceResponse
-	(*Reference)(nil),               // 49: countersign.v1.Reference
-	(*ListReferencesRequest)(nil),   // 50: countersign.v1.ListReferencesRequest
-	(*ListReferencesResponse)(nil),  // 51: countersign.v1.ListReferencesResponse
-	(*File)(nil),                    // 52: countersign.v1.File
-	(*ApplyScopesRequest)(nil),      // 53: countersign.v1.ApplyScopesRequest
-	(*ApplyScopesResponse)(nil),     // 54: countersign.v1.ApplyScopesResponse
-	(*ScopeChange)(nil),             // 55: countersign.v1.ScopeChange
-	(*LeaseChange)(nil),             // 56: countersign.v1.LeaseChange
-	(*FactsRequest)(nil),            // 57: countersign.v1.FactsRequest
-	(*FactsResponse)(nil),           // 58: countersign.v1.FactsResponse
-	(*WhyRequest)(nil),              // 59: countersign.v1.WhyRequest
-	(*WhyResponse)(nil),             // 60: countersign.v1.WhyResponse
-	(*Selector)(nil),                // 61: countersign.v1.Selector
-	(*Lease)(nil),                   // 62: countersign.v1.Lease
-	(*ListLeasesRequest)(nil),       // 63: countersign.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),      // 64: countersign.v1.ListLeasesResponse
-	(*RevokeLeasesRequest)(nil),     // 65: countersign.v1.RevokeLeasesRequest
-	(*RevokeLeasesResponse)(nil),    // 66: countersign.v1.RevokeLeasesResponse
-	(*ReadAuditRequest)(nil),        // 67: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),             // 68: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),     // 69: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),    // 70: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),  // 71: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil), // 72: countersign.v1.AuditCheckpointResponse
-	nil,                             // 73: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                             // 74: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                             // 75: countersign.v1.Host.LabelsEntry
-	nil,                             // 76: countersign.v1.NewHost.LabelsEntry
-	nil,                             // 77: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                             // 78: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                             // 79: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),   // 80: google.protobuf.Timestamp
+	(*JoinRequest)(nil),               // 0: countersign.v1.JoinRequest
+	(*JoinBody)(nil),                  // 1: countersign.v1.JoinBody
+	(*EndorsementKey)(nil),            // 2: countersign.v1.EndorsementKey
+	(*JoinResponse)(nil),              // 3: countersign.v1.JoinResponse
+	(*ActivateRequest)(nil),           // 4: countersign.v1.ActivateRequest
+	(*Certification)(nil),             // 5: countersign.v1.Certification
+	(*Quote)(nil),                     // 6: countersign.v1.Quote
+	(*Pcr)(nil),                       // 7: countersign.v1.Pcr
+	(*ActivateResponse)(nil),          // 8: countersign.v1.ActivateResponse
+	(*ChallengeRequest)(nil),          // 9: countersign.v1.ChallengeRequest
+	(*ChallengeResponse)(nil),         // 10: countersign.v1.ChallengeResponse
+	(*Known)(nil),                     // 11: countersign.v1.Known
+	(*Attested)(nil),                  // 12: countersign.v1.Attested
+	(*Logs)(nil),                      // 13: countersign.v1.Logs
+	(*ProveRequest)(nil),              // 14: countersign.v1.ProveRequest
+	(*ProveBody)(nil),                 // 15: countersign.v1.ProveBody
+	(*HostFacts)(nil),                 // 16: countersign.v1.HostFacts
+	(*LeaseProof)(nil),                // 17: countersign.v1.LeaseProof
+	(*ProveResponse)(nil),             // 18: countersign.v1.ProveResponse
+	(*LeaseVerdict)(nil),              // 19: countersign.v1.LeaseVerdict
+	(*Checkpoint)(nil),                // 20: countersign.v1.Checkpoint
+	(*IssueRequest)(nil),              // 21: countersign.v1.IssueRequest
+	(*IssueBody)(nil),                 // 22: countersign.v1.IssueBody
+	(*IssueResponse)(nil),             // 23: countersign.v1.IssueResponse
+	(*SecretField)(nil),               // 24: countersign.v1.SecretField
+	(*AcknowledgeRequest)(nil),        // 25: countersign.v1.AcknowledgeRequest
+	(*AcknowledgeResponse)(nil),       // 26: countersign.v1.AcknowledgeResponse
+	(*ReleaseRequest)(nil),            // 27: countersign.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),           // 28: countersign.v1.ReleaseResponse
+	(*ErrorDetail)(nil),               // 29: countersign.v1.ErrorDetail
+	(*GetStatusRequest)(nil),          // 30: countersign.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),         // 31: countersign.v1.GetStatusResponse
+	(*Host)(nil),                      // 32: countersign.v1.Host
+	(*ListHostsRequest)(nil),          // 33: countersign.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),         // 34: countersign.v1.ListHostsResponse
+	(*NewHost)(nil),                   // 35: countersign.v1.NewHost
+	(*AddHostsRequest)(nil),           // 36: countersign.v1.AddHostsRequest
+	(*AddHostsResponse)(nil),          // 37: countersign.v1.AddHostsResponse
+	(*ChangeHostRequest)(nil),         // 38: countersign.v1.ChangeHostRequest
+	(*ChangeHostResponse)(nil),        // 39: countersign.v1.ChangeHostResponse
+	(*CreateJoinTokenRequest)(nil),    // 40: countersign.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil),   // 41: countersign.v1.CreateJoinTokenResponse
+	(*AddOperatorRequest)(nil),        // 42: countersign.v1.AddOperatorRequest
+	(*AddOperatorResponse)(nil),       // 43: countersign.v1.AddOperatorResponse
+	(*ListOperatorsRequest)(nil),      // 44: countersign.v1.ListOperatorsRequest
+	(*ListOperatorsResponse)(nil),     // 45: countersign.v1.ListOperatorsResponse
+	(*Operator)(nil),                  // 46: countersign.v1.Operator
+	(*RemoveOperatorRequest)(nil),     // 47: countersign.v1.RemoveOperatorRequest
+	(*RemoveOperatorResponse)(nil),    // 48: countersign.v1.RemoveOperatorResponse
+	(*LearnReferenceRequest)(nil),     // 49: countersign.v1.LearnReferenceRequest
+	(*LearnReferenceResponse)(nil),    // 50: countersign.v1.LearnReferenceResponse
+	(*Reference)(nil),                 // 51: countersign.v1.Reference
+	(*ListReferencesRequest)(nil),     // 52: countersign.v1.ListReferencesRequest
+	(*ListReferencesResponse)(nil),    // 53: countersign.v1.ListReferencesResponse
+	(*AddReferenceRequest)(nil),       // 54: countersign.v1.AddReferenceRequest
+	(*AddReferenceResponse)(nil),      // 55: countersign.v1.AddReferenceResponse
+	(*ApproveReferenceRequest)(nil),   // 56: countersign.v1.ApproveReferenceRequest
+	(*ApproveReferenceResponse)(nil),  // 57: countersign.v1.ApproveReferenceResponse
+	(*MaintainReferenceRequest)(nil),  // 58: countersign.v1.MaintainReferenceRequest
+	(*MaintainReferenceResponse)(nil), // 59: countersign.v1.MaintainReferenceResponse
+	(*AddReleaseRequest)(nil),         // 60: countersign.v1.AddReleaseRequest
+	(*ReleaseFile)(nil),               // 61: countersign.v1.ReleaseFile
+	(*AddReleaseResponse)(nil),        // 62: countersign.v1.AddReleaseResponse
+	(*Release)(nil),                   // 63: countersign.v1.Release
+	(*ListReleasesRequest)(nil),       // 64: countersign.v1.ListReleasesRequest
+	(*ListReleasesResponse)(nil),      // 65: countersign.v1.ListReleasesResponse
+	(*File)(nil),                      // 66: countersign.v1.File
+	(*ApplyScopesRequest)(nil),        // 67: countersign.v1.ApplyScopesRequest
+	(*ApplyScopesResponse)(nil),       // 68: countersign.v1.ApplyScopesResponse
+	(*ScopeChange)(nil),               // 69: countersign.v1.ScopeChange
+	(*LeaseChange)(nil),               // 70: countersign.v1.LeaseChange
+	(*FactsRequest)(nil),              // 71: countersign.v1.FactsRequest
+	(*FactsResponse)(nil),             // 72: countersign.v1.FactsResponse
+	(*WhyRequest)(nil),                // 73: countersign.v1.WhyRequest
+	(*WhyResponse)(nil),               // 74: countersign.v1.WhyResponse
+	(*Selector)(nil),                  // 75: countersign.v1.Selector
+	(*Lease)(nil),                     // 76: countersign.v1.Lease
+	(*ListLeasesRequest)(nil),         // 77: countersign.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),        // 78: countersign.v1.ListLeasesResponse
+	(*RevokeLeasesRequest)(nil),       // 79: countersign.v1.RevokeLeasesRequest
+	(*RevokeLeasesResponse)(nil),      // 80: countersign.v1.RevokeLeasesResponse
+	(*ReadAuditRequest)(nil),          // 81: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),               // 82: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),       // 83: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),      // 84: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),    // 85: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil),   // 86: countersign.v1.AuditCheckpointResponse
+	nil,                               // 87: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                               // 88: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                               // 89: countersign.v1.Host.LabelsEntry
+	nil,                               // 90: countersign.v1.NewHost.LabelsEntry
+	nil,                               // 91: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                               // 92: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 93: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),     // 94: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	2,  // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
 	5,  // 1: countersign.v1.ActivateRequest.certification:type_name -> countersign.v1.Certification
 	6,  // 2: countersign.v1.ActivateRequest.quote:type_name -> countersign.v1.Quote
 	7,  // 3: countersign.v1.Quote.pcrs:type_name -> countersign.v1.Pcr
-	18, // 4: countersign.v1.ActivateResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	6,  // 5: countersign.v1.Attested.quote:type_name -> countersign.v1.Quote
-	11, // 6: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
-	14, // 7: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
-	15, // 8: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	80, // 9: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
-	17, // 10: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
-	18, // 11: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	80, // 12: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
-	80, // 13: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	80, // 14: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
-	11, // 15: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
-	14, // 16: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
-	22, // 17: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	80, // 18: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	80, // 19: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	80, // 20: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	80, // 21: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	80, // 22: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	80, // 23: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	80, // 24: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
-	73, // 25: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	74, // 26: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	75, // 27: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	80, // 28: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	80, // 29: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
-	30, // 30: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	76, // 31: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
-	33, // 32: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	77, // 33: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
-	30, // 34: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	80, // 35: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	78, // 36: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	80, // 37: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	80, // 38: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
-	44, // 39: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
-	80, // 40: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
-	80, // 41: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
-	49, // 42: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	7,  // 43: countersign.v1.Reference.pcrs:type_name -> countersign.v1.Pcr
-	80, // 44: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	49, // 45: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
-	52, // 46: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
-	55, // 47: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
-	56, // 48: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
-	61, // 49: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	80, // 50: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	79, // 51: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	80, // 52: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	80, // 53: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	80, // 54: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	80, // 55: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	62, // 56: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	0,  // 57: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
-	4,  // 58: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
-	9,  // 59: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
-	12, // 60: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
-	19, // 61: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
-	23, // 62: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
-	25, // 63: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
-	28, // 64: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
-	31, // 65: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
-	34, // 66: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
-	36, // 67: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
-	38, // 68: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
-	40, // 69: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
-	42, // 70: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
-	45, // 71: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
-	47, // 72: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	50, // 73: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	53, // 74: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	57, // 75: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	59, // 76: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	63, // 77: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	65, // 78: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	67, // 79: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	69, // 80: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	71, // 81: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	3,  // 82: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	8,  // 83: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	10, // 84: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	16, // 85: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	21, // 86: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	24, // 87: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	26, // 88: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	29, // 89: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	32, // 90: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	35, // 91: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	37, // 92: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	39, // 93: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	41, // 94: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	43, // 95: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
-	46, // 96: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
-	48, // 97: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	51, // 98: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	54, // 99: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	58, // 100: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	60, // 101: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	64, // 102: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	66, // 103: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	68, // 104: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	70, // 105: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	72, // 106: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	82, // [82:107] is the sub-list for method output_type
-	57, // [57:82] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	20, // 4: countersign.v1.ActivateResponse.checkpoint:type_name -> countersign.v1.Checkpoint
+	11, // 5: countersign.v1.ChallengeResponse.known:type_name -> countersign.v1.Known
+	6,  // 6: countersign.v1.Attested.quote:type_name -> countersign.v1.Quote
+	13, // 7: countersign.v1.Attested.logs:type_name -> countersign.v1.Logs
+	12, // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
+	16, // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
+	17, // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
+	94, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	19, // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
+	20, // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
+	94, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	94, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	94, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	12, // 17: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
+	16, // 18: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
+	24, // 19: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
+	94, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	94, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	94, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	94, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	94, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	94, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	94, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	87, // 27: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	88, // 28: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	89, // 29: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	94, // 30: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	94, // 31: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	32, // 32: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
+	90, // 33: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	35, // 34: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
+	91, // 35: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	32, // 36: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
+	94, // 37: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	92, // 38: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	94, // 39: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	94, // 40: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	46, // 41: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
+	94, // 42: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	94, // 43: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	51, // 44: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
+	94, // 45: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	94, // 46: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
+	51, // 47: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
+	51, // 48: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
+	94, // 49: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
+	51, // 50: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
+	94, // 51: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
+	61, // 52: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
+	94, // 53: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
+	63, // 54: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
+	94, // 55: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
+	94, // 56: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
+	63, // 57: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
+	66, // 58: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
+	69, // 59: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
+	70, // 60: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
+	75, // 61: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	94, // 62: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	93, // 63: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	94, // 64: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	94, // 65: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	94, // 66: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	94, // 67: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	76, // 68: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	0,  // 69: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
+	4,  // 70: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
+	9,  // 71: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
+	14, // 72: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
+	21, // 73: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
+	25, // 74: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
+	27, // 75: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
+	30, // 76: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
+	33, // 77: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
+	36, // 78: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
+	38, // 79: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
+	40, // 80: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
+	42, // 81: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
+	44, // 82: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
+	47, // 83: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
+	49, // 84: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	52, // 85: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	54, // 86: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
+	56, // 87: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
+	58, // 88: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
+	60, // 89: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
+	64, // 90: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
+	67, // 91: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	71, // 92: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	73, // 93: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	77, // 94: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	79, // 95: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	81, // 96: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	83, // 97: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	85, // 98: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	3,  // 99: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	8,  // 100: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	10, // 101: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	18, // 102: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	23, // 103: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	26, // 104: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	28, // 105: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	31, // 106: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	34, // 107: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	37, // 108: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	39, // 109: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	41, // 110: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	43, // 111: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	45, // 112: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	48, // 113: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	50, // 114: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	53, // 115: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	55, // 116: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
+	57, // 117: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
+	59, // 118: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
+	62, // 119: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
+	65, // 120: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
+	68, // 121: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	72, // 122: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	74, // 123: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	78, // 124: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	80, // 125: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	82, // 126: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	84, // 127: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	86, // 128: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	99, // [99:129] is the sub-list for method output_type
+	69, // [69:99] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_countersign_v1_countersign_proto_init() }
@@ -5109,7 +6001,7 @@ func file_countersign_v1_countersign_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   80,
+			NumMessages:   94,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -84,6 +84,21 @@ const (
 	// OperatorServiceListReferencesProcedure is the fully-qualified name of the OperatorService's
 	// ListReferences RPC.
 	OperatorServiceListReferencesProcedure = "/countersign.v1.OperatorService/ListReferences"
+	// OperatorServiceAddReferenceProcedure is the fully-qualified name of the OperatorService's
+	// AddReference RPC.
+	OperatorServiceAddReferenceProcedure = "/countersign.v1.OperatorService/AddReference"
+	// OperatorServiceApproveReferenceProcedure is the fully-qualified name of the OperatorService's
+	// ApproveReference RPC.
+	OperatorServiceApproveReferenceProcedure = "/countersign.v1.OperatorService/ApproveReference"
+	// OperatorServiceMaintainReferenceProcedure is the fully-qualified name of the OperatorService's
+	// MaintainReference RPC.
+	OperatorServiceMaintainReferenceProcedure = "/countersign.v1.OperatorService/MaintainReference"
+	// OperatorServiceAddReleaseProcedure is the fully-qualified name of the OperatorService's
+	// AddRelease RPC.
+	OperatorServiceAddReleaseProcedure = "/countersign.v1.OperatorService/AddRelease"
+	// OperatorServiceListReleasesProcedure is the fully-qualified name of the OperatorService's
+	// ListReleases RPC.
+	OperatorServiceListReleasesProcedure = "/countersign.v1.OperatorService/ListReleases"
 	// OperatorServiceApplyScopesProcedure is the fully-qualified name of the OperatorService's
 	// ApplyScopes RPC.
 	OperatorServiceApplyScopesProcedure = "/countersign.v1.OperatorService/ApplyScopes"
@@ -360,6 +375,11 @@ type OperatorServiceClient interface {
 	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
 	LearnReference(context.Context, *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error)
 	ListReferences(context.Context, *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error)
+	AddReference(context.Context, *connect.Request[v1.AddReferenceRequest]) (*connect.Response[v1.AddReferenceResponse], error)
+	ApproveReference(context.Context, *connect.Request[v1.ApproveReferenceRequest]) (*connect.Response[v1.ApproveReferenceResponse], error)
+	MaintainReference(context.Context, *connect.Request[v1.MaintainReferenceRequest]) (*connect.Response[v1.MaintainReferenceResponse], error)
+	AddRelease(context.Context, *connect.Request[v1.AddReleaseRequest]) (*connect.Response[v1.AddReleaseResponse], error)
+	ListReleases(context.Context, *connect.Request[v1.ListReleasesRequest]) (*connect.Response[v1.ListReleasesResponse], error)
 	ApplyScopes(context.Context, *connect.Request[v1.ApplyScopesRequest]) (*connect.Response[v1.ApplyScopesResponse], error)
 	Facts(context.Context, *connect.Request[v1.FactsRequest]) (*connect.Response[v1.FactsResponse], error)
 	Why(context.Context, *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error)
@@ -441,6 +461,36 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(operatorServiceMethods.ByName("ListReferences")),
 			connect.WithClientOptions(opts...),
 		),
+		addReference: connect.NewClient[v1.AddReferenceRequest, v1.AddReferenceResponse](
+			httpClient,
+			baseURL+OperatorServiceAddReferenceProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("AddReference")),
+			connect.WithClientOptions(opts...),
+		),
+		approveReference: connect.NewClient[v1.ApproveReferenceRequest, v1.ApproveReferenceResponse](
+			httpClient,
+			baseURL+OperatorServiceApproveReferenceProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("ApproveReference")),
+			connect.WithClientOptions(opts...),
+		),
+		maintainReference: connect.NewClient[v1.MaintainReferenceRequest, v1.MaintainReferenceResponse](
+			httpClient,
+			baseURL+OperatorServiceMaintainReferenceProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("MaintainReference")),
+			connect.WithClientOptions(opts...),
+		),
+		addRelease: connect.NewClient[v1.AddReleaseRequest, v1.AddReleaseResponse](
+			httpClient,
+			baseURL+OperatorServiceAddReleaseProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("AddRelease")),
+			connect.WithClientOptions(opts...),
+		),
+		listReleases: connect.NewClient[v1.ListReleasesRequest, v1.ListReleasesResponse](
+			httpClient,
+			baseURL+OperatorServiceListReleasesProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("ListReleases")),
+			connect.WithClientOptions(opts...),
+		),
 		applyScopes: connect.NewClient[v1.ApplyScopesRequest, v1.ApplyScopesResponse](
 			httpClient,
 			baseURL+OperatorServiceApplyScopesProcedure,
@@ -494,24 +544,29 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 
 // operatorServiceClient implements OperatorServiceClient.
 type operatorServiceClient struct {
-	getStatus       *connect.Client[v1.GetStatusRequest, v1.GetStatusResponse]
-	listHosts       *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
-	addHosts        *connect.Client[v1.AddHostsRequest, v1.AddHostsResponse]
-	changeHost      *connect.Client[v1.ChangeHostRequest, v1.ChangeHostResponse]
-	createJoinToken *connect.Client[v1.CreateJoinTokenRequest, v1.CreateJoinTokenResponse]
-	addOperator     *connect.Client[v1.AddOperatorRequest, v1.AddOperatorResponse]
-	listOperators   *connect.Client[v1.ListOperatorsRequest, v1.ListOperatorsResponse]
-	removeOperator  *connect.Client[v1.RemoveOperatorRequest, v1.RemoveOperatorResponse]
-	learnReference  *connect.Client[v1.LearnReferenceRequest, v1.LearnReferenceResponse]
-	listReferences  *connect.Client[v1.ListReferencesRequest, v1.ListReferencesResponse]
-	applyScopes     *connect.Client[v1.ApplyScopesRequest, v1.ApplyScopesResponse]
-	facts           *connect.Client[v1.FactsRequest, v1.FactsResponse]
-	why             *connect.Client[v1.WhyRequest, v1.WhyResponse]
-	listLeases      *connect.Client[v1.ListLeasesRequest, v1.ListLeasesResponse]
-	revokeLeases    *connect.Client[v1.RevokeLeasesRequest, v1.RevokeLeasesResponse]
-	readAudit       *connect.Client[v1.ReadAuditRequest, v1.AuditRecord]
-	auditReceipt    *connect.Client[v1.AuditReceiptRequest, v1.AuditReceiptResponse]
-	auditCheckpoint *connect.Client[v1.AuditCheckpointRequest, v1.AuditCheckpointResponse]
+	getStatus         *connect.Client[v1.GetStatusRequest, v1.GetStatusResponse]
+	listHosts         *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
+	addHosts          *connect.Client[v1.AddHostsRequest, v1.AddHostsResponse]
+	changeHost        *connect.Client[v1.ChangeHostRequest, v1.ChangeHostResponse]
+	createJoinToken   *connect.Client[v1.CreateJoinTokenRequest, v1.CreateJoinTokenResponse]
+	addOperator       *connect.Client[v1.AddOperatorRequest, v1.AddOperatorResponse]
+	listOperators     *connect.Client[v1.ListOperatorsRequest, v1.ListOperatorsResponse]
+	removeOperator    *connect.Client[v1.RemoveOperatorRequest, v1.RemoveOperatorResponse]
+	learnReference    *connect.Client[v1.LearnReferenceRequest, v1.LearnReferenceResponse]
+	listReferences    *connect.Client[v1.ListReferencesRequest, v1.ListReferencesResponse]
+	addReference      *connect.Client[v1.AddReferenceRequest, v1.AddReferenceResponse]
+	approveReference  *connect.Client[v1.ApproveReferenceRequest, v1.ApproveReferenceResponse]
+	maintainReference *connect.Client[v1.MaintainReferenceRequest, v1.MaintainReferenceResponse]
+	addRelease        *connect.Client[v1.AddReleaseRequest, v1.AddReleaseResponse]
+	listReleases      *connect.Client[v1.ListReleasesRequest, v1.ListReleasesResponse]
+	applyScopes       *connect.Client[v1.ApplyScopesRequest, v1.ApplyScopesResponse]
+	facts             *connect.Client[v1.FactsRequest, v1.FactsResponse]
+	why               *connect.Client[v1.WhyRequest, v1.WhyResponse]
+	listLeases        *connect.Client[v1.ListLeasesRequest, v1.ListLeasesResponse]
+	revokeLeases      *connect.Client[v1.RevokeLeasesRequest, v1.RevokeLeasesResponse]
+	readAudit         *connect.Client[v1.ReadAuditRequest, v1.AuditRecord]
+	auditReceipt      *connect.Client[v1.AuditReceiptRequest, v1.AuditReceiptResponse]
+	auditCheckpoint   *connect.Client[v1.AuditCheckpointRequest, v1.AuditCheckpointResponse]
 }
 
 // GetStatus calls countersign.v1.OperatorService.GetStatus.
@@ -562,6 +617,31 @@ func (c *operatorServiceClient) LearnReference(ctx context.Context, req *connect
 // ListReferences calls countersign.v1.OperatorService.ListReferences.
 func (c *operatorServiceClient) ListReferences(ctx context.Context, req *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error) {
 	return c.listReferences.CallUnary(ctx, req)
+}
+
+// AddReference calls countersign.v1.OperatorService.AddReference.
+func (c *operatorServiceClient) AddReference(ctx context.Context, req *connect.Request[v1.AddReferenceRequest]) (*connect.Response[v1.AddReferenceResponse], error) {
+	return c.addReference.CallUnary(ctx, req)
+}
+
+// ApproveReference calls countersign.v1.OperatorService.ApproveReference.
+func (c *operatorServiceClient) ApproveReference(ctx context.Context, req *connect.Request[v1.ApproveReferenceRequest]) (*connect.Response[v1.ApproveReferenceResponse], error) {
+	return c.approveReference.CallUnary(ctx, req)
+}
+
+// MaintainReference calls countersign.v1.OperatorService.MaintainReference.
+func (c *operatorServiceClient) MaintainReference(ctx context.Context, req *connect.Request[v1.MaintainReferenceRequest]) (*connect.Response[v1.MaintainReferenceResponse], error) {
+	return c.maintainReference.CallUnary(ctx, req)
+}
+
+// AddRelease calls countersign.v1.OperatorService.AddRelease.
+func (c *operatorServiceClient) AddRelease(ctx context.Context, req *connect.Request[v1.AddReleaseRequest]) (*connect.Response[v1.AddReleaseResponse], error) {
+	return c.addRelease.CallUnary(ctx, req)
+}
+
+// ListReleases calls countersign.v1.OperatorService.ListReleases.
+func (c *operatorServiceClient) ListReleases(ctx context.Context, req *connect.Request[v1.ListReleasesRequest]) (*connect.Response[v1.ListReleasesResponse], error) {
+	return c.listReleases.CallUnary(ctx, req)
 }
 
 // ApplyScopes calls countersign.v1.OperatorService.ApplyScopes.
@@ -616,6 +696,11 @@ type OperatorServiceHandler interface {
 	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
 	LearnReference(context.Context, *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error)
 	ListReferences(context.Context, *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error)
+	AddReference(context.Context, *connect.Request[v1.AddReferenceRequest]) (*connect.Response[v1.AddReferenceResponse], error)
+	ApproveReference(context.Context, *connect.Request[v1.ApproveReferenceRequest]) (*connect.Response[v1.ApproveReferenceResponse], error)
+	MaintainReference(context.Context, *connect.Request[v1.MaintainReferenceRequest]) (*connect.Response[v1.MaintainReferenceResponse], error)
+	AddRelease(context.Context, *connect.Request[v1.AddReleaseRequest]) (*connect.Response[v1.AddReleaseResponse], error)
+	ListReleases(context.Context, *connect.Request[v1.ListReleasesRequest]) (*connect.Response[v1.ListReleasesResponse], error)
 	ApplyScopes(context.Context, *connect.Request[v1.ApplyScopesRequest]) (*connect.Response[v1.ApplyScopesResponse], error)
 	Facts(context.Context, *connect.Request[v1.FactsRequest]) (*connect.Response[v1.FactsResponse], error)
 	Why(context.Context, *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error)
@@ -693,6 +778,36 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 		connect.WithSchema(operatorServiceMethods.ByName("ListReferences")),
 		connect.WithHandlerOptions(opts...),
 	)
+	operatorServiceAddReferenceHandler := connect.NewUnaryHandler(
+		OperatorServiceAddReferenceProcedure,
+		svc.AddReference,
+		connect.WithSchema(operatorServiceMethods.ByName("AddReference")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceApproveReferenceHandler := connect.NewUnaryHandler(
+		OperatorServiceApproveReferenceProcedure,
+		svc.ApproveReference,
+		connect.WithSchema(operatorServiceMethods.ByName("ApproveReference")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceMaintainReferenceHandler := connect.NewUnaryHandler(
+		OperatorServiceMaintainReferenceProcedure,
+		svc.MaintainReference,
+		connect.WithSchema(operatorServiceMethods.ByName("MaintainReference")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceAddReleaseHandler := connect.NewUnaryHandler(
+		OperatorServiceAddReleaseProcedure,
+		svc.AddRelease,
+		connect.WithSchema(operatorServiceMethods.ByName("AddRelease")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceListReleasesHandler := connect.NewUnaryHandler(
+		OperatorServiceListReleasesProcedure,
+		svc.ListReleases,
+		connect.WithSchema(operatorServiceMethods.ByName("ListReleases")),
+		connect.WithHandlerOptions(opts...),
+	)
 	operatorServiceApplyScopesHandler := connect.NewUnaryHandler(
 		OperatorServiceApplyScopesProcedure,
 		svc.ApplyScopes,
@@ -763,6 +878,16 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 			operatorServiceLearnReferenceHandler.ServeHTTP(w, r)
 		case OperatorServiceListReferencesProcedure:
 			operatorServiceListReferencesHandler.ServeHTTP(w, r)
+		case OperatorServiceAddReferenceProcedure:
+			operatorServiceAddReferenceHandler.ServeHTTP(w, r)
+		case OperatorServiceApproveReferenceProcedure:
+			operatorServiceApproveReferenceHandler.ServeHTTP(w, r)
+		case OperatorServiceMaintainReferenceProcedure:
+			operatorServiceMaintainReferenceHandler.ServeHTTP(w, r)
+		case OperatorServiceAddReleaseProcedure:
+			operatorServiceAddReleaseHandler.ServeHTTP(w, r)
+		case OperatorServiceListReleasesProcedure:
+			operatorServiceListReleasesHandler.ServeHTTP(w, r)
 		case OperatorServiceApplyScopesProcedure:
 			operatorServiceApplyScopesHandler.ServeHTTP(w, r)
 		case OperatorServiceFactsProcedure:
@@ -826,6 +951,26 @@ func (UnimplementedOperatorServiceHandler) LearnReference(context.Context, *conn
 
 func (UnimplementedOperatorServiceHandler) ListReferences(context.Context, *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.ListReferences is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) AddReference(context.Context, *connect.Request[v1.AddReferenceRequest]) (*connect.Response[v1.AddReferenceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.AddReference is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) ApproveReference(context.Context, *connect.Request[v1.ApproveReferenceRequest]) (*connect.Response[v1.ApproveReferenceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.ApproveReference is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) MaintainReference(context.Context, *connect.Request[v1.MaintainReferenceRequest]) (*connect.Response[v1.MaintainReferenceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.MaintainReference is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) AddRelease(context.Context, *connect.Request[v1.AddReleaseRequest]) (*connect.Response[v1.AddReleaseResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.AddRelease is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) ListReleases(context.Context, *connect.Request[v1.ListReleasesRequest]) (*connect.Response[v1.ListReleasesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.ListReleases is not implemented"))
 }
 
 func (UnimplementedOperatorServiceHandler) ApplyScopes(context.Context, *connect.Request[v1.ApplyScopesRequest]) (*connect.Response[v1.ApplyScopesResponse], error) {

@@ -1,0 +1,113 @@
+package appraise
+
+import (
+	"bytes"
+	"slices"
+	"testing"
+
+	"github.com/countersign/countersign/attestors/boot"
+	"github.com/countersign/countersign/attestors/evidence"
+)
+
+const bootedWith = "/vmlinuz root=/dev/nvme0n1p2 rw console=ttyS0 ima_policy=tcb panic=-1 quiet init=/sbin/init"
+
+// What root can do with GRUB's configuration before boot, with the TPM after it,
+// and with the log at last, never makes the fact another command line than the
+// kernel had. The PCRs are what the attack really leaves behind.
+func TestCommandLineAttacks(t *testing.T) {
+	const evil = "/vmlinuz root=/dev/nvme0n1p2 init=/evil"
+	for _, a := range []struct {
+		name   string
+		change func(l *boot.Log)
+	}{
+		{"a line of grub.cfg that is no command, told as the kernel's", func(l *boot.Log) {
+			l.Events[36] = grubCommand("linux "+evil, "grub_cmd: ")
+			l.Events[40] = grubCommand(evil, "grub_cmd: ")
+			l.Events = slices.Insert(l.Events, 41, grubCommand(bootedWith, "kernel_cmdline: "))
+		}},
+		{"the same, from a list of blocks", func(l *boot.Log) {
+			l.Events[36] = grubCommand("linux 2048+9000 init=/evil", "grub_cmd: ")
+			l.Events[40] = grubCommand("2048+9000 init=/evil", "grub_cmd: ")
+			l.Events = slices.Insert(l.Events, 41, grubCommand(bootedWith, "kernel_cmdline: "))
+		}},
+		{"the kernel chain-loaded, the rest extended after boot", func(l *boot.Log) {
+			l.Events[36] = grubCommand("chainloader "+evil, "grub_cmd: ")
+			l.Events = append(l.Events, grubCommand("linux "+bootedWith, "grub_cmd: "))
+		}},
+		{"booted with systemd-boot, GRUB's texts extended after boot", func(l *boot.Log) {
+			text := utf16Bytes(evil + "\x00")
+			l.Events = slices.Insert(l.Events, 30, event(12, boot.IPL, text, text))
+		}},
+		{"the same, under a description", func(l *boot.Log) {
+			l.Events = slices.Insert(l.Events, 30, event(12, boot.IPL, utf16Bytes(evil+"\x00"), utf16Bytes("x\x00")))
+		}},
+		{"the same, closed as Windows does", func(l *boot.Log) {
+			l.Events = slices.Insert(l.Events, 30, event(12, boot.EventTag, utf16Bytes(evil+"\x00"), nil))
+			l.Events = append(l.Events, event(12, boot.EventTag, []byte("WBCL"), nil))
+		}},
+		{"another one extended after boot", func(l *boot.Log) {
+			l.Events = append(l.Events, grubCommand(evil, "kernel_cmdline: "))
+		}},
+		{"GRUB's text without its prefix", func(l *boot.Log) {
+			l.Events[36] = event(8, boot.IPL, []byte("linux "+evil), []byte("linux "+evil))
+			l.Events[40] = event(8, boot.IPL, []byte(evil), []byte(evil))
+			l.Events = slices.Insert(l.Events, 41, grubCommand(bootedWith, "kernel_cmdline: "))
+		}},
+	} {
+		t.Run(a.name, func(t *testing.T) {
+			log, pcrs := recorded(t, "clean")
+			if f := accepted(t, log, pcrs); *f.KernelCommandLine != bootedWith {
+				t.Fatal("the unchanged log has another command line")
+			}
+			changed := parse(t, log)
+			a.change(changed)
+			f, err := Appraise(changed.Encode(), nil, recompute(changed, pcrs))
+			if err != nil {
+				t.Fatalf("the log is consistent, and yet: %v", err)
+			}
+			if f.KernelCommandLine != nil {
+				t.Errorf("the command line is said to be %q", *f.KernelCommandLine)
+			}
+		})
+	}
+}
+
+// Nor does leaving all of a PCR's events out of the log.
+func TestCommandLineNeedsBothPCRs(t *testing.T) {
+	const evil = "/vmlinuz init=/evil"
+	log, pcrs := recorded(t, "clean")
+	if f := accepted(t, log, pcrs); f.KernelCommandLine == nil {
+		t.Fatal("the unchanged log has no command line")
+	}
+	// Booted with systemd-boot, which measured into PCR 12; GRUB's texts extended after.
+	pcrs[12] = extend(pcrs[12], evidence.Sum(utf16Bytes(evil+"\x00")))
+	if f := accepted(t, log, pcrs); f.KernelCommandLine != nil || !slices.Equal(f.PCRsUnexplained, []int{12}) {
+		t.Errorf("the command line is said to be %q", *f.KernelCommandLine)
+	}
+	delete(pcrs, 12)
+	if f := accepted(t, log, pcrs); f.KernelCommandLine != nil {
+		t.Errorf("with PCR 12 not quoted it is said to be %q", *f.KernelCommandLine)
+	}
+}
+
+// An image's digest is the hash of most of its bytes, so that its event can be
+// given data that hash to it. It stays a component, whatever the event's type.
+func TestImageDisguisedByItsPreimage(t *testing.T) {
+	log, pcrs := recorded(t, "clean")
+	honest := accepted(t, log, pcrs)
+	image := append([]byte("MZ\x90\x00"), bytes.Repeat([]byte("evil"), 100)...)
+	for _, kind := range []boot.EventType{boot.EFIAction, boot.Action, 0x8401, boot.BootServicesApplication} {
+		changed := parse(t, log)
+		changed.Events = slices.Insert(changed.Events, 24, event(4, kind, image, image))
+		f := accepted(t, changed.Encode(), recompute(changed, pcrs))
+		if len(f.Components) != len(honest.Components)+1 {
+			t.Errorf("%v hides an image", kind)
+		}
+	}
+	// Shim's variables likewise: their content hashes to the digest.
+	changed := parse(t, log)
+	changed.Events = slices.Insert(changed.Events, 25, event(14, boot.IPL, []byte("key"), []byte("key")))
+	if f := accepted(t, changed.Encode(), recompute(changed, pcrs)); len(f.MOK) != 4 {
+		t.Error("a MOK is hidden")
+	}
+}

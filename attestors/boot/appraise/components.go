@@ -1,0 +1,251 @@
+package appraise
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"slices"
+	"strings"
+
+	"github.com/countersign/countersign/attestors/evidence"
+)
+
+// PCRs of boot loaders and kernels.
+const (
+	pcrGRUB       = 8
+	pcrFiles      = 9
+	pcrSections   = 11
+	pcrConfig     = 12
+	pcrExtensions = 13
+	pcrMOK        = 14
+	pcrSystem     = 15
+)
+
+// maxText bounds what is taken for a message of the firmware. The authenticated
+// part of an image hashes to its digest too, so an image could be passed off as
+// text that firmware measured, but for its length and its binary head.
+const maxText = 256
+
+// read makes facts of what replayed.
+func (b *bootLog) read(f *Facts) error {
+	b.firmware(f)
+	if err := b.secureBoot(f); err != nil {
+		return err
+	}
+	b.components(f)
+	if err := b.commandLine(f); err != nil {
+		return err
+	}
+	return b.windows(f)
+}
+
+// firmware reads the version, which is the first that PCR 0 measures.
+func (b *bootLog) firmware(f *Facts) {
+	first := b.before(pcrFirmware)
+	if len(first) == 0 || !first[0].ofData {
+		return
+	}
+	version, ok := utf16Text(first[0].Data)
+	switch {
+	case len(first[0].Data) > maxText:
+		version = "sha256:" + first[0].digest.String()
+	case !ok: // a GUID, or a vendor's structure
+		version = "hex:" + hex.EncodeToString(first[0].Data)
+	}
+	f.FirmwareVersion = &version
+}
+
+// components lists what was measured by digest, PCR by PCR.
+func (b *bootLog) components(f *Facts) {
+	add := func(m *measurement, kind, label string) {
+		f.Components = append(f.Components, Component{PCR: int(m.PCR), Kind: kind, SHA256: m.digest})
+		f.Asserted.Components = append(f.Asserted.Components, m.Type.String()+" "+label)
+	}
+	for i := range b.before(pcrDrivers) {
+		if m := &b.pcr[pcrDrivers][i]; !message(m) {
+			add(m, KindDriver, imagePath(m.Data))
+		}
+	}
+	for i := range b.pcr[pcrImages] {
+		if m := &b.pcr[pcrImages][i]; i != b.cut[pcrImages] && !message(m) {
+			add(m, KindApplication, imagePath(m.Data))
+		}
+	}
+	for i := range b.pcr[pcrFiles] {
+		m := &b.pcr[pcrFiles][i]
+		add(m, KindFile, label(m.Data))
+	}
+	named := sections(b.pcr[pcrSections])
+	for _, s := range named {
+		add(s.content, KindSection+" "+s.name, label(s.content.Data))
+	}
+	for i := 2 * len(named); i < len(b.pcr[pcrSections]); i++ {
+		m := &b.pcr[pcrSections][i]
+		add(m, KindSection, label(m.Data))
+	}
+	for i := range b.pcr[pcrExtensions] {
+		m := &b.pcr[pcrExtensions][i]
+		add(m, KindExtension, label(m.Data))
+	}
+	for i := range b.pcr[pcrMOK] {
+		m := &b.pcr[pcrMOK][i]
+		f.MOK = append(f.MOK, m.digest)
+		f.Asserted.MOK = append(f.Asserted.MOK, label(m.Data))
+	}
+}
+
+// message says whether an event is firmware's word on what it does ("Calling EFI
+// Application from Boot Option") and no image.
+func message(m *measurement) bool {
+	return m.ofData && len(m.Data) <= maxText && printable(string(m.Data))
+}
+
+// sectionNames are what systemd's stub measures of a unified kernel image; each
+// name is measured, with its NUL, before its content.
+var sectionNames = func() map[evidence.Digest]string {
+	names := map[evidence.Digest]string{}
+	for _, n := range []string{".linux", ".osrel", ".cmdline", ".initrd", ".ucode", ".splash", ".dtb",
+		".dtbauto", ".uname", ".sbat", ".pcrsig", ".pcrpkey", ".profile", ".hwids", ".efifw"} {
+		names[evidence.Sum([]byte(n+"\x00"))] = n
+	}
+	return names
+}()
+
+type section struct {
+	name    string
+	content *measurement
+}
+
+// sections pairs names with contents in PCR 11, as long as they alternate.
+func sections(pcr []measurement) []section {
+	var out []section
+	for i := 0; i+1 < len(pcr); i += 2 {
+		name, ok := sectionNames[pcr[i].digest]
+		if !ok {
+			break
+		}
+		out = append(out, section{name, &pcr[i+1]})
+	}
+	return out
+}
+
+// What GRUB puts before a text that it measures; the digest is of the text alone,
+// so which of these it was is the host's word.
+var grubPrefixes = []string{"grub_cmd: ", "kernel_cmdline: ", "module_cmdline: ", "grub_kernel_cmdline ", "grub_module_cmdline "}
+
+// otherLoaders are GRUB's commands that start or prepare something else than the
+// kernel of a kernel_cmdline.
+var otherLoaders = []string{"chainloader", "multiboot", "multiboot2", "xen_hypervisor", "kfreebsd", "knetbsd", "kopenbsd",
+	"xnu_kernel", "xnu_kernel64", "xnu_resume", "plan9", "ntldr", "freedos", "truecrypt", "lnxboot", "appleloader", "exit"}
+
+// commandLine reads GRUB's texts from PCR 8 and those of systemd-boot and its stub
+// from PCR 12.
+//
+// GRUB measures a command line as the text of the command that was given, and again
+// as the text that the kernel gets. A command's text hashes the same, so a line of
+// grub.cfg that is no command at all could be passed off as the kernel's. Hence
+// every text that doesn't begin as a command does is a candidate, whatever it is
+// called, and the fact is there only with one candidate, no other loader, and both
+// PCRs known whole.
+func (b *bootLog) commandLine(f *Facts) error {
+	certain := f.Complete(pcrGRUB) && f.Complete(pcrConfig) &&
+		!slices.ContainsFunc(f.Userspace, func(r Record) bool { return r.PCR == pcrConfig })
+	var opaque *measurement
+	for i := range b.pcr[pcrGRUB] {
+		m := &b.pcr[pcrGRUB][i]
+		text, kernel, ok := grubText(m)
+		if !ok {
+			certain = false
+			if !m.ofData {
+				opaque = m
+			}
+			continue
+		}
+		f.GRUBCommands = append(f.GRUBCommands, text)
+		if kernel || !commandLike(text) {
+			f.KernelCommandLines = append(f.KernelCommandLines, text)
+		}
+		if word, _, _ := strings.Cut(text, " "); slices.Contains(otherLoaders, word) {
+			certain = false
+		}
+	}
+	if opaque != nil && len(f.GRUBCommands) > 0 {
+		return reject(CheckStructure, "%v: the digest isn't of the text, as GRUB has it", opaque)
+	}
+	for i := range b.pcr[pcrConfig] {
+		m := &b.pcr[pcrConfig][i]
+		if text, ok := utf16Text(m.Data); ok && m.ofData && bytes.HasSuffix(m.Data, []byte{0, 0}) {
+			f.KernelConfig = append(f.KernelConfig, text)
+			f.KernelCommandLines = append(f.KernelCommandLines, text)
+			continue
+		}
+		certain = false
+		f.Components = append(f.Components, Component{PCR: pcrConfig, Kind: KindConfig, SHA256: m.digest})
+		f.Asserted.Components = append(f.Asserted.Components, m.Type.String()+" "+label(m.Data))
+	}
+	if certain && len(f.KernelCommandLines) == 1 {
+		f.KernelCommandLine = &f.KernelCommandLines[0]
+	}
+	return nil
+}
+
+// commandLike says whether a text begins as GRUB's commands do, with a letter or
+// as a test. A kernel's path begins with none of these: it is absolute, on a device
+// in parentheses, a list of blocks by number, or quoted.
+func commandLike(text string) bool {
+	if text == "" {
+		return true
+	}
+	c := text[0]
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '_' || c == '[' || c == '.' || c == '!'
+}
+
+// grubText is the text that an event's digest proves, and whether it calls itself
+// a kernel's command line.
+func grubText(m *measurement) (text string, kernel, ok bool) {
+	data := strings.TrimSuffix(string(m.Data), "\x00")
+	for _, prefix := range grubPrefixes {
+		text, found := strings.CutPrefix(data, prefix)
+		if found && m.digest == evidence.Sum([]byte(text)) {
+			return text, strings.Contains(prefix, "kernel_cmdline"), true
+		}
+	}
+	return "", false, false
+}
+
+// label is what an event says that it measured.
+func label(data []byte) string {
+	text := strings.TrimSuffix(string(data), "\x00")
+	if len(data) > 8 && binary.LittleEndian.Uint32(data[4:]) == uint32(len(data)-8) { // a tagged event
+		text = strings.TrimSuffix(string(data[8:]), "\x00")
+	}
+	if wide, ok := utf16Text(data); ok && strings.Contains(text, "\x00") {
+		text = wide
+	}
+	if len(text) > maxText || !printable(text) {
+		return ""
+	}
+	return text
+}
+
+// imagePath is the file's path in an UEFI_IMAGE_LOAD_EVENT, if it has one.
+func imagePath(data []byte) string {
+	const header = 4 * 8
+	if len(data) < header || binary.LittleEndian.Uint64(data[24:]) != uint64(len(data)-header) {
+		return ""
+	}
+	var path string
+	for node := data[header:]; len(node) >= 4; {
+		size := int(binary.LittleEndian.Uint16(node[2:]))
+		if size < 4 || size > len(node) {
+			break
+		}
+		if node[0] == 4 && node[1] == 4 { // media, file path
+			if text, ok := utf16Text(node[4:size]); ok && len(text) <= maxText {
+				path += text
+			}
+		}
+		node = node[size:]
+	}
+	return path
+}

@@ -1,0 +1,150 @@
+package appraise
+
+import (
+	"slices"
+
+	"github.com/countersign/countersign/attestors/boot"
+	"github.com/countersign/countersign/attestors/evidence"
+)
+
+// Facts are what the quote proves of a boot. A fact that isn't proven is absent,
+// which is not the same as false.
+type Facts struct {
+	PCRsReplayed    []int `json:"pcrs_replayed"`              // the logs lead to the quoted value
+	PCRsUnused      []int `json:"pcrs_unused,omitempty"`      // quoted as never extended, which the logs agree with
+	PCRsUnreplayed  []int `json:"pcrs_unreplayed,omitempty"`  // extended after boot by what no log shows: no facts from these
+	PCRsUnexplained []int `json:"pcrs_unexplained,omitempty"` // quoted as extended, and no log speaks of them
+
+	// Final since the separator.
+	FirmwareVersion *string                       `json:"firmware_version,omitempty"`
+	SecureBoot      *bool                         `json:"secure_boot,omitempty"`
+	SecureBootMode  string                        `json:"secure_boot_mode,omitempty"` // setup, user, audit or deployed
+	SecureBootNotes []string                      `json:"secure_boot_notes,omitempty"`
+	Databases       map[string]*SignatureDatabase `json:"signature_databases,omitempty"` // PK, KEK, db, dbx, and dbt and dbr where measured
+
+	// Complete for each PCR that replayed or is unused, but root may have added to
+	// them after boot: hold every member against what is allowed.
+	Authorities        []Authority       `json:"authorities,omitempty"` // what images were verified by, with shim's variables
+	Components         []Component       `json:"boot_components,omitempty"`
+	MOK                []evidence.Digest `json:"mok,omitempty"`                  // PCR 14 in order: what shim's variables held, or Windows' own events
+	GRUBCommands       []string          `json:"grub_commands,omitempty"`        // everything that GRUB measured as text
+	KernelConfig       []string          `json:"kernel_config,omitempty"`        // what systemd-boot and its stub measured as text
+	Userspace          []Record          `json:"userspace,omitempty"`            // what systemd measured, where its log shows it
+	KernelCommandLines []string          `json:"kernel_command_lines,omitempty"` // all that may have been a kernel's
+
+	// There only where the PCRs leave no other reading, by a boot loader that the
+	// components must show: root can extend what a loader that never ran would have.
+	KernelCommandLine *string  `json:"kernel_command_line,omitempty"`
+	SbatLevel         *string  `json:"sbat_level,omitempty"`
+	Windows           *Windows `json:"windows,omitempty"`
+
+	Asserted Asserted `json:"asserted"`
+}
+
+// A SignatureDatabase is one of Secure Boot's variables.
+type SignatureDatabase struct {
+	SHA256       evidence.Digest   `json:"sha256"` // of the variable's content
+	Certificates []Certificate     `json:"certificates,omitempty"`
+	HashCount    int               `json:"hash_count"`
+	Malformed    bool              `json:"malformed,omitempty"` // its lists end in bytes that are none
+	Hashes       []evidence.Digest `json:"-"`
+}
+
+// Contains says whether the database lists a SHA-256 image digest.
+func (db *SignatureDatabase) Contains(image evidence.Digest) bool {
+	if db == nil {
+		return false
+	}
+	for _, h := range db.Hashes {
+		if h == image {
+			return true
+		}
+	}
+	return false
+}
+
+// A Certificate is known by its SHA-256. Its names are empty where Go can't parse
+// it, as with some that are in real firmware.
+type Certificate struct {
+	SHA256  evidence.Digest `json:"sha256"`
+	Subject string          `json:"subject,omitempty"`
+}
+
+// An Authority is one entry that images were verified by, or a variable that shim
+// measures with them.
+type Authority struct {
+	Variable    string          `json:"variable"`
+	SHA256      evidence.Digest `json:"sha256"` // as measured: the variable's GUID, name and content
+	Certificate *Certificate    `json:"certificate,omitempty"`
+}
+
+// A Component is one measured object: an image's Authenticode digest in PCR 2 and
+// 4, a section's content in PCR 11, else a file's or a blob's digest.
+type Component struct {
+	PCR    int             `json:"pcr"`
+	Kind   string          `json:"kind"`
+	SHA256 evidence.Digest `json:"sha256"`
+}
+
+// Kinds follow from the PCR alone, or from a section name's digest.
+const (
+	KindDriver      = "driver"      // PCR 2: option ROMs and drivers from cards
+	KindApplication = "application" // PCR 4: shim, GRUB, a boot manager, a kernel, a unified kernel image
+	KindFile        = "file"        // PCR 9: what GRUB read, and what a kernel's stub was given
+	KindSection     = "section"     // PCR 11: of a unified kernel image, followed by its name where its digest tells
+	KindConfig      = "config"      // PCR 12: what was given to a unified kernel image, or Windows' own events
+	KindUserspace   = "userspace"   // PCR 9 and 11 to 13: what systemd's log has for these, but for phases of the boot
+	KindExtension   = "extension"   // PCR 13: system extensions, or Windows' own events
+)
+
+// A Record is what systemd measured. Text is empty unless the digest proves it.
+type Record struct {
+	PCR    int             `json:"pcr"`
+	SHA256 evidence.Digest `json:"sha256"`
+	Text   string          `json:"text,omitempty"`
+}
+
+// Asserted is the host's word, there to be read by people. Policy must not use it.
+type Asserted struct {
+	Padding    int      `json:"padding,omitempty"` // bytes behind the last event
+	Components []string `json:"boot_components,omitempty"`
+	MOK        []string `json:"mok,omitempty"`
+}
+
+// MeasuredAsOptions says whether a command line is among those that were handed to
+// an EFI image as load options and measured by digest alone, as Linux' own stub
+// does into PCR 9.
+func (f *Facts) MeasuredAsOptions(commandLine string) bool {
+	want := evidence.Sum(utf16Bytes(commandLine + "\x00"))
+	for _, c := range f.Components {
+		if c.PCR == pcrFiles && c.SHA256 == want {
+			return true
+		}
+	}
+	return false
+}
+
+// phases are the texts that systemd measures into PCR 11 as it goes on.
+var phases = []string{"enter-initrd", "leave-initrd", "sysinit", "ready", "shutdown", "final"}
+
+// userspace takes what was proven of systemd's log. Root may have moved there the
+// last of a PCR's events, so what isn't plainly systemd's own is a component too.
+func (f *Facts) userspace(later []boot.Measurement) {
+	for _, m := range later {
+		r := Record{PCR: m.PCR, SHA256: evidence.Digest(m.SHA256)}
+		if m.Text != "" && r.SHA256 == evidence.Sum([]byte(m.Text)) {
+			r.Text = m.Text
+		}
+		f.Userspace = append(f.Userspace, r)
+		if m.PCR != pcrSystem && (m.PCR != pcrSections || !slices.Contains(phases, r.Text)) {
+			f.Components = append(f.Components, Component{PCR: m.PCR, Kind: KindUserspace, SHA256: r.SHA256})
+			f.Asserted.Components = append(f.Asserted.Components, m.Kind)
+		}
+	}
+}
+
+// Complete says whether everything that extended a PCR is known: only then is a
+// list of what it holds the whole list.
+func (f *Facts) Complete(pcr int) bool {
+	return slices.Contains(f.PCRsReplayed, pcr) || slices.Contains(f.PCRsUnused, pcr)
+}

@@ -1,0 +1,161 @@
+package appraise
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/bmatcuk/doublestar/v4"
+)
+
+// A Policy says which measured files a host may show. It is part of a
+// reference set, and is written as JSON.
+type Policy struct {
+	// Allow names digests for paths. A path that no entry matches, and no
+	// signature or exclusion speaks for, is not allowed.
+	Allow []Allowed `json:"allow"`
+	// Exclude are globs of paths that are not looked at, as "/var/lib/app/**".
+	// What is excluded can be anything.
+	Exclude []string `json:"exclude,omitempty"`
+	// Keys are PEM certificates or public keys, RSA or ECDSA. A file whose
+	// security.ima signature one of them made is allowed by it.
+	Keys []string `json:"keys,omitempty"`
+	// Violations says what one means: "reject", which is the default, or "ignore".
+	Violations string `json:"violations,omitempty"`
+	// Mode is "enforce", which is the default, or "observe": what would have
+	// failed is told, and fails nothing.
+	Mode string `json:"mode,omitempty"`
+}
+
+// An Allowed is digests for the paths of one glob, where ** crosses folders.
+// Paths are as in IMA's list, with '_' for a space.
+type Allowed struct {
+	Path    string   `json:"path"`
+	Digests []string `json:"digests"` // as "sha256:…"
+}
+
+// Rules are a compiled policy.
+type Rules struct {
+	exact      map[string]map[string]bool
+	globs      []Allowed
+	exclude    []string
+	keys       []verifier
+	violations bool // are ignored
+	observe    bool
+}
+
+const maxGlobs = 4096 // each is tried against each new entry
+
+var digestText = regexp.MustCompile(`^(verity:)?[a-z0-9-]+:[0-9a-f]{32,128}$`)
+
+// Compile checks p as a whole.
+func (p Policy) Compile() (*Rules, error) {
+	r := &Rules{exact: map[string]map[string]bool{}, exclude: p.Exclude, violations: p.Violations == "ignore", observe: p.Mode == "observe"}
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if !slices.Contains([]string{"", "reject", "ignore"}, p.Violations) {
+		bad("violations: %q is neither reject nor ignore", p.Violations)
+	}
+	if !slices.Contains([]string{"", "enforce", "observe"}, p.Mode) {
+		bad("mode: %q is neither enforce nor observe", p.Mode)
+	}
+	for _, a := range p.Allow {
+		for _, d := range a.Digests {
+			if !digestText.MatchString(d) {
+				bad("allow %s: %q is no digest as sha256:<hex>", a.Path, d)
+			}
+		}
+		switch {
+		case !strings.ContainsAny(a.Path, `*?[{\`):
+			of := r.exact[a.Path]
+			if of == nil {
+				of = map[string]bool{}
+				r.exact[a.Path] = of
+			}
+			for _, d := range a.Digests {
+				of[d] = true
+			}
+		case !doublestar.ValidatePattern(a.Path):
+			bad("allow: %q is no glob", a.Path)
+		default:
+			r.globs = append(r.globs, a)
+		}
+	}
+	for _, glob := range p.Exclude {
+		if !doublestar.ValidatePattern(glob) {
+			bad("exclude: %q is no glob", glob)
+		}
+	}
+	if n := len(r.globs) + len(p.Exclude); n > maxGlobs {
+		bad("%d globs; %d are tried", n, maxGlobs)
+	}
+	for i, text := range p.Keys {
+		key, err := parseKey(text)
+		if err != nil {
+			bad("key %d: %v", i+1, err)
+			continue
+		}
+		r.keys = append(r.keys, key)
+	}
+	return r, errors.Join(errs...)
+}
+
+// Observes says that what Judge finds fails nothing.
+func (r *Rules) Observes() bool { return r.observe }
+
+// Judge says why m is not allowed; empty: it is.
+func (r *Rules) Judge(m Measurement) (why string) {
+	switch {
+	case m.IsAggregate():
+		return ""
+	case m.Violation:
+		if r.violations {
+			return ""
+		}
+		return fmt.Sprintf("%sa violation, a file that was written while it was measured; the list calls it %s", where(m), quote(m.Name))
+	case matches(r.exclude, m.Name), r.exact[m.Name][m.Digest]:
+		return ""
+	}
+	spoken := r.exact[m.Name] != nil
+	for _, a := range r.globs {
+		if match(a.Path, m.Name) {
+			if spoken = true; slices.Contains(a.Digests, m.Digest) {
+				return ""
+			}
+		}
+	}
+	signature := "is not signed"
+	if m.Signature != nil {
+		signature = "is signed by none of the policy's keys"
+		if r.signed(m) {
+			return ""
+		}
+	}
+	why = "is of no allowed path"
+	if spoken {
+		why = "is none of its path's allowed digests"
+	}
+	if len(r.keys) > 0 {
+		why += " and " + signature
+	}
+	return fmt.Sprintf("%s%s with %s %s", where(m), quote(m.Name), m.Digest, why)
+}
+
+// where is the entry, as far as it is known.
+func where(m Measurement) string {
+	if m.Index < 0 {
+		return ""
+	}
+	return fmt.Sprintf("entry %d, ", m.Index)
+}
+
+func matches(globs []string, name string) bool {
+	return slices.ContainsFunc(globs, func(glob string) bool { return match(glob, name) })
+}
+
+func match(glob, name string) bool {
+	ok, _ := doublestar.Match(glob, name) // Compile has checked the pattern
+	return ok
+}

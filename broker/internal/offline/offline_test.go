@@ -1,0 +1,251 @@
+package offline_test
+
+import (
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
+	"github.com/countersign/countersign/broker/internal/offline"
+	"github.com/countersign/countersign/broker/internal/reference"
+	"github.com/countersign/countersign/test/check"
+)
+
+const boots = "../../../test/vectors/boots"
+
+var now = time.Date(2026, 11, 22, 0, 0, 0, 0, time.UTC)
+
+func read(t *testing.T, parts ...string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(append([]string{boots}, parts...)...))
+	if os.IsNotExist(err) {
+		return nil
+	}
+	check.Nil(t, err)
+	return b
+}
+
+func record(t *testing.T, name string) (offline.Record, offline.Options) {
+	t.Helper()
+	r := offline.Record{AK: read(t, name, "ak.tpm2b_public"), Attest: read(t, name, "quote.tpms_attest"), Signature: read(t, name, "quote.tpmt_signature"),
+		EventLog: read(t, name, "binary_bios_measurements"), IMA: read(t, name, "ima_binary_runtime_measurements")}
+	r.PCRs = check.Must(tpmappraise.ParsePCRRead(string(read(t, name, "pcrs.txt"))))(t)
+	o := offline.Options{Now: now}
+	if r.Attest != nil {
+		o.Nonce = check.Must(offline.ParseNonce(string(read(t, name, "nonce.hex"))))(t)
+		for _, file := range []string{"ek_rsa_cert.der", "ek_ecc384_cert.der"} {
+			r.EKCertificates = append(r.EKCertificates, offline.EKCertificate{Name: file, DER: read(t, name, file)})
+		}
+		block, _ := pem.Decode(read(t, name, "ek.pem"))
+		r.EKCertificates[0].Key = block.Bytes
+	}
+	for _, file := range []string{"issuercert.pem", "swtpm-localca-rootca-cert.pem"} {
+		block, _ := pem.Decode(read(t, "ca", file))
+		o.EKRoots = append(o.EKRoots, check.Must(x509.ParseCertificate(block.Bytes))(t))
+	}
+	return r, o
+}
+
+func results(r offline.Report) map[string]string {
+	out := map[string]string{}
+	for _, c := range r.Checks {
+		out[c.Name] = c.Result
+	}
+	return out
+}
+
+func detail(r offline.Report, name string) string {
+	for _, c := range r.Checks {
+		if c.Name == name {
+			return c.Detail
+		}
+	}
+	return ""
+}
+
+var names = []string{"quote-signature", "quote-nonce", "quote-pcr-digest", "ek-certificate", "event-log-structure", "event-log-replay", "ima-replay", "ima-boot-aggregate", "reference"}
+
+func TestBoots(t *testing.T) {
+	clean, o := record(t, "clean")
+	honest := offline.Appraise(clean, o)
+	set := reference.Learn(honest.Boot, honest.PCRs, nil, honest.Measured)
+	for name, want := range map[string]struct {
+		secureBoot  bool
+		commandLine string
+		entries     int
+		images      int
+		reference   string // what it says against clean's set; empty: it holds
+	}{
+		"clean":         {true, "ima_policy=tcb panic=-1 quiet init=/sbin/init", 43, 4, ""},
+		"tampered":      {true, "ima_policy=tcb panic=-1 quiet init=/sbin/init", 44, 4, `"/usr/local/bin/app"`},
+		"cmdline":       {true, "init_on_alloc=0 module.sig_enforce=0 nokaslr", 43, 4, "kernel command line gained init_on_alloc=0 module.sig_enforce=0 nokaslr"},
+		"direct-kernel": {false, "", 43, 1, "Secure Boot is off"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, o := record(t, name)
+			o.Reference = &set
+			got := offline.Appraise(r, o)
+			wanted := map[string]string{}
+			for _, n := range names {
+				wanted[n] = offline.Pass
+			}
+			if r.Attest == nil {
+				for _, n := range names[:4] {
+					wanted[n] = offline.NotChecked
+				}
+			}
+			verdict := offline.Pass
+			if want.reference != "" {
+				wanted["reference"], verdict = offline.Fail, offline.Fail
+			}
+			if !reflect.DeepEqual(results(got), wanted) || got.Verdict != verdict {
+				t.Errorf("%s: %+v", got.Verdict, got.Checks)
+			}
+			if !strings.Contains(detail(got, "reference"), want.reference) {
+				t.Errorf("reference: %s, want %q", detail(got, "reference"), want.reference)
+			}
+			f := got.Facts
+			if f.SecureBoot == nil || *f.SecureBoot != want.secureBoot {
+				t.Errorf("secure boot %v", f.SecureBoot)
+			}
+			switch {
+			case want.commandLine == "" && f.KernelCommandLine != nil:
+				t.Errorf("kernel command line %q", *f.KernelCommandLine)
+			case want.commandLine != "" && (f.KernelCommandLine == nil || !strings.HasSuffix(*f.KernelCommandLine, want.commandLine)):
+				t.Errorf("kernel command line %v", f.KernelCommandLine)
+			}
+			if f.IMA == nil || f.IMA.Entries != want.entries || f.IMA.Proven != want.entries || f.IMA.Violations != 0 || f.IMA.AggregatePCRs != "0-9" || !strings.HasPrefix(f.IMA.BootAggregate, "sha256:") {
+				t.Errorf("ima %+v", f.IMA)
+			}
+			images := 0
+			for _, c := range f.Components {
+				if c.PCR == 4 {
+					images++
+				}
+			}
+			if images != want.images || !slices.Contains(f.PCRsReplayed, 10) || !slices.Contains(f.PCRsReplayed, 7) {
+				t.Errorf("%d images, replayed %v", images, f.PCRsReplayed)
+			}
+			var asJSON map[string]any
+			check.Nil(t, json.Unmarshal(check.Must(json.Marshal(got))(t), &asJSON))
+			for _, key := range []string{"secure_boot", "kernel_command_line", "boot_components", "pcrs_replayed", "ima"} {
+				if _, there := asJSON["facts"].(map[string]any)[key]; !there {
+					t.Errorf("facts has no %s", key)
+				}
+			}
+		})
+	}
+}
+
+// Each part may be missing, and is then reported so.
+func TestMissingParts(t *testing.T) {
+	for name, tt := range map[string]struct {
+		drop func(*offline.Record, *offline.Options)
+		not  []string // checked
+	}{
+		"the quote":       {func(r *offline.Record, _ *offline.Options) { r.Attest, r.Signature = nil, nil }, names[:3]},
+		"the signature":   {func(r *offline.Record, _ *offline.Options) { r.Signature = nil }, names[:3]},
+		"the AK":          {func(r *offline.Record, _ *offline.Options) { r.AK = nil }, names[:3]},
+		"the nonce":       {func(_ *offline.Record, o *offline.Options) { o.Nonce = nil }, names[1:2]},
+		"the roots":       {func(_ *offline.Record, o *offline.Options) { o.EKRoots = nil }, names[3:4]},
+		"the event log":   {func(r *offline.Record, _ *offline.Options) { r.EventLog = nil }, names[4:6]},
+		"the IMA list":    {func(r *offline.Record, _ *offline.Options) { r.IMA = nil }, names[6:8]},
+		"the PCR values":  {func(r *offline.Record, _ *offline.Options) { r.PCRs = nil }, []string{"quote-pcr-digest", "event-log-replay", "ima-replay", "ima-boot-aggregate"}},
+		"nothing but PEM": {func(r *offline.Record, _ *offline.Options) { r.AK = read(t, "clean", "ak.pem") }, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, o := record(t, "clean")
+			tt.drop(&r, &o)
+			got := offline.Appraise(r, o)
+			if got.Verdict != offline.Pass || len(got.Checks) != len(names) {
+				t.Errorf("%+v", got.Checks)
+			}
+			for n, result := range results(got) {
+				if want := slices.Contains(slices.Concat(tt.not, names[8:]), n); (result == offline.NotChecked) != want {
+					t.Errorf("%s: %s", n, result)
+				}
+			}
+		})
+	}
+}
+
+// Every flipped bit of a quote, a signature or a value fails, under its name.
+func TestEveryBitOfTheQuote(t *testing.T) {
+	r, o := record(t, "clean")
+	r.EventLog, r.IMA, r.EKCertificates = nil, nil, nil
+	fails := func(what string, bit int) {
+		if got := offline.Appraise(r, o); got.Verdict != offline.Fail {
+			t.Errorf("%s, bit %d flipped: %+v", what, bit, got.Checks)
+		}
+	}
+	for what, b := range map[string][]byte{"quote": r.Attest, "signature": r.Signature, "nonce": o.Nonce} {
+		for bit := range 8 * len(b) {
+			b[bit/8] ^= 1 << (bit % 8)
+			fails(what, bit)
+			b[bit/8] ^= 1 << (bit % 8)
+		}
+	}
+	values := r.PCRs
+	for pcr := range 15 {
+		for bit := range 256 {
+			r.PCRs = maps.Clone(values)
+			d := r.PCRs[pcr]
+			d[bit/8] ^= 1 << (bit % 8)
+			r.PCRs[pcr] = d
+			fails("PCR", bit)
+		}
+	}
+}
+
+func TestForgedRecords(t *testing.T) {
+	for name, tt := range map[string]struct {
+		forge func(*offline.Record, *offline.Options)
+		fails string
+	}{
+		"another nonce":         {func(_ *offline.Record, o *offline.Options) { o.Nonce = make([]byte, 32) }, "quote-nonce"},
+		"a short nonce":         {func(_ *offline.Record, o *offline.Options) { o.Nonce = o.Nonce[:20] }, "quote-nonce"},
+		"another boot's AK":     {func(r *offline.Record, _ *offline.Options) { r.AK = read(t, "tampered", "ak.tpm2b_public") }, "quote-signature"},
+		"another boot's values": {func(r *offline.Record, _ *offline.Options) { o, _ := record(t, "tampered"); r.PCRs = o.PCRs }, "quote-pcr-digest"},
+		"a value left out":      {func(r *offline.Record, _ *offline.Options) { delete(r.PCRs, 3) }, "quote-pcr-digest"},
+		"another boot's log": {func(r *offline.Record, _ *offline.Options) {
+			r.EventLog = read(t, "cmdline", "binary_bios_measurements")
+		}, "event-log-replay"},
+		"a cut log": {func(r *offline.Record, _ *offline.Options) { r.EventLog = r.EventLog[:1000] }, "event-log-structure"},
+		"another boot's files": {func(r *offline.Record, _ *offline.Options) {
+			r.IMA = read(t, "tampered", "ima_binary_runtime_measurements")
+		}, "ima-replay"},
+		"another boot's list": {func(r *offline.Record, _ *offline.Options) {
+			r.IMA = read(t, "direct-kernel", "ima_binary_runtime_measurements")
+		}, "ima-boot-aggregate"},
+		"an EK of another key": {func(r *offline.Record, _ *offline.Options) { r.EKCertificates[0].DER = r.EKCertificates[1].DER }, "ek-certificate"},
+		"an EK that is no EK":  {func(r *offline.Record, o *offline.Options) { r.EKCertificates[1].DER = o.EKRoots[1].Raw }, "ek-certificate"},
+		"roots of somebody else": {func(r *offline.Record, o *offline.Options) {
+			o.EKRoots = o.EKRoots[:0:0]
+			o.EKRoots = append(o.EKRoots, stranger(t))
+		}, "ek-certificate"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, o := record(t, "clean")
+			tt.forge(&r, &o)
+			got := offline.Appraise(r, o)
+			if got.Verdict != offline.Fail || results(got)[tt.fails] != offline.Fail || detail(got, tt.fails) == "" {
+				t.Errorf("want %s to fail: %+v", tt.fails, got.Checks)
+			}
+		})
+	}
+}
+
+// stranger is a root that certified nothing here.
+func stranger(t *testing.T) *x509.Certificate {
+	t.Helper()
+	r, _ := record(t, "clean")
+	return check.Must(x509.ParseCertificate(r.EKCertificates[0].DER))(t)
+}

@@ -1,0 +1,365 @@
+// Package reference says what a host must be: how it boots, and which files may
+// run on it. A set is learned from a host that an operator trusts, or written
+// by hand, and speaks of facts first: facts hold for a fleet whose machines
+// differ in memory and network cards, where raw PCR values don't.
+//
+// It trusts its inputs: facts come from the appraisal, a set's content from
+// operators. It promises that a host which matches has shown nothing beyond
+// the set, and that a difference is told in words, with the event or the entry.
+package reference
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	boot "github.com/countersign/countersign/attestors/boot/appraise"
+	"github.com/countersign/countersign/attestors/evidence"
+	ima "github.com/countersign/countersign/attestors/ima/appraise"
+)
+
+// A Content is what a version of a set demands. A part that is missing demands
+// nothing.
+type Content struct {
+	Boot *Boot                   `json:"boot,omitempty"`
+	IMA  *ima.Policy             `json:"ima,omitempty"`
+	PCRs map[int]evidence.Digest `json:"pcrs,omitempty"` // raw values of the SHA-256 bank, where no facts are
+}
+
+// A Boot is what is demanded of an event log's facts. Of a list, everything
+// that was measured must be in it, and not everything in it was measured; an
+// empty list demands nothing.
+type Boot struct {
+	SecureBoot         *bool                        `json:"secure_boot,omitempty"`
+	SecureBootMode     string                       `json:"secure_boot_mode,omitempty"`
+	Databases          map[string][]evidence.Digest `json:"signature_databases,omitempty"` // PK, KEK and db: one of these contents each
+	Authorities        []evidence.Digest            `json:"authorities,omitempty"`         // what images were verified by
+	Images             []evidence.Digest            `json:"images,omitempty"`              // Authenticode: boot loaders, kernels
+	Files              []evidence.Digest            `json:"files,omitempty"`               // what the boot loader read: configuration, kernel, initrd
+	MOK                []evidence.Digest            `json:"mok,omitempty"`
+	KernelCommandLines []string                     `json:"kernel_command_lines,omitempty"` // '*' is any run of characters that aren't spaces
+}
+
+// MaxContent bounds a set's JSON.
+const MaxContent = 16 << 20
+
+// Parse reads a set's JSON, strictly.
+func Parse(b []byte) (Content, error) {
+	var c Content
+	if len(b) > MaxContent {
+		return c, fmt.Errorf("a reference set of %d bytes; %d are looked at", len(b), MaxContent)
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&c); err != nil {
+		return c, fmt.Errorf("reference set: %w", err)
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return c, errors.New("reference set: something follows its end")
+	}
+	if c.Boot == nil && c.IMA == nil && len(c.PCRs) == 0 {
+		return c, errors.New("a reference set that demands nothing would match every host")
+	}
+	if c.IMA != nil {
+		if _, err := c.IMA.Compile(); err != nil {
+			return c, fmt.Errorf("ima: %w", err)
+		}
+	}
+	return c, nil
+}
+
+// Learn makes a set of what one host has shown: facts where its event log was
+// appraised, raw values of the given PCRs where it has none, and the files
+// that it measured.
+func Learn(facts *boot.Facts, pcrs map[int]evidence.Digest, raw []int, measured []ima.Measurement) Content {
+	var c Content
+	if facts != nil {
+		c.Boot = learnBoot(facts)
+	}
+	for _, pcr := range raw {
+		if c.PCRs == nil {
+			c.PCRs = map[int]evidence.Digest{}
+		}
+		c.PCRs[pcr] = pcrs[pcr]
+	}
+	if measured != nil {
+		c.IMA = &ima.Policy{Allow: allow(measured)}
+	}
+	return c
+}
+
+// learned are the databases that only a signed update changes; dbx grows, with
+// every update of the system, and is left to facts.
+var learned = []string{"PK", "KEK", "db"}
+
+func learnBoot(f *boot.Facts) *Boot {
+	b := &Boot{SecureBoot: f.SecureBoot, SecureBootMode: f.SecureBootMode, MOK: distinct(f.MOK), KernelCommandLines: commandLines(f)}
+	for _, name := range learned {
+		if db := f.Databases[name]; db != nil {
+			if b.Databases == nil {
+				b.Databases = map[string][]evidence.Digest{}
+			}
+			b.Databases[name] = []evidence.Digest{db.SHA256}
+		}
+	}
+	for _, a := range f.Authorities {
+		b.Authorities = append(b.Authorities, a.SHA256)
+	}
+	b.Authorities = distinct(b.Authorities)
+	b.Images = distinct(components(f, boot.KindApplication))
+	b.Files = distinct(components(f, boot.KindFile))
+	return b
+}
+
+func components(f *boot.Facts, kind string) (list []evidence.Digest) {
+	for _, c := range f.Components {
+		if c.Kind == kind {
+			list = append(list, c.SHA256)
+		}
+	}
+	return list
+}
+
+// commandLines are all that a kernel may have been started with.
+func commandLines(f *boot.Facts) []string {
+	if f.KernelCommandLine != nil {
+		return []string{*f.KernelCommandLine}
+	}
+	return f.KernelCommandLines
+}
+
+func distinct(list []evidence.Digest) []evidence.Digest {
+	list = slices.Clone(list)
+	slices.SortFunc(list, func(a, b evidence.Digest) int { return bytes.Compare(a[:], b[:]) })
+	return slices.Compact(list)
+}
+
+func allow(measured []ima.Measurement) []ima.Allowed {
+	digests := map[string][]string{}
+	for _, m := range measured {
+		if !m.IsAggregate() && !m.Violation {
+			digests[m.Name] = append(digests[m.Name], m.Digest)
+		}
+	}
+	list := make([]ima.Allowed, 0, len(digests))
+	for _, path := range slices.Sorted(maps.Keys(digests)) {
+		d := digests[path]
+		slices.Sort(d)
+		list = append(list, ima.Allowed{Path: escapeGlob(path), Digests: slices.Compact(d)})
+	}
+	return list
+}
+
+// escapeGlob is a pattern for just this path.
+func escapeGlob(path string) string {
+	if !strings.ContainsAny(path, `*?[]{}\`) {
+		return path
+	}
+	var b strings.Builder
+	for _, r := range path {
+		if strings.ContainsRune(`*?[]{}\`, r) {
+			b.WriteByte('\\')
+		}
+		b.WriteRune(r)
+	}
+	return b.String()
+}
+
+// Mismatch says in words how a boot differs from what is demanded; nothing:
+// it matches. Facts are nil where no event log was appraised.
+func (c Content) Mismatch(facts *boot.Facts, pcrs map[int]evidence.Digest) (diffs []string) {
+	if c.Boot != nil {
+		if facts == nil {
+			diffs = append(diffs, "no event log was appraised")
+		} else {
+			diffs = append(diffs, c.Boot.mismatch(facts)...)
+		}
+	}
+	for _, i := range slices.Sorted(maps.Keys(c.PCRs)) {
+		switch have, ok := pcrs[i]; {
+		case !ok:
+			diffs = append(diffs, fmt.Sprintf("PCR %d was not quoted", i))
+		case !have.Equal(c.PCRs[i]):
+			diffs = append(diffs, fmt.Sprintf("PCR %d is %s, not %s", i, have, c.PCRs[i]))
+		}
+	}
+	return diffs
+}
+
+func (b *Boot) mismatch(f *boot.Facts) (diffs []string) {
+	bad := func(format string, args ...any) { diffs = append(diffs, fmt.Sprintf(format, args...)) }
+	if b.SecureBoot != nil {
+		if f.SecureBoot == nil {
+			bad("whether Secure Boot is on is not proven")
+		} else if *f.SecureBoot != *b.SecureBoot {
+			bad("Secure Boot is %s", onOff(*f.SecureBoot))
+		}
+	}
+	if b.SecureBootMode != "" && f.SecureBootMode != b.SecureBootMode {
+		bad("Secure Boot is in mode %q, not %q", f.SecureBootMode, b.SecureBootMode)
+	}
+	for _, name := range slices.Sorted(maps.Keys(b.Databases)) {
+		if db := f.Databases[name]; db == nil {
+			bad("Secure Boot's %s was not measured", name)
+		} else if !slices.Contains(b.Databases[name], db.SHA256) {
+			bad("Secure Boot's %s is another one, %s", name, db.SHA256)
+		}
+	}
+	var authorities []evidence.Digest
+	for _, a := range f.Authorities {
+		authorities = append(authorities, a.SHA256)
+	}
+	for _, part := range []struct {
+		what        string
+		pcr         int
+		want, shown []evidence.Digest
+	}{
+		{"an authority that verified an image", 7, b.Authorities, authorities},
+		{"a boot image", 4, b.Images, components(f, boot.KindApplication)},
+		{"a file that the boot loader read", 9, b.Files, components(f, boot.KindFile)},
+		{"a machine owner's key list", 14, b.MOK, f.MOK},
+	} {
+		if len(part.want) == 0 {
+			continue
+		}
+		if !f.Complete(part.pcr) {
+			bad("PCR %d is not explained by the event log", part.pcr)
+			continue
+		}
+		if len(part.shown) == 0 {
+			bad("nothing was measured of what should be %s of the set", part.what)
+		}
+		for _, d := range distinct(part.shown) {
+			if !slices.Contains(part.want, d) {
+				bad("%s isn't in the set: %s", part.what, d)
+			}
+		}
+	}
+	if len(b.KernelCommandLines) > 0 {
+		lines := commandLines(f)
+		for _, pcr := range []int{8, 12} { // GRUB's, and a unified kernel image's
+			if !f.Complete(pcr) {
+				bad("PCR %d is not explained by the event log", pcr)
+			}
+		}
+		if len(lines) == 0 {
+			bad("no kernel command line was measured")
+		}
+		for _, line := range lines {
+			if !slices.ContainsFunc(b.KernelCommandLines, func(p string) bool { return CommandLineMatches(p, line) }) {
+				bad("kernel command line %s", words(nearest(b.KernelCommandLines, line), line))
+			}
+		}
+	}
+	return diffs
+}
+
+// Words is a list of differences in one line, the first ones in full.
+func Words(diffs []string) string {
+	const shown = 10
+	if len(diffs) > shown {
+		return fmt.Sprintf("%s; and %d more", strings.Join(diffs[:shown], "; "), len(diffs)-shown)
+	}
+	return strings.Join(diffs, "; ")
+}
+
+func onOff(on bool) string {
+	if on {
+		return "on"
+	}
+	return "off"
+}
+
+// CommandLineMatches holds a kernel command line against a pattern, word by word;
+// * is any run of characters that aren't spaces.
+func CommandLineMatches(pattern, line string) bool {
+	want, have := strings.Fields(pattern), strings.Fields(line)
+	return slices.EqualFunc(want, have, wordMatches)
+}
+
+func wordMatches(pattern, word string) bool {
+	parts := strings.Split(pattern, "*")
+	if len(parts) == 1 {
+		return pattern == word
+	}
+	if !strings.HasPrefix(word, parts[0]) {
+		return false
+	}
+	word = word[len(parts[0]):]
+	for _, part := range parts[1 : len(parts)-1] {
+		i := strings.Index(word, part)
+		if i < 0 {
+			return false
+		}
+		word = word[i+len(part):]
+	}
+	return strings.HasSuffix(word, parts[len(parts)-1])
+}
+
+// nearest is the line that shares the most words with another.
+func nearest(lines []string, line string) string {
+	have := strings.Fields(line)
+	return slices.MaxFunc(lines, func(a, b string) int { return shared(a, have) - shared(b, have) })
+}
+
+func shared(line string, words []string) (n int) {
+	for _, w := range strings.Fields(line) {
+		if slices.Contains(words, w) {
+			n++
+		}
+	}
+	return n
+}
+
+// words says how one command line became another.
+func words(was, is string) string {
+	gained := missing(is, was, func(word, pattern string) bool { return wordMatches(pattern, word) })
+	lost := missing(was, is, wordMatches)
+	switch {
+	case len(gained) > 0 && len(lost) > 0:
+		return fmt.Sprintf("gained %s and lost %s", strings.Join(gained, " "), strings.Join(lost, " "))
+	case len(gained) > 0:
+		return "gained " + strings.Join(gained, " ")
+	case len(lost) > 0:
+		return "lost " + strings.Join(lost, " ")
+	}
+	return fmt.Sprintf("has another order: %q, not %q", is, was)
+}
+
+// missing are the words of one line that another has none like.
+func missing(of, in string, same func(of, in string) bool) (list []string) {
+	others := strings.Fields(in)
+	for _, w := range strings.Fields(of) {
+		if !slices.ContainsFunc(others, func(o string) bool { return same(w, o) }) {
+			list = append(list, printable(w))
+		}
+	}
+	return list
+}
+
+// printable keeps what a host measured from acting on a terminal.
+func printable(s string) string {
+	if len(s) > 200 {
+		s = s[:200] + "…"
+	}
+	if q := fmt.Sprintf("%q", s); q != `"`+s+`"` {
+		return q
+	}
+	return s
+}
+
+// Merged is a path where /bin, /lib and their like are links into /usr, which is
+// how the kernel sees it; packages still name files by the old one.
+func Merged(path string) string {
+	for _, dir := range []string{"/bin/", "/sbin/", "/lib/", "/lib32/", "/lib64/", "/libx32/"} {
+		if strings.HasPrefix(path, dir) {
+			return "/usr" + path
+		}
+	}
+	return path
+}
