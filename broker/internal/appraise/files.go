@@ -6,18 +6,48 @@ import (
 	"strings"
 	"unique"
 
+	"github.com/countersign/countersign/attestors/evidence"
 	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
 )
 
-// A file is one proven measurement. Fleets share most names and digests.
-type file struct{ name, digest, signature unique.Handle[string] }
+// A file is one proven measurement. Fleets share most names, so that those are
+// kept once; a digest is as small as what would point to it.
+type file struct {
+	name      unique.Handle[string]
+	digest    digest
+	signature unique.Handle[string] // empty: none
+}
+
+// A digest is of SHA-256, or another one's text.
+type digest struct {
+	sha256 evidence.Digest
+	other  unique.Handle[string]
+}
+
+const plain = "sha256:"
+
+func digestOf(text string) digest {
+	if sum, ok := strings.CutPrefix(text, plain); ok {
+		if d, err := evidence.ParseDigest(sum); err == nil {
+			return digest{sha256: d}
+		}
+	}
+	return digest{other: unique.Make(text)}
+}
+
+func (d digest) text() string {
+	if d.other != (unique.Handle[string]{}) {
+		return d.other.Value()
+	}
+	return plain + d.sha256.String()
+}
 
 func fileOf(m imaappraise.Measurement) file {
-	return file{unique.Make(m.Name), unique.Make(m.Digest), unique.Make(string(m.Signature))}
+	return file{unique.Make(m.Name), digestOf(m.Digest), unique.Make(string(m.Signature))}
 }
 
 func (f file) measurement() imaappraise.Measurement {
-	m := imaappraise.Measurement{Index: -1, Name: f.name.Value(), Digest: f.digest.Value()}
+	m := imaappraise.Measurement{Index: -1, Name: f.name.Value(), Digest: f.digest.text()}
 	if s := f.signature.Value(); s != "" {
 		m.Signature = []byte(s)
 	}
@@ -27,10 +57,11 @@ func (f file) measurement() imaappraise.Measurement {
 // files is a set that never changes: what a request adds lies on what was there
 // before, which other requests may be reading. nil is empty.
 type files struct {
-	below          *files
-	depth, count   int // of all layers
-	here           map[file]struct{}
-	names, digests map[unique.Handle[string]]struct{}
+	below        *files
+	depth, count int // of all layers
+	here         map[file]struct{}
+	names        map[unique.Handle[string]]struct{}
+	digests      map[digest]struct{}
 }
 
 // maxDepth is how many layers a look-up walks at most.
@@ -38,7 +69,7 @@ const maxDepth = 16
 
 // with is s and what it lacks of more, which is returned too.
 func (s *files) with(more iter.Seq[file]) (*files, []file) {
-	layer := &files{below: s, depth: 1, here: map[file]struct{}{}, names: map[unique.Handle[string]]struct{}{}, digests: map[unique.Handle[string]]struct{}{}}
+	layer := &files{below: s, depth: 1, here: map[file]struct{}{}, names: map[unique.Handle[string]]struct{}{}, digests: map[digest]struct{}{}}
 	var fresh []file
 	for f := range more {
 		if !s.has(f) && layer.add(f) {
@@ -67,7 +98,7 @@ func (s *files) add(f file) bool {
 }
 
 func (s *files) flat() *files {
-	one := &files{depth: 1, count: s.count, here: make(map[file]struct{}, s.count), names: map[unique.Handle[string]]struct{}{}, digests: map[unique.Handle[string]]struct{}{}}
+	one := &files{depth: 1, count: s.count, here: make(map[file]struct{}, s.count), names: map[unique.Handle[string]]struct{}{}, digests: map[digest]struct{}{}}
 	for f := range s.all() {
 		one.add(f)
 	}
@@ -105,10 +136,10 @@ func (s *files) hasName(name string) bool {
 	return false
 }
 
-func (s *files) hasDigest(digest string) bool {
-	h := unique.Make(digest)
+func (s *files) hasDigest(text string) bool {
+	d := digestOf(text)
 	for ; s != nil; s = s.below {
-		if _, ok := s.digests[h]; ok {
+		if _, ok := s.digests[d]; ok {
 			return true
 		}
 	}

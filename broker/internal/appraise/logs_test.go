@@ -207,7 +207,7 @@ func TestFileLayers(t *testing.T) {
 		}
 	}
 	for _, f := range want {
-		if !set.has(f) || !set.hasName(f.name.Value()) || !set.hasDigest(f.digest.Value()) {
+		if !set.has(f) || !set.hasName(f.name.Value()) || !set.hasDigest(f.digest.text()) {
 			t.Fatalf("%q is lost", f.name.Value())
 		}
 	}
