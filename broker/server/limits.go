@@ -18,7 +18,7 @@ import (
 
 const (
 	maxBody     = 1 << 20                 // of one request without logs
-	maxEvidence = ima.MaxDelivery + 4<<20 // of one with event log and IMA list
+	maxEvidence = ima.MaxDelivery + 4<<20 // of one with event log and IMA list, or with a reference set or release
 	largeAtOnce = 4                       // such requests that are read at the same time
 	bodyTime    = 20 * time.Second        // in which a request has to be sent
 	joinsPerSec = 2                       // from one source, after joinBurst
@@ -48,7 +48,9 @@ func limit(next http.Handler) http.Handler {
 		w.Header().Set(RequestHeader, id)
 		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTime))
 		most := int64(maxBody)
-		if r.URL.Path == countersignv1connect.HostServiceProveProcedure || r.URL.Path == countersignv1connect.HostServiceIssueProcedure {
+		switch r.URL.Path {
+		case countersignv1connect.HostServiceProveProcedure, countersignv1connect.HostServiceIssueProcedure,
+			countersignv1connect.OperatorServiceAddReferenceProcedure, countersignv1connect.OperatorServiceAddReleaseProcedure:
 			most = maxEvidence
 			body := &largeBody{ReadCloser: r.Body, slots: large}
 			defer body.done()

@@ -48,7 +48,7 @@ func (s *Server) Run(ctx context.Context) error {
 	opts := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxBody), connect.WithInterceptors(s.observe()))
 	mux := http.NewServeMux()
 	mux.Handle(countersignv1connect.NewHostServiceHandler(s.Hosts, opts, connect.WithReadMaxBytes(maxEvidence), connect.WithRecover(s.recovered)))
-	mux.Handle(countersignv1connect.NewOperatorServiceHandler(s.Operators, opts, connect.WithRecover(s.recovered)))
+	mux.Handle(countersignv1connect.NewOperatorServiceHandler(s.Operators, opts, connect.WithReadMaxBytes(maxEvidence), connect.WithRecover(s.recovered)))
 	handler := limit(s.Door.identify(mux))
 
 	outside, err := net.Listen("tcp", s.Listen)

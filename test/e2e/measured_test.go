@@ -195,9 +195,16 @@ func TestMeasuredHost(t *testing.T) {
 	ctx := check.Within(t, time.Minute)
 	check.Nil(t, h.broker.Stop())
 	check.Nil(t, h.broker.Start(ctx))
+	// Learned and approved, it is allowed when maintenance ends. Until the host
+	// has shown its logs to the new broker, there is nothing to learn from.
+	check.Eventually(t, 20*time.Second, "it is learned from again", func() (bool, string) {
+		out, err := h.broker.CLI(ctx, "reference", "learn", "--host", h.host, "prod")
+		if err != nil && !strings.Contains(err.Error(), "has not shown its logs again") {
+			t.Fatal(err)
+		}
+		return err == nil, fmt.Sprint(string(out), err)
+	})
 	h.proven(t, `"unexpected":1`)
-	// Learned and approved, it is allowed when maintenance ends.
-	h.cli(t, "reference", "learn", "--host", h.host, "prod")
 	if diff := h.cli(t, "reference", "diff", "prod@1", "prod@2"); !strings.Contains(diff, "/usr/bin/updated is new, with sha256:") {
 		t.Errorf("diff: %s", diff)
 	}

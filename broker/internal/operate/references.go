@@ -8,6 +8,7 @@ import (
 	"time"
 
 	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
+	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/reference"
@@ -32,6 +33,9 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 		}
 		var content reference.Content
 		known := d.Logs.Get(h.ID)
+		if known == nil && showed(h) {
+			return invalid("host %s has not shown its logs again since this broker started; its next proof does, then learn from it", h.ID)
+		}
 		switch {
 		case known != nil && known.BootFacts() != nil:
 			content = reference.Learn(known.BootFacts(), h.PCRs, pcrs, known.Measured())
@@ -58,6 +62,15 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 		return err
 	})
 	return r, err
+}
+
+// showed says that a host's last evidence came with logs.
+func showed(h inventory.Host) bool {
+	var f appraise.Facts
+	if err := json.Unmarshal(h.Facts, &f); err != nil {
+		return false // it never proved itself
+	}
+	return f.Host.EventLog != nil || f.Host.IMA != nil
 }
 
 // AddReference takes a content that was written by hand, or learned from a

@@ -103,7 +103,7 @@ func clean(name string) (string, error) {
 	case !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl):
 		return "", fmt.Errorf("%q: a path with control characters or not in UTF-8", name)
 	case slices.Contains(strings.Split(name, "/"), ".."):
-		return "", fmt.Errorf("%q: a path that goes up by ..", name)
+		return "", fmt.Errorf("%q: a path with .. in it", name)
 	}
 	return path.Clean("/" + name), nil
 }
