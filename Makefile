@@ -11,10 +11,10 @@ AGENT     = ./hostagent/cmd/countersign-agent
 FUZZTIME ?= 3000x
 
 .DEFAULT_GOAL := help
-.PHONY: help build faults-build setup test demo bench faults fuzz lint generate clean
+.PHONY: help build faults-build setup test test-vm demo bench faults fuzz lint generate clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
 
 build: ## bin/countersign and bin/countersign-agent, static
 	$(BUILD) -ldflags '$(LDFLAGS)' -o bin/countersign $(BROKER)
@@ -30,6 +30,10 @@ setup:
 
 test: setup build faults-build ## all tests, against real parts
 	@sh test/run.sh
+
+test-vm: setup build ## a real machine with Secure Boot and IMA boots the agent, in QEMU
+	@sh test/vm/setup.sh
+	$(GO) test -count=1 -timeout 15m ./test/vm
 
 demo: setup build ## a legacy program gets in with an earned credential, and loses it
 	@$(GO) run ./test/demo

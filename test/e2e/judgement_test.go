@@ -48,6 +48,7 @@ func TestAFailedHostJoinsAgain(t *testing.T) {
 	b := newBroker(t, softScope, false)
 	ctx := check.Within(t, time.Minute)
 	h := joined(t, b, services.TPMCA)
+	check.Must(h.Prove(ctx, dial(t, h), nil))(t)
 	_, err := b.broker.CLI(ctx, "reference", "learn", "prod", "--host", h.ID)
 	check.Nil(t, err)
 	_, err = b.broker.CLI(ctx, "reference", "approve", "prod")

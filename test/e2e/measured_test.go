@@ -199,7 +199,7 @@ func TestMeasuredHost(t *testing.T) {
 	// has shown its logs to the new broker, there is nothing to learn from.
 	check.Eventually(t, 20*time.Second, "it is learned from again", func() (bool, string) {
 		out, err := h.broker.CLI(ctx, "reference", "learn", "--host", h.host, "prod")
-		if err != nil && !strings.Contains(err.Error(), "has not shown its logs again") {
+		if err != nil && !strings.Contains(err.Error(), "has not proven itself since") {
 			t.Fatal(err)
 		}
 		return err == nil, fmt.Sprint(string(out), err)

@@ -61,6 +61,14 @@ func (k *Known) Resume() (bootID string, logs evidence.Digest, imaOffset int) {
 // made of.
 func (k *Known) Files() int { return k.files.len() }
 
+// Violations is how many files could not be measured.
+func (k *Known) Violations() int {
+	if k.ima == nil {
+		return 0
+	}
+	return k.ima.Violations
+}
+
 // BootFacts are those of the event log; nil where none was appraised.
 func (k *Known) BootFacts() *boot.Facts { return k.facts }
 
@@ -144,7 +152,7 @@ func (k *Known) list(l Logs, pcrs map[int]evidence.Digest, prior *Known) error {
 			switch {
 			case m.Violation:
 				if len(k.violations) < shown {
-					k.violations = append(k.violations, fmt.Sprintf("entry %d", m.Index))
+					k.violations = append(k.violations, fmt.Sprintf("entry %d, which the list calls %.200q,", m.Index, m.Name))
 				}
 			case !m.IsAggregate():
 				if !yield(fileOf(m)) {

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
-	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/reference"
@@ -33,21 +32,20 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 		}
 		var content reference.Content
 		known := d.Logs.Get(h.ID)
-		if known == nil && showed(h) {
-			return invalid("host %s has not shown its logs again since this broker started; its next proof does, then learn from it", h.ID)
+		if known == nil {
+			return invalid("host %s has not proven itself since this broker started; it does so by itself, then learn from it", h.ID)
 		}
 		switch {
-		case known != nil && known.BootFacts() != nil:
+		case known.BootFacts() != nil:
 			content = reference.Learn(known.BootFacts(), h.PCRs, pcrs, known.Measured())
 		case len(pcrs) == 0:
 			pcrs = []int{0, 1, 2, 3, 4, 5, 6, 7}
 			fallthrough
 		default:
-			var measured []imaappraise.Measurement
-			if known != nil {
-				measured = known.Measured()
-			}
-			content = reference.Learn(nil, h.PCRs, pcrs, measured)
+			content = reference.Learn(nil, h.PCRs, pcrs, known.Measured())
+		}
+		if content.IMA != nil && known.Violations() > 0 {
+			content.IMA.Violations = "ignore" // or the set would not even hold for this host
 		}
 		for _, i := range pcrs {
 			if _, ok := h.PCRs[i]; !ok {
@@ -62,15 +60,6 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 		return err
 	})
 	return r, err
-}
-
-// showed says that a host's last evidence came with logs.
-func showed(h inventory.Host) bool {
-	var f appraise.Facts
-	if err := json.Unmarshal(h.Facts, &f); err != nil {
-		return false // it never proved itself
-	}
-	return f.Host.EventLog != nil || f.Host.IMA != nil
 }
 
 // AddReference takes a content that was written by hand, or learned from a

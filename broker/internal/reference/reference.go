@@ -88,7 +88,7 @@ func Learn(facts *boot.Facts, pcrs map[int]evidence.Digest, raw []int, measured 
 		c.PCRs[pcr] = pcrs[pcr]
 	}
 	if measured != nil {
-		c.IMA = &ima.Policy{Allow: allow(measured)}
+		c.IMA = &ima.Policy{Allow: allow(measured), Exclude: slices.Clone(ownFolders)}
 	}
 	return c
 }
@@ -96,6 +96,10 @@ func Learn(facts *boot.Facts, pcrs map[int]evidence.Digest, raw []int, measured 
 // learned are the databases that only a signed update changes; dbx grows, with
 // every update of the system, and is left to facts.
 var learned = []string{"PK", "KEK", "db"}
+
+// ownFolders are the agent's: their files change while it works, and root reads
+// them, which is enough for some IMA policies to measure them.
+var ownFolders = []string{"/var/lib/countersign-agent/**", "/run/countersign-agent/**"}
 
 func learnBoot(f *boot.Facts) *Boot {
 	b := &Boot{SecureBoot: f.SecureBoot, SecureBootMode: f.SecureBootMode, MOK: distinct(f.MOK), KernelCommandLines: commandLines(f)}

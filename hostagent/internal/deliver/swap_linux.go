@@ -161,7 +161,32 @@ func (t *target) write(f *config.File, data secret.Bytes) error {
 		}
 		return explain(t.beside(t.new()), err)
 	}
+	if err := t.hold(); err != nil {
+		return explain(t.beside(t.new()), err)
+	}
 	return nil
+}
+
+// hold has the new content open no longer for writing: to IMA, whoever reads a
+// file that can still be written is a violation. The inode is kept from being
+// used again as before.
+func (t *target) hold() error {
+	fd, err := openat(t.fd(), t.new(), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	held := os.NewFile(uintptr(fd), t.new())
+	var written, now unix.Stat_t
+	err = errors.Join(unix.Fstat(int(t.made.Fd()), &written), unix.Fstat(fd, &now))
+	if err == nil && (written.Ino != now.Ino || written.Dev != now.Dev) {
+		err = errors.New("somebody put another file in the new one's place")
+	}
+	if err != nil {
+		return errors.Join(err, held.Close())
+	}
+	err = t.made.Close()
+	t.made = held
+	return err
 }
 
 func (t *target) beside(name string) string { return filepath.Join(filepath.Dir(t.path), name) }

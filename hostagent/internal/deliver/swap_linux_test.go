@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -441,5 +443,42 @@ func TestSymlinkRace(t *testing.T) {
 	check(t, err)
 	if string(b) != "precious" || len(entries) != 1 || after.Mode() != before.Mode() || !after.ModTime().Equal(before.ModTime()) || after.Sys().(*syscall.Stat_t).Uid != 0 {
 		t.Errorf("written outside: %q %v %v", b, entries, after)
+	}
+}
+
+// Whoever reads a file that somebody has open for writing is a violation to
+// IMA: what is prepared is held, and not for writing.
+func TestNothingStaysOpenForWriting(t *testing.T) {
+	files := two(t)
+	s, err := Prepare(files, fields("new"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	held := 0
+	for _, entry := range open {
+		target, _ := os.Readlink("/proc/self/fd/" + entry.Name())
+		if !slices.Contains(s.Paths(), target) {
+			continue
+		}
+		held++
+		info, err := os.ReadFile("/proc/self/fdinfo/" + entry.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, flags, _ := strings.Cut(string(info), "flags:\t")
+		mode, err := strconv.ParseUint(strings.Fields(flags)[0], 8, 32)
+		if err != nil || mode&unix.O_ACCMODE != unix.O_RDONLY || mode&unix.O_PATH == 0 {
+			t.Errorf("%s is open with flags %o, %v", target, mode, err)
+		}
+	}
+	if held != 2 {
+		t.Errorf("%d of the 2 new files are held", held)
+	}
+	if err := s.Rollback(); err != nil {
+		t.Error(err)
 	}
 }

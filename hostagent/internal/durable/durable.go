@@ -18,30 +18,32 @@ const maxFile = 1 << 20
 
 // Write replaces the file path by data, mode 0600:
 //
-//	open(tmp, O_CREAT|O_EXCL), write, fsync, rename(tmp, path), fsync(folder)
+//	open(tmp, O_CREAT|O_TRUNC), write, fsync, close, rename(tmp, path), fsync(folder)
+//
+// The name of tmp is path's own, and it is opened for writing alone: IMA may
+// measure what root reads, by its name. One path has one writer.
 func Write(path string, data []byte) (err error) {
-	dir := filepath.Dir(path)
-	tmp, err := os.CreateTemp(dir, ".new-*") // 0600
+	dir, name := filepath.Split(path)
+	tmp := filepath.Join(dir, ".new-"+name)
+	if err := write(tmp, data); err != nil {
+		return errors.Join(err, Remove(tmp))
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return errors.Join(err, Remove(tmp))
+	}
+	return SyncDir(filepath.Dir(path))
+}
+
+func write(path string, data []byte) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, tmp.Close(), os.Remove(tmp.Name()))
-		}
-	}()
-	if _, err := tmp.Write(data); err != nil {
-		return err
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
 	}
-	if err := tmp.Sync(); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp.Name(), path); err != nil {
-		return err
-	}
-	// From here on path is the new file, whatever else fails.
-	closeErr := tmp.Close()
-	return errors.Join(closeErr, SyncDir(dir))
+	return errors.Join(err, f.Close())
 }
 
 // Remove deletes the file path, if it is there.
