@@ -23,7 +23,7 @@ import (
 
 // A recordFiles names where a record's parts are.
 type recordFiles struct {
-	dir, eventLog, userspace, ima, pcrs, quote, signature, ak, nonce string
+	dir, eventLog, userspace, ima, pcrs, quote, signature, ak string
 }
 
 func appraiseCommand(o *options) *cobra.Command {

@@ -365,9 +365,7 @@ func (w *work) ima() {
 		}
 		w.measured = append(w.measured, m)
 	}
-	for _, pcr := range s.PCRs() {
-		w.facts.PCRsReplayed = append(w.facts.PCRsReplayed, pcr)
-	}
+	w.facts.PCRsReplayed = append(w.facts.PCRsReplayed, s.PCRs()...)
 	w.say(replay, Pass, "%d of %d entries lead to %s", s.Entries, s.Entries+r.Tail, w.against())
 	if s.Aggregate == "" {
 		w.say(aggregate, NotChecked, "it isn't of SHA-256")
