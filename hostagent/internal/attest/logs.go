@@ -2,6 +2,7 @@ package attest
 
 import (
 	"bytes"
+	"cmp"
 
 	boot "github.com/countersign/countersign/attestors/boot/collect"
 	"github.com/countersign/countersign/attestors/evidence"
@@ -15,9 +16,10 @@ type LogPaths struct {
 	IMA              string // binary_runtime_measurements
 }
 
-// DefaultLogPaths are the kernel's and systemd's own.
-func DefaultLogPaths() LogPaths {
-	return LogPaths{Event: boot.EventLogPath, Userspace: boot.UserspaceLogPath, IMA: ima.Path}
+// Logs are where a config says that they are, or the kernel's own where it says
+// nothing; systemd's is systemd's.
+func Logs(event, list string) LogPaths {
+	return LogPaths{Event: cmp.Or(event, boot.EventLogPath), Userspace: boot.UserspaceLogPath, IMA: cmp.Or(list, ima.Path)}
 }
 
 // read reads what the broker doesn't know of the logs. They are read after the

@@ -17,8 +17,13 @@ import (
 	"runtime"
 	"time"
 
+	"github.com/countersign/countersign/attestors/boot"
+	bootlog "github.com/countersign/countersign/attestors/boot/collect"
+	"github.com/countersign/countersign/attestors/ima"
+	imalist "github.com/countersign/countersign/attestors/ima/collect"
 	"github.com/countersign/countersign/attestors/tpm/collect"
 	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 )
@@ -70,7 +75,7 @@ func Examine(ctx context.Context, file string) Report {
 	}
 	r.privileges()
 	r.tpm(ctx, c.TPM)
-	r.measurements()
+	r.measurements(attest.Logs(c.EventLog, c.IMAList))
 	r.clock()
 	r.network(ctx, c.Broker)
 	r.programs(ctx, c.Credentials)
@@ -127,19 +132,55 @@ func (r *Report) tpm(ctx context.Context, path string) {
 	r.add("ek-certificate", OK, fmt.Sprintf("%d endorsement keys, %d with a certificate", len(eks), certified), "")
 }
 
-// measurements looks for what later evidence is made from.
-func (r *Report) measurements() {
-	for _, m := range []struct{ check, path, mend string }{
-		{"firmware-log", "/sys/kernel/security/tpm0/binary_bios_measurements", "boot by UEFI; with GRUB's `linux` and Secure Boot off, some distributions expose no log"},
-		{"ima", "/sys/kernel/security/ima/ascii_runtime_measurements", "add ima_policy=tcb to the kernel's command line"},
-	} {
-		if f, err := os.Open(m.path); err != nil {
-			r.add(m.check, Warning, err.Error(), m.mend)
-		} else {
-			_ = f.Close()
-			r.add(m.check, OK, m.path, "")
+// measurements looks for the logs that explain PCRs.
+func (r *Report) measurements(logs attest.LogPaths) {
+	eventLog, imaList := logs.Event, logs.IMA
+	const noLog = "boot by UEFI; with GRUB's `linux` and Secure Boot off, some distributions expose no log"
+	if events, err := readEvents(eventLog); err != nil {
+		r.add("firmware-log", Warning, err.Error(), noLog)
+	} else {
+		r.add("firmware-log", OK, fmt.Sprintf("%s, %d events", eventLog, events), "")
+	}
+	const noPolicy = "load an IMA policy that measures what is run (docs/MACHINE_STATE.md has one), or add ima_policy=tcb to the kernel's command line"
+	switch entries, err := readList(imaList); {
+	case err != nil:
+		r.add("ima", Warning, err.Error(), noPolicy)
+	case entries <= 1: // the list's own first
+		r.add("ima", Warning, imaList+" measures no file", noPolicy)
+	default:
+		r.add("ima", OK, fmt.Sprintf("%s, %d entries", imaList, entries), "")
+	}
+}
+
+func readEvents(path string) (events int, err error) {
+	b, err := bootlog.Read(path)
+	if err != nil {
+		return 0, err
+	}
+	if b == nil {
+		return 0, fmt.Errorf("%s: %w", path, os.ErrNotExist)
+	}
+	log, err := boot.Parse(b)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	return len(log.Events), nil
+}
+
+func readList(path string) (entries int, err error) {
+	b, _, err := imalist.Read(path, 0)
+	if err != nil {
+		return 0, err
+	}
+	if b == nil {
+		return 0, fmt.Errorf("%s: %w", path, os.ErrNotExist)
+	}
+	for r := ima.NewReader(b, 0); r.More(); entries++ {
+		if _, _, err := r.Next(); err != nil {
+			return 0, fmt.Errorf("%s: %w", path, err)
 		}
 	}
+	return entries, nil
 }
 
 // earliest is before any release of this program.
