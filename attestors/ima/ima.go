@@ -25,8 +25,9 @@ import (
 const (
 	// MaxDelivery is how many bytes of a list one request may carry.
 	MaxDelivery = 32 << 20
-	// MaxEntries is how long a list may grow in one boot.
+	// MaxEntries and MaxList, in bytes, are how long a list may grow in one boot.
 	MaxEntries = 1 << 20
+	MaxList    = 256 << 20
 	// DefaultPCR is where IMA extends unless its policy says otherwise.
 	DefaultPCR = 10
 

@@ -35,9 +35,8 @@ const RequestHeader = "X-Correlation-Id"
 
 type requestKey struct{}
 
-// limit bounds each request in size and time and gives it its id.
+// limit bounds each request in time and gives it its id.
 func limit(next http.Handler) http.Handler {
-	large := make(chan struct{}, largeAtOnce)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := r.Header.Get(RequestHeader)
 		if !usableID(id) {
@@ -47,18 +46,31 @@ func limit(next http.Handler) http.Handler {
 		}
 		w.Header().Set(RequestHeader, id)
 		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTime))
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestKey{}, id)))
+	})
+}
+
+// bound bounds each request in size, by what it is for and by who sends it:
+// only hosts that are known on this connection, and operators, send much.
+func bound(next http.Handler) http.Handler {
+	large := make(chan struct{}, largeAtOnce)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		most := int64(maxBody)
-		switch r.URL.Path {
-		case countersignv1connect.HostServiceProveProcedure, countersignv1connect.HostServiceIssueProcedure,
-			countersignv1connect.OperatorServiceAddReferenceProcedure, countersignv1connect.OperatorServiceAddReleaseProcedure:
+		if c := connOf(r.Context()); takesMuch[r.URL.Path] && (c.kind == localPeer || c.kind == operatorPeer || c.kind == hostPeer && c.known.Load()) {
 			most = maxEvidence
 			body := &largeBody{ReadCloser: r.Body, slots: large}
 			defer body.done()
 			r.Body = body
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, most)
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestKey{}, id)))
+		next.ServeHTTP(w, r)
 	})
+}
+
+// takesMuch are the calls that carry logs, reference sets or releases.
+var takesMuch = map[string]bool{
+	countersignv1connect.HostServiceProveProcedure: true, countersignv1connect.HostServiceIssueProcedure: true,
+	countersignv1connect.OperatorServiceAddReferenceProcedure: true, countersignv1connect.OperatorServiceAddReleaseProcedure: true,
 }
 
 // A largeBody takes a slot once it is larger than requests without logs are: few

@@ -49,7 +49,7 @@ func (s *Server) Run(ctx context.Context) error {
 	mux := http.NewServeMux()
 	mux.Handle(countersignv1connect.NewHostServiceHandler(s.Hosts, opts, connect.WithReadMaxBytes(maxEvidence), connect.WithRecover(s.recovered)))
 	mux.Handle(countersignv1connect.NewOperatorServiceHandler(s.Operators, opts, connect.WithReadMaxBytes(maxEvidence), connect.WithRecover(s.recovered)))
-	handler := limit(s.Door.identify(mux))
+	handler := limit(s.Door.identify(bound(mux)))
 
 	outside, err := net.Listen("tcp", s.Listen)
 	if err != nil {

@@ -69,6 +69,9 @@ func Appraise(prior State, list []byte, quoted map[int]evidence.Digest) (Result,
 	if len(list) > ima.MaxDelivery {
 		return Result{}, reject(CheckList, "%d bytes at once; %d are looked at", len(list), ima.MaxDelivery)
 	}
+	if prior.Offset+len(list) > ima.MaxList {
+		return Result{}, reject(CheckList, "more than %d bytes in one boot", ima.MaxList)
+	}
 	var hypotheses []*replay
 	switch prior.Bank {
 	case "":

@@ -456,6 +456,8 @@ func TestBrokenLists(t *testing.T) {
 func TestEndlessList(t *testing.T) {
 	_, err := Appraise(State{}, make([]byte, ima.MaxDelivery+1), nil)
 	wantCheck(t, err, CheckList, "are looked at")
+	_, err = Appraise(State{Offset: ima.MaxList}, []byte{0}, nil)
+	wantCheck(t, err, CheckList, "more than 268435456 bytes in one boot")
 	h := newHost(t, 9, 20, false)
 	state := check.Must(Appraise(State{}, h.list, h.pcrs))(t).State
 	state.Entries = ima.MaxEntries

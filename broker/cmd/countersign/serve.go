@@ -116,7 +116,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		issuers[journal.KindCertificate] = workloads
 		crl = workloads.CRL
 	}
-	book, logs := basis.New(s), measured.New(measured.MostFiles)
+	book, logs := basis.New(s), measured.New(measured.Most)
 	leases := lease.New(s, issuers, log, steady)
 	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
 	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}

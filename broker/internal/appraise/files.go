@@ -59,6 +59,7 @@ func (f file) measurement() imaappraise.Measurement {
 type files struct {
 	below        *files
 	depth, count int // of all layers
+	bytes        int // of names, and of what else is as long as a host makes it, in all layers
 	here         map[file]struct{}
 	names        map[unique.Handle[string]]struct{}
 	digests      map[digest]struct{}
@@ -80,8 +81,11 @@ func (s *files) with(more iter.Seq[file]) (*files, []file) {
 		return s, nil
 	}
 	layer.count = len(layer.here)
+	for _, f := range fresh {
+		layer.bytes += len(f.name.Value()) + len(f.signature.Value())
+	}
 	if s != nil {
-		layer.depth, layer.count = s.depth+1, s.count+len(layer.here)
+		layer.depth, layer.count, layer.bytes = s.depth+1, s.count+layer.count, s.bytes+layer.bytes
 	}
 	if layer.depth > maxDepth {
 		layer = layer.flat()
@@ -98,7 +102,7 @@ func (s *files) add(f file) bool {
 }
 
 func (s *files) flat() *files {
-	one := &files{depth: 1, count: s.count, here: make(map[file]struct{}, s.count), names: map[unique.Handle[string]]struct{}{}, digests: map[digest]struct{}{}}
+	one := &files{depth: 1, count: s.count, bytes: s.bytes, here: make(map[file]struct{}, s.count), names: map[unique.Handle[string]]struct{}{}, digests: map[digest]struct{}{}}
 	for f := range s.all() {
 		one.add(f)
 	}
@@ -144,6 +148,14 @@ func (s *files) hasDigest(text string) bool {
 		}
 	}
 	return false
+}
+
+// size is about how much memory s takes, in bytes, if no other host shares it.
+func (s *files) size() int {
+	if s == nil {
+		return 0
+	}
+	return s.bytes + 400*s.count
 }
 
 func (s *files) len() int {

@@ -57,9 +57,8 @@ func (k *Known) Resume() (bootID string, logs evidence.Digest, imaOffset int) {
 	return k.boot, k.logs, imaOffset
 }
 
-// Files is how many measurements are kept, which is what a Known's memory is
-// made of.
-func (k *Known) Files() int { return k.files.len() }
+// Size is about how much memory k takes, in bytes.
+func (k *Known) Size() int { return k.files.size() + 64<<10 }
 
 // Violations is how many files could not be measured.
 func (k *Known) Violations() int {
@@ -172,10 +171,10 @@ const shown = 10
 // release, allows, so that a fleet can move from one to the next.
 type Reference struct {
 	Name     string
-	Rules    string // names versions, releases and leniency as they are: files are judged once under each
-	Versions []Version
-	Expected Expected // files that releases announced
-	Lenient  bool     // maintenance: files that aren't allowed are told, and let be
+	Rules    string    // names versions, releases and leniency as they are: files are judged once under each
+	Versions []Version // the newest first
+	Expected Expected  // files that releases announced
+	Lenient  bool      // maintenance: files that aren't allowed are told, and let be
 }
 
 // A Version is one that is in force.
@@ -245,8 +244,8 @@ func (r *Reference) judge(k *Known, reject func([]string) error) error {
 	}
 	var bad []string
 	lenient := r.Lenient
-	for _, v := range r.Versions {
-		lenient = lenient || v.Files != nil && v.Files.Observes()
+	if i := slices.IndexFunc(r.Versions, func(v Version) bool { return v.Files != nil }); i >= 0 {
+		lenient = lenient || r.Versions[i].Files.Observes() // the newest says how it is meant
 	}
 	if r.why(imaappraise.Measurement{Index: -1, Violation: true}) != "" {
 		for _, where := range k.violations[k.told:] {

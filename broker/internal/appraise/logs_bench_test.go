@@ -69,8 +69,8 @@ func BenchmarkLongList(b *testing.B) {
 	runtime.GC()
 	runtime.ReadMemStats(&after)
 	b.ReportMetric(float64(after.HeapAlloc-min(before.HeapAlloc, after.HeapAlloc))/(1<<20), "MiB-kept")
-	if k.Files() != many-1 {
-		b.Fatal(k.Files())
+	if k.files.len() != many-1 {
+		b.Fatal(k.files.len())
 	}
 }
 

@@ -48,14 +48,14 @@ func TestResume(t *testing.T) {
 	whole, pcrs, first, then := recorded(t, "clean", 20)
 	k := check.Must(appraiseLogs(first, bootID, then, nil))(t)
 	boot, logs, offset := k.Resume()
-	if boot != bootID || offset != len(first.IMA) || logs != evidence.LogsDigest(whole.Event, nil) || k.Files() != 19 {
-		t.Fatalf("%s %s %d, %d files", boot, logs, offset, k.Files())
+	if boot != bootID || offset != len(first.IMA) || logs != evidence.LogsDigest(whole.Event, nil) || k.files.len() != 19 {
+		t.Fatalf("%s %s %d, %d files", boot, logs, offset, k.files.len())
 	}
 	news := Logs{EventKnown: true, IMA: whole.IMA[offset:], IMAOffset: offset, IMAPresent: true}
 	next := check.Must(appraiseLogs(news, bootID, pcrs, k))(t)
 	all := check.Must(appraiseLogs(whole, bootID, pcrs, nil))(t)
 	if !slices.EqualFunc(next.Measured(), all.Measured(), func(a, b imaappraise.Measurement) bool { return a.Name == b.Name && a.Digest == b.Digest }) {
-		t.Errorf("resumed: %d files, at once %d", next.Files(), all.Files())
+		t.Errorf("resumed: %d files, at once %d", next.files.len(), all.files.len())
 	}
 	if next.facts != k.facts || next.BootFacts() == nil {
 		t.Error("facts weren't kept")

@@ -10,16 +10,16 @@ import (
 	"github.com/countersign/countersign/broker/internal/appraise"
 )
 
-// MostFiles bounds the measurements of all hosts together; one costs some 60
-// bytes, since hosts share their names and digests.
-const MostFiles = 8 << 20
+// Most bounds what is remembered of all hosts together, in bytes; it is less
+// where hosts share the names of their files.
+const Most = 1 << 30
 
 // A Cache is safe for concurrent use.
 type Cache struct {
 	mu    sync.Mutex
 	hosts map[string]*list.Element // guarded by mu
 	order *list.List               // of entries, the last used first
-	files int                      // of all
+	size  int                      // of all, in bytes
 	most  int
 }
 
@@ -28,11 +28,7 @@ type entry struct {
 	known *appraise.Known
 }
 
-// size is what an entry counts: its files, and as much again as an event log's
-// facts cost.
-func (e entry) size() int { return e.known.Files() + 200 }
-
-// New makes an empty cache of at most so many files.
+// New makes an empty cache of at most so many bytes, or of one host.
 func New(most int) *Cache {
 	return &Cache{hosts: map[string]*list.Element{}, order: list.New(), most: most}
 }
@@ -56,8 +52,8 @@ func (c *Cache) Put(host string, known *appraise.Known) {
 	c.drop(host)
 	e := entry{host, known}
 	c.hosts[host] = c.order.PushFront(e)
-	c.files += e.size()
-	for c.files > c.most && c.order.Len() > 1 {
+	c.size += known.Size()
+	for c.size > c.most && c.order.Len() > 1 {
 		c.drop(c.order.Back().Value.(entry).host)
 	}
 }
@@ -74,7 +70,7 @@ func (c *Cache) drop(host string) {
 	if !ok {
 		return
 	}
-	c.files -= at.Value.(entry).size()
+	c.size -= at.Value.(entry).known.Size()
 	c.order.Remove(at)
 	delete(c.hosts, host)
 }

@@ -9,7 +9,8 @@ import (
 
 // What isn't used is forgotten first, and nothing grows beyond the bound.
 func TestForgets(t *testing.T) {
-	c := New(1000) // an empty Known counts 200
+	one := (&appraise.Known{}).Size()
+	c := New(5 * one)
 	for i := range 5 {
 		c.Put(fmt.Sprint(i), &appraise.Known{})
 	}
@@ -23,7 +24,7 @@ func TestForgets(t *testing.T) {
 	c.Put("5", &appraise.Known{})
 	c.Forget("5")
 	c.Forget("5")
-	if c.Get("5") != nil || c.files != 800 || c.order.Len() != 4 {
-		t.Errorf("%d files of %d hosts", c.files, c.order.Len())
+	if c.Get("5") != nil || c.size != 4*one || c.order.Len() != 4 {
+		t.Errorf("%d bytes of %d hosts", c.size, c.order.Len())
 	}
 }

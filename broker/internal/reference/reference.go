@@ -88,7 +88,14 @@ func Learn(facts *boot.Facts, pcrs map[int]evidence.Digest, raw []int, measured 
 		c.PCRs[pcr] = pcrs[pcr]
 	}
 	if measured != nil {
-		c.IMA = &ima.Policy{Allow: allow(measured), Exclude: slices.Clone(ownFolders)}
+		c.IMA = &ima.Policy{Allow: allow(measured)}
+		for _, folder := range ownFolders {
+			inside := func(a ima.Allowed) bool { return strings.HasPrefix(a.Path, folder) }
+			if slices.ContainsFunc(c.IMA.Allow, inside) {
+				c.IMA.Allow = slices.DeleteFunc(c.IMA.Allow, inside)
+				c.IMA.Exclude = append(c.IMA.Exclude, folder+"**")
+			}
+		}
 	}
 	return c
 }
@@ -97,9 +104,10 @@ func Learn(facts *boot.Facts, pcrs map[int]evidence.Digest, raw []int, measured 
 // every update of the system, and is left to facts.
 var learned = []string{"PK", "KEK", "db"}
 
-// ownFolders are the agent's: their files change while it works, and root reads
-// them, which is enough for some IMA policies to measure them.
-var ownFolders = []string{"/var/lib/countersign-agent/**", "/run/countersign-agent/**"}
+// ownFolders are the agent's. Where IMA's policy measures what root reads, their
+// files stand in the list and change while the agent works: they are excluded
+// then, and only then, since what is excluded can be anything.
+var ownFolders = []string{"/var/lib/countersign-agent/", "/run/countersign-agent/"}
 
 func learnBoot(f *boot.Facts) *Boot {
 	b := &Boot{SecureBoot: f.SecureBoot, SecureBootMode: f.SecureBootMode, MOK: distinct(f.MOK), KernelCommandLines: commandLines(f)}

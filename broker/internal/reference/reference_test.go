@@ -178,3 +178,21 @@ func TestMerged(t *testing.T) {
 		}
 	}
 }
+
+// The agent's own files are excluded where IMA measured some, and nowhere else.
+func TestOwnFolders(t *testing.T) {
+	learned := func(names ...string) *ima.Policy {
+		list := []ima.Measurement{{Index: 1, Name: "/usr/bin/true", Digest: "sha256:" + strings.Repeat("0", 64)}}
+		for i, name := range names {
+			list = append(list, ima.Measurement{Index: i + 2, Name: name, Digest: "sha256:" + strings.Repeat("1", 64)})
+		}
+		return reference.Learn(nil, nil, nil, list).IMA
+	}
+	if p := learned(); p.Exclude != nil || len(p.Allow) != 1 {
+		t.Errorf("without files of its own: %+v", p)
+	}
+	p := learned("/var/lib/countersign-agent/keys.json", "/var/lib/countersign-agent-too/x")
+	if !slices.Equal(p.Exclude, []string{"/var/lib/countersign-agent/**"}) || len(p.Allow) != 2 {
+		t.Errorf("with one: %+v", p)
+	}
+}
