@@ -63,6 +63,8 @@ type EventLog struct {
 	// Incomplete are PCRs that were extended by what the logs don't show: a list
 	// of what they hold is not the whole list.
 	Incomplete []int `json:"pcrs_incomplete,omitempty"`
+
+	Windows *boot.Windows `json:"windows,omitempty"` // of a Windows' log
 }
 
 // CommandLines are all that may have been a kernel's: the one, where it is proven.
@@ -97,7 +99,7 @@ type Subject struct {
 func (k *Known) describe(h *Host) {
 	if f := k.facts; f != nil {
 		e := &EventLog{SecureBootMode: f.SecureBootMode, FirmwareVersion: f.FirmwareVersion, KernelCommandLine: f.KernelCommandLine,
-			KernelCommandLines: f.KernelCommandLines, PCRs: f.PCRsReplayed, Incomplete: slices.Concat(f.PCRsUnreplayed, f.PCRsUnexplained)}
+			KernelCommandLines: f.KernelCommandLines, PCRs: f.PCRsReplayed, Incomplete: slices.Concat(f.PCRsUnreplayed, f.PCRsUnexplained), Windows: f.Windows}
 		for _, c := range f.Components {
 			switch c.Kind {
 			case boot.KindApplication:

@@ -13,6 +13,7 @@ import (
 	celast "cel.dev/cel-go/common/ast"
 	"cel.dev/cel-go/common/types"
 
+	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/broker/internal/appraise"
 )
 
@@ -37,6 +38,7 @@ var (
 	hostType    = cel.ObjectType("countersign.Host")
 	processType = cel.ObjectType("countersign.Process")
 	subjectType = cel.ObjectType("countersign.Subject")
+	windowsType = cel.ObjectType("countersign.Windows")
 )
 
 // vocabulary is all that a condition can name, by type.
@@ -49,6 +51,7 @@ var vocabulary = map[string][]fact{
 		{"secure_boot", cel.BoolType}, {"secure_boot_mode", cel.StringType}, {"firmware_version", cel.StringType},
 		{"kernel_command_line", cel.StringType}, {"kernel_command_lines", cel.ListType(cel.StringType)},
 		{"boot_images", cel.ListType(cel.StringType)}, {"boot_files", cel.ListType(cel.StringType)}, {"authorities", cel.ListType(cel.StringType)},
+		{"windows", windowsType}, // absent unless it is a Windows' log
 		{"pcrs_replayed", cel.ListType(cel.IntType)}, {"pcrs_incomplete", cel.ListType(cel.IntType)},
 		// Absent unless an IMA list was appraised.
 		{"ima", cel.StringType}, {"ima_bank", cel.StringType}, {"ima_entries", cel.IntType}, {"ima_violations", cel.IntType}, {"ima_unexpected", cel.IntType},
@@ -59,6 +62,13 @@ var vocabulary = map[string][]fact{
 		{"starting", cel.BoolType}, {"releases", cel.ListType(cel.StringType)},
 		{"measured", cel.BoolType}, // absent unless an IMA list was appraised
 		{"mappings", cel.ListType(mappingType)}, {"parent", parentType},
+	},
+	windowsType.TypeName(): {
+		{"boot_debugging", cel.BoolType}, {"kernel_debugging", cel.BoolType}, {"hypervisor_debugging", cel.BoolType}, {"test_signing", cel.BoolType},
+		{"flight_signing", cel.BoolType}, {"safe_mode", cel.BoolType}, {"winpe", cel.BoolType},
+		// Absent where the log doesn't say.
+		{"code_integrity", cel.BoolType}, {"dep", cel.BoolType}, {"vbs", cel.BoolType}, {"hvci", cel.BoolType},
+		{"bitlocker", cel.ListType(cel.IntType)}, {"images", cel.ListType(cel.StringType)},
 	},
 	mappingType.TypeName(): {{"path", cel.StringType}, {"deleted", cel.BoolType}},
 	parentType.TypeName():  {{"pid", cel.IntType}, {"exe", cel.StringType}},
@@ -239,6 +249,9 @@ func activation(f appraise.Facts, now time.Time) map[string]any {
 			host["kernel_command_line"] = *l.KernelCommandLine
 		}
 		host["kernel_command_lines"], host["boot_images"], host["boot_files"], host["authorities"] = l.CommandLines(), l.Images, l.Files, l.Authorities
+		if l.Windows != nil {
+			host["windows"] = windows(l.Windows)
+		}
 		host["pcrs_replayed"], host["pcrs_incomplete"] = l.PCRs, l.Incomplete
 	}
 	if f.Host.IMA != nil {
@@ -277,4 +290,26 @@ func activation(f appraise.Facts, now time.Time) map[string]any {
 		}
 	}
 	return map[string]any{"host": host, "process": process, "subject": subject, "now": now}
+}
+
+// windows is what a Windows' log says, as conditions see it.
+func windows(w *boot.Windows) object {
+	images := make([]string, len(w.Modules))
+	for i, m := range w.Modules {
+		images[i] = m.Authenticode
+	}
+	unlocked := make([]int64, len(w.BitLocker))
+	for i, flags := range w.BitLocker {
+		unlocked[i] = int64(flags)
+	}
+	out := object{
+		"boot_debugging": w.BootDebugging, "kernel_debugging": w.KernelDebugging, "hypervisor_debugging": w.HypervisorDebug, "test_signing": w.TestSigning,
+		"flight_signing": w.FlightSigning, "safe_mode": w.SafeMode, "winpe": w.WinPE, "bitlocker": unlocked, "images": images,
+	}
+	for name, fact := range map[string]*bool{"code_integrity": w.CodeIntegrity, "dep": w.DEP, "vbs": w.VBS, "hvci": w.HVCI} {
+		if fact != nil {
+			out[name] = *fact
+		}
+	}
+	return out
 }

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/internal/appraise"
@@ -198,6 +199,12 @@ func TestFacts(t *testing.T) {
 			return f
 		}, Refused},
 		{"boot facts by condition", "", "host.kernel_command_line.contains('quiet') && host.secure_boot_mode == 'user' && host.boot_images.size() == 2 && 4 in host.pcrs_replayed && host.pcrs_incomplete.size() == 0", known, Allowed},
+		{"a Windows' log", "", "!host.windows.test_signing && host.windows.hvci && !has(host.windows.vbs) && host.windows.bitlocker == [256] && host.windows.images.size() == 0", func() appraise.Facts {
+			f := known()
+			f.Host.EventLog.Windows = &boot.Windows{HVCI: &yes, BitLocker: []uint64{256}}
+			return f
+		}, Allowed},
+		{"no Windows' log", "", "has(host.windows)", known, Refused},
 		{"boot facts that are absent", "", "host.kernel_command_line != ''", subject, Fault},
 		{"files by condition", "", "host.ima_entries == 43 && host.ima_violations == 1 && host.ima_unexpected == 0 && process.measured && 'billingd' in process.releases", known, Allowed},
 		{"absent beside a definite no", "secure_boot = true\n tier = [\"known\"]", "", subject, Fault},
