@@ -1,6 +1,7 @@
 package appraise
 
 import (
+	"errors"
 	"fmt"
 	"regexp"
 	"strconv"
@@ -10,47 +11,56 @@ import (
 )
 
 var (
-	bankLine  = regexp.MustCompile(`^ *(sha[0-9_]+) *:$`)
+	bankLine  = regexp.MustCompile(`^ *([a-z0-9_]+) *:$`)
 	valueLine = regexp.MustCompile(`^ *([0-9]{1,2}) *: *0x([0-9A-Fa-f]+)$`)
 )
 
-// ParsePCRRead reads what tpm2_pcrread prints, and returns its SHA-256 bank;
-// other banks are passed over.
+// ParsePCRRead reads what tpm2_pcrread prints, and returns its SHA-256 bank. Of
+// other banks nothing is read. The error tells of lines that couldn't be read;
+// the values of the others come with it, for who has a quote to hold them
+// against.
 func ParsePCRRead(text string) (map[int]evidence.Digest, error) {
 	if len(text) > 64<<10 {
 		return nil, fmt.Errorf("%d bytes; tpm2_pcrread prints some 3000", len(text))
 	}
 	pcrs := map[int]evidence.Digest{}
+	twice := map[int]bool{}
+	var errs []error
 	bank := ""
 	for n, line := range strings.Split(text, "\n") {
 		line = strings.TrimRight(line, " \r")
-		if line == "" {
-			continue
-		}
 		if m := bankLine.FindStringSubmatch(line); m != nil {
 			bank = m[1]
 			continue
 		}
-		m := valueLine.FindStringSubmatch(line)
-		if m == nil || bank == "" {
-			return nil, fmt.Errorf("line %d is neither a bank, as `sha256:`, nor a value, as `0 : 0x…`, in a bank", n+1)
+		if line == "" || bank != "sha256" {
+			continue
 		}
-		if bank != "sha256" {
+		m := valueLine.FindStringSubmatch(line)
+		if m == nil {
+			errs = append(errs, fmt.Errorf("line %d is no value, as `0 : 0x…`", n+1))
 			continue
 		}
 		pcr, err := strconv.Atoi(m[1])
 		if err != nil || pcr > 23 {
-			return nil, fmt.Errorf("line %d: PCR %s", n+1, m[1])
+			errs = append(errs, fmt.Errorf("line %d: PCR %s", n+1, m[1]))
+			continue
 		}
-		if _, twice := pcrs[pcr]; twice {
-			return nil, fmt.Errorf("line %d: PCR %d a second time", n+1, pcr)
-		}
-		if pcrs[pcr], err = evidence.ParseDigest(strings.ToLower(m[2])); err != nil {
-			return nil, fmt.Errorf("line %d: %w", n+1, err)
+		value, err := evidence.ParseDigest(strings.ToLower(m[2]))
+		_, known := pcrs[pcr]
+		switch {
+		case err != nil:
+			errs = append(errs, fmt.Errorf("line %d: %w", n+1, err))
+		case known || twice[pcr]:
+			errs = append(errs, fmt.Errorf("line %d: PCR %d a second time", n+1, pcr))
+			twice[pcr] = true
+			delete(pcrs, pcr)
+		default:
+			pcrs[pcr] = value
 		}
 	}
 	if len(pcrs) == 0 {
-		return nil, fmt.Errorf("no values of the sha256 bank")
+		errs = append(errs, errors.New("no values of the sha256 bank"))
 	}
-	return pcrs, nil
+	return pcrs, errors.Join(errs...)
 }

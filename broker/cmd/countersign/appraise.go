@@ -16,7 +16,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/countersign/countersign/attestors/ima"
-	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
 	"github.com/countersign/countersign/broker/internal/offline"
 	"github.com/countersign/countersign/broker/internal/reference"
 )
@@ -42,11 +41,11 @@ What isn't there is not checked.
 Exit codes: 0 all that was given holds, 1 something doesn't, 2 the command line or a file is wrong.`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			record, recorded, err := files.read()
+			record, err := files.read()
 			if err != nil {
 				return &exitError{exitUsage, err}
 			}
-			opts := offline.Options{Nonce: recorded, Now: time.Now()}
+			opts := offline.Options{Now: time.Now(), Between: files.between()}
 			if nonce != "" {
 				if opts.Nonce, err = offline.ParseNonce(nonce); err != nil {
 					return &exitError{exitUsage, fmt.Errorf("--nonce: %w", err)}
@@ -99,7 +98,7 @@ func (r *recordFiles) flags(cmd *cobra.Command) {
 const maxFile = 4*ima.MaxDelivery + 1
 
 // read reads what is there; a file that was named has to be.
-func (r recordFiles) read() (record offline.Record, nonce []byte, err error) {
+func (r recordFiles) read() (record offline.Record, err error) {
 	var errs []error
 	get := func(named string, names ...string) []byte {
 		if named != "" {
@@ -125,25 +124,16 @@ func (r recordFiles) read() (record offline.Record, nonce []byte, err error) {
 	}
 	if r.dir != "" {
 		if info, err := os.Stat(r.dir); err != nil {
-			return record, nil, err
+			return record, err
 		} else if !info.IsDir() {
-			return record, nil, fmt.Errorf("--dir: %s is no folder", r.dir)
+			return record, fmt.Errorf("--dir: %s is no folder", r.dir)
 		}
 	}
 	record = offline.Record{
 		EventLog: get(r.eventLog, "binary_bios_measurements"), UserspaceLog: get(r.userspace, "tpm2-measure.log"),
 		IMA:    get(r.ima, "ima_binary_runtime_measurements", "ima_ascii_runtime_measurements"),
 		Attest: get(r.quote, "quote.tpms_attest"), Signature: get(r.signature, "quote.tpmt_signature"), AK: get(r.ak, "ak.tpm2b_public", "ak.pem"),
-	}
-	if text := get(r.pcrs, "pcrs.txt"); text != nil {
-		if record.PCRs, err = tpmappraise.ParsePCRRead(string(text)); err != nil {
-			errs = append(errs, fmt.Errorf("PCR values: %w", err))
-		}
-	}
-	if text := get("", "nonce.hex"); text != nil {
-		if nonce, err = offline.ParseNonce(string(text)); err != nil {
-			errs = append(errs, fmt.Errorf("nonce.hex: %w", err))
-		}
+		PCRs: get(r.pcrs, "pcrs.txt"), Nonce: get("", "nonce.hex"),
 	}
 	if r.dir != "" {
 		record.EKCertificates, err = ekCertificates(r.dir, get("", "ek.pem"))
@@ -151,10 +141,27 @@ func (r recordFiles) read() (record offline.Record, nonce []byte, err error) {
 	}
 	if len(errs) == 0 || errors.Join(errs...) == nil {
 		if record.EventLog == nil && record.IMA == nil && record.Attest == nil && record.PCRs == nil && len(record.EKCertificates) == 0 {
-			return record, nil, errors.New("no evidence was given: --dir names a folder with it, or --event-log, --ima, --pcrs, --quote single files")
+			return record, errors.New("no evidence was given: --dir names a folder with it, or --event-log, --ima, --pcrs, --quote single files")
 		}
 	}
-	return record, nonce, errors.Join(errs...)
+	return record, errors.Join(errs...)
+}
+
+// between are certificates that lie with a record, or in a folder ca beside it,
+// and may lead to a root. What can't be read leads nowhere.
+func (r recordFiles) between() (list []*x509.Certificate) {
+	if r.dir == "" {
+		return nil
+	}
+	for _, pattern := range []string{filepath.Join(r.dir, "*.pem"), filepath.Join(r.dir, "..", "ca", "*.pem")} {
+		names, _ := filepath.Glob(pattern)
+		for _, name := range names {
+			if found, err := certificates(name); err == nil {
+				list = append(list, found...)
+			}
+		}
+	}
+	return list
 }
 
 // ekCertificates are a folder's; a key that stands beside them has to be that of

@@ -69,11 +69,11 @@ func referenceLearnCommand(o *options) *cobra.Command {
 
 // learnFrom makes a set of a record whose evidence holds.
 func learnFrom(dir string) (reference.Content, error) {
-	record, nonce, err := recordFiles{dir: dir}.read()
+	record, err := recordFiles{dir: dir}.read()
 	if err != nil {
 		return reference.Content{}, &exitError{exitUsage, err}
 	}
-	report := offline.Appraise(record, offline.Options{Nonce: nonce, Now: time.Now()})
+	report := offline.Appraise(record, offline.Options{Now: time.Now()})
 	for _, c := range report.Checks {
 		if c.Result == offline.Fail {
 			return reference.Content{}, no("%s: nothing is learned from evidence that doesn't hold: %s: %s", dir, c.Name, c.Detail)

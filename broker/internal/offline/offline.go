@@ -28,8 +28,9 @@ import (
 
 // A Record is what was kept of a host's evidence; nil parts weren't.
 type Record struct {
-	AK, Attest, Signature []byte                  // the key, as tpmappraise.ParseRecordedAK reads it; TPMS_ATTEST; TPMT_SIGNATURE
-	PCRs                  map[int]evidence.Digest // SHA-256 bank
+	AK, Attest, Signature []byte // the key, as tpmappraise.ParseRecordedAK reads it; TPMS_ATTEST; TPMT_SIGNATURE
+	PCRs                  []byte // what tpm2_pcrread prints
+	Nonce                 []byte // hex of what the quote was asked for with
 	EKCertificates        []EKCertificate
 	EventLog              []byte
 	UserspaceLog          []byte // systemd's
@@ -45,8 +46,9 @@ type EKCertificate struct {
 
 // Options are what a record is held against.
 type Options struct {
-	Nonce     []byte // what the quote has to be bound to; nil: not checked
+	Nonce     []byte // what the quote has to be bound to; nil: the record's
 	EKRoots   []*x509.Certificate
+	Between   []*x509.Certificate // may lead from an EK certificate to a root; not trusted
 	Reference *reference.Content
 	Now       time.Time
 }
@@ -145,7 +147,20 @@ var quoteChecks = []string{"quote-signature", "quote-nonce", "quote-pcr-digest"}
 
 func (w *work) quote() {
 	r := w.record
-	w.pcrs = r.PCRs
+	var given map[int]evidence.Digest
+	if r.PCRs != nil {
+		var err error
+		given, err = tpmappraise.ParsePCRRead(string(r.PCRs))
+		w.pcrs = given
+		defer func() {
+			// A quote vouches for what it covers; of values without one each line counts.
+			if err != nil && !w.quoted {
+				w.pcrs = nil
+				w.checks = slices.DeleteFunc(w.checks, func(c Check) bool { return c.Name == quoteChecks[2] })
+				w.say(quoteChecks[2], Fail, "PCR values: %v", err)
+			}
+		}()
+	}
 	switch {
 	case r.Attest == nil && r.Signature == nil:
 		w.skipQuote(0, "no quote was given")
@@ -168,8 +183,16 @@ func (w *work) quote() {
 		return
 	}
 	bound, nonce := w.options.Nonce, true
-	if bound == nil {
+	switch {
+	case bound != nil:
+	case r.Nonce == nil:
 		bound, nonce = extra, false
+	default:
+		if bound, err = ParseNonce(string(r.Nonce)); err != nil {
+			w.say(quoteChecks[0], NotChecked, "it is bound to nothing that a request has")
+			w.failQuote(1, err)
+			return
+		}
 	}
 	if len(bound) != len(evidence.Digest{}) {
 		w.say(quoteChecks[0], NotChecked, "it is bound to nothing that a request has")
@@ -178,7 +201,7 @@ func (w *work) quote() {
 	}
 	q := tpm.Quote{Attest: r.Attest, Signature: r.Signature}
 	for _, pcr := range selected {
-		if value, given := r.PCRs[pcr]; given {
+		if value, ok := given[pcr]; ok {
 			q.PCRs = append(q.PCRs, tpm.PCR{Index: pcr, SHA256: value})
 		}
 	}
@@ -247,6 +270,9 @@ func (w *work) ek() {
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, c := range w.options.EKRoots {
 		roots.AddCert(c)
+	}
+	for _, c := range w.options.Between {
+		intermediates.AddCert(c)
 	}
 	var good []string
 	for _, c := range w.record.EKCertificates {

@@ -1,10 +1,10 @@
 package offline_test
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
-	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -37,10 +37,9 @@ func record(t *testing.T, name string) (offline.Record, offline.Options) {
 	t.Helper()
 	r := offline.Record{AK: read(t, name, "ak.tpm2b_public"), Attest: read(t, name, "quote.tpms_attest"), Signature: read(t, name, "quote.tpmt_signature"),
 		EventLog: read(t, name, "binary_bios_measurements"), IMA: read(t, name, "ima_binary_runtime_measurements")}
-	r.PCRs = check.Must(tpmappraise.ParsePCRRead(string(read(t, name, "pcrs.txt"))))(t)
+	r.PCRs, r.Nonce = read(t, name, "pcrs.txt"), read(t, name, "nonce.hex")
 	o := offline.Options{Now: now}
 	if r.Attest != nil {
-		o.Nonce = check.Must(offline.ParseNonce(string(read(t, name, "nonce.hex"))))(t)
 		for _, file := range []string{"ek_rsa_cert.der", "ek_ecc384_cert.der"} {
 			r.EKCertificates = append(r.EKCertificates, offline.EKCertificate{Name: file, DER: read(t, name, file)})
 		}
@@ -154,7 +153,7 @@ func TestMissingParts(t *testing.T) {
 		"the quote":       {func(r *offline.Record, _ *offline.Options) { r.Attest, r.Signature = nil, nil }, names[:3]},
 		"the signature":   {func(r *offline.Record, _ *offline.Options) { r.Signature = nil }, names[:3]},
 		"the AK":          {func(r *offline.Record, _ *offline.Options) { r.AK = nil }, names[:3]},
-		"the nonce":       {func(_ *offline.Record, o *offline.Options) { o.Nonce = nil }, names[1:2]},
+		"the nonce":       {func(r *offline.Record, _ *offline.Options) { r.Nonce = nil }, names[1:2]},
 		"the roots":       {func(_ *offline.Record, o *offline.Options) { o.EKRoots = nil }, names[3:4]},
 		"the event log":   {func(r *offline.Record, _ *offline.Options) { r.EventLog = nil }, names[4:6]},
 		"the IMA list":    {func(r *offline.Record, _ *offline.Options) { r.IMA = nil }, names[6:8]},
@@ -186,6 +185,7 @@ func TestEveryBitOfTheQuote(t *testing.T) {
 			t.Errorf("%s, bit %d flipped: %+v", what, bit, got.Checks)
 		}
 	}
+	o.Nonce = check.Must(offline.ParseNonce(string(r.Nonce)))(t)
 	for what, b := range map[string][]byte{"quote": r.Attest, "signature": r.Signature, "nonce": o.Nonce} {
 		for bit := range 8 * len(b) {
 			b[bit/8] ^= 1 << (bit % 8)
@@ -193,15 +193,52 @@ func TestEveryBitOfTheQuote(t *testing.T) {
 			b[bit/8] ^= 1 << (bit % 8)
 		}
 	}
-	values := r.PCRs
-	for pcr := range 15 {
-		for bit := range 256 {
-			r.PCRs = maps.Clone(values)
-			d := r.PCRs[pcr]
-			d[bit/8] ^= 1 << (bit % 8)
-			r.PCRs[pcr] = d
-			fails("PCR", bit)
+}
+
+// Every bit of the values' text: where the quote covers it, it fails; elsewhere
+// nothing changes.
+func TestEveryBitOfTheValues(t *testing.T) {
+	r, o := record(t, "clean")
+	r.EKCertificates = nil
+	honest := check.Must(json.Marshal(offline.Appraise(r, o)))(t)
+	values := check.Must(tpmappraise.ParsePCRRead(string(r.PCRs)))(t)
+	start := bytes.Index(r.PCRs, []byte("sha256:"))
+	end := bytes.Index(r.PCRs[start:], []byte("\n    15:")) + start
+	refused := 0
+	for i := range r.PCRs {
+		for bit := range 8 {
+			r.PCRs[i] ^= 1 << bit
+			got := offline.Appraise(r, o)
+			if got.Verdict == offline.Fail {
+				// Elsewhere only a line that becomes a quoted PCR's second contradicts.
+				if refused++; (i < start-3 || i > end) && !strings.Contains(detail(got, "quote-pcr-digest"), "a second time") {
+					t.Errorf("bit %d of byte %d, which no quote covers, flipped: %+v", bit, i, got.Checks[:3])
+				}
+			} else if !bytes.Equal(check.Must(json.Marshal(got))(t), honest) {
+				t.Errorf("bit %d of byte %d flipped changes the report", bit, i)
+			} else if now, _ := tpmappraise.ParsePCRRead(string(r.PCRs)); i >= start && i <= end {
+				for pcr := range 15 {
+					if now[pcr] != values[pcr] {
+						t.Errorf("bit %d of byte %d flipped changes PCR %d and nothing else", bit, i, pcr)
+					}
+				}
+			}
+			r.PCRs[i] ^= 1 << bit
 		}
+	}
+	if refused < 15*64*4 {
+		t.Errorf("%d flips refused", refused)
+	}
+	// Without a quote each line counts.
+	bare, o := record(t, "direct-kernel")
+	for _, line := range []string{"\n    4 : 0x", "\n    20: 0x"} {
+		at := bytes.LastIndex(bare.PCRs, []byte(line)) + len(line)
+		was := bare.PCRs[at]
+		bare.PCRs[at] = 'x'
+		if got := offline.Appraise(bare, o); got.Verdict != offline.Fail || results(got)["quote-pcr-digest"] != offline.Fail {
+			t.Errorf("%q broken, without a quote: %+v", line, got.Checks)
+		}
+		bare.PCRs[at] = was
 	}
 }
 
@@ -211,10 +248,13 @@ func TestForgedRecords(t *testing.T) {
 		fails string
 	}{
 		"another nonce":         {func(_ *offline.Record, o *offline.Options) { o.Nonce = make([]byte, 32) }, "quote-nonce"},
-		"a short nonce":         {func(_ *offline.Record, o *offline.Options) { o.Nonce = o.Nonce[:20] }, "quote-nonce"},
+		"a short nonce":         {func(r *offline.Record, _ *offline.Options) { r.Nonce = r.Nonce[:40] }, "quote-nonce"},
+		"a nonce that is none":  {func(r *offline.Record, _ *offline.Options) { r.Nonce[3] = 'x' }, "quote-nonce"},
 		"another boot's AK":     {func(r *offline.Record, _ *offline.Options) { r.AK = read(t, "tampered", "ak.tpm2b_public") }, "quote-signature"},
 		"another boot's values": {func(r *offline.Record, _ *offline.Options) { o, _ := record(t, "tampered"); r.PCRs = o.PCRs }, "quote-pcr-digest"},
-		"a value left out":      {func(r *offline.Record, _ *offline.Options) { delete(r.PCRs, 3) }, "quote-pcr-digest"},
+		"a value left out": {func(r *offline.Record, _ *offline.Options) {
+			r.PCRs = bytes.Replace(r.PCRs, []byte("    3 :"), nil, -1)
+		}, "quote-pcr-digest"},
 		"another boot's log": {func(r *offline.Record, _ *offline.Options) {
 			r.EventLog = read(t, "cmdline", "binary_bios_measurements")
 		}, "event-log-replay"},
@@ -227,6 +267,7 @@ func TestForgedRecords(t *testing.T) {
 		}, "ima-boot-aggregate"},
 		"an EK of another key": {func(r *offline.Record, _ *offline.Options) { r.EKCertificates[0].DER = r.EKCertificates[1].DER }, "ek-certificate"},
 		"an EK that is no EK":  {func(r *offline.Record, o *offline.Options) { r.EKCertificates[1].DER = o.EKRoots[1].Raw }, "ek-certificate"},
+		"PCRs that are none":   {func(r *offline.Record, _ *offline.Options) { r.PCRs = []byte("hello") }, "quote-pcr-digest"},
 		"roots of somebody else": {func(r *offline.Record, o *offline.Options) {
 			o.EKRoots = o.EKRoots[:0:0]
 			o.EKRoots = append(o.EKRoots, stranger(t))
