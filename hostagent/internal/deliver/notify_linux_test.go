@@ -102,7 +102,7 @@ func TestLimit(t *testing.T) {
 }
 
 func TestSignal(t *testing.T) {
-	cmd := exec.Command("sh", "-c", `trap 'echo got; exit 0' HUP; echo ready; while :; do sleep 0.05; done`)
+	cmd := exec.Command("sh", "-c", `trap 'echo got; exit 0' USR1; echo ready; while :; do sleep 0.05; done`)
 	out, err := cmd.StdoutPipe()
 	check(t, err)
 	check(t, cmd.Start())
@@ -123,7 +123,7 @@ func TestSignal(t *testing.T) {
 	}
 	silent(t, Notify(ctx, onChange(t, `signal = "HUP"`), p), `"HUP"`, "SIGHUP")
 	silent(t, Notify(ctx, o, process.Program{}), "no main process")
-	check(t, Notify(ctx, nil, p), Notify(ctx, onChange(t, ""), p), Notify(ctx, onChange(t, `signal = "SIGHUP"`), p))
+	check(t, Notify(ctx, nil, p), Notify(ctx, onChange(t, ""), p), Notify(ctx, onChange(t, `signal = "SIGUSR1"`), p))
 	if !lines.Scan() || lines.Text() != "got" {
 		t.Errorf("the program was not told: %q", lines.Text())
 	}
