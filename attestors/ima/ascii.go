@@ -19,8 +19,8 @@ func IsASCII(list []byte) bool {
 // FromASCII turns an ASCII list into the binary one that it was printed from.
 // Names have no spaces in either: the kernel writes '_' for them.
 func FromASCII(list []byte) ([]byte, error) {
-	if len(list) > 4*MaxDelivery {
-		return nil, fmt.Errorf("an IMA list of %d bytes; %d are looked at", len(list), 4*MaxDelivery)
+	if len(list) > 4*MaxList {
+		return nil, fmt.Errorf("an IMA list of %d bytes; %d are looked at", len(list), 4*MaxList)
 	}
 	var out []byte
 	for n := 0; len(list) > 0; n++ {

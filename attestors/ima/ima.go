@@ -23,11 +23,10 @@ import (
 )
 
 const (
-	// MaxDelivery is how many bytes of a list one request may carry.
-	MaxDelivery = 32 << 20
 	// MaxEntries and MaxList, in bytes, are how long a list may grow in one boot.
+	// One request may carry all of it: whatever is forgotten is sent again whole.
 	MaxEntries = 1 << 20
-	MaxList    = 256 << 20
+	MaxList    = 64 << 20
 	// DefaultPCR is where IMA extends unless its policy says otherwise.
 	DefaultPCR = 10
 

@@ -130,6 +130,9 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	if err != nil {
 		return nil, err
 	}
+	if !s.asks.allow(c.challenge.Key().String()) {
+		return nil, (&wire.Error{Outcome: wire.Fault, Check: "ask-rate", Request: requestID(ctx), Message: "this host proves itself too often; try again in a while"}).Connect()
+	}
 	var body v1.ProveBody
 	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
 	if err != nil {

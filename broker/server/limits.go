@@ -17,13 +17,13 @@ import (
 )
 
 const (
-	maxBody     = 1 << 20                 // of one request without logs
-	maxEvidence = ima.MaxDelivery + 4<<20 // of one with event log and IMA list, or with a reference set or release
-	largeAtOnce = 4                       // such requests that are read at the same time
-	bodyTime    = 20 * time.Second        // in which a request has to be sent
-	joinsPerSec = 2                       // from one source, after joinBurst
+	maxBody     = 1 << 20             // of one request without logs
+	maxEvidence = ima.MaxList + 4<<20 // of one with event log and IMA list, or with a reference set or release
+	largeAtOnce = 3                   // such requests that are read at the same time
+	bodyTime    = 20 * time.Second    // in which a request has to be sent
+	joinsPerSec = 2                   // from one source, after joinBurst
 	joinBurst   = 20
-	asksPerSec  = 10 // for credentials, by one host, after askBurst: each is journalled and audited for good
+	asksPerSec  = 10 // for credentials and proofs, by one host, after askBurst: what comes of them is kept
 	askBurst    = 300
 	maxFact     = 256   // bytes of a host's word about itself; it is kept with each decision
 	maxSources  = 65536 // sources that the join limit remembers

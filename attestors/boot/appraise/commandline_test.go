@@ -3,6 +3,7 @@ package appraise
 import (
 	"bytes"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/countersign/countersign/attestors/boot"
@@ -48,6 +49,11 @@ func TestCommandLineAttacks(t *testing.T) {
 		{"another one extended after boot", func(l *boot.Log) {
 			l.Events = append(l.Events, grubCommand(evil, "kernel_cmdline: "))
 		}},
+		{"a kernel's relative path, told as a command", func(l *boot.Log) {
+			l.Events[36] = grubCommand("linux vmlinuz init=/evil", "grub_cmd: ")
+			l.Events[40] = grubCommand("vmlinuz init=/evil", "grub_cmd: ")
+			l.Events = slices.Insert(l.Events, 41, grubCommand(bootedWith, "kernel_cmdline: "))
+		}},
 		{"GRUB's text without its prefix", func(l *boot.Log) {
 			l.Events[36] = event(8, boot.IPL, []byte("linux "+evil), []byte("linux "+evil))
 			l.Events[40] = event(8, boot.IPL, []byte(evil), []byte(evil))
@@ -67,6 +73,9 @@ func TestCommandLineAttacks(t *testing.T) {
 			}
 			if f.KernelCommandLine != nil {
 				t.Errorf("the command line is said to be %q", *f.KernelCommandLine)
+			}
+			if f.LinesComplete && !slices.ContainsFunc(f.KernelCommandLines, func(line string) bool { return strings.Contains(line, "/evil") }) {
+				t.Errorf("these are said to be all: %q", f.KernelCommandLines)
 			}
 		})
 	}

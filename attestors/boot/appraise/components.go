@@ -148,14 +148,14 @@ var otherLoaders = []string{"chainloader", "multiboot", "multiboot2", "xen_hyper
 // called, and the fact is there only with one candidate, no other loader, and both
 // PCRs known whole.
 func (b *bootLog) commandLine(f *Facts) error {
-	certain := f.Complete(pcrGRUB) && f.Complete(pcrConfig) &&
+	f.LinesComplete = f.Complete(pcrGRUB) && f.Complete(pcrConfig) &&
 		!slices.ContainsFunc(f.Userspace, func(r Record) bool { return r.PCR == pcrConfig })
 	var opaque *measurement
 	for i := range b.pcr[pcrGRUB] {
 		m := &b.pcr[pcrGRUB][i]
 		text, kernel, ok := grubText(m)
 		if !ok {
-			certain = false
+			f.LinesComplete = false
 			if !m.ofData {
 				opaque = m
 			}
@@ -166,7 +166,7 @@ func (b *bootLog) commandLine(f *Facts) error {
 			f.KernelCommandLines = append(f.KernelCommandLines, text)
 		}
 		if word, _, _ := strings.Cut(text, " "); slices.Contains(otherLoaders, word) {
-			certain = false
+			f.LinesComplete = false // it has a command line of its own
 		}
 	}
 	if opaque != nil && len(f.GRUBCommands) > 0 {
@@ -179,25 +179,43 @@ func (b *bootLog) commandLine(f *Facts) error {
 			f.KernelCommandLines = append(f.KernelCommandLines, text)
 			continue
 		}
-		certain = false
+		f.LinesComplete = false
 		f.Components = append(f.Components, Component{PCR: pcrConfig, Kind: KindConfig, SHA256: m.digest})
 		f.Asserted.Components = append(f.Asserted.Components, m.Type.String()+" "+label(m.Data))
 	}
-	if certain && len(f.KernelCommandLines) == 1 {
+	if f.LinesComplete && len(f.KernelCommandLines) == 1 {
 		f.KernelCommandLine = &f.KernelCommandLines[0]
 	}
 	return nil
 }
 
-// commandLike says whether a text begins as GRUB's commands do, with a letter or
-// as a test. A kernel's path begins with none of these: it is absolute, on a device
-// in parentheses, a list of blocks by number, or quoted.
-func commandLike(text string) bool {
-	if text == "" {
-		return true
+// commands are those of GRUB, and functions that distributions' grub.cfg defines.
+// Another first word may be a kernel's relative path.
+var commands = func() map[string]bool {
+	words := map[string]bool{}
+	for _, w := range strings.Fields(`! . [ all_functional_test authenticate background_color background_image badram blocklist boot break cat
+		chainloader clear cmosclean cmosdump cmostest cmp color_normal configfile continue crc cryptomount cutmem date devicetree distrust drivemap
+		echo efitextmode eval exit export extract_entries_configfile extract_entries_source extract_syslinux_entries_configfile
+		extract_syslinux_entries_source false font function fwsetup gfxmode gptsync halt hashsum help hexdump if in initrd initrd16 initrdefi insmod
+		keymap keystatus legacy_configfile linux linux16 linuxefi list_env list_trusted load_env load_video loadfont loadkey loopback ls lsefi
+		lsefimmap lsefisystab lsfonts lsmmap lsmod lspci lssal md5sum menuentry module module2 multiboot multiboot2 nativedisk net_add_addr
+		net_add_dns net_add_route net_bootp net_bootp6 net_del_addr net_del_dns net_del_route net_dhcp net_get_dhcp_option net_ipv6_autoconf
+		net_ls_addr net_ls_cards net_ls_dns net_ls_routes net_nslookup normal normal_exit outb outl outw parttool password password_pbkdf2 pcidump
+		play probe rdmsr read read_byte read_dword read_word reboot recordfail regexp return rmmod save_env savedefault search search.file
+		search.fs_label search.fs_uuid sendkey serial set setparams setpci sha1sum sha256sum sha512sum shift shim_lock sleep smbios source submenu
+		syslinux_configfile syslinux_source terminal_input terminal_output terminfo test test_blockarg testload testspeed time tr true trust unset
+		usb verify_detached videoinfo wrmsr write_byte write_dword write_word xen_hypervisor xen_module zfsinfo zfskey`) {
+		words[w] = true
 	}
-	c := text[0]
-	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '_' || c == '[' || c == '.' || c == '!'
+	return words
+}()
+
+// commandLike says whether a text is a command: one that GRUB or its usual
+// configuration has, or an assignment.
+func commandLike(text string) bool {
+	word, _, _ := strings.Cut(text, " ")
+	name, _, assigns := strings.Cut(word, "=")
+	return word == "" || commands[word] || slices.Contains(otherLoaders, word) || assigns && !strings.ContainsAny(name, "/()'\"")
 }
 
 // grubText is the text that an event's digest proves, and whether it calls itself

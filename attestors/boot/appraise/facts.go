@@ -30,7 +30,10 @@ type Facts struct {
 	GRUBCommands       []string          `json:"grub_commands,omitempty"`        // everything that GRUB measured as text
 	KernelConfig       []string          `json:"kernel_config,omitempty"`        // what systemd-boot and its stub measured as text
 	Userspace          []Record          `json:"userspace,omitempty"`            // what systemd measured, where its log shows it
-	KernelCommandLines []string          `json:"kernel_command_lines,omitempty"` // all that may have been a kernel's
+	KernelCommandLines []string          `json:"kernel_command_lines,omitempty"` // all that may have been a kernel's, if LinesComplete
+	// LinesComplete says that everything in PCR 8 and 12 could be read: nothing
+	// there is a command line under another name.
+	LinesComplete bool `json:"kernel_command_lines_complete"`
 
 	// There only where the PCRs leave no other reading, by a boot loader that the
 	// components must show: root can extend what a loader that never ran would have.

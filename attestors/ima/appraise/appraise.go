@@ -52,7 +52,14 @@ type State struct {
 }
 
 // PCRs are those that the proven entries were extended into.
-func (s State) PCRs() []int { return slices.Sorted(maps.Keys(s.values)) }
+func (s State) PCRs() (pcrs []int) {
+	for _, pcr := range slices.Sorted(maps.Keys(s.values)) {
+		if !s.values[pcr].IsZero() {
+			pcrs = append(pcrs, pcr)
+		}
+	}
+	return pcrs
+}
 
 // A Result is what an appraisal found.
 type Result struct {
@@ -66,9 +73,6 @@ type Result struct {
 // Appraise replays list, which continues at prior's offset, against the quoted
 // values. An error is a *evidence.Rejected.
 func Appraise(prior State, list []byte, quoted map[int]evidence.Digest) (Result, error) {
-	if len(list) > ima.MaxDelivery {
-		return Result{}, reject(CheckList, "%d bytes at once; %d are looked at", len(list), ima.MaxDelivery)
-	}
 	if prior.Offset+len(list) > ima.MaxList {
 		return Result{}, reject(CheckList, "more than %d bytes in one boot", ima.MaxList)
 	}
@@ -142,12 +146,9 @@ type replay struct {
 func start(bank Bank, prior State, quoted map[int]evidence.Digest) *replay {
 	r := &replay{bank: bank, values: maps.Clone(prior.values)}
 	if r.values == nil {
-		// A list that names no PCR yet stands for IMA's own being untouched.
-		r.values = map[int]evidence.Digest{}
-		if !quoted[ima.DefaultPCR].IsZero() {
-			r.differs = 1
-		}
-		return r
+		// Whatever PCRs a list names, IMA's own has to be explained: root can make up
+		// a list for a PCR that it extends itself.
+		r.values = map[int]evidence.Digest{ima.DefaultPCR: {}}
 	}
 	for pcr, value := range r.values {
 		if quoted[pcr] != value {
@@ -158,9 +159,6 @@ func start(bank Bank, prior State, quoted map[int]evidence.Digest) *replay {
 }
 
 func (r *replay) extend(pcr int, with evidence.Digest, quoted map[int]evidence.Digest) {
-	if len(r.values) == 0 {
-		r.differs = 0
-	}
 	was, named := r.values[pcr]
 	want, isQuoted := quoted[pcr]
 	if named && was != want {
@@ -240,7 +238,7 @@ func unproven(hypotheses []*replay, entries int, quoted map[int]evidence.Digest)
 			pcrs = append(pcrs, fmt.Sprintf("PCR %d isn't quoted", pcr))
 		}
 	}
-	if len(pcrs) == 0 {
+	if entries == 0 {
 		return reject(CheckReplay, "PCR %d is quoted as %s and the list is empty", ima.DefaultPCR, quoted[ima.DefaultPCR])
 	}
 	return reject(CheckReplay, "no prefix of the %d entries leads to the quoted values: %s", entries, strings.Join(pcrs, "; "))

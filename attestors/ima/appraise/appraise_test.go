@@ -374,16 +374,26 @@ func TestForgedLists(t *testing.T) {
 		check evidence.Check
 		says  string
 	}{
-		"an entry left out":       {func(a []ima.Entry) []ima.Entry { return slices.Delete(a, 3, 4) }, CheckReplay, "no prefix"},
-		"an entry put in":         {func(a []ima.Entry) []ima.Entry { return slices.Insert(a, 3, a[2]) }, CheckReplay, "no prefix"},
-		"two entries swapped":     {func(a []ima.Entry) []ima.Entry { a[2], a[3] = a[3], a[2]; return a }, CheckReplay, "no prefix"},
-		"another digest":          {func(a []ima.Entry) []ima.Entry { a[2].Data[15] ^= 1; return a }, CheckReplay, "is not that of its data"},
-		"a violation hidden":      {func(a []ima.Entry) []ima.Entry { a[16] = templates(20)[1].entry(t); return a }, CheckReplay, "no prefix"},
-		"a violation invented":    {func(a []ima.Entry) []ima.Entry { clear(a[2].TemplateDigest); return a }, CheckReplay, "no prefix"},
-		"no boot aggregate":       {func(a []ima.Entry) []ima.Entry { return a[1:] }, CheckAggregate, "not with boot_aggregate"},
-		"the end left out":        {func(a []ima.Entry) []ima.Entry { return a[:len(a)-1] }, CheckReplay, "no prefix"},
-		"nothing at all":          {func([]ima.Entry) []ima.Entry { return nil }, CheckReplay, "the list is empty"},
-		"another PCR":             {func(a []ima.Entry) []ima.Entry { a[2].PCR = 12; return a }, CheckReplay, "no prefix"},
+		"an entry left out":    {func(a []ima.Entry) []ima.Entry { return slices.Delete(a, 3, 4) }, CheckReplay, "no prefix"},
+		"an entry put in":      {func(a []ima.Entry) []ima.Entry { return slices.Insert(a, 3, a[2]) }, CheckReplay, "no prefix"},
+		"two entries swapped":  {func(a []ima.Entry) []ima.Entry { a[2], a[3] = a[3], a[2]; return a }, CheckReplay, "no prefix"},
+		"another digest":       {func(a []ima.Entry) []ima.Entry { a[2].Data[15] ^= 1; return a }, CheckReplay, "is not that of its data"},
+		"a violation hidden":   {func(a []ima.Entry) []ima.Entry { a[16] = templates(20)[1].entry(t); return a }, CheckReplay, "no prefix"},
+		"a violation invented": {func(a []ima.Entry) []ima.Entry { clear(a[2].TemplateDigest); return a }, CheckReplay, "no prefix"},
+		"no boot aggregate":    {func(a []ima.Entry) []ima.Entry { return a[1:] }, CheckAggregate, "not with boot_aggregate"},
+		"the end left out":     {func(a []ima.Entry) []ima.Entry { return a[:len(a)-1] }, CheckReplay, "no prefix"},
+		"nothing at all":       {func([]ima.Entry) []ima.Entry { return nil }, CheckReplay, "the list is empty"},
+		"another PCR":          {func(a []ima.Entry) []ima.Entry { a[2].PCR = 12; return a }, CheckReplay, "no prefix"},
+		"all in another PCR, which root extended": {func(a []ima.Entry) []ima.Entry {
+			forged := evidence.Digest{}
+			for i := range a[:3] {
+				a[i].PCR = 15
+				d := evidence.Sum(a[i].Data)
+				forged = evidence.Sum(append(forged[:], d[:]...))
+			}
+			h.pcrs[15] = forged
+			return a[:3]
+		}, CheckReplay, "PCR 10, quoted "},
 		"a PCR that isn't quoted": {func(a []ima.Entry) []ima.Entry { a[2].PCR = 20; return a }, CheckReplay, "PCR 20 isn't quoted"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -391,6 +401,19 @@ func TestForgedLists(t *testing.T) {
 			wantCheck(t, err, tt.check, tt.says)
 		})
 	}
+	// A kernel that is built to use another PCR leaves 10 alone.
+	t.Run("another PCR, honestly", func(t *testing.T) {
+		moved := newHost(t, 9, 20, false)
+		moved.pcrs[10] = evidence.Digest{}
+		e, _, err := ima.NewReader(moved.list, 0).Next()
+		check.Nil(t, err)
+		moved.list = nil
+		moved.add(t, measure{pcr: 12, template: "ima-ng", fields: [][]byte{append([]byte("sha256:\x00"), e.Data[4+8:4+8+32]...), nameNG("boot_aggregate")}})
+		r := check.Must(Appraise(State{}, moved.list, moved.pcrs))(t)
+		if r.State.Entries != 1 || !slices.Equal(r.State.PCRs(), []int{12}) {
+			t.Errorf("%+v", r.State)
+		}
+	})
 	t.Run("another boot's aggregate", func(t *testing.T) {
 		other := newHost(t, 9, 20, false)
 		pcrs := maps.Clone(other.pcrs)
@@ -454,10 +477,10 @@ func TestBrokenLists(t *testing.T) {
 
 // A list without an end is refused at a stated length.
 func TestEndlessList(t *testing.T) {
-	_, err := Appraise(State{}, make([]byte, ima.MaxDelivery+1), nil)
-	wantCheck(t, err, CheckList, "are looked at")
+	_, err := Appraise(State{}, make([]byte, ima.MaxList+1), nil)
+	wantCheck(t, err, CheckList, "more than 67108864 bytes in one boot")
 	_, err = Appraise(State{Offset: ima.MaxList}, []byte{0}, nil)
-	wantCheck(t, err, CheckList, "more than 268435456 bytes in one boot")
+	wantCheck(t, err, CheckList, "more than 67108864 bytes in one boot")
 	h := newHost(t, 9, 20, false)
 	state := check.Must(Appraise(State{}, h.list, h.pcrs))(t).State
 	state.Entries = ima.MaxEntries

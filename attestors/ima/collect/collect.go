@@ -37,12 +37,12 @@ func Read(path string, offset int64) (list []byte, from int64, err error) {
 		}
 		return Read(path, 0)
 	}
-	list, err = io.ReadAll(io.LimitReader(f, ima.MaxDelivery+1))
+	list, err = io.ReadAll(io.LimitReader(f, ima.MaxList+1-offset))
 	if err != nil {
 		return nil, 0, fmt.Errorf("IMA list: %w", err)
 	}
-	if len(list) > ima.MaxDelivery {
-		return nil, 0, fmt.Errorf("IMA list: more than %d bytes behind byte %d; an IMA policy that measures less, or a reboot, helps", ima.MaxDelivery, offset)
+	if offset+int64(len(list)) > ima.MaxList {
+		return nil, 0, fmt.Errorf("IMA list: more than %d bytes since boot; an IMA policy that measures less, and a reboot, help", ima.MaxList)
 	}
 	return list, offset, nil
 }

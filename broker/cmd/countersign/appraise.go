@@ -95,7 +95,7 @@ func (r *recordFiles) flags(cmd *cobra.Command) {
 }
 
 // maxFile bounds what is read of one file.
-const maxFile = 4*ima.MaxDelivery + 1
+const maxFile = 4*ima.MaxList + 1
 
 // read reads what is there; a file that was named has to be.
 func (r recordFiles) read() (record offline.Record, err error) {

@@ -85,7 +85,7 @@ func Appraise(b Bundle, h inventory.Host, basis Basis, now time.Time) (Verified,
 				"`countersign host reenrol` after looking into it", quoted.Counters.ResetCount, quoted.Counters.RestartCount, quoted.Counters.Clock,
 			b.Seen.ResetCount, b.Seen.RestartCount, b.Seen.Clock)}
 	}
-	known, err := appraiseLogs(b.Logs, b.Boot, quoted.PCRs, b.Known)
+	known, err := appraiseLogs(b.Logs, b.Boot, quoted.Counters.ResetCount, quoted.PCRs, b.Known)
 	if err != nil {
 		return Verified{}, err
 	}

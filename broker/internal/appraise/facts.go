@@ -41,6 +41,9 @@ type Host struct {
 	SecureBoot *bool     `json:"secure_boot,omitempty"`
 	EventLog   *EventLog `json:"event_log,omitempty"`
 
+	// EventLogProblem says why an event log that was shown gives no facts.
+	EventLogProblem string `json:"event_log_problem,omitempty"`
+
 	// Absent unless an IMA list was appraised.
 	IMA  *string `json:"ima,omitempty"` // IMAVerified
 	List *List   `json:"ima_list,omitempty"`
@@ -63,6 +66,9 @@ type EventLog struct {
 	// Incomplete are PCRs that were extended by what the logs don't show: a list
 	// of what they hold is not the whole list.
 	Incomplete []int `json:"pcrs_incomplete,omitempty"`
+	// LinesComplete says that KernelCommandLines are all: nothing in PCR 8 and 12
+	// is one under another name.
+	LinesComplete bool `json:"kernel_command_lines_complete"`
 
 	Windows *boot.Windows `json:"windows,omitempty"` // of a Windows' log
 }
@@ -99,23 +105,55 @@ type Subject struct {
 func (k *Known) describe(h *Host) {
 	if f := k.facts; f != nil {
 		e := &EventLog{SecureBootMode: f.SecureBootMode, FirmwareVersion: f.FirmwareVersion, KernelCommandLine: f.KernelCommandLine,
-			KernelCommandLines: f.KernelCommandLines, PCRs: f.PCRsReplayed, Incomplete: slices.Concat(f.PCRsUnreplayed, f.PCRsUnexplained), Windows: f.Windows}
+			KernelCommandLines: f.KernelCommandLines, PCRs: f.PCRsReplayed, Incomplete: slices.Concat(f.PCRsUnreplayed, f.PCRsUnexplained), Windows: f.Windows, LinesComplete: f.LinesComplete}
 		for _, c := range f.Components {
-			switch c.Kind {
-			case boot.KindApplication:
+			switch c.PCR {
+			case pcrImages:
 				e.Images = append(e.Images, c.SHA256.String())
-			case boot.KindFile:
+			case pcrFiles:
 				e.Files = append(e.Files, c.SHA256.String())
 			}
 		}
 		for _, a := range f.Authorities {
 			e.Authorities = append(e.Authorities, a.SHA256.String())
 		}
+		e.bound()
 		h.SecureBoot, h.EventLog = f.SecureBoot, e
 	}
+	h.EventLogProblem = k.problem
 	if s := k.ima; s != nil && s.Entries > 0 {
 		verified := IMAVerified
 		h.IMA = &verified
 		h.List = &List{Proven: s.Entries, Violations: s.Violations, Bank: s.Bank, Unexpected: k.count, Examples: k.unexpected}
 	}
+}
+
+const (
+	pcrImages = 4
+	pcrFiles  = 9
+
+	maxFacts = 256  // in a list
+	maxLine  = 4096 // bytes of a kernel command line; Linux takes as many at most
+)
+
+// bound keeps what is written down with each decision short. What is cut off
+// makes its PCR incomplete, so that nothing passes for the whole.
+func (e *EventLog) bound() {
+	cut := func(list []string, pcr int) []string {
+		if len(list) <= maxFacts {
+			return list
+		}
+		e.Incomplete = append(e.Incomplete, pcr)
+		return list[:maxFacts]
+	}
+	e.Images, e.Files, e.Authorities = cut(e.Images, pcrImages), cut(e.Files, pcrFiles), cut(e.Authorities, 7)
+	short := make([]string, 0, min(len(e.KernelCommandLines), maxFacts))
+	for _, line := range e.KernelCommandLines {
+		if len(line) > maxLine || len(short) == shown {
+			e.LinesComplete, e.KernelCommandLine = false, nil
+			continue
+		}
+		short = append(short, line)
+	}
+	e.KernelCommandLines = short
 }

@@ -32,7 +32,9 @@ var ErrResync = errors.New("the logs don't continue those that are known; send t
 // have to be sent. The zero value knows nothing; nobody but Appraise makes
 // another. It is not changed once it is made.
 type Known struct {
-	boot       string
+	boot       string          // agent's word, by which it knows what it needn't send
+	reset      uint32          // of the TPM, which is what tells boots apart
+	problem    string          // why there are no facts of an event log that was shown
 	logs       evidence.Digest // of event and userspace log
 	facts      *boot.Facts
 	pcrs       map[int]evidence.Digest // the values that facts were proven against
@@ -81,9 +83,9 @@ func (k *Known) Measured() []imaappraise.Measurement {
 }
 
 // appraiseLogs holds logs against the quoted values, going on from prior.
-func appraiseLogs(l Logs, bootID string, pcrs map[int]evidence.Digest, prior *Known) (*Known, error) {
-	k := &Known{boot: bootID}
-	if prior == nil || prior.boot != bootID {
+func appraiseLogs(l Logs, bootID string, reset uint32, pcrs map[int]evidence.Digest, prior *Known) (*Known, error) {
+	k := &Known{boot: bootID, reset: reset}
+	if prior == nil || prior.reset != reset {
 		prior = &Known{}
 	}
 	if err := k.event(l, pcrs, prior); err != nil {
@@ -107,10 +109,18 @@ func (k *Known) event(l Logs, pcrs map[int]evidence.Digest, prior *Known) error 
 		return nil
 	case l.EventKnown:
 		return ErrResync
+	case none && prior.facts != nil:
+		return &evidence.Rejected{Check: boot.CheckReplay, Detail: "the host showed an event log before in this boot, and now, with other PCR values, shows none"}
 	case none:
 		return nil
 	}
 	facts, err := boot.Appraise(l.Event, l.Userspace, pcrs)
+	if evidence.CheckOf(err) == boot.CheckStructure && prior.facts == nil {
+		// Firmware writes odd logs. One that isn't understood gives no facts, and
+		// fails whoever asks for some.
+		k.problem = err.Error()[:min(len(err.Error()), maxProblem)]
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -163,8 +173,11 @@ func (k *Known) list(l Logs, pcrs map[int]evidence.Digest, prior *Known) error {
 	return nil
 }
 
-// shown bounds what is told of many of a kind.
-const shown = 10
+// shown bounds what is told of many of a kind, maxProblem what is told of one.
+const (
+	shown      = 10
+	maxProblem = 500
+)
 
 // A Reference is the set that a host has to match: the boot has to match one of
 // the versions in force, and each file has to be one that any of them, or a
@@ -199,6 +212,8 @@ func (e Expected) has(m imaappraise.Measurement) bool {
 
 // match holds a host against its reference. What it lets be, it writes down in k.
 func (r *Reference) match(k *Known, pcrs map[int]evidence.Digest) error {
+	rules := k.rules
+	k.rules = "" // unless they are judged now
 	if r == nil {
 		return nil
 	}
@@ -210,6 +225,9 @@ func (r *Reference) match(k *Known, pcrs map[int]evidence.Digest) error {
 	for _, v := range r.Versions {
 		files = files || v.Files != nil
 		diffs := v.Content.Mismatch(k.facts, pcrs)
+		if len(diffs) > 0 && k.problem != "" {
+			diffs = append(diffs, k.problem)
+		}
 		if len(diffs) == 0 {
 			matched = true
 			break
@@ -233,13 +251,16 @@ func (r *Reference) match(k *Known, pcrs map[int]evidence.Digest) error {
 	if k.ima == nil {
 		return reject([]string{"no IMA list was shown"})
 	}
-	return r.judge(k, reject)
+	if k.files.len() == 0 {
+		return reject([]string{"no file was measured: its IMA policy is not in force"})
+	}
+	return r.judge(k, rules, reject)
 }
 
 // judge holds the files that weren't yet against the rules.
-func (r *Reference) judge(k *Known, reject func([]string) error) error {
+func (r *Reference) judge(k *Known, rules string, reject func([]string) error) error {
 	list := slices.Values(k.fresh)
-	if k.rules != r.Rules {
+	if rules != r.Rules {
 		list, k.unexpected, k.count, k.told = k.files.all(), nil, 0, 0
 	}
 	var bad []string

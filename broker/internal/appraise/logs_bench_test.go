@@ -62,7 +62,7 @@ func BenchmarkLongList(b *testing.B) {
 	runtime.ReadMemStats(&before)
 	for b.Loop() {
 		var err error
-		if k, err = appraiseLogs(logs, bootID, pcrs[0], nil); err != nil {
+		if k, err = appraiseLogs(logs, bootID, reset, pcrs[0], nil); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -77,13 +77,13 @@ func BenchmarkLongList(b *testing.B) {
 // 1,000 entries more on top of them.
 func BenchmarkDelta(b *testing.B) {
 	list, offsets, pcrs := measuredList(many+1000, many, many+1000)
-	k, err := appraiseLogs(Logs{IMA: list[:offsets[0]], IMAPresent: true}, bootID, pcrs[0], nil)
+	k, err := appraiseLogs(Logs{IMA: list[:offsets[0]], IMAPresent: true}, bootID, reset, pcrs[0], nil)
 	if err != nil {
 		b.Fatal(err)
 	}
 	news := Logs{IMA: list[offsets[0]:], IMAOffset: offsets[0], IMAPresent: true}
 	for b.Loop() {
-		if _, err := appraiseLogs(news, bootID, pcrs[1], k); err != nil {
+		if _, err := appraiseLogs(news, bootID, reset, pcrs[1], k); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/ima"
 	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
@@ -40,20 +41,23 @@ func recorded(t *testing.T, name string, cut int) (whole Logs, pcrs map[int]evid
 	return whole, pcrs, first, then
 }
 
-const bootID = "11111111-2222-3333-4444-555555555555"
+const (
+	bootID = "11111111-2222-3333-4444-555555555555"
+	reset  = 7
+)
 
 // What is known needn't be sent again, and whatever doesn't continue it starts
 // over.
 func TestResume(t *testing.T) {
 	whole, pcrs, first, then := recorded(t, "clean", 20)
-	k := check.Must(appraiseLogs(first, bootID, then, nil))(t)
-	boot, logs, offset := k.Resume()
-	if boot != bootID || offset != len(first.IMA) || logs != evidence.LogsDigest(whole.Event, nil) || k.files.len() != 19 {
-		t.Fatalf("%s %s %d, %d files", boot, logs, offset, k.files.len())
+	k := check.Must(appraiseLogs(first, bootID, reset, then, nil))(t)
+	id, logs, offset := k.Resume()
+	if id != bootID || offset != len(first.IMA) || logs != evidence.LogsDigest(whole.Event, nil) || k.files.len() != 19 {
+		t.Fatalf("%s %s %d, %d files", id, logs, offset, k.files.len())
 	}
 	news := Logs{EventKnown: true, IMA: whole.IMA[offset:], IMAOffset: offset, IMAPresent: true}
-	next := check.Must(appraiseLogs(news, bootID, pcrs, k))(t)
-	all := check.Must(appraiseLogs(whole, bootID, pcrs, nil))(t)
+	next := check.Must(appraiseLogs(news, bootID, reset, pcrs, k))(t)
+	all := check.Must(appraiseLogs(whole, bootID, reset, pcrs, nil))(t)
 	if !slices.EqualFunc(next.Measured(), all.Measured(), func(a, b imaappraise.Measurement) bool { return a.Name == b.Name && a.Digest == b.Digest }) {
 		t.Errorf("resumed: %d files, at once %d", next.files.len(), all.files.len())
 	}
@@ -62,44 +66,78 @@ func TestResume(t *testing.T) {
 	}
 	for name, tt := range map[string]struct {
 		logs  Logs
-		boot  string
+		reset uint32
 		pcrs  map[int]evidence.Digest
 		prior *Known
 	}{
-		"another boot":           {news, "66666666-2222-3333-4444-555555555555", pcrs, k},
-		"nothing known":          {news, bootID, pcrs, nil},
-		"an offset further on":   {Logs{EventKnown: true, IMA: whole.IMA[offset:], IMAOffset: offset + 1, IMAPresent: true}, bootID, pcrs, k},
-		"a list that shrank":     {Logs{EventKnown: true, IMAOffset: offset - 60, IMAPresent: true}, bootID, pcrs, k},
-		"news that don't fit":    {Logs{EventKnown: true, IMA: whole.IMA[offset+127:], IMAOffset: offset, IMAPresent: true}, bootID, pcrs, k},
-		"PCRs of another boot":   {news, bootID, func() map[int]evidence.Digest { _, p, _, _ := recorded(t, "cmdline", 0); return p }(), k},
-		"an event log not known": {Logs{EventKnown: true}, bootID, pcrs, nil},
+		"another boot":           {news, reset + 1, pcrs, k},
+		"nothing known":          {news, reset, pcrs, nil},
+		"an offset further on":   {Logs{EventKnown: true, IMA: whole.IMA[offset:], IMAOffset: offset + 1, IMAPresent: true}, reset, pcrs, k},
+		"a list that shrank":     {Logs{EventKnown: true, IMAOffset: offset - 60, IMAPresent: true}, reset, pcrs, k},
+		"news that don't fit":    {Logs{EventKnown: true, IMA: whole.IMA[offset+127:], IMAOffset: offset, IMAPresent: true}, reset, pcrs, k},
+		"PCRs of another boot":   {news, reset, func() map[int]evidence.Digest { _, p, _, _ := recorded(t, "cmdline", 0); return p }(), k},
+		"an event log not known": {Logs{EventKnown: true}, reset, pcrs, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, err := appraiseLogs(tt.logs, tt.boot, tt.pcrs, tt.prior); !errors.Is(err, ErrResync) {
+			if _, err := appraiseLogs(tt.logs, bootID, tt.reset, tt.pcrs, tt.prior); !errors.Is(err, ErrResync) {
 				t.Errorf("%v, want a new start", err)
 			}
 		})
 	}
 	// A list that was shown is shown again, or the host hides what ran.
-	_, err := appraiseLogs(Logs{EventKnown: true}, bootID, pcrs, k)
+	_, err := appraiseLogs(Logs{EventKnown: true}, bootID, reset, pcrs, k)
 	if evidence.CheckOf(err) != imaappraise.CheckReplay || !strings.Contains(err.Error(), "now shows none") {
 		t.Errorf("a hidden list: %v", err)
 	}
 	// A false list from its start is no new start.
-	_, err = appraiseLogs(first, bootID, pcrs, nil)
+	_, err = appraiseLogs(first, bootID, reset, pcrs, nil)
 	if evidence.CheckOf(err) != imaappraise.CheckReplay {
 		t.Errorf("a list that was cut: %v", err)
 	}
 	// Without an event log, what was proven of the same values stays so.
-	silent := check.Must(appraiseLogs(Logs{IMA: whole.IMA[offset:], IMAOffset: offset, IMAPresent: true}, bootID, pcrs, k))(t)
+	silent := check.Must(appraiseLogs(Logs{IMA: whole.IMA[offset:], IMAOffset: offset, IMAPresent: true}, bootID, reset, pcrs, k))(t)
 	if silent.BootFacts() != k.BootFacts() {
 		t.Error("facts were lost with the log")
 	}
 	other := maps.Clone(pcrs)
 	other[12] = evidence.Sum([]byte("later"))
-	silent = check.Must(appraiseLogs(Logs{IMA: whole.IMA[offset:], IMAOffset: offset, IMAPresent: true}, bootID, other, k))(t)
-	if silent.BootFacts() != nil {
-		t.Error("facts outlived the values that they were proven against")
+	_, err = appraiseLogs(Logs{IMA: whole.IMA[offset:], IMAOffset: offset, IMAPresent: true}, bootID, reset, other, k)
+	if evidence.CheckOf(err) != boot.CheckReplay || !strings.Contains(err.Error(), "shows none") {
+		t.Errorf("a hidden event log: %v", err)
+	}
+	// Another boot id is the agent's word; the TPM wasn't reset.
+	_, err = appraiseLogs(Logs{}, "66666666-2222-3333-4444-555555555555", reset, other, k)
+	if evidence.CheckOf(err) == "" {
+		t.Errorf("hidden behind another boot id: %v", err)
+	}
+}
+
+// A log that isn't understood gives no facts, and fails who asks for some; one
+// that was understood before in this boot can't be replaced by it.
+func TestOddEventLog(t *testing.T) {
+	whole, pcrs, _, _ := recorded(t, "clean", 0)
+	odd := whole
+	odd.Event = slices.Clone(whole.Event[:len(whole.Event)-100])
+	k := check.Must(appraiseLogs(odd, bootID, reset, pcrs, nil))(t)
+	if k.BootFacts() != nil || !strings.Contains(k.problem, "event-log-structure") {
+		t.Errorf("facts of a broken log, or no reason: %q", k.problem)
+	}
+	var h Host
+	if k.describe(&h); h.EventLogProblem != k.problem || h.SecureBoot != nil {
+		t.Errorf("%+v", h)
+	}
+	good := check.Must(appraiseLogs(whole, bootID, reset, pcrs, nil))(t)
+	if err := rulesOf(t, good, "1", nil).match(k, pcrs); evidence.CheckOf(err) != CheckReference || !strings.Contains(err.Error(), "event-log-structure") {
+		t.Errorf("under a set that asks for facts: %v", err)
+	}
+	if _, err := appraiseLogs(odd, bootID, reset, pcrs, good); evidence.CheckOf(err) != boot.CheckStructure {
+		t.Errorf("after a good one: %v", err)
+	}
+	// Whatever a host measures, what is written down of it stays short.
+	long := &EventLog{LinesComplete: true, KernelCommandLines: []string{strings.Repeat("x", 900_000), "y"}, Images: make([]string, 5000)}
+	long.bound()
+	if long.LinesComplete || len(long.KernelCommandLines) != 1 || len(long.Images) != maxFacts || !slices.Equal(long.Incomplete, []int{pcrImages}) {
+		t.Errorf("%d lines, %d images, incomplete %v", len(long.KernelCommandLines), len(long.Images), long.Incomplete)
 	}
 }
 
@@ -121,11 +159,11 @@ func rulesOf(t *testing.T, k *Known, rules string, edit func(*reference.Content)
 func TestFilesAreJudged(t *testing.T) {
 	whole, pcrs, first, then := recorded(t, "clean", 20)
 	tampered, changed, _, _ := recorded(t, "tampered", 0)
-	k := check.Must(appraiseLogs(first, bootID, then, nil))(t)
+	k := check.Must(appraiseLogs(first, bootID, reset, then, nil))(t)
 	learned := rulesOf(t, k, "1", nil)
 	check.Nil(t, learned.match(k, then))
 	news := Logs{EventKnown: true, IMA: whole.IMA[len(first.IMA):], IMAOffset: len(first.IMA), IMAPresent: true}
-	next := check.Must(appraiseLogs(news, bootID, pcrs, k))(t)
+	next := check.Must(appraiseLogs(news, bootID, reset, pcrs, k))(t)
 	rejects := func(r *Reference, k *Known, pcrs map[int]evidence.Digest, says string) {
 		t.Helper()
 		err := r.match(k, pcrs)
@@ -134,10 +172,10 @@ func TestFilesAreJudged(t *testing.T) {
 		}
 	}
 	rejects(learned, next, pcrs, "and 13 more") // what ran since
-	all := check.Must(appraiseLogs(whole, bootID, pcrs, nil))(t)
+	all := check.Must(appraiseLogs(whole, bootID, reset, pcrs, nil))(t)
 	full := rulesOf(t, all, "2", nil)
 	rejects(full, next, pcrs, "")
-	rejects(full, check.Must(appraiseLogs(tampered, bootID, changed, nil))(t), changed, `"/usr/local/bin/app" with sha256:49e57d73`)
+	rejects(full, check.Must(appraiseLogs(tampered, bootID, reset, changed, nil))(t), changed, `"/usr/local/bin/app" with sha256:49e57d73`)
 	// What was fine is not, once the rules say so.
 	rejects(rulesOf(t, all, "3", func(c *reference.Content) { c.IMA.Allow = c.IMA.Allow[1:] }), next, pcrs, "of no allowed path")
 	// Maintenance, and observing, tell and let be.
@@ -146,7 +184,7 @@ func TestFilesAreJudged(t *testing.T) {
 		"maintenance": rulesOf(t, k, "5", nil),
 	} {
 		r.Lenient = name == "maintenance"
-		one := check.Must(appraiseLogs(news, bootID, pcrs, k))(t)
+		one := check.Must(appraiseLogs(news, bootID, reset, pcrs, k))(t)
 		rejects(r, one, pcrs, "")
 		var h Host
 		one.describe(&h)
@@ -162,19 +200,30 @@ func TestFilesAreJudged(t *testing.T) {
 	// Two versions in force allow what either does; a release what it announced.
 	both := rulesOf(t, k, "6", nil)
 	both.Versions = append(both.Versions, full.Versions...)
-	rejects(both, check.Must(appraiseLogs(whole, bootID, pcrs, nil))(t), pcrs, "")
+	rejects(both, check.Must(appraiseLogs(whole, bootID, reset, pcrs, nil))(t), pcrs, "")
 	announced := rulesOf(t, all, "7", nil)
 	announced.Expected = Expected{}
 	announced.Expected.Add("/usr/local/bin/app", "sha256:49e57d732eb25dc2a1a4b42d6a20cad6d6c723f497a01fccfbe14f586d58fbe5")
-	rejects(announced, check.Must(appraiseLogs(tampered, bootID, changed, nil))(t), changed, "")
+	rejects(announced, check.Must(appraiseLogs(tampered, bootID, reset, changed, nil))(t), changed, "")
 	// A set that speaks of files wants a list.
-	rejects(full, check.Must(appraiseLogs(Logs{Event: whole.Event}, bootID, pcrs, nil))(t), pcrs, "no IMA list was shown")
+	rejects(full, check.Must(appraiseLogs(Logs{Event: whole.Event}, bootID, reset, pcrs, nil))(t), pcrs, "no IMA list was shown")
+	// What came while there was no set is judged when there is one again.
+	gap := check.Must(appraiseLogs(first, bootID, reset, then, nil))(t)
+	rejects(learned, gap, then, "")
+	unjudged := check.Must(appraiseLogs(news, bootID, reset, pcrs, gap))(t)
+	rejects(nil, unjudged, pcrs, "")
+	again := check.Must(appraiseLogs(Logs{EventKnown: true, IMAOffset: len(whole.IMA), IMAPresent: true}, bootID, reset, pcrs, unjudged))(t)
+	rejects(learned, again, pcrs, "and 13 more")
+	// A machine that measures nothing shows nothing bad.
+	silent := maps.Clone(pcrs)
+	silent[10] = evidence.Digest{}
+	rejects(full, check.Must(appraiseLogs(whole, bootID, reset, silent, nil))(t), silent, "no file was measured")
 	rejects(&Reference{Name: "empty"}, all, pcrs, "no version of it is in force")
 }
 
 func TestMeasuredProgram(t *testing.T) {
 	whole, pcrs, _, _ := recorded(t, "clean", 0)
-	k := check.Must(appraiseLogs(whole, bootID, pcrs, nil))(t)
+	k := check.Must(appraiseLogs(whole, bootID, reset, pcrs, nil))(t)
 	app := process.Program{Exe: "/usr/local/bin/app", SHA256: check.Must(evidence.ParseDigest("958b719038e8aa676698c3b1da64e157f6eb15b6baaf7d3ea1646cc7056db645"))(t),
 		Mappings: []process.Mapping{{Path: "/bin/busybox"}, {Path: process.Anonymous}}}
 	if m := k.measured(&app); !m.Exe || m.Unmeasured != nil {

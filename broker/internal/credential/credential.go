@@ -164,9 +164,13 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	return proven{}, d.reject(ctx, h, rejected, request)
 }
 
+// maxDetail bounds what is kept for good of why evidence was rejected.
+const maxDetail = 4096
+
 // reject fails the host and revokes its leases.
 func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejected, request string) error {
 	state, kind := inventory.Failed, "host.failed"
+	r = &evidence.Rejected{Check: r.Check, Detail: strings.ToValidUTF8(r.Detail[:min(len(r.Detail), maxDetail)], "")}
 	if r.Check == appraise.CheckCounters {
 		state, kind = inventory.Quarantined, "finding.duplicate-instance"
 	}

@@ -229,6 +229,10 @@ func (w *work) quote() {
 
 // passQuote tells that the first n questions were answered well.
 func (w *work) passQuote(n int, attributes, nonce bool) {
+	whose := ""
+	if w.options.Nonce == nil {
+		whose = " that came with the record, which may be of any time"
+	}
 	if n > 0 {
 		text := "the AK signed it"
 		if !attributes {
@@ -237,7 +241,7 @@ func (w *work) passQuote(n int, attributes, nonce bool) {
 		w.say(quoteChecks[0], Pass, "%s", text)
 	}
 	if n > 1 && nonce {
-		w.say(quoteChecks[1], Pass, "it is bound to the nonce")
+		w.say(quoteChecks[1], Pass, "it is bound to the nonce%s", whose)
 	} else if n > 1 {
 		w.say(quoteChecks[1], NotChecked, "no nonce was given: the quote may be of any time")
 	}
@@ -418,6 +422,8 @@ func (w *work) reference() {
 			diffs = append(diffs, err.Error())
 		case w.facts.IMA == nil:
 			diffs = append(diffs, "no IMA list was proven")
+		case len(w.measured) < 2: // the list's own first measures no file
+			diffs = append(diffs, "no file was measured: its IMA policy is not in force")
 		default:
 			for _, m := range w.measured {
 				if why := rules.Judge(m); why != "" {

@@ -52,7 +52,7 @@ var vocabulary = map[string][]fact{
 		{"kernel_command_line", cel.StringType}, {"kernel_command_lines", cel.ListType(cel.StringType)},
 		{"boot_images", cel.ListType(cel.StringType)}, {"boot_files", cel.ListType(cel.StringType)}, {"authorities", cel.ListType(cel.StringType)},
 		{"windows", windowsType}, // absent unless it is a Windows' log
-		{"pcrs_replayed", cel.ListType(cel.IntType)}, {"pcrs_incomplete", cel.ListType(cel.IntType)},
+		{"pcrs_replayed", cel.ListType(cel.IntType)}, {"pcrs_incomplete", cel.ListType(cel.IntType)}, {"kernel_command_lines_complete", cel.BoolType},
 		// Absent unless an IMA list was appraised.
 		{"ima", cel.StringType}, {"ima_bank", cel.StringType}, {"ima_entries", cel.IntType}, {"ima_violations", cel.IntType}, {"ima_unexpected", cel.IntType},
 	},
@@ -252,7 +252,7 @@ func activation(f appraise.Facts, now time.Time) map[string]any {
 		if l.Windows != nil {
 			host["windows"] = windows(l.Windows)
 		}
-		host["pcrs_replayed"], host["pcrs_incomplete"] = l.PCRs, l.Incomplete
+		host["pcrs_replayed"], host["pcrs_incomplete"], host["kernel_command_lines_complete"] = l.PCRs, l.Incomplete, l.LinesComplete
 	}
 	if f.Host.IMA != nil {
 		host["ima"] = *f.Host.IMA

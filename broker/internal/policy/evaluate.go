@@ -107,7 +107,7 @@ func (e *evaluation) host(want HostSelector, h appraise.Host) {
 	if want.SecureBoot != nil {
 		const name = "host.secure_boot"
 		if wanted := fmt.Sprint(*want.SecureBoot); h.SecureBoot == nil {
-			e.add(name, wanted, "no event log was appraised", absent)
+			e.add(name, wanted, noEventLog(h), absent)
 		} else {
 			e.is(name, wanted, fmt.Sprint(*h.SecureBoot), *h.SecureBoot == *want.SecureBoot)
 		}
@@ -122,27 +122,28 @@ func (e *evaluation) host(want HostSelector, h appraise.Host) {
 			e.is("host.ima", want.IMA, *h.IMA, *h.IMA == appraise.IMAVerified)
 		}
 	}
-	e.boot(want, h.EventLog)
+	e.boot(want, h)
 }
 
 // boot holds what was measured against what may be.
-func (e *evaluation) boot(want HostSelector, log *appraise.EventLog) {
+func (e *evaluation) boot(want HostSelector, h appraise.Host) {
+	log := h.EventLog
 	for _, part := range []struct {
 		name     string
-		pcrs     []int // that have to be explained
+		pcr      int // that has to be explained; 0: the command lines'
 		want     []string
 		measured func() []string
 		same     func(want, measured string) bool
 	}{
-		{"host.boot_images", []int{4}, want.BootImages, func() []string { return log.Images }, func(a, b string) bool { return a == b }},
-		{"host.kernel_command_line", []int{8, 12}, want.KernelCommandLines, func() []string { return log.CommandLines() }, reference.CommandLineMatches},
+		{"host.boot_images", 4, want.BootImages, func() []string { return log.Images }, func(a, b string) bool { return a == b }},
+		{"host.kernel_command_line", 0, want.KernelCommandLines, func() []string { return log.CommandLines() }, reference.CommandLineMatches},
 	} {
 		if len(part.want) == 0 {
 			continue
 		}
 		wanted := strings.Join(part.want, " or ")
 		if log == nil {
-			e.add(part.name, wanted, "no event log was appraised", absent)
+			e.add(part.name, wanted, noEventLog(h), absent)
 			continue
 		}
 		measured := part.measured()
@@ -152,14 +153,23 @@ func (e *evaluation) boot(want HostSelector, log *appraise.EventLog) {
 				odd = append(odd, m)
 			}
 		}
-		if i := slices.IndexFunc(part.pcrs, func(pcr int) bool { return slices.Contains(log.Incomplete, pcr) }); i >= 0 {
-			e.is(part.name, wanted, fmt.Sprintf("PCR %d is not explained by the event log", part.pcrs[i]), false)
+		if part.pcr == 0 && !log.LinesComplete {
+			e.is(part.name, wanted, "PCR 8 and 12 hold what may be another", false)
+		} else if part.pcr != 0 && slices.Contains(log.Incomplete, part.pcr) {
+			e.is(part.name, wanted, fmt.Sprintf("PCR %d is not explained by the event log", part.pcr), false)
 		} else if len(odd) > 0 {
 			e.is(part.name, wanted, strings.Join(odd[:min(len(odd), 5)], ", "), false)
 		} else {
 			e.is(part.name, wanted, strings.Join(measured, ", "), len(measured) > 0)
 		}
 	}
+}
+
+func noEventLog(h appraise.Host) string {
+	if h.EventLogProblem != "" {
+		return "no facts: " + h.EventLogProblem
+	}
+	return "no event log was appraised"
 }
 
 func (e *evaluation) process(sc *Scope, f appraise.Facts) {

@@ -166,7 +166,7 @@ func TestFacts(t *testing.T) {
 		f.Host.SecureBoot, f.Host.IMA, f.Subject.Risk = &yes, &verified, &risk
 		f.Measured, f.Releases = &appraise.Measured{Exe: true}, []string{"billingd"}
 		line := "/vmlinuz root=UUID=1234 ro quiet"
-		f.Host.EventLog = &appraise.EventLog{SecureBootMode: "user", KernelCommandLine: &line, Images: []string{shim, kernel}, PCRs: []int{0, 4}}
+		f.Host.EventLog = &appraise.EventLog{SecureBootMode: "user", KernelCommandLine: &line, Images: []string{shim, kernel}, PCRs: []int{0, 4}, LinesComplete: true}
 		f.Host.List = &appraise.List{Proven: 43, Violations: 1}
 		return f
 	}
@@ -193,6 +193,7 @@ func TestFacts(t *testing.T) {
 		{"images, and more that no log shows", `boot_images = ["` + shim + `", "` + kernel + `"]`, "", func() appraise.Facts { f := known(); f.Host.EventLog.Incomplete = []int{4}; return f }, Refused},
 		{"a command line", `kernel_command_line = ["/vmlinuz root=UUID=* ro quiet"]`, "", known, Allowed},
 		{"a word more", `kernel_command_line = ["/vmlinuz root=UUID=* ro"]`, "", known, Refused},
+		{"a command line, and what may be another", `kernel_command_line = ["/vmlinuz root=UUID=* ro quiet"]`, "", func() appraise.Facts { f := known(); f.Host.EventLog.LinesComplete = false; return f }, Refused},
 		{"two readings, one of them wrong", `kernel_command_line = ["/vmlinuz root=UUID=* ro quiet"]`, "", func() appraise.Facts {
 			f := known()
 			f.Host.EventLog.KernelCommandLine, f.Host.EventLog.KernelCommandLines = nil, []string{"/vmlinuz root=UUID=1 ro quiet", "/vmlinuz init=/bin/sh"}

@@ -65,6 +65,9 @@ func diffBoot(a, b *Boot) (diffs []string) {
 	diffs = append(diffs, digests("boot images", a.Images, b.Images)...)
 	diffs = append(diffs, digests("files that the boot loader read", a.Files, b.Files)...)
 	diffs = append(diffs, digests("machine owner's key lists", a.MOK, b.MOK)...)
+	for _, pcr := range extended {
+		diffs = append(diffs, digests(fmt.Sprintf("what is measured into PCR %d", pcr), a.Extended[pcr], b.Extended[pcr])...)
+	}
 	gone, came := without(a.KernelCommandLines, b.KernelCommandLines), without(b.KernelCommandLines, a.KernelCommandLines)
 	for _, line := range came {
 		if len(gone) == 0 {

@@ -43,6 +43,11 @@ type Boot struct {
 	Files              []evidence.Digest            `json:"files,omitempty"`               // what the boot loader read: configuration, kernel, initrd
 	MOK                []evidence.Digest            `json:"mok,omitempty"`
 	KernelCommandLines []string                     `json:"kernel_command_lines,omitempty"` // '*' is any run of characters that aren't spaces
+
+	// Extended are digests of what was measured beside that into PCR 11 (sections
+	// of a unified kernel image), 12 (configuration) and 13 (extensions). A PCR
+	// that is here with an empty list demands that nothing was.
+	Extended map[int][]evidence.Digest `json:"extended,omitempty"`
 }
 
 // MaxContent bounds a set's JSON.
@@ -62,8 +67,28 @@ func Parse(b []byte) (Content, error) {
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
 		return c, errors.New("reference set: something follows its end")
 	}
-	if c.Boot == nil && c.IMA == nil && len(c.PCRs) == 0 {
+	if err := exactKeys(b); err != nil {
+		return c, fmt.Errorf("reference set: %w", err)
+	}
+	if c.Boot.demandsNothing() && c.IMA == nil && len(c.PCRs) == 0 {
 		return c, errors.New("a reference set that demands nothing would match every host")
+	}
+	for pcr := range c.PCRs {
+		if pcr < 0 || pcr > 15 {
+			return c, fmt.Errorf("pcrs: hosts quote PCR 0 to 15, not %d", pcr)
+		}
+	}
+	if c.Boot != nil {
+		for name := range c.Boot.Databases {
+			if !slices.Contains(learned, name) {
+				return c, fmt.Errorf("signature_databases: %q is none of %v", name, learned)
+			}
+		}
+		for pcr := range c.Boot.Extended {
+			if !slices.Contains(extended, pcr) {
+				return c, fmt.Errorf("extended: PCR %d is none of %v", pcr, extended)
+			}
+		}
 	}
 	if c.IMA != nil {
 		if _, err := c.IMA.Compile(); err != nil {
@@ -71,6 +96,58 @@ func Parse(b []byte) (Content, error) {
 		}
 	}
 	return c, nil
+}
+
+func (b *Boot) demandsNothing() bool {
+	return b == nil || b.SecureBoot == nil && b.SecureBootMode == "" && len(b.Databases)+len(b.Authorities)+len(b.Images)+len(b.Files)+len(b.MOK)+len(b.KernelCommandLines)+len(b.Extended) == 0
+}
+
+// exactKeys refuses what Go's decoder takes: a key twice, where the last would
+// count, and one in other letters.
+func exactKeys(b []byte) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	type level struct {
+		keys  map[string]bool // nil in a list
+		isKey bool            // the next token is one
+		upper bool            // keys are names of variables
+	}
+	var levels []level
+	last := ""
+	for {
+		token, err := d.Token()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		top := len(levels) - 1
+		if key, ok := token.(string); ok && top >= 0 && levels[top].isKey {
+			folded := strings.ToLower(key)
+			if levels[top].keys[folded] {
+				return fmt.Errorf("%q stands in it twice", key)
+			}
+			if key != folded && !levels[top].upper {
+				return fmt.Errorf("unknown field %q; did you mean %q?", key, folded)
+			}
+			levels[top].keys[folded], levels[top].isKey, last = true, false, key
+			continue
+		}
+		switch token {
+		case json.Delim('{'):
+			levels = append(levels, level{keys: map[string]bool{}, isKey: true, upper: last == "signature_databases"})
+			continue
+		case json.Delim('['):
+			levels = append(levels, level{})
+			continue
+		case json.Delim('}'), json.Delim(']'):
+			levels = levels[:top]
+			top--
+		}
+		if top >= 0 && levels[top].keys != nil {
+			levels[top].isKey = true
+		}
+	}
 }
 
 // Learn makes a set of what one host has shown: facts where its event log was
@@ -123,14 +200,26 @@ func learnBoot(f *boot.Facts) *Boot {
 		b.Authorities = append(b.Authorities, a.SHA256)
 	}
 	b.Authorities = distinct(b.Authorities)
-	b.Images = distinct(components(f, boot.KindApplication))
-	b.Files = distinct(components(f, boot.KindFile))
+	b.Images = distinct(components(f, 4))
+	b.Files = distinct(components(f, 9))
+	for _, pcr := range extended {
+		if f.Complete(pcr) {
+			if b.Extended == nil {
+				b.Extended = map[int][]evidence.Digest{}
+			}
+			b.Extended[pcr] = append([]evidence.Digest{}, distinct(components(f, pcr))...)
+		}
+	}
 	return b
 }
 
-func components(f *boot.Facts, kind string) (list []evidence.Digest) {
+// extended are the PCRs that Boot.Extended can speak of.
+var extended = []int{11, 12, 13}
+
+// components are what was measured into a PCR, by whatever name it is told.
+func components(f *boot.Facts, pcr int) (list []evidence.Digest) {
 	for _, c := range f.Components {
-		if c.Kind == kind {
+		if c.PCR == pcr {
 			list = append(list, c.SHA256)
 		}
 	}
@@ -232,8 +321,8 @@ func (b *Boot) mismatch(f *boot.Facts) (diffs []string) {
 		want, shown []evidence.Digest
 	}{
 		{"an authority that verified an image", 7, b.Authorities, authorities},
-		{"a boot image", 4, b.Images, components(f, boot.KindApplication)},
-		{"a file that the boot loader read", 9, b.Files, components(f, boot.KindFile)},
+		{"a boot image", 4, b.Images, components(f, 4)},
+		{"a file that the boot loader read", 9, b.Files, components(f, 9)},
 		{"a machine owner's key list", 14, b.MOK, f.MOK},
 	} {
 		if len(part.want) == 0 {
@@ -252,12 +341,20 @@ func (b *Boot) mismatch(f *boot.Facts) (diffs []string) {
 			}
 		}
 	}
+	for _, pcr := range slices.Sorted(maps.Keys(b.Extended)) {
+		if !f.Complete(pcr) {
+			bad("PCR %d is not explained by the event log", pcr)
+		}
+		for _, d := range distinct(components(f, pcr)) {
+			if !slices.Contains(b.Extended[pcr], d) {
+				bad("what was measured into PCR %d isn't in the set: %s", pcr, d)
+			}
+		}
+	}
 	if len(b.KernelCommandLines) > 0 {
 		lines := commandLines(f)
-		for _, pcr := range []int{8, 12} { // GRUB's, and a unified kernel image's
-			if !f.Complete(pcr) {
-				bad("PCR %d is not explained by the event log", pcr)
-			}
+		if !f.LinesComplete { // GRUB's, and a unified kernel image's
+			bad("PCR 8 and 12 hold what may be another kernel command line")
 		}
 		if len(lines) == 0 {
 			bad("no kernel command line was measured")
@@ -340,16 +437,21 @@ func words(was, is string) string {
 	case len(lost) > 0:
 		return "lost " + strings.Join(lost, " ")
 	}
-	return fmt.Sprintf("has another order: %q, not %q", is, was)
+	return fmt.Sprintf("has another order: %s, not %s", printable(is), printable(was))
 }
 
-// missing are the words of one line that another has none like.
+// missing are the words of one line that another has none like, the first ones.
 func missing(of, in string, same func(of, in string) bool) (list []string) {
+	const shown = 20
 	others := strings.Fields(in)
 	for _, w := range strings.Fields(of) {
-		if !slices.ContainsFunc(others, func(o string) bool { return same(w, o) }) {
-			list = append(list, printable(w))
+		if slices.ContainsFunc(others, func(o string) bool { return same(w, o) }) {
+			continue
 		}
+		if len(list) == shown {
+			return append(list, "…")
+		}
+		list = append(list, printable(w))
 	}
 	return list
 }

@@ -101,6 +101,16 @@ func TestMismatch(t *testing.T) {
 			f.KernelCommandLine = nil
 			f.KernelCommandLines = append(f.KernelCommandLines, line)
 		}, "gained init=/bin/sh"},
+		"a file in systemd's log": {func(f *boot.Facts) {
+			f.Components = append(f.Components, boot.Component{PCR: 9, Kind: boot.KindUserspace, SHA256: strange})
+		}, "a file that the boot loader read isn't in the set"},
+		"an add-on": {func(f *boot.Facts) {
+			f.Components = append(f.Components, boot.Component{PCR: 12, Kind: boot.KindConfig, SHA256: strange})
+		}, "what was measured into PCR 12 isn't in the set"},
+		"an extension": {func(f *boot.Facts) {
+			f.Components = append(f.Components, boot.Component{PCR: 13, Kind: boot.KindExtension, SHA256: strange})
+		}, "what was measured into PCR 13 isn't in the set"},
+		"a line that can't be read": {func(f *boot.Facts) { f.LinesComplete = false }, "may be another kernel command line"},
 		"an unexplained PCR 9": {func(f *boot.Facts) {
 			f.PCRsReplayed = slices.DeleteFunc(slices.Clone(f.PCRsReplayed), func(i int) bool { return i == 9 })
 		}, "PCR 9 is not explained"},
@@ -163,7 +173,15 @@ func TestParse(t *testing.T) {
 		`{"boot":{}} {}`:            "follows its end",
 		`{"ima":{"mode":"observ"}}`: "neither enforce nor observe",
 		`{"ima":{"allow":[{"path":"/x","digests":["md4"]}]}}`: "no digest",
-		`[`: "reference set",
+		`[`:                      "reference set",
+		`{"boot":{}}`:            "demands nothing",
+		`{"boot":{"images":[]}}`: "demands nothing",
+		`{"pcrs":{"99":"` + strings.Repeat("0", 64) + `"}}`:                 "PCR 0 to 15",
+		`{"boot":{"secure_boot":true},"BOOT":null,"ima":{"allow":[]}}`:      "twice",
+		`{"boot":{"secure_boot":true},"IMA":{"mode":"observe","allow":[]}}`: `did you mean "ima"`,
+		`{"boot":{"secure_boot":true,"secure_boot":false}}`:                 "twice",
+		`{"boot":{"signature_databases":{"Db":[]}, "secure_boot":true}}`:    "none of",
+		`{"boot":{"extended":{"10":[]}}}`:                                   "none of",
 	} {
 		if _, err := reference.Parse([]byte(text)); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v, want %q", text, err, says)
