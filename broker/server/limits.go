@@ -24,7 +24,7 @@ const (
 	joinsPerSec = 2                   // from one source, after joinBurst
 	joinBurst   = 20
 	asksPerSec  = 10 // for credentials and proofs, by one host, after askBurst: what comes of them is kept
-	askBurst    = 300
+	askBurst    = 1000
 	maxFact     = 256   // bytes of a host's word about itself; it is kept with each decision
 	maxSources  = 65536 // sources that the join limit remembers
 )

@@ -268,7 +268,7 @@ func TestAHostsWordIsBounded(t *testing.T) {
 	if out := string(check.Must(b.broker.CLI(ctx, "lease", "list", "--all", "-o", "json"))(t)); strings.Contains(out, `\u001b`) || !strings.Contains(out, "FAKE") {
 		t.Errorf("the reason as it is kept: %s", out)
 	}
-	for range 400 {
+	for range 1100 {
 		if _, err = s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{})); wire.FromConnect(err).Check == "ask-rate" {
 			return
 		}

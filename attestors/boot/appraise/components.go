@@ -204,7 +204,9 @@ var commands = func() map[string]bool {
 		play probe rdmsr read read_byte read_dword read_word reboot recordfail regexp return rmmod save_env savedefault search search.file
 		search.fs_label search.fs_uuid sendkey serial set setparams setpci sha1sum sha256sum sha512sum shift shim_lock sleep smbios source submenu
 		syslinux_configfile syslinux_source terminal_input terminal_output terminfo test test_blockarg testload testspeed time tr true trust unset
-		usb verify_detached videoinfo wrmsr write_byte write_dword write_word xen_hypervisor xen_module zfsinfo zfskey`) {
+		usb blscfg hwmatch initrdfail increment decrement menu_color_normal menu_color_highlight bli btrfs-mount-subvol btrfs-list-snapshots
+		btrfs-info btrfs-get-default-subvol zfs-bootfs tpm tpm2_key_protector_init tpm2_key_protector_clear key_protector version efivar
+		verify_detached videoinfo wrmsr write_byte write_dword write_word xen_hypervisor xen_module zfsinfo zfskey`) {
 		words[w] = true
 	}
 	return words
