@@ -134,7 +134,14 @@ func attestHost(ctx context.Context, d *demo) (string, error) {
 	if h.State != "trusted" || h.Tier != "certified" {
 		return "", fmt.Errorf("the host is %s (%s), of tier %s", h.State, h.Reason, h.Tier)
 	}
-	if _, err := d.broker.CLI(ctx, "reference", "learn", "demo-hosts", "--host", d.machine.HostID); err != nil {
+	// What the host shows in its first proof is what there is to learn.
+	if _, err := until(ctx, 20*time.Second, func() (bool, string, error) {
+		_, err := d.broker.CLI(ctx, "reference", "learn", "demo-hosts", "--host", d.machine.HostID)
+		if err != nil && strings.Contains(err.Error(), "has not proven itself") {
+			return false, err.Error(), nil
+		}
+		return err == nil, "learned", err
+	}); err != nil {
 		return "", err
 	}
 	_, err = d.broker.CLI(ctx, "reference", "approve", "demo-hosts")
