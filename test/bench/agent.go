@@ -17,8 +17,8 @@ import (
 )
 
 const (
-	credentials = 10 // of one program
-	restarts    = 10 // of the program, each of which rotates all of them
+	credentials = 8 // of one program
+	restarts    = 13 // of the program, each of which rotates all of them
 	quietTime   = 30 * time.Second
 	settle      = 5 * time.Second
 	mib         = 1 << 20

@@ -55,6 +55,7 @@ type Host struct {
 	Lease   string // the last one that was acknowledged
 
 	csr, program, ticket, checkpoint []byte
+	pid                              int // of the program
 }
 
 // Join makes n hosts, has an operator expect them all by one import, and joins
@@ -108,7 +109,8 @@ func (h *Host) make(b *lab.Broker, ca *lab.TPMCA, i int) (err error) {
 	if h.csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key); err != nil {
 		return err
 	}
-	h.program, err = h.Program(exe, account, 1000+i)
+	h.pid = 1000 * (1 + i)
+	h.program, err = h.Program(exe, account, h.pid)
 	return err
 }
 
@@ -121,6 +123,11 @@ func (h *Host) Connect(ctx context.Context) (err error) {
 // Order is an attested request for the fleet's credential, ready to be sent; it
 // replaces the one that the host has.
 func (h *Host) Order(ctx context.Context) (r *v1.IssueRequest, delivery string, err error) {
+	// Each is for another process: one has few credentials whose end isn't confirmed.
+	h.pid++
+	if h.program, err = h.Program(exe, account, h.pid); err != nil {
+		return nil, "", err
+	}
 	body := h.IssueBody("fleet", h.program)
 	body.Csr, body.Replaces = h.csr, h.Lease
 	a, err := h.Attest(ctx, h.Session, evidence.CallIssue, body)
