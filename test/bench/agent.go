@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	credentials = 8 // of one program
+	credentials = 8  // of one program
 	restarts    = 13 // of the program, each of which rotates all of them
 	quietTime   = 30 * time.Second
 	settle      = 5 * time.Second
