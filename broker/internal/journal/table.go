@@ -59,6 +59,7 @@ func scan(row interface{ Scan(...any) error }) (Grant, error) {
 // A Filter selects grants; empty fields select all.
 type Filter struct {
 	Host, Scope, Delivery string
+	Instance              *string // nil: of any; empty: those for a coming one
 	States                []State
 	After                 string    // ids above this
 	DueBy                 time.Time // with a Due at or before this
@@ -84,6 +85,9 @@ func List(tx *store.Tx, f Filter) ([]Grant, error) {
 	}
 	if f.Delivery != "" {
 		add(`delivery_id = ?`, f.Delivery)
+	}
+	if f.Instance != nil {
+		add(`instance = ?`, *f.Instance)
 	}
 	if f.After != "" {
 		add(`id > ?`, f.After)

@@ -166,13 +166,14 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 		for _, e := range earlier {
 			superseded = append(superseded, e.ID)
 		}
-		same, err := journal.List(tx, journal.Filter{Host: g.Host, Scope: g.Scope, States: journal.Unended})
+		// Not all of the scope's: a host may have hundreds, and each is read whole.
+		same, err := journal.List(tx, journal.Filter{Host: g.Host, Scope: g.Scope, Instance: &g.Instance, States: journal.Unended})
 		if err != nil {
 			return err
 		}
 		own := 0
 		for _, e := range same {
-			if e.Instance == g.Instance && e.From == g.From {
+			if e.From == g.From {
 				own++
 			}
 		}
