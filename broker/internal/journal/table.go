@@ -69,10 +69,9 @@ type Filter struct {
 // Unended are the states of credentials that may still work.
 var Unended = []State{Intended, Provisional, Live, Retiring, Revoking}
 
-// List reads grants by id, or by due time where DueBy is set.
-func List(tx *store.Tx, f Filter) ([]Grant, error) {
+// query is f in SQL.
+func (f Filter) query() (query string, args []any) {
 	var where []string
-	var args []any
 	add := func(clause string, values ...any) {
 		where = append(where, clause)
 		args = append(args, values...)
@@ -104,7 +103,7 @@ func List(tx *store.Tx, f Filter) ([]Grant, error) {
 		add(`due > 0 AND due <= ?`, store.Millis(f.DueBy))
 		order = `due`
 	}
-	query := `SELECT ` + columns + ` FROM grants`
+	query = `SELECT ` + columns + ` FROM grants`
 	if len(where) > 0 {
 		query += ` WHERE ` + strings.Join(where, ` AND `)
 	}
@@ -113,6 +112,12 @@ func List(tx *store.Tx, f Filter) ([]Grant, error) {
 		query += ` LIMIT ?`
 		args = append(args, f.Limit)
 	}
+	return query, args
+}
+
+// List reads grants by id, or by due time where DueBy is set.
+func List(tx *store.Tx, f Filter) ([]Grant, error) {
+	query, args := f.query()
 	rows, err := tx.Query(query, args...)
 	if err != nil {
 		return nil, err
