@@ -184,6 +184,16 @@ func exactly(n int) cobra.PositionalArgs {
 	}
 }
 
+// atMost is cobra.MaximumNArgs with the usage's exit code.
+func atMost(n int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) > n {
+			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
+		}
+		return nil
+	}
+}
+
 func atLeast(n int) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if len(args) < n {

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/compensating/ledger"
 )
 
 func leaseCommand(o *options) *cobra.Command {
@@ -111,43 +112,14 @@ func leaseRevokeCommand(o *options) *cobra.Command {
 	return cmd
 }
 
-// An exportedLease is one line of `lease export`, the ledger that tells where a
-// credential may be used and by whom.
-type exportedLease struct {
-	ID       string            `json:"id"`
-	Scope    string            `json:"scope"`
-	Host     string            `json:"host"`
-	Subject  exportedSubject   `json:"subject"`
-	Kind     string            `json:"kind"`
-	Names    map[string]string `json:"names"`
-	Sources  []string          `json:"sources"`
-	Audience []string          `json:"audience"`
-	Issued   string            `json:"issued,omitempty"`
-	Expires  string            `json:"expires,omitempty"`
-	Revoked  string            `json:"revoked,omitempty"`
-}
-
-type exportedSubject struct {
-	Boot       string          `json:"boot"`
-	PID        int             `json:"pid,omitempty"`
-	Start      uint64          `json:"start,omitempty"`
-	Unit       string          `json:"unit,omitempty"`
-	Invocation string          `json:"invocation,omitempty"`
-	User       string          `json:"user"`
-	Parent     json.RawMessage `json:"parent,omitempty"`
-	Exe        string          `json:"exe"`
-	SHA256     string          `json:"sha256"`
-}
-
 func leaseExportCommand(o *options) *cobra.Command {
 	req := &v1.ListLeasesRequest{Ended: true}
 	cmd := &cobra.Command{Use: "export", Short: "Write every lease, ended ones too, as JSON lines", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		e := json.NewEncoder(cmd.OutOrStdout())
 		return eachLease(cmd.Context(), o, req, func(l *v1.Lease) error {
-			out := exportedLease{ID: l.GetId(), Scope: l.GetScope(), Host: l.GetHost(), Kind: l.GetKind(), Names: l.GetNames(), Sources: l.GetSources(),
-				Audience: l.GetAudience(), Issued: rfc3339(l.GetIssued()), Expires: rfc3339(l.GetExpires()), Revoked: rfc3339(l.GetRevoked())}
-			if err := json.Unmarshal(l.GetSubject(), &out.Subject); err != nil {
-				return fmt.Errorf("lease %s: %w", l.GetId(), err)
+			out, err := entry(l)
+			if err != nil {
+				return err
 			}
 			return e.Encode(out)
 		})
@@ -157,9 +129,29 @@ func leaseExportCommand(o *options) *cobra.Command {
 	return cmd
 }
 
+// entry is a lease as the ledger has it.
+func entry(l *v1.Lease) (ledger.Entry, error) {
+	n := l.GetNames()
+	e := ledger.Entry{ID: l.GetId(), Scope: l.GetScope(), Host: l.GetHost(), Kind: l.GetKind(), Sources: l.GetSources(), Audience: l.GetAudience(),
+		Issued: at(l.GetIssued()), Expires: at(l.GetExpires()), Revoked: at(l.GetRevoked()),
+		Names: ledger.Names{DBUsername: n["db_username"], VaultLease: n["vault_lease"], VaultAccessor: n["vault_accessor"], VaultPath: n["vault_path"],
+			CertificateSerial: n["certificate_serial"], SSHKeyID: n["ssh_key_id"], SSHSerial: n["ssh_serial"], SecretHMAC: n["secret_hmac"]}}
+	if err := json.Unmarshal(l.GetSubject(), &e.Subject); err != nil {
+		return e, fmt.Errorf("lease %s: %w", l.GetId(), err)
+	}
+	return e, nil
+}
+
+func at(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return t.AsTime()
+}
+
 func rfc3339(t *timestamppb.Timestamp) string {
 	if t == nil {
 		return ""
 	}
-	return t.AsTime().UTC().Format(time.RFC3339Nano)
+	return at(t).Format(time.RFC3339Nano)
 }

@@ -57,7 +57,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	switch {
 	case errors.As(err, &exit):
 		return exit.code
-	case strings.HasPrefix(err.Error(), "unknown command"):
+	case strings.HasPrefix(err.Error(), "unknown command"), strings.HasPrefix(err.Error(), "required flag"):
 		return exitUsage
 	case errors.As(err, &remote) && (remote.Code() == connect.CodeUnavailable || remote.Code() == connect.CodeInternal || remote.Code() == connect.CodeUnknown):
 		return exitUnreach
@@ -86,7 +86,7 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &exitError{exitUsage, err} })
 	o.flags(root)
 	root.AddCommand(brokerCommand(o), hostCommand(o), operatorCommand(o), joinTokenCommand(o), referenceCommand(o), releaseCommand(o), scopeCommand(o), appraiseCommand(o),
-		whyCommand(o), leaseCommand(o), auditCommand(o), vaultCommand(o), fsckCommand(o), configCommand(o), statusCommand(o))
+		whyCommand(o), leaseCommand(o), watchCommand(o), auditCommand(o), vaultCommand(o), fsckCommand(o), configCommand(o), statusCommand(o))
 	for _, sub := range root.Commands() {
 		strict(sub)
 	}

@@ -1,0 +1,414 @@
+// Package detect says what is wrong with how credentials are used: it joins
+// sightings to the ledger by exact names, and holds each against what was issued.
+//
+// A detector is a function of one sighting and the ledger, or of the ledger's
+// entries of one program; what it keeps between sightings are first and last
+// times. So sightings that come late, early or out of order come out the same as in
+// order. What each sees, what fools it and what it asks for is in Catalogue.
+//
+// Trust: the ledger is the broker's word. A sighting is a log's word: its names
+// decide whose credential it is, and since user names aren't secret, only a
+// completed login says more than that somebody tried. Detectors promise to speak of
+// what both say, and to be silent where either is: no address, no judgement of it.
+package detect
+
+import (
+	"fmt"
+	"net/netip"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/countersign/countersign/compensating/ledger"
+	"github.com/countersign/countersign/compensating/sightings"
+)
+
+// Skew is how far clocks of logs, hosts and broker may be apart, and how long what
+// was revoked may take to be: no time is judged more finely.
+const Skew = 45 * time.Second
+
+// A Config is what an operator says of the world.
+type Config struct {
+	// Governed are accounts that only the broker hands out, as globs (path.Match),
+	// beside those of the ledger and of its roles' user names.
+	Governed []string
+	// Through are addresses of NATs and poolers, from which any host may come.
+	Through []netip.Prefix
+	// Announced says whether a program's digest belongs to a release that was
+	// announced; nil: none was.
+	Announced func(sha256 string) bool
+}
+
+// A Detection is one thing that a detector saw.
+type Detection struct {
+	Detector Name
+	Lease    string // where there is one
+	Host     string
+	Account  string // user name, Vault path or log
+	Time     time.Time
+	Why      string
+	Cause    string              // what tells it from others of the same detector and lease
+	Sighting *sightings.Sighting // nil where the ledger alone shows it
+}
+
+// A Judge holds sightings against a ledger. It is not safe for concurrent use.
+type Judge struct {
+	ledger *ledger.Index
+	config Config
+	roles  map[string]bool // of governed user names: what stands before their random part
+	paths  map[string]bool // of Vault that the ledger's entries came from
+	issued map[string]bool // Vault's names of who reads for the broker
+	use    map[string]map[string]*span
+	used   map[program]bool
+	reads  []sightings.Sighting // from governed paths, of leases that the ledger doesn't know
+}
+
+// A span is between the first and the last login with one boot's credentials.
+type span struct {
+	first, last time.Time
+	lease       string
+	evidence    sightings.Sighting // the last
+}
+
+type program struct{ host, scope string }
+
+// maxReads bounds the reads that wait for judgement.
+const maxReads = 1 << 16
+
+// NewJudge makes a judge over a ledger, which may grow.
+func NewJudge(l *ledger.Index, c Config) *Judge {
+	return &Judge{ledger: l, config: c, roles: map[string]bool{}, paths: map[string]bool{}, issued: map[string]bool{},
+		use: map[string]map[string]*span{}, used: map[program]bool{}}
+}
+
+// Learn takes what an entry says of all of its kind: the role that governed user
+// names are of, and the path that only the broker reads.
+func (j *Judge) Learn(e ledger.Entry) {
+	if role, ok := role(e.Names.DBUsername); ok {
+		j.roles[role] = true
+	}
+	if p := e.Names.Path(); p != "" && e.Kind != ledger.KindCanary {
+		j.paths[p] = true
+	}
+}
+
+// role is what stands before the random part of a user name that Vault's database
+// engine made: v-<display>-<role>-<20 random>-<unix time>.
+func role(user string) (string, bool) {
+	rest, ok := strings.CutPrefix(user, "v-")
+	if !ok {
+		return "", false
+	}
+	i := strings.LastIndexByte(rest, '-')
+	if i < 0 || len(rest)-i-1 != 10 || strings.Trim(rest[i+1:], "0123456789") != "" {
+		return "", false
+	}
+	rest = rest[:i]
+	i = strings.LastIndexByte(rest, '-')
+	if i < 0 || len(rest)-i-1 != 20 || strings.IndexFunc(rest[i+1:], func(r rune) bool {
+		return (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
+	}) >= 0 {
+		return "", false
+	}
+	return rest[:i], true
+}
+
+// governed says whether only the broker hands out an account of this name.
+func (j *Judge) governed(account string) bool {
+	if r, ok := role(account); ok && j.roles[r] {
+		return true
+	}
+	return slices.ContainsFunc(j.config.Governed, func(glob string) bool {
+		ok, err := path.Match(glob, account)
+		return ok && err == nil
+	})
+}
+
+// Known says whether the ledger knows the credential of a sighting, or it is of none
+// that the broker governs. Of one that is not known it may hear later.
+func (j *Judge) Known(s sightings.Sighting) (bool, error) {
+	if s.Kind == sightings.Read {
+		known, err := j.ours(s)
+		return known || !j.paths[s.VaultPath], err
+	}
+	entries, err := j.entries(s)
+	return len(entries) > 0 || !j.governed(s.Account), err
+}
+
+// entries are those of the credential that a sighting names.
+func (j *Judge) entries(s sightings.Sighting) ([]ledger.Entry, error) {
+	switch {
+	case s.SSHKeyID != "" || s.SSHSerial != "":
+		found, err := j.ledger.Find(ledger.BySSHKeyID, s.SSHKeyID)
+		if err != nil {
+			return nil, err
+		}
+		// One key signed twice has one key id.
+		found = slices.DeleteFunc(found, func(e ledger.Entry) bool {
+			serial := e.Names.SSHSerial
+			if serial == "" {
+				serial = e.Names.CertificateSerial
+			}
+			return serial != "" && s.SSHSerial != "" && serial != s.SSHSerial
+		})
+		if len(found) == 0 && len(s.SSHSerial) >= 10 {
+			found, err = j.ledger.Find(ledger.BySSHSerial, s.SSHSerial)
+		}
+		return found, err
+	case s.CertSerial != "":
+		return j.ledger.Find(ledger.BySerial, s.CertSerial)
+	case s.Account != "":
+		return j.ledger.Find(ledger.ByDBUsername, s.Account)
+	}
+	return nil, nil
+}
+
+// ours says whether a read was the broker's.
+func (j *Judge) ours(s sightings.Sighting) (bool, error) {
+	found, err := j.ledger.Find(ledger.ByVaultLease, s.VaultLease)
+	if err == nil && len(found) == 0 {
+		found, err = j.ledger.Find(ledger.ByID, s.Grant)
+	}
+	return len(found) > 0, err
+}
+
+// See judges one sighting.
+func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
+	if s.Kind == sightings.Read {
+		return j.read(s)
+	}
+	entries, err := j.entries(s)
+	if err != nil {
+		return nil, err
+	}
+	if len(entries) == 0 {
+		if s.Kind == sightings.Login && j.governed(s.Account) {
+			return []Detection{detection(UnmatchedLogin, nil, s, "the account is governed, and was not issued by the broker")}, nil
+		}
+		return nil, nil
+	}
+	if i := slices.IndexFunc(entries, func(e ledger.Entry) bool { return e.Kind == ledger.KindCanary }); i >= 0 {
+		return []Detection{detection(Canary, &entries[i], s, "a trap that nobody was given was used")}, nil
+	}
+	for _, e := range entries {
+		j.used[program{e.Host, e.Scope}] = true
+	}
+	if s.Kind != sightings.Login {
+		return nil, nil
+	}
+	var out []Detection
+	if static(entries) {
+		out = j.static(entries, s)
+	} else {
+		newest := slices.MaxFunc(entries, func(a, b ledger.Entry) int { return a.Issued.Compare(b.Issued) })
+		out = j.dynamic(newest, s)
+	}
+	if why := human(s); why != "" {
+		e := slices.MaxFunc(entries, func(a, b ledger.Entry) int { return a.Issued.Compare(b.Issued) })
+		d := detection(HumanUse, &e, s, why)
+		if static(entries) {
+			d.Lease, d.Host = "", ""
+		}
+		out = append(out, d)
+	}
+	return out, nil
+}
+
+func detection(name Name, e *ledger.Entry, s sightings.Sighting, why string) Detection {
+	d := Detection{Detector: name, Account: s.Account, Time: s.Time, Why: why, Sighting: &s}
+	if e != nil {
+		d.Lease, d.Host = e.ID, e.Host
+	}
+	return d
+}
+
+// static says whether entries are readers of one account, which outlives them.
+func static(entries []ledger.Entry) bool {
+	e := entries[0]
+	_, made := role(e.Names.DBUsername)
+	return e.Names.DBUsername != "" && e.Names.VaultLease == "" && !made
+}
+
+// dynamic judges a login with a credential that was made for one program.
+func (j *Judge) dynamic(e ledger.Entry, s sightings.Sighting) (out []Detection) {
+	if end := e.End(); !end.IsZero() && s.Time.After(end.Add(Skew)) {
+		out = append(out, detection(UseAfterRevoke, &e, s, fmt.Sprintf("logged in %s after its end at %s", s.Time.Sub(end).Round(time.Second), end.UTC().Format(time.RFC3339))))
+	}
+	switch j.where(e, s) {
+	case elsewhere:
+		out = append(out, detection(ForeignSource, &e, s, fmt.Sprintf("used from %s; it was issued to host %s at %s", s.From, e.Host, strings.Join(e.Sources, ", "))))
+	case there:
+		if d, ok := j.twice(e, s); ok {
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
+// A place is what a sighting's address says.
+type place int
+
+const (
+	unknown   place = iota
+	there           // one of the host's
+	through         // declared for any host
+	elsewhere       // no host's to which it was issued
+)
+
+func (j *Judge) where(e ledger.Entry, s sightings.Sighting) place {
+	if !s.From.IsValid() || s.Local {
+		return unknown
+	}
+	prefixes := e.Prefixes()
+	contains := func(p netip.Prefix) bool { return p.Contains(s.From) }
+	switch {
+	case slices.ContainsFunc(prefixes, contains) || j.ledger.At(e.Host, s.From, s.Time, Skew):
+		return there
+	case slices.ContainsFunc(j.config.Through, contains):
+		return through
+	case len(prefixes) == 0 || s.From.IsLoopback():
+		return unknown // the target's own machine may be the host
+	}
+	return elsewhere
+}
+
+// twice sees a host that runs twice: credentials of one boot are used, then those of
+// another, then those of the first again, each from an address that is the host's.
+func (j *Judge) twice(e ledger.Entry, s sightings.Sighting) (Detection, bool) {
+	if e.Subject.Boot == "" {
+		return Detection{}, false
+	}
+	boots := j.use[e.Host]
+	if boots == nil {
+		boots = map[string]*span{}
+		j.use[e.Host] = boots
+	}
+	at := boots[e.Subject.Boot]
+	if at == nil {
+		at = &span{first: s.Time, last: s.Time, lease: e.ID, evidence: s}
+		boots[e.Subject.Boot] = at
+	}
+	if s.Time.Before(at.first) {
+		at.first = s.Time
+	}
+	if !s.Time.Before(at.last) {
+		at.last, at.lease, at.evidence = s.Time, e.ID, s
+	}
+	for boot, other := range boots {
+		if boot == e.Subject.Boot {
+			continue
+		}
+		older, newer := at, other
+		if other.first.Before(at.first) {
+			older, newer = other, at
+		}
+		if older.last.After(newer.first.Add(Skew)) {
+			return Detection{Detector: DuplicateInstance, Lease: older.lease, Host: e.Host, Account: older.evidence.Account, Time: older.last, Cause: e.Host,
+				Why: "credentials of an earlier boot are in use beside those of a later one: the host runs twice", Sighting: &older.evidence}, true
+		}
+	}
+	return Detection{}, false
+}
+
+// static judges a login with an account whose password several may have read.
+func (j *Judge) static(readers []ledger.Entry, s sightings.Sighting) []Detection {
+	var holding, here []ledger.Entry
+	subjects := map[string]bool{}
+	place := unknown
+	for _, e := range readers {
+		if e.Issued.After(s.Time.Add(Skew)) {
+			continue
+		}
+		at := j.where(e, s)
+		if at == there {
+			here = append(here, e)
+		}
+		if place != there && at != unknown {
+			place = max(place, at)
+			if at == there {
+				place = there
+			}
+		}
+		if e.Holds(s.Time, Skew) {
+			holding = append(holding, e)
+			subjects[e.Host+" "+e.Subject.Program()] = true
+		}
+	}
+	shared := func(why string) []Detection {
+		d := detection(SharedStaticAccount, nil, s, why)
+		return []Detection{d}
+	}
+	switch {
+	case len(here) == 0 && place == elsewhere:
+		return shared(fmt.Sprintf("used from %s, where no program was given it", s.From))
+	case len(subjects) > 1:
+		names := make([]string, 0, len(subjects))
+		for name := range subjects {
+			names = append(names, name)
+		}
+		slices.Sort(names)
+		return shared(fmt.Sprintf("%d programs have it at once: %s", len(names), strings.Join(names[:min(len(names), 8)], ", ")))
+	case len(here) > 0 && !slices.ContainsFunc(here, func(e ledger.Entry) bool { return e.Holds(s.Time, Skew) }):
+		last := slices.MaxFunc(here, func(a, b ledger.Entry) int { return a.End().Compare(b.End()) })
+		return []Detection{detection(UseAfterRevoke, &last, s, fmt.Sprintf("logged in after its lease ended at %s; only a rotation ends the password", last.End().UTC().Format(time.RFC3339)))}
+	}
+	return nil
+}
+
+// people's programs, as they name themselves, in lower case.
+var people = []string{"psql", "pgadmin", "dbeaver", "datagrip", "microsoft sql server management studio", "ssms", "sqlcmd", "azuredatastudio", "heidisql",
+	"navicat", "tableplus", "toad", "sql developer", "sqldeveloper", "postico", "pgcli", "beekeeper", "dbvisualizer", "squirrel sql", "mysql workbench", "adminer"}
+
+// human says why a login looks like a person's; empty: it doesn't.
+func human(s sightings.Sighting) string {
+	if s.Interactive {
+		return "an interactive logon with a program's account"
+	}
+	name := strings.ToLower(s.Program)
+	if i := strings.LastIndexAny(name, `/\`); i >= 0 {
+		name = name[i+1:]
+	}
+	for _, p := range people {
+		if rest, ok := strings.CutPrefix(name, p); ok && (rest == "" || !letter(rest[0])) {
+			return fmt.Sprintf("used by %q, a program for people", s.Program)
+		}
+	}
+	return ""
+}
+
+func letter(c byte) bool { return c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '_' }
+
+// read keeps who reads for the broker, and what somebody else may have read.
+func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
+	ours, err := j.ours(s)
+	if err != nil {
+		return nil, err
+	}
+	if ours {
+		j.issued[s.Actor] = true
+		return nil, nil
+	}
+	if len(j.reads) < maxReads {
+		j.reads = append(j.reads, s)
+	}
+	return nil, nil
+}
+
+// Reads judges the reads of governed paths that were seen: after the ledger had the
+// time to hear of the broker's own.
+func (j *Judge) Reads() (out []Detection, err error) {
+	for _, s := range j.reads {
+		ours, err := j.ours(s)
+		if err != nil {
+			return nil, err
+		}
+		if ours || !j.paths[s.VaultPath] || s.Actor != "" && j.issued[s.Actor] {
+			continue
+		}
+		out = append(out, Detection{Detector: OutOfBandRead, Account: s.VaultPath, Time: s.Time, Cause: s.Actor,
+			Why: fmt.Sprintf("read by %q, who is not the broker", s.Actor), Sighting: &s})
+	}
+	j.reads = nil
+	return out, nil
+}

@@ -1,0 +1,251 @@
+package detect_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/countersign/countersign/compensating/detect"
+	"github.com/countersign/countersign/compensating/ledger"
+	"github.com/countersign/countersign/compensating/sightings"
+)
+
+var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+const user = "v-token-co-billing--abcdefghij0123456789-1772366400"
+
+// issued is a credential of one hour, as most tests begin with.
+func issued(change ...func(*ledger.Entry)) ledger.Entry {
+	e := ledger.Entry{ID: "L1", Scope: "billing-db", Host: "h1", Kind: "vault", Sources: []string{"10.0.0.1"}, Issued: noon, Expires: noon.Add(time.Hour),
+		Subject: ledger.Subject{Boot: "b1", Unit: "billing.service", Invocation: "i1", User: "billing", Parent: "/sbin/init", Exe: "/opt/billingd", SHA256: "aa"},
+		Names:   ledger.Names{DBUsername: user, VaultLease: "database/creds/billing-ro/x"}}
+	for _, f := range change {
+		f(&e)
+	}
+	return e
+}
+
+func login(after time.Duration, from string, change ...func(*sightings.Sighting)) sightings.Sighting {
+	s := sightings.Sighting{Time: noon.Add(after), Kind: sightings.Login, Source: "pg", Account: user, Program: "billingd"}
+	if from != "" {
+		s.From = netip.MustParseAddr(from)
+	}
+	for _, f := range change {
+		f(&s)
+	}
+	return s
+}
+
+// judge runs all there is over entries and sightings, and says what was found.
+func judge(t *testing.T, c detect.Config, entries []ledger.Entry, seen ...sightings.Sighting) string {
+	t.Helper()
+	var b bytes.Buffer
+	for _, e := range entries {
+		if err := json.NewEncoder(&b).Encode(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	x := ledger.NewIndex(bytes.NewReader(b.Bytes()))
+	if err := x.Load(int64(b.Len())); err != nil {
+		t.Fatal(err)
+	}
+	j := detect.NewJudge(x, c)
+	var found []detect.Detection
+	add := func(list []detect.Detection, err error) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		found = append(found, list...)
+	}
+	for _, e := range entries {
+		j.Learn(e)
+	}
+	for _, s := range seen {
+		add(j.See(s))
+	}
+	add(j.Reads())
+	if err := x.Programs(func(list []ledger.Entry) error {
+		add(j.Program(list), nil)
+		add(j.Unused(list, noon.Add(-time.Hour), noon.Add(24*time.Hour)), nil)
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := x.Shared(func(f ledger.Field, list []ledger.Entry) error {
+		if f == ledger.BySecret {
+			add(detect.Equal(list), nil)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, d := range found {
+		out = append(out, strings.TrimSpace(fmt.Sprint(d.Detector, " ", d.Lease)))
+	}
+	return strings.Join(out, ", ")
+}
+
+func TestDynamic(t *testing.T) {
+	at := func(id string, after time.Duration, change ...func(*ledger.Entry)) ledger.Entry {
+		return issued(append([]func(*ledger.Entry){func(e *ledger.Entry) {
+			e.ID, e.Issued, e.Expires = id, noon.Add(after), noon.Add(after+time.Hour)
+			e.Names.DBUsername = strings.Replace(user, "abc", "ab"+id[1:], 1)
+			e.Names.VaultLease += id
+		}}, change...)...)
+	}
+	of := func(e ledger.Entry) func(*sightings.Sighting) {
+		return func(s *sightings.Sighting) { s.Account = e.Names.DBUsername }
+	}
+	boot2 := func(e *ledger.Entry) { e.Subject.Boot, e.Subject.Invocation = "b2", "i2" }
+	second := at("L2", 10*time.Minute, boot2)
+	moved := at("L2", 10*time.Minute, boot2, func(e *ledger.Entry) { e.Sources = []string{"10.0.0.2"} })
+	for name, c := range map[string]struct {
+		entries []ledger.Entry
+		seen    []sightings.Sighting
+		config  detect.Config
+		want    string
+	}{
+		"used as it should be":             {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1")}},
+		"a clock 30 s behind":              {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(-30*time.Second, "10.0.0.1")}},
+		"a clock 30 s ahead, at the end":   {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(time.Hour+30*time.Second, "10.0.0.1")}},
+		"from elsewhere":                   {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.9")}, want: "foreign-source L1"},
+		"tried from elsewhere":             {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Kind = sightings.Attempt })}},
+		"through a declared pooler":        {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.9.0.9")}, config: detect.Config{Through: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24")}}},
+		"from a source that is a prefix":   {entries: []ledger.Entry{issued(func(e *ledger.Entry) { e.Sources = []string{"10.0.0.0/24"} })}, seen: []sightings.Sighting{login(0, "10.0.0.9")}},
+		"a log without addresses":          {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "")}},
+		"from the target's own machine":    {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "127.0.0.1")}},
+		"after its end":                    {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(62*time.Minute, "10.0.0.1")}, want: "use-after-revoke L1"},
+		"after it was revoked":             {entries: []ledger.Entry{issued(func(e *ledger.Entry) { e.Revoked = noon.Add(time.Minute) })}, seen: []sightings.Sighting{login(3*time.Minute, "10.0.0.1")}, want: "use-after-revoke L1"},
+		"a session that outlives it":       {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(2*time.Hour, "10.0.0.1", func(s *sightings.Sighting) { s.Kind = sightings.Session })}},
+		"an account that nobody issued":    {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Account = strings.Replace(user, "abc", "xyz", 1) })}, want: "unmatched-login"},
+		"an account of another role":       {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Account = strings.Replace(user, "billing-", "reports", 1) })}},
+		"an account named as governed":     {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Account = "svc-x" })}, config: detect.Config{Governed: []string{"svc-*"}}, want: "unmatched-login"},
+		"a name with another's in it":      {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account = "x" + user })}},
+		"by a person":                      {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Program = "psql" })}, want: "human-use L1"},
+		"by a program with such a name":    {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Program = "psqlproxy" })}},
+		"by remote desktop":                {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Interactive = true })}, want: "human-use L1"},
+		"a trap":                           {entries: []ledger.Entry{issued(func(e *ledger.Entry) { e.Kind, e.Scope = ledger.KindCanary, "" })}, seen: []sightings.Sighting{login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Kind = sightings.Attempt })}, want: "canary L1"},
+		"never used":                       {entries: []ledger.Entry{issued()}, want: "dormant L1"},
+		"a pool that keeps its sessions":   {entries: []ledger.Entry{issued(), at("L2", 50*time.Minute)}, seen: []sightings.Sighting{login(0, "10.0.0.1")}},
+		"a reboot":                         {entries: []ledger.Entry{issued(), second}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(9*time.Minute, "10.0.0.1"), login(11*time.Minute, "10.0.0.1", of(second))}},
+		"a reboot to another address":      {entries: []ledger.Entry{issued(), moved}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(11*time.Minute, "10.0.0.2", of(moved)), login(12*time.Minute, "10.0.0.1", of(moved))}},
+		"the boot before lives on":         {entries: []ledger.Entry{issued(), second}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(20*time.Minute, "10.0.0.1"), login(11*time.Minute, "10.0.0.1", of(second))}, want: "duplicate-instance L1"},
+		"the invocation before comes back": {entries: []ledger.Entry{issued(), second, at("L3", 20*time.Minute)}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "duplicate-instance L3"},
+		"another path":                     {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.Exe = "/tmp/x" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},
+		"another digest":                   {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.SHA256 = "bb" }), at("L3", 2*time.Minute, func(e *ledger.Entry) { e.Subject.SHA256 = "bb" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},
+		"a digest that was announced":      {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.SHA256 = "bb" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, config: detect.Config{Announced: func(s string) bool { return s == "bb" }}},
+		"a parent that couldn't be read":   {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.Parent = "" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}},
+		"a program on another host":        {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Host, e.Subject.Exe = "h2", "/usr/bin/x" })}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(time.Minute, "10.0.0.1", of(at("L2", 0)))}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := judge(t, c.config, c.entries, c.seen...); got != c.want {
+				t.Errorf("found %q, want %q", got, c.want)
+			}
+			// In the other order, as logs come when one was late.
+			for i, j := 0, len(c.seen)-1; i < j; i, j = i+1, j-1 {
+				c.seen[i], c.seen[j] = c.seen[j], c.seen[i]
+			}
+			if got := judge(t, c.config, c.entries, c.seen...); got != c.want {
+				t.Errorf("in the other order: found %q, want %q", got, c.want)
+			}
+		})
+	}
+}
+
+func TestStatic(t *testing.T) {
+	reader := func(id, host, source string, change ...func(*ledger.Entry)) ledger.Entry {
+		return issued(append([]func(*ledger.Entry){func(e *ledger.Entry) {
+			e.ID, e.Host, e.Sources, e.Names = id, host, []string{source}, ledger.Names{DBUsername: "svc-old", VaultPath: "database/static-creds/old", SecretHMAC: "m1"}
+		}}, change...)...)
+	}
+	used := func(after time.Duration, from string) sightings.Sighting {
+		return login(after, from, func(s *sightings.Sighting) { s.Account = "svc-old" })
+	}
+	later := func(e *ledger.Entry) {
+		e.Issued, e.Expires, e.Subject.Boot, e.Subject.Invocation = noon.Add(time.Hour), noon.Add(2*time.Hour), "b2", "i2"
+	}
+	for name, c := range map[string]struct {
+		entries []ledger.Entry
+		seen    []sightings.Sighting
+		want    string
+	}{
+		"one reader":                  {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1")}, ""},
+		"the same program, again":     {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later)}, []sightings.Sighting{used(0, "10.0.0.1"), used(61*time.Minute, "10.0.0.1")}, ""},
+		"two hosts at once":           {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2")}, []sightings.Sighting{used(0, "10.0.0.1")}, "shared-static-account"},
+		"one host, then another":      {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2", later)}, []sightings.Sighting{used(0, "10.0.0.1"), used(90*time.Minute, "10.0.0.2")}, ""},
+		"where nobody was given it":   {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1"), used(0, "10.0.0.9")}, "shared-static-account"},
+		"after its lease":             {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(2*time.Hour, "10.0.0.1")}, "use-after-revoke 1"},
+		"one secret for two accounts": {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later, func(e *ledger.Entry) { e.Scope, e.Names.DBUsername = "other", "svc-new" })}, []sightings.Sighting{used(0, "10.0.0.1"), login(61*time.Minute, "10.0.0.1", func(s *sightings.Sighting) { s.Account = "svc-new" })}, "same-secret 2"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := judge(t, detect.Config{}, c.entries, c.seen...); got != c.want {
+				t.Errorf("found %q, want %q", got, c.want)
+			}
+		})
+	}
+}
+
+func TestReads(t *testing.T) {
+	read := func(path, lease, grant, actor string) sightings.Sighting {
+		return sightings.Sighting{Time: noon, Kind: sightings.Read, Source: "vault", VaultPath: path, VaultLease: lease, Grant: grant, Actor: actor}
+	}
+	ours := read("database/creds/billing-ro", "database/creds/billing-ro/x", "", "broker")
+	for name, c := range map[string]struct {
+		seen []sightings.Sighting
+		want string
+	}{
+		"the broker's, by its lease":  {[]sightings.Sighting{ours}, ""},
+		"the broker's, by its grant":  {[]sightings.Sighting{read("database/creds/billing-ro", "", "L1", "token-countersign-L1")}, ""},
+		"the broker's, not in time":   {[]sightings.Sighting{read("database/creds/billing-ro", "database/creds/billing-ro/y", "", "broker"), ours}, ""},
+		"somebody's":                  {[]sightings.Sighting{ours, read("database/creds/billing-ro", "database/creds/billing-ro/z", "", "alice")}, "out-of-band-read"},
+		"somebody's of another path":  {[]sightings.Sighting{ours, read("database/creds/reports", "database/creds/reports/z", "", "alice")}, ""},
+		"who says that he is a grant": {[]sightings.Sighting{ours, read("database/creds/billing-ro", "", "L9", "alice")}, "out-of-band-read"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := judge(t, detect.Config{}, []ledger.Entry{issued()}, append(c.seen, login(0, "10.0.0.1"))...); got != c.want {
+				t.Errorf("found %q, want %q", got, c.want)
+			}
+		})
+	}
+}
+
+func TestSshCertificates(t *testing.T) {
+	of := func(id, serial string) ledger.Entry {
+		return issued(func(e *ledger.Entry) {
+			e.ID, e.Names = id, ledger.Names{SSHKeyID: "vault-token-1f", SSHSerial: serial}
+		})
+	}
+	seen := func(key, serial, from string) sightings.Sighting {
+		return login(0, from, func(s *sightings.Sighting) { s.Account, s.SSHKeyID, s.SSHSerial = "app", key, serial })
+	}
+	entries := []ledger.Entry{of("L1", "17000000000000001"), of("L2", "17000000000000002")}
+	for name, c := range map[string]struct {
+		seen sightings.Sighting
+		want string
+	}{
+		"as it should be":               {seen("vault-token-1f", "17000000000000001", "10.0.0.1"), ""},
+		"the second of two for one key": {seen("vault-token-1f", "17000000000000002", "10.0.0.9"), "foreign-source L2"},
+		"another CA's serial":           {seen("other", "1", "10.0.0.9"), ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := judge(t, detect.Config{}, entries, c.seen); got != c.want {
+				t.Errorf("found %q, want %q", got, c.want)
+			}
+		})
+	}
+}
+
+// TestCatalogue: each detector is documented, and asks for no more than an alert
+// unless a completed login shows it.
+func TestCatalogue(t *testing.T) {
+	for _, e := range detect.Catalogue {
+		if e.Sees == "" || e.Fooled == "" || !strings.HasPrefix(e.NHI, "NHI") || detect.Of(e.Name).Name != e.Name {
+			t.Errorf("%+v", e)
+		}
+	}
+}

@@ -1,0 +1,119 @@
+package detect
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/countersign/countersign/compensating/ledger"
+)
+
+// Program judges the entries of one scope on one host, by the time of issue.
+func (j *Judge) Program(entries []ledger.Entry) []Detection {
+	return append(j.drift(entries), returned(entries)...)
+}
+
+// drift sees a program that is no longer what it was: another path, unit, user or
+// parent than any before, or another digest that no release announced.
+func (j *Judge) drift(entries []ledger.Entry) (out []Detection) {
+	seen := map[string]map[string]bool{}
+	for _, e := range entries {
+		if e.Kind == ledger.KindCanary {
+			continue
+		}
+		var changes []string
+		for _, f := range []struct{ name, value string }{
+			{"exe", e.Subject.Exe}, {"unit", e.Subject.Unit}, {"user", e.Subject.User}, {"parent", string(e.Subject.Parent)}, {"sha256", e.Subject.SHA256},
+		} {
+			if f.value == "" {
+				continue
+			}
+			before := seen[f.name]
+			if before == nil {
+				before = map[string]bool{}
+				seen[f.name] = before
+			}
+			announced := f.name == "sha256" && (e.Subject.Release != "" || j.config.Announced != nil && j.config.Announced(f.value))
+			if len(before) > 0 && !before[f.value] && !announced {
+				changes = append(changes, fmt.Sprintf("%s is %s", f.name, f.value))
+			}
+			before[f.value] = true
+		}
+		if len(changes) > 0 {
+			out = append(out, Detection{Detector: SubjectDrift, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: e.Issued, Cause: strings.Join(changes, ", "),
+				Why: "not seen before for this scope on this host: " + strings.Join(changes, ", ")})
+		}
+	}
+	return out
+}
+
+// returned sees an invocation of a unit, or a boot, that is issued to again after
+// another was: neither comes back, so there are two.
+func returned(entries []ledger.Entry) []Detection {
+	last := map[string]string{} // of a unit, or of all else: the instance that was issued to last
+	over := map[string]bool{}
+	for _, e := range entries {
+		instance := e.Subject.Boot
+		if e.Subject.Unit != "" {
+			instance += " " + e.Subject.Invocation
+		}
+		if strings.TrimSpace(instance) == "" {
+			continue
+		}
+		unit := e.Subject.Unit
+		if over[unit+"\x00"+instance] {
+			return []Detection{{Detector: DuplicateInstance, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: e.Issued, Cause: e.Host,
+				Why: "issued to a run of the program that another had followed: the host runs twice"}}
+		}
+		if before, ok := last[unit]; ok && before != instance {
+			over[unit+"\x00"+before] = true
+		}
+		last[unit] = instance
+	}
+	return nil
+}
+
+// Equal judges entries whose secrets are equal: of one account they are, of two
+// they never should.
+func Equal(entries []ledger.Entry) []Detection {
+	slices.SortFunc(entries, func(a, b ledger.Entry) int { return a.Issued.Compare(b.Issued) })
+	account := func(e ledger.Entry) string {
+		if e.Names.DBUsername != "" {
+			return e.Names.DBUsername
+		}
+		if p := e.Names.Path(); p != "" {
+			return p
+		}
+		return e.Scope
+	}
+	first := entries[0]
+	for _, e := range entries[1:] {
+		if account(e) != account(first) {
+			return []Detection{{Detector: SameSecret, Lease: e.ID, Host: e.Host, Account: account(e), Time: e.Issued, Cause: e.Names.SecretHMAC,
+				Why: fmt.Sprintf("its secret is that of %s, too (lease %s of host %s)", account(first), first.ID, first.Host)}}
+		}
+	}
+	return nil
+}
+
+// Unused judges the entries of one scope on one host by what was seen while the
+// logs reached from first to last: a program that never used what it got, for the
+// whole life of at least one credential.
+func (j *Judge) Unused(entries []ledger.Entry, first, last time.Time) []Detection {
+	if first.IsZero() || j.used[program{entries[0].Host, entries[0].Scope}] {
+		return nil
+	}
+	for _, e := range entries {
+		end := e.End()
+		if e.Names.DBUsername == "" || e.Kind == ledger.KindCanary || end.IsZero() || e.Issued.Before(first) || end.After(last) || end.Sub(e.Issued) < shortest {
+			continue
+		}
+		return []Detection{{Detector: Dormant, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: end,
+			Why: fmt.Sprintf("issued at %s, and never used to its end", e.Issued.UTC().Format(time.RFC3339))}}
+	}
+	return nil
+}
+
+// shortest is the life of a credential below which it says nothing that nobody used it.
+const shortest = 5 * time.Minute

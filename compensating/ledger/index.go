@@ -1,0 +1,418 @@
+package ledger
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"io"
+	"math"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// A Field is a name of an entry by which it is found.
+type Field byte
+
+// Fields that are indexed.
+const (
+	ByID Field = iota
+	ByDBUsername
+	ByVaultLease
+	BySerial // of an X.509 certificate
+	BySSHKeyID
+	BySSHSerial
+	BySecret
+	byProgram // of one scope on one host: its newest entry, from which the others hang
+	fields
+)
+
+func (f Field) of(e *Entry) string {
+	switch f {
+	case ByID:
+		return e.ID
+	case ByDBUsername:
+		return e.Names.DBUsername
+	case ByVaultLease:
+		return e.Names.VaultLease
+	case BySerial:
+		return e.Names.CertificateSerial
+	case BySSHKeyID:
+		return e.Names.SSHKeyID
+	case BySSHSerial:
+		return e.Names.SSHSerial
+	case BySecret:
+		return e.Names.SecretHMAC
+	case byProgram:
+		return e.Host + "\x00" + e.Scope
+	}
+	return ""
+}
+
+// An Index finds entries of a ledger file. The entries stay in the file: in memory
+// is where each lies, 8 bytes for each of its names, and what is asked of hosts
+// and programs as a whole. It is not safe for concurrent use.
+type Index struct {
+	file  io.ReaderAt
+	seed  maphash.Seed
+	lines []place // by entry, in the order in which they came
+	table []slot  // of names, open addressing; a power of two
+	used  int
+	// many has the names that more than one entry bears, as static accounts do.
+	many map[nameKey][]uint32
+
+	hosts map[string]*host
+	line  []byte
+}
+
+type place struct {
+	offset int64
+	size   int32
+	before uint32 // counted from 1: an entry of the same host and scope
+}
+
+// A slot is 32 bits of a name's hash and, counted from 1, the entry that bears it;
+// shared marks that there are more, in many.
+type slot struct {
+	hash  uint32
+	entry uint32
+}
+
+const shared = math.MaxUint32
+
+type nameKey struct {
+	field Field
+	name  string
+}
+
+type host struct {
+	addresses []address
+}
+
+// An address was a host's for as long as credentials issued to it there lived.
+type address struct {
+	prefix      netip.Prefix
+	first, last time.Time // last zero: without end
+}
+
+// NewIndex makes an index over file, whose lines Add names.
+func NewIndex(file io.ReaderAt) *Index {
+	return &Index{file: file, seed: maphash.MakeSeed(), table: make([]slot, 1024), many: map[nameKey][]uint32{},
+		hosts: map[string]*host{}}
+}
+
+// Load adds every line of the file, which is size bytes long. The error names the
+// line that it couldn't read.
+func (x *Index) Load(size int64) error {
+	r := bufio.NewReaderSize(io.NewSectionReader(x.file, 0, size), MaxLine+1)
+	offset, number := int64(0), 0
+	for {
+		line, err := r.ReadSlice('\n')
+		number++
+		if errors.Is(err, bufio.ErrBufferFull) {
+			return fmt.Errorf("ledger, line %d: longer than %d bytes", number, MaxLine)
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return fmt.Errorf("ledger: %w", err)
+		}
+		if len(line) > 1 || len(line) == 1 && line[0] != '\n' {
+			e, perr := Parse(line)
+			if perr == nil {
+				perr = x.Add(offset, len(line), e)
+			}
+			if perr != nil {
+				return fmt.Errorf("ledger, line %d: %w", number, perr)
+			}
+		}
+		offset += int64(len(line))
+		if err != nil {
+			return nil
+		}
+	}
+}
+
+// Len is how many entries there are.
+func (x *Index) Len() int { return len(x.lines) }
+
+// Add indexes e, which lies at offset in the file. An entry whose id is known takes
+// the place of the earlier one.
+func (x *Index) Add(offset int64, size int, e Entry) error {
+	known, err := x.find(ByID, e.ID)
+	if err != nil {
+		return err
+	}
+	n := uint32(len(x.lines))
+	if len(known) > 0 {
+		n = known[0]
+		before, err := x.entry(n)
+		if err != nil {
+			return err
+		}
+		if before.Host != e.Host || before.Scope != e.Scope {
+			return fmt.Errorf("entry %s: it was of host %s and scope %s", e.ID, before.Host, before.Scope)
+		}
+		x.lines[n].offset, x.lines[n].size = offset, int32(size)
+	} else {
+		x.lines = append(x.lines, place{offset: offset, size: int32(size)})
+		at, err := x.slot(byProgram, byProgram.of(&e))
+		if err != nil {
+			return err
+		}
+		x.lines[n].before = x.table[at].entry
+		x.put(at, byProgram, byProgram.of(&e), n)
+	}
+	for f := ByID; f < byProgram; f++ {
+		if err := x.bear(f, f.of(&e), n); err != nil {
+			return err
+		}
+	}
+	x.addresses(e)
+	return nil
+}
+
+func (x *Index) addresses(e Entry) {
+	h := x.hosts[e.Host]
+	if h == nil {
+		h = &host{}
+		x.hosts[e.Host] = h
+	}
+	end := e.End()
+next:
+	for _, p := range e.Prefixes() {
+		for i := range h.addresses {
+			a := &h.addresses[i]
+			if a.prefix != p {
+				continue
+			}
+			if e.Issued.Before(a.first) {
+				a.first = e.Issued
+			}
+			if end.IsZero() || !a.last.IsZero() && end.After(a.last) {
+				a.last = end
+			}
+			continue next
+		}
+		h.addresses = append(h.addresses, address{prefix: p, first: e.Issued, last: end})
+	}
+}
+
+// At says whether a was an address of the host at t, give or take skew.
+func (x *Index) At(hostID string, a netip.Addr, t time.Time, skew time.Duration) bool {
+	h := x.hosts[hostID]
+	if h == nil {
+		return false
+	}
+	return slices.ContainsFunc(h.addresses, func(at address) bool {
+		return at.prefix.Contains(a) && !t.Before(at.first.Add(-skew)) && (at.last.IsZero() || !t.After(at.last.Add(skew)))
+	})
+}
+
+// Find returns the entries that bear name, in no order.
+func (x *Index) Find(f Field, name string) ([]Entry, error) {
+	found, err := x.find(f, name)
+	if err != nil {
+		return nil, err
+	}
+	return x.entries(f, name, found)
+}
+
+// Program returns the entries of one scope on one host, by the time of issue.
+func (x *Index) Program(hostID, scope string) ([]Entry, error) {
+	at, err := x.slot(byProgram, hostID+"\x00"+scope)
+	if err != nil {
+		return nil, err
+	}
+	return x.chain(x.table[at].entry)
+}
+
+// chain reads an entry, counted from 1, and those of its program before it.
+func (x *Index) chain(n uint32) ([]Entry, error) {
+	var list []Entry
+	for ; n != 0; n = x.lines[n-1].before {
+		e, err := x.entry(n - 1)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, e)
+	}
+	slices.SortStableFunc(list, func(a, b Entry) int { return a.Issued.Compare(b.Issued) })
+	return list, nil
+}
+
+// Programs calls f with what Program returns, for each scope on each host.
+func (x *Index) Programs(f func([]Entry) error) error {
+	followed := make([]bool, len(x.lines)+1)
+	for _, l := range x.lines {
+		followed[l.before] = true
+	}
+	for n := range x.lines {
+		if followed[n+1] {
+			continue
+		}
+		list, err := x.chain(uint32(n + 1))
+		if err == nil {
+			err = f(list)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Each calls f with every entry until it returns an error.
+func (x *Index) Each(f func(Entry) error) error {
+	for n := range x.lines {
+		e, err := x.entry(uint32(n))
+		if err == nil {
+			err = f(e)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Shared calls f for every name that several entries bear.
+func (x *Index) Shared(f func(Field, []Entry) error) error {
+	for key, list := range x.many {
+		entries, err := x.entries(key.field, key.name, list)
+		if err == nil && len(entries) > 1 {
+			err = f(key.field, entries)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// entries reads those of the list that still bear the name.
+func (x *Index) entries(f Field, name string, list []uint32) ([]Entry, error) {
+	out := make([]Entry, 0, len(list))
+	for _, n := range list {
+		e, err := x.entry(n)
+		if err != nil {
+			return nil, err
+		}
+		if f.of(&e) == name {
+			out = append(out, e)
+		}
+	}
+	return out, nil
+}
+
+func (x *Index) entry(n uint32) (Entry, error) {
+	at := x.lines[n]
+	if cap(x.line) < int(at.size) {
+		x.line = make([]byte, at.size)
+	}
+	line := x.line[:at.size]
+	if _, err := x.file.ReadAt(line, at.offset); err != nil {
+		return Entry{}, fmt.Errorf("ledger: %w", err)
+	}
+	return Parse(line)
+}
+
+func (x *Index) hash(f Field, name string) uint32 {
+	var h maphash.Hash
+	h.SetSeed(x.seed)
+	_ = h.WriteByte(byte(f))
+	_, _ = h.WriteString(name)
+	return uint32(h.Sum64())
+}
+
+// find returns the entries that bear a name.
+func (x *Index) find(f Field, name string) ([]uint32, error) {
+	if name == "" {
+		return nil, nil
+	}
+	at, err := x.slot(f, name)
+	if err != nil || x.table[at].entry == 0 {
+		return nil, err
+	}
+	if x.table[at].entry == shared {
+		return x.many[nameKey{f, name}], nil
+	}
+	return []uint32{x.table[at].entry - 1}, nil
+}
+
+// slot is where a name is, or would be.
+func (x *Index) slot(f Field, name string) (int, error) {
+	h := x.hash(f, name)
+	mask := len(x.table) - 1
+	for at := int(h) & mask; ; at = (at + 1) & mask {
+		s := x.table[at]
+		if s.entry == 0 {
+			return at, nil
+		}
+		if s.hash != h {
+			continue
+		}
+		if s.entry == shared {
+			if _, ok := x.many[nameKey{f, name}]; ok {
+				return at, nil
+			}
+			continue
+		}
+		// A hash is no name: the entry itself tells.
+		e, err := x.entry(s.entry - 1)
+		if err != nil {
+			return 0, err
+		}
+		if f.of(&e) == name {
+			return at, nil
+		}
+	}
+}
+
+// bear enters that entry n bears a name.
+func (x *Index) bear(f Field, name string, n uint32) error {
+	if name == "" {
+		return nil
+	}
+	at, err := x.slot(f, name)
+	if err != nil {
+		return err
+	}
+	key := nameKey{f, name}
+	switch s := &x.table[at]; s.entry {
+	case 0:
+		x.put(at, f, name, n)
+	case shared:
+		if i, ok := slices.BinarySearch(x.many[key], n); !ok {
+			x.many[key] = slices.Insert(x.many[key], i, n)
+		}
+	case n + 1:
+	default:
+		x.many[key] = []uint32{min(s.entry-1, n), max(s.entry-1, n)}
+		s.entry = shared
+	}
+	return nil
+}
+
+// put has a slot name entry n.
+func (x *Index) put(at int, f Field, name string, n uint32) {
+	if x.table[at].entry == 0 {
+		x.used++
+	}
+	x.table[at] = slot{hash: x.hash(f, name), entry: n + 1}
+	if x.used*4 <= len(x.table)*3 {
+		return
+	}
+	old := x.table
+	x.table = make([]slot, 2*len(old))
+	mask := len(x.table) - 1
+	for _, s := range old {
+		if s.entry == 0 {
+			continue
+		}
+		at := int(s.hash) & mask
+		for x.table[at].entry != 0 {
+			at = (at + 1) & mask
+		}
+		x.table[at] = s
+	}
+}

@@ -1,0 +1,340 @@
+package sightings
+
+import (
+	"bytes"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// settle is how long after "connection authorized" PostgreSQL may still turn a
+// client away: it says so before it looks whether role and database exist.
+const settle = 2 * time.Second
+
+// maxSessions bounds the sessions that are followed; the oldest is forgotten.
+const maxSessions = 1 << 15
+
+// A pgRecord is one record of PostgreSQL's log, whatever its form.
+type pgRecord struct {
+	time           time.Time
+	line           int64
+	session        string // pid, or pid and start
+	user, database []byte // by the record's own fields; nil where it has none
+	from           []byte // host, "[local]" or nothing, by the record's own field
+	program        []byte
+	severity       []byte
+	message        []byte
+}
+
+// postgres follows sessions through the records of one log. What it looks for is
+// the same in all of PostgreSQL's forms:
+//
+//	connection received: host=10.0.0.7 port=40112
+//	connection authorized: user=app database=billing application_name=billingd
+//	FATAL:  role "app" does not exist
+//	disconnection: session time: 0:00:01.042 user=app database=billing host=10.0.0.7 port=40112
+type postgres struct {
+	source   string
+	health   Health
+	sessions map[string]*pgSession
+	order    []begun  // oldest first; may name ended ones
+	waiting  []string // sessions whose login is not settled, oldest first
+
+	zoneName string // of the last time that was read
+	location *time.Location
+}
+
+type begun struct {
+	name    string
+	session *pgSession
+}
+
+type pgSession struct {
+	from  netip.Addr
+	local bool
+	login *Sighting // authorized, and waiting for what comes next
+	known bool      // was seen at work
+}
+
+func newPostgres(source string) postgres {
+	return postgres{source: source, sessions: map[string]*pgSession{}}
+}
+
+// Health is how the log could be read.
+func (p *postgres) Health() Health { return p.health }
+
+var (
+	pgReceived   = []byte("connection received: host=")
+	pgAuthorized = []byte("connection authorized: user=")
+	pgReplicator = []byte("replication connection authorized: user=")
+	pgEnded      = []byte("disconnection: session time: ")
+	pgTerminated = []byte("terminating connection")
+	pgDatabase   = []byte(" database=")
+	pgProgram    = []byte(" application_name=")
+)
+
+func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
+	p.health.saw(r.time)
+	p.settled(r.time.Add(-settle), emit)
+	switch {
+	case bytes.HasPrefix(r.message, pgReceived):
+		host, _, _ := bytes.Cut(r.message[len(pgReceived):], []byte(" "))
+		s := p.begin(r.session)
+		s.from, s.local = pgHost(host)
+		s.known = true // its login is what counts
+		return
+	case bytes.HasPrefix(r.message, pgAuthorized), bytes.HasPrefix(r.message, pgReplicator):
+		p.authorized(r)
+		return
+	}
+	s := p.sessions[r.session]
+	if string(r.severity) == "FATAL" && !bytes.HasPrefix(r.message, pgTerminated) {
+		p.refused(r, s, emit)
+		return
+	}
+	if s != nil && s.login != nil {
+		emit(*s.login)
+		s.login = nil
+	}
+	if bytes.HasPrefix(r.message, pgEnded) {
+		delete(p.sessions, r.session)
+	}
+	if (s == nil || !s.known) && len(r.user) > 0 {
+		// A session from before the log, or the reader, began.
+		if s == nil {
+			s = p.begin(r.session)
+			s.from, s.local = pgHost(r.from)
+		}
+		s.known = true
+		emit(Sighting{Time: r.time, Kind: Session, Source: p.source, Line: r.line, Account: text(r.user), Target: text(r.database),
+			From: s.from, Local: s.local, Program: text(r.program)})
+		if bytes.HasPrefix(r.message, pgEnded) {
+			delete(p.sessions, r.session)
+		}
+	}
+}
+
+// authorized takes the message's user and database where the record's own fields
+// say the same, or has none.
+func (p *postgres) authorized(r *pgRecord) {
+	_, rest, _ := bytes.Cut(r.message, []byte("user="))
+	user, database, program := r.user, r.database, []byte(nil)
+	if user != nil {
+		if rest = after(rest, user); rest == nil {
+			p.health.unreadable("a login whose user isn't the record's")
+			return
+		}
+	} else {
+		end := bytes.IndexByte(rest, ' ')
+		if end < 0 {
+			end = len(rest)
+		}
+		user, rest = rest[:end], rest[end:]
+	}
+	if bytes.HasPrefix(rest, pgDatabase) {
+		rest = rest[len(pgDatabase):]
+		if r.database != nil {
+			if rest = after(rest, database); rest == nil {
+				p.health.unreadable("a login whose database isn't the record's")
+				return
+			}
+		} else {
+			end := bytes.IndexByte(rest, ' ')
+			if end < 0 {
+				end = len(rest)
+			}
+			database, rest = rest[:end], rest[end:]
+		}
+	}
+	if bytes.HasPrefix(rest, pgProgram) {
+		program = rest[len(pgProgram):]
+		for _, tail := range []string{" SSL enabled (", " GSS ("} {
+			if i := bytes.LastIndex(program, []byte(tail)); i >= 0 {
+				program = program[:i]
+			}
+		}
+	}
+	if program == nil {
+		program = r.program
+	}
+	s := p.sessions[r.session]
+	if s == nil {
+		s = p.begin(r.session)
+		s.from, s.local = pgHost(r.from)
+	}
+	s.known = true
+	s.login = &Sighting{Time: r.time, Kind: Login, Source: p.source, Line: r.line, Account: text(user), Target: text(database),
+		From: s.from, Local: s.local, Program: text(program)}
+	p.waiting = append(p.waiting, r.session)
+}
+
+// after is text behind word, which has to end there or at a space; nil otherwise.
+func after(text, word []byte) []byte {
+	if !bytes.HasPrefix(text, word) || len(text) > len(word) && text[len(word)] != ' ' {
+		return nil
+	}
+	return text[len(word):]
+}
+
+// refused is a session that PostgreSQL ended before it began to work.
+func (p *postgres) refused(r *pgRecord, s *pgSession, emit func(Sighting)) {
+	if s == nil {
+		s = &pgSession{}
+		s.from, s.local = pgHost(r.from)
+	}
+	seen := Sighting{Time: r.time, Kind: Attempt, Source: p.source, Line: r.line, Account: text(r.user), Target: text(r.database),
+		From: s.from, Local: s.local, Program: text(r.program)}
+	if s.login != nil {
+		seen.Account, seen.Target, seen.Program = s.login.Account, s.login.Target, s.login.Program
+		s.login = nil
+	}
+	delete(p.sessions, r.session)
+	if seen.Account == "" {
+		seen.Account = quoted(r.message)
+	}
+	if seen.Account != "" {
+		emit(seen)
+	}
+}
+
+// quoted is the text between a message's first and last quotation marks, as in
+// `password authentication failed for user "app"`.
+func quoted(message []byte) string {
+	first, last := bytes.IndexByte(message, '"'), bytes.LastIndexByte(message, '"')
+	if first < 0 || last <= first {
+		return ""
+	}
+	return text(message[first+1 : last])
+}
+
+// settled gives the logins that nobody turned away until then.
+func (p *postgres) settled(until time.Time, emit func(Sighting)) {
+	for len(p.waiting) > 0 {
+		s := p.sessions[p.waiting[0]]
+		if s != nil && s.login != nil {
+			if s.login.Time.After(until) {
+				return
+			}
+			emit(*s.login)
+			s.login = nil
+		}
+		p.waiting = p.waiting[1:]
+	}
+}
+
+// Flush gives the logins that wait.
+func (p *postgres) Flush(emit func(Sighting)) {
+	p.settled(p.health.Last, emit)
+}
+
+// begin makes room for a session, and forgets the oldest where there are too many.
+func (p *postgres) begin(session string) *pgSession {
+	s := &pgSession{}
+	p.sessions[session] = s
+	p.order = append(p.order, begun{session, s})
+	for len(p.order) > maxSessions {
+		if old := p.order[0]; p.sessions[old.name] == old.session && old.session.login == nil {
+			delete(p.sessions, old.name)
+		}
+		p.order = p.order[1:]
+	}
+	return s
+}
+
+// pgHost reads a client's address. A name, which PostgreSQL writes where
+// log_hostname is on, is none.
+func pgHost(b []byte) (a netip.Addr, local bool) {
+	if len(b) == 0 || len(b) > 64 {
+		return a, false
+	}
+	if string(b) == "[local]" {
+		return a, true
+	}
+	a, err := netip.ParseAddr(string(b))
+	if err != nil {
+		return netip.Addr{}, false
+	}
+	return a.Unmap().WithZone(""), false
+}
+
+// pgTime reads a time as PostgreSQL writes it: "2026-11-22 03:04:05.678 UTC". A
+// zone is UTC, an offset, or a name that the machine's time zone table knows.
+func (p *postgres) time(b []byte) (time.Time, bool) {
+	const stamp = len("2026-11-22 03:04:05")
+	if len(b) < stamp {
+		return time.Time{}, false
+	}
+	year, ok1 := digits(b[0:4])
+	month, ok2 := digits(b[5:7])
+	day, ok3 := digits(b[8:10])
+	hour, ok4 := digits(b[11:13])
+	minute, ok5 := digits(b[14:16])
+	second, ok6 := digits(b[17:19])
+	if !ok1 || !ok2 || !ok3 || !ok4 || !ok5 || !ok6 || b[4] != '-' || b[7] != '-' || (b[10] != ' ' && b[10] != 'T') || b[13] != ':' || b[16] != ':' ||
+		month < 1 || month > 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60 {
+		return time.Time{}, false
+	}
+	rest, nano := b[stamp:], 0
+	if len(rest) > 1 && rest[0] == '.' {
+		rest = rest[1:]
+		for scale := 100_000_000; len(rest) > 0 && rest[0] >= '0' && rest[0] <= '9'; scale /= 10 {
+			nano += int(rest[0]-'0') * scale
+			rest = rest[1:]
+		}
+	}
+	zone, ok := p.zone(bytes.TrimSpace(rest))
+	if !ok {
+		p.health.Sample = "a time in a zone that isn't known here: log_timezone = 'UTC' is read everywhere"
+		return time.Time{}, false
+	}
+	return time.Date(year, time.Month(month), day, hour, minute, second, nano, zone), true
+}
+
+func digits(b []byte) (n int, ok bool) {
+	for _, c := range b {
+		if c < '0' || c > '9' {
+			return 0, false
+		}
+		n = n*10 + int(c-'0')
+	}
+	return n, true
+}
+
+// zone remembers the last one: a log has one, or two in a year.
+func (p *postgres) zone(b []byte) (*time.Location, bool) {
+	if string(b) == p.zoneName && p.location != nil {
+		return p.location, true
+	}
+	zone, ok := zone(b)
+	if ok {
+		p.zoneName, p.location = string(b), zone
+	}
+	return zone, ok
+}
+
+func zone(b []byte) (*time.Location, bool) {
+	switch string(b) {
+	case "", "UTC", "GMT", "Z", "Etc/UTC":
+		return time.UTC, true
+	}
+	if b[0] == '+' || b[0] == '-' {
+		figures := strings.ReplaceAll(string(b[1:]), ":", "")
+		n, ok := digits([]byte(figures))
+		if !ok || len(figures) != 2 && len(figures) != 4 {
+			return nil, false
+		}
+		if len(figures) == 2 {
+			n *= 100
+		}
+		offset := n/100*3600 + n%100*60
+		if b[0] == '-' {
+			offset = -offset
+		}
+		return time.FixedZone("", offset), true
+	}
+	if len(b) > 32 {
+		return nil, false
+	}
+	zone, err := time.LoadLocation(string(b))
+	return zone, err == nil && !strings.Contains(string(b), ".") && string(b) != "Local"
+}
