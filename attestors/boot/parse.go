@@ -38,9 +38,10 @@ func Parse(b []byte) (*Log, error) {
 	} else {
 		log.Events = append(log.Events, first)
 	}
+	pad := padding(b)
 	for n := 1; r.off < len(b); n++ {
-		if rest := b[r.off:]; padding(rest) {
-			log.Padding = rest
+		if r.off >= pad {
+			log.Padding = b[r.off:]
 			break
 		}
 		offset := r.off
@@ -221,9 +222,10 @@ func (r *reader) check(e *Event) error {
 
 func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 
-// padding says whether the rest of a log is what firmware fills a table with.
-// An event of a crypto-agile log doesn't look like it: it has at least one digest,
-// and PCR 0xFFFFFFFF only with type EV_NO_ACTION.
-func padding(rest []byte) bool {
-	return zero(rest) || len(bytes.Trim(rest, "\xff")) == 0
+// padding is from where on a log holds nothing but what firmware fills a table
+// with. An event of a crypto-agile log doesn't look like it: it has at least one
+// digest, and PCR 0xFFFFFFFF only with type EV_NO_ACTION. It is found once: a log
+// may be made of events that each begin as padding does.
+func padding(b []byte) int {
+	return min(len(bytes.TrimRight(b, "\x00")), len(bytes.TrimRight(b, "\xff")))
 }

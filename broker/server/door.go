@@ -57,6 +57,8 @@ type Door struct {
 	HostCA, OperatorCA *x509.Certificate
 	Certificate        func() (*tls.Certificate, error)
 	Now                func() time.Time
+
+	strangers sync.Map // of open connections, to what closes them after strangerTime
 }
 
 // TLS is the listener's configuration: TLS 1.3 alone, so that the exporter is
@@ -106,13 +108,24 @@ func (d *Door) ConnContext(ctx context.Context, c net.Conn) context.Context {
 	if _, ok := c.(*net.UnixConn); ok {
 		state.kind = localPeer
 	} else {
-		time.AfterFunc(strangerTime, func() {
+		d.strangers.Store(c, time.AfterFunc(strangerTime, func() {
 			if !state.known.Load() {
 				_ = c.Close()
 			}
-		})
+		}))
 	}
 	return context.WithValue(ctx, connKey{}, state)
+}
+
+// ConnState lets go of a connection that is closed: many that come and go are
+// not all kept for strangerTime.
+func (d *Door) ConnState(c net.Conn, state http.ConnState) {
+	if state != http.StateClosed {
+		return
+	}
+	if timer, ok := d.strangers.LoadAndDelete(c); ok {
+		timer.(*time.Timer).Stop()
+	}
 }
 
 // identify completes a connection's state at its first request, when the

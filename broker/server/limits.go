@@ -19,7 +19,7 @@ import (
 const (
 	maxBody     = 1 << 20             // of one request without logs
 	maxEvidence = ima.MaxList + 4<<20 // of one with event log and IMA list, or with a reference set or release
-	largeAtOnce = 3                   // such requests that are read at the same time
+	largeAtOnce = 3                   // such requests that are read at the same time, each another peer's
 	bodyTime    = 20 * time.Second    // in which a request has to be sent
 	joinsPerSec = 2                   // from one source, after joinBurst
 	joinBurst   = 20
@@ -53,12 +53,15 @@ func limit(next http.Handler) http.Handler {
 // bound bounds each request in size, by what it is for and by who sends it:
 // only hosts that are known on this connection, and operators, send much.
 func bound(next http.Handler) http.Handler {
-	large := make(chan struct{}, largeAtOnce)
+	large, senders := make(chan struct{}, largeAtOnce), newShares(1)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		most := int64(maxBody)
 		if c := connOf(r.Context()); takesMuch[r.URL.Path] && (c.kind == localPeer || c.kind == operatorPeer || c.kind == hostPeer && c.known.Load()) {
 			most = maxEvidence
-			body := &largeBody{ReadCloser: r.Body, slots: large}
+			body := &largeBody{ReadCloser: r.Body, slots: large, senders: senders}
+			if c.kind != localPeer {
+				body.from = c.challenge.Key().String()
+			}
 			defer body.done()
 			r.Body = body
 		}
@@ -75,22 +78,28 @@ var takesMuch = map[string]bool{
 
 // A largeBody takes a slot once it is larger than requests without logs are: few
 // are read at the same time, so that hosts that show much don't take the memory
-// of all others.
+// of all others, and one of a peer, so that a slow one doesn't take all slots.
 type largeBody struct {
 	io.ReadCloser
-	slots chan struct{}
-	read  int
-	held  bool
+	slots   chan struct{}
+	senders *shares
+	from    string
+	read    int
+	held    bool
 }
 
-var errBusy = errors.New("too many hosts send long logs at the same time; try again")
+var errBusy = errors.New("too many long logs are sent at the same time, or two by this host; try again")
 
 func (b *largeBody) Read(p []byte) (int, error) {
 	if b.read > maxBody && !b.held {
+		if !b.senders.enter(b.from) {
+			return 0, errBusy
+		}
 		select {
 		case b.slots <- struct{}{}:
 			b.held = true
 		default:
+			b.senders.leave(b.from)
 			return 0, errBusy
 		}
 	}
@@ -102,6 +111,7 @@ func (b *largeBody) Read(p []byte) (int, error) {
 func (b *largeBody) done() {
 	if b.held {
 		<-b.slots
+		b.senders.leave(b.from)
 	}
 }
 

@@ -3,19 +3,28 @@ package server
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"testing"
 
+	"github.com/countersign/countersign/broker/internal/challenge"
 	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
 )
 
 // Only hosts that are known on their connection, and operators, send much, only
 // where much is taken, and few at the same time.
 func TestBound(t *testing.T) {
-	known, stranger := &conn{kind: hostPeer}, &conn{kind: hostPeer}
-	known.known.Store(true)
+	peer := func(kind peerKind, key string) *conn {
+		return &conn{kind: kind, challenge: &challenge.Conn{KeySPKI: []byte(key)}}
+	}
+	host := func(key string) *conn {
+		c := peer(hostPeer, key)
+		c.known.Store(true)
+		return c
+	}
+	known, stranger := host("known"), peer(hostPeer, "stranger")
 	var inside func(*http.Request)
 	handler := bound(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { inside(r) }))
 	read := func(c *conn, path string, size int, meanwhile func()) error {
@@ -40,10 +49,10 @@ func TestBound(t *testing.T) {
 		"too long a log":            {known, prove, maxEvidence + 1, false},
 		"a stranger's logs":         {stranger, prove, 2 << 20, false},
 		"a stranger's short one":    {stranger, prove, maxBody, true},
-		"a joining one's":           {&conn{kind: joiningPeer}, prove, 2 << 20, false},
+		"a joining one's":           {peer(joiningPeer, "joining"), prove, 2 << 20, false},
 		"a known host's long join":  {known, join, 2 << 20, false},
-		"an operator's release":     {&conn{kind: operatorPeer}, countersignv1connect.OperatorServiceAddReleaseProcedure, 20 << 20, true},
-		"an operator's long scopes": {&conn{kind: operatorPeer}, countersignv1connect.OperatorServiceApplyScopesProcedure, 2 << 20, false},
+		"an operator's release":     {peer(operatorPeer, "operator"), countersignv1connect.OperatorServiceAddReleaseProcedure, 20 << 20, true},
+		"an operator's long scopes": {peer(operatorPeer, "operator"), countersignv1connect.OperatorServiceApplyScopesProcedure, 2 << 20, false},
 	} {
 		if err := read(tt.c, tt.path, tt.size, nil); (err == nil) != tt.ok {
 			t.Errorf("%s: %v", name, err)
@@ -53,7 +62,11 @@ func TestBound(t *testing.T) {
 	// one is served.
 	var full func(depth int) error
 	full = func(depth int) (inner error) {
-		err := read(known, prove, 2<<20, func() {
+		own := fmt.Sprint("host", depth)
+		err := read(host(own), prove, 2<<20, func() {
+			if again := read(host(own), prove, 2<<20, nil); again != errBusy {
+				t.Errorf("the %d. on another connection: %v", depth, again)
+			}
 			if depth < largeAtOnce {
 				inner = full(depth + 1)
 				return

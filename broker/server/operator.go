@@ -152,11 +152,7 @@ func (s *Operators) AddOperator(ctx context.Context, req *connect.Request[v1.Add
 		if err != nil {
 			return nil, &operate.InvalidError{Reason: err.Error()}
 		}
-		var until time.Time
-		if req.Msg.GetExpires() != nil {
-			until = req.Msg.GetExpires().AsTime()
-		}
-		der, err := s.Desk.AddOperator(ctx, a, req.Msg.GetName(), role, req.Msg.GetCsr(), until)
+		der, err := s.Desk.AddOperator(ctx, a, req.Msg.GetName(), role, req.Msg.GetCsr(), moment(req.Msg.GetExpires()))
 		return &v1.AddOperatorResponse{Certificate: [][]byte{der, s.Desk.OperatorCA.Certificate.Raw}}, err
 	})
 }

@@ -45,10 +45,12 @@ type Server struct {
 func (s *Server) Run(ctx context.Context) error {
 	s.Hosts.joins = newSourceLimit(joinsPerSec, joinBurst, s.Door.Now)
 	s.Hosts.asks = newSourceLimit(asksPerSec, askBurst, s.Door.Now)
-	opts := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxBody), connect.WithInterceptors(s.observe()))
+	// Nothing is unpacked: bound counts what is sent.
+	opts := connect.WithHandlerOptions(connect.WithCompression("gzip", nil, nil), connect.WithReadMaxBytes(maxEvidence),
+		connect.WithInterceptors(s.observe()), connect.WithRecover(s.recovered))
 	mux := http.NewServeMux()
-	mux.Handle(countersignv1connect.NewHostServiceHandler(s.Hosts, opts, connect.WithReadMaxBytes(maxEvidence), connect.WithRecover(s.recovered)))
-	mux.Handle(countersignv1connect.NewOperatorServiceHandler(s.Operators, opts, connect.WithReadMaxBytes(maxEvidence), connect.WithRecover(s.recovered)))
+	mux.Handle(countersignv1connect.NewHostServiceHandler(s.Hosts, opts))
+	mux.Handle(countersignv1connect.NewOperatorServiceHandler(s.Operators, opts))
 	handler := limit(s.Door.identify(bound(mux)))
 
 	outside, err := net.Listen("tcp", s.Listen)
@@ -98,7 +100,7 @@ func (s *Server) observe() connect.UnaryInterceptorFunc {
 
 func (s *Server) httpServer(h http.Handler) *http.Server {
 	return &http.Server{
-		Handler: h, ConnContext: s.Door.ConnContext,
+		Handler: h, ConnContext: s.Door.ConnContext, ConnState: s.Door.ConnState,
 		ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Hour, MaxHeaderBytes: 16 << 10,
 		ErrorLog: slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
 	}

@@ -16,17 +16,43 @@ func source(address string) string {
 	return netip.PrefixFrom(ip.WithZone(""), 64).Masked().String()
 }
 
+// shares count what each source has at the moment, and let none have more than
+// most.
+type shares struct {
+	most int
+
+	mu  sync.Mutex
+	has map[string]int // guarded by mu; by source
+}
+
+func newShares(most int) *shares { return &shares{most: most, has: map[string]int{}} }
+
+func (s *shares) enter(from string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.has[from] >= s.most {
+		return false
+	}
+	s.has[from]++
+	return true
+}
+
+func (s *shares) leave(from string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.has[from]--; s.has[from] == 0 {
+		delete(s.has, from)
+	}
+}
+
 // A fairListener closes connections of a source that has its share of them.
 type fairListener struct {
 	net.Listener
-	share int
-
-	mu   sync.Mutex
-	open map[string]int // guarded by mu; by source
+	open *shares
 }
 
 func newFairListener(l net.Listener, share int) *fairListener {
-	return &fairListener{Listener: l, share: share, open: map[string]int{}}
+	return &fairListener{Listener: l, open: newShares(share)}
 }
 
 func (l *fairListener) Accept() (net.Conn, error) {
@@ -37,28 +63,10 @@ func (l *fairListener) Accept() (net.Conn, error) {
 		}
 		host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
 		from := source(host)
-		if l.enter(from) {
-			return &fairConn{Conn: c, leave: sync.OnceFunc(func() { l.leave(from) })}, nil
+		if l.open.enter(from) {
+			return &fairConn{Conn: c, leave: sync.OnceFunc(func() { l.open.leave(from) })}, nil
 		}
 		_ = c.Close()
-	}
-}
-
-func (l *fairListener) enter(from string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.open[from] >= l.share {
-		return false
-	}
-	l.open[from]++
-	return true
-}
-
-func (l *fairListener) leave(from string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.open[from]--; l.open[from] == 0 {
-		delete(l.open, from)
 	}
 }
 

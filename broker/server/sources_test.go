@@ -60,7 +60,7 @@ func TestFairListener(t *testing.T) {
 	_ = first.Close() // twice gives nothing twice
 	dial()
 	<-accepted
-	if l.open["127.0.0.1"] != 2 {
-		t.Errorf("%d counted as open, want 2", l.open["127.0.0.1"])
+	if n := l.open.has["127.0.0.1"]; n != 2 {
+		t.Errorf("%d counted as open, want 2", n)
 	}
 }

@@ -20,7 +20,7 @@ const rounds = 20
 
 // A measured benchmark is one of a package's, and the floor beside it.
 type measured struct {
-	pkg         string
+	pkg         string // its folder
 	name, floor string // of the Benchmark functions
 	row         Row
 	floorIs     string
@@ -32,20 +32,19 @@ type measured struct {
 // by the benchmarks of the packages that do it.
 func appraisal(ctx context.Context, dir string) (rows []Row, err error) {
 	say("appraisal")
-	const module = "github.com/countersign/countersign/"
 	const bare = "SHA-256 of the same bytes"
 	binaries := map[string]string{}
 	for _, m := range []measured{
-		{module + "broker/internal/appraise", "Appraise", "Floor", Row{Name: "appraise one request: ECC quote, program evidence, decision", Unit: "µs"},
+		{"broker/internal/appraise", "Appraise", "Floor", Row{Name: "appraise one request: ECC quote, program evidence, decision", Unit: "µs"},
 			"one ECDSA P-256 verification; SHA-256 of the statement, the PCRs, the request, the TLS key and the binding", 2, 1},
-		{module + "attestors/boot/appraise", "Appraise", "Floor", Row{Name: "appraise an event log of 160 events (aim: ≤ 500 µs)", Unit: "µs"}, bare, 30, 1},
-		{module + "attestors/ima/appraise", "Appraise", "Floor", Row{Name: "appraise an IMA list, for each of its entries (aim: ≤ 15 µs)", Unit: "µs"}, bare, 30, 1000},
-		{module + "broker/internal/appraise", "Delta", "DeltaFloor", Row{Name: "1,000 IMA entries on top of 100,000 (aim: ≤ 10,000 µs)", Unit: "µs"}, bare, 60, 1},
-		{module + "broker/internal/appraise", "LongList", "LongListFloor", Row{Name: "100,000 IMA entries at once (aim: ≤ 1,500,000 µs)", Unit: "µs"}, bare, 80, 1},
+		{"attestors/boot/appraise", "Appraise", "Floor", Row{Name: "appraise an event log of 160 events (aim: ≤ 500 µs)", Unit: "µs"}, bare, 30, 1},
+		{"attestors/ima/appraise", "Appraise", "Floor", Row{Name: "appraise an IMA list, for each of its entries (aim: ≤ 15 µs)", Unit: "µs"}, bare, 30, 1000},
+		{"broker/internal/appraise", "Delta", "DeltaFloor", Row{Name: "1,000 IMA entries on top of 100,000 (aim: ≤ 10,000 µs)", Unit: "µs"}, bare, 60, 1},
+		{"broker/internal/appraise", "LongList", "LongListFloor", Row{Name: "100,000 IMA entries at once (aim: ≤ 1,500,000 µs)", Unit: "µs"}, bare, 80, 1},
 	} {
 		if binaries[m.pkg] == "" {
 			binaries[m.pkg] = filepath.Join(dir, fmt.Sprintf("%d.test", len(binaries)))
-			if out, err := exec.CommandContext(ctx, "go", "test", "-c", "-o", binaries[m.pkg], m.pkg).CombinedOutput(); err != nil {
+			if out, err := exec.CommandContext(ctx, "go", "test", "-c", "-o", binaries[m.pkg], "./"+m.pkg).CombinedOutput(); err != nil {
 				return nil, fmt.Errorf("go test -c: %w\n%s", err, out)
 			}
 		}
@@ -66,7 +65,7 @@ func (m measured) run(ctx context.Context, binary string) (Row, []float64, error
 	samples := map[string][]float64{}
 	for range rounds {
 		cmd := exec.CommandContext(ctx, binary, "-test.run", "^$", "-test.bench", fmt.Sprintf("^Benchmark(%s|%s)$", m.name, m.floor), "-test.benchtime", "100ms", "-test.cpu", "1")
-		cmd.Dir = strings.TrimPrefix(m.pkg, "github.com/countersign/countersign/") // where its test vectors are
+		cmd.Dir = m.pkg // where its test vectors are
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			return Row{}, nil, fmt.Errorf("benchmark: %w\n%s", err, out)

@@ -189,15 +189,22 @@ func (d *demo) roles(ctx context.Context, name string) (int, error) {
 	return len(rows), err
 }
 
-func startProgram(ctx context.Context, d *demo) (string, error) {
-	if _, err := d.machine.Sh(ctx, "systemctl start billing.service"); err != nil {
-		return "", err
+// runProgram starts the program and waits until it gets in, as a user that
+// Vault made.
+func (d *demo) runProgram(ctx context.Context) error {
+	if _, err := d.machine.Sh(ctx, "rm -f /var/lib/billing/status; systemctl start billing.service"); err != nil {
+		return err
 	}
-	if _, err := until(ctx, 20*time.Second, func() (bool, string, error) {
+	_, err := until(ctx, 20*time.Second, func() (bool, string, error) {
 		st, err := d.program(ctx)
 		d.user = st.User
 		return strings.HasPrefix(st.User, "v-"), fmt.Sprintf("%+v", st), err
-	}); err != nil {
+	})
+	return err
+}
+
+func startProgram(ctx context.Context, d *demo) (string, error) {
+	if err := d.runProgram(ctx); err != nil {
 		return "", err
 	}
 	sessions, err := d.pg.Query(ctx, "postgres", "SELECT DISTINCT usename::text FROM pg_stat_activity WHERE datname = 'billing' AND usename = $1", d.user)
@@ -394,14 +401,7 @@ func ends(ctx context.Context, d *demo) (string, error) {
 }
 
 func pcrChanges(ctx context.Context, d *demo) (string, error) {
-	if _, err := d.machine.Sh(ctx, "rm -f /var/lib/billing/status; systemctl start billing.service"); err != nil {
-		return "", err
-	}
-	if _, err := until(ctx, 20*time.Second, func() (bool, string, error) {
-		st, err := d.program(ctx)
-		d.user = st.User
-		return strings.HasPrefix(st.User, "v-"), fmt.Sprintf("%+v", st), err
-	}); err != nil {
+	if err := d.runProgram(ctx); err != nil {
 		return "", err
 	}
 	if err := d.tpm.Extend(4, []byte("another boot loader")); err != nil {

@@ -20,10 +20,11 @@ import (
 	"github.com/countersign/countersign/test/lab"
 )
 
-const shortScope = `
-scope "soft" {
-  reprove = "5s"
-  grace   = "3s"
+func scopeWith(name, reprove, grace string) string {
+	return fmt.Sprintf(`
+scope %q {
+  reprove = %q
+  grace   = %q
   host    { labels = { role = "billing" } }
   process { exe = "/opt/billing/bin/billingd" }
   vault {
@@ -31,7 +32,10 @@ scope "soft" {
     ttl  = "30m"
   }
 }
-`
+`, name, reprove, grace)
+}
+
+var shortScope = scopeWith("soft", "5s", "3s")
 
 // proving keeps a host proving itself until the test ends or stop is called.
 func proving(t *testing.T, h *lab.SoftHost, proofs func() []*v1.LeaseProof) (stop func()) {

@@ -27,8 +27,8 @@ func TestUpdatedUnitsInSandboxes(t *testing.T) {
 		name := fmt.Sprintf("sandbox%d.service", i)
 		for agent, told := range map[string]bool{"": tt.told, "systemd-run -q --pipe --wait -p PrivateTmp=yes -p ProtectSystem=full ": tt.byBoxed} {
 			m.sh(t, "mkdir -p /opt/sandbox/bin && cp /bin/sleep /opt/sandbox/bin/napd")
-			m.sh(t, fmt.Sprintf("systemd-run -q --collect --unit=%s %s /opt/sandbox/bin/napd 600", name, tt.unit))
-			pid := strings.TrimSpace(m.sh(t, "sleep 0.5; systemctl show -P MainPID "+name))
+			m.sh(t, fmt.Sprintf("systemd-run -q --collect -p Type=exec --unit=%s %s /opt/sandbox/bin/napd 600", name, tt.unit))
+			pid := strings.TrimSpace(m.sh(t, "systemctl show -P MainPID "+name))
 			var before, after struct{ Exe, SHA256, Unit string }
 			inspect := agent + "countersign-agent inspect " + pid + " -o json 2>&1"
 			if err := json.Unmarshal([]byte(m.sh(t, inspect)), &before); err != nil || before.Exe != "/opt/sandbox/bin/napd" || before.Unit != name {

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/ecdsa"
 	"crypto/rand"
@@ -394,6 +395,22 @@ func TestAttacksOnTheDoor(t *testing.T) {
 			}
 		}
 		check.Must(h.Nonce(ctx, dial(t, h)))(t)
+	})
+	t.Run("a small body that unpacks to much", func(t *testing.T) {
+		client, url := rawClient(t, b, h)
+		var packed bytes.Buffer
+		z := gzip.NewWriter(&packed)
+		check.Must(z.Write(make([]byte, 60<<20)))(t)
+		check.Nil(t, z.Close())
+		req := check.Must(http.NewRequestWithContext(ctx, http.MethodPost, url+"/countersign.v1.HostService/Join", &packed))(t)
+		req.Header.Set("Content-Type", "application/proto")
+		req.Header.Set("Content-Encoding", "gzip")
+		res := check.Must(client.Do(req))(t)
+		said := check.Must(io.ReadAll(res.Body))(t)
+		_ = res.Body.Close()
+		if !bytes.Contains(said, []byte("unknown compression")) {
+			t.Errorf("%s: %s", res.Status, said)
+		}
 	})
 	t.Run("slow bodies", func(t *testing.T) {
 		// Many peers that send nothing; an honest one is served meanwhile.

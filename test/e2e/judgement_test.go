@@ -130,32 +130,9 @@ func TestEvidenceThatIsNotUnderstood(t *testing.T) {
 	}
 }
 
-const twoScopes = `
-scope "tight" {
-  reprove = "5s"
-  grace   = "3s"
-  host    { labels = { role = "billing" } }
-  process { exe = "/opt/billing/bin/billingd" }
-  vault {
-    path = "database/creds/billing-ro"
-    ttl  = "30m"
-  }
-}
-scope "loose" {
-  reprove = "30m"
-  grace   = "12h"
-  host    { labels = { role = "billing" } }
-  process { exe = "/opt/billing/bin/billingd" }
-  vault {
-    path = "database/creds/billing-ro"
-    ttl  = "30m"
-  }
-}
-`
-
 // An order in a loose scope doesn't stretch a tight one's grace.
 func TestGraceIsEachScopesOwn(t *testing.T) {
-	b := newBroker(t, twoScopes, false)
+	b := newBroker(t, scopeWith("tight", "5s", "3s")+scopeWith("loose", "30m", "12h"), false)
 	ctx := check.Within(t, 2*time.Minute)
 	proving(t, joined(t, b, services.TPMCA), nothing)
 	h := joined(t, b, services.TPMCA)
@@ -187,7 +164,10 @@ func TestQuarantineWinsEveryRace(t *testing.T) {
 			done <- err
 		}()
 	}
-	time.Sleep(500 * time.Millisecond)
+	check.Eventually(t, 30*time.Second, "all are at it", func() (bool, string) {
+		n := len(b.leases(t, "--host", h.ID))
+		return n >= 2*workers, fmt.Sprint(n)
+	})
 	_, err := b.broker.CLI(ctx, "host", "quarantine", h.ID)
 	check.Nil(t, err)
 	for range workers {
@@ -208,7 +188,9 @@ func TestJunk(t *testing.T) {
 	ctx := check.Within(t, 2*time.Minute)
 	h := joined(t, b, services.TPMCA)
 	client, url := rawClient(t, b, h)
-	random := rand.New(rand.NewSource(time.Now().UnixNano()))
+	seed := time.Now().UnixNano()
+	t.Log("seed", seed)
+	random := rand.New(rand.NewSource(seed))
 	for _, call := range []string{"Join", "Activate", "Challenge", "Prove", "Issue", "Acknowledge", "Release"} {
 		for i := range 60 {
 			body := make([]byte, random.Intn(4000))
@@ -268,7 +250,7 @@ func TestAHostsWordIsBounded(t *testing.T) {
 	if out := string(check.Must(b.broker.CLI(ctx, "lease", "list", "--all", "-o", "json"))(t)); strings.Contains(out, `\u001b`) || !strings.Contains(out, "FAKE") {
 		t.Errorf("the reason as it is kept: %s", out)
 	}
-	for range 1100 {
+	for range 10_000 { // the burst, and what comes back in the meantime
 		if _, err = s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{})); wire.FromConnect(err).Check == "ask-rate" {
 			return
 		}

@@ -73,28 +73,11 @@ func TestAgentKilled(t *testing.T) {
 		t.Run(point, func(t *testing.T) {
 			s := newSite(t, lab.BrokerOptions{})
 			ctx := check.Within(t, 40*time.Minute)
-			tpm := check.Must(lab.StartTPM(ctx, filepath.Join(s.dir, "tpm"), services.TPMCA, lab.TPMOptions{}))(t)
-			t.Cleanup(tpm.Stop)
 			file := filepath.Join(s.dir, "credential")
-			agent := check.Must(lab.NewAgent(filepath.Join(s.dir, "agent"), s.broker, tpm.Path(), fmt.Sprintf(`
-credential "sleeper" {
-  process { exe = %q }
-  file %q { template = "user={{ .username }}\npassword={{ .password }}\nend\n" }
-}`, s.sleeper, file), true))(t)
-			check.Must(agent.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
-			t.Cleanup(func() {
-				_ = agent.Stop()
-				if t.Failed() {
-					text, _ := os.ReadFile(agent.Log())
-					t.Logf("agent.log:\n%s", text)
-				}
-			})
+			agent := s.newAgent(t, file)
 			for round := range *rounds {
 				mark := filepath.Join(s.dir, fmt.Sprintf("mark-%d", round))
-				program := exec.Command(s.sleeper, "600")
-				check.Nil(t, program.Start())
-				end := func() { _ = program.Process.Kill(); _ = program.Wait() }
-				t.Cleanup(end)
+				end := s.sleep(t)
 				if err := agent.Start(ctx, "COUNTERSIGN_KILL_AT="+point, "COUNTERSIGN_KILL_MARK="+mark); err != nil {
 					select {
 					case <-agent.Ended(): // it came to its end before it was up
@@ -179,20 +162,10 @@ func TestClockStepped(t *testing.T) {
 			step(0)
 			check.Nil(t, s.broker.Stop())
 			check.Nil(t, s.broker.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
-			tpm := check.Must(lab.StartTPM(ctx, filepath.Join(s.dir, "tpm"), services.TPMCA, lab.TPMOptions{}))(t)
-			t.Cleanup(tpm.Stop)
 			file := filepath.Join(s.dir, "credential")
-			agent := check.Must(lab.NewAgent(filepath.Join(s.dir, "agent"), s.broker, tpm.Path(), fmt.Sprintf(`
-credential "sleeper" {
-  process { exe = %q }
-  file %q { template = "user={{ .username }}\npassword={{ .password }}\nend\n" }
-}`, s.sleeper, file), true))(t)
-			check.Must(agent.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
-			program := exec.Command(s.sleeper, "600")
-			check.Nil(t, program.Start())
-			t.Cleanup(func() { _ = program.Process.Kill(); _ = program.Wait() })
+			agent := s.newAgent(t, file)
+			s.sleep(t)
 			check.Nil(t, agent.Start(ctx, "COUNTERSIGN_CLOCK_FILE="+clock))
-			t.Cleanup(func() { _ = agent.Stop() })
 			inForce(t, s, file)
 			before, lease := whole(t, file), s.leases(t)[0].ID
 			same := func(when string) {
@@ -262,7 +235,7 @@ func TestBrokersDiskFull(t *testing.T) {
 		_ = exec.Command("sh", "-c", "cat /dev/zero > "+filler).Run()
 		var refused error
 		for i := range 200 {
-			if _, refused = h.Issue(ctx, session, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 2000+i))(t))); refused != nil {
+			if _, refused = h.Issue(ctx, session, h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 10_000+round*1000+i))(t))); refused != nil {
 				break
 			}
 		}

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -91,6 +92,39 @@ func newSite(t *testing.T, o lab.BrokerOptions) *site {
 		}
 	})
 	return s
+}
+
+// newAgent is an agent that has joined, with a TPM of its own. It delivers to
+// file what who runs the sleeper earns.
+func (s *site) newAgent(t *testing.T, file string) *lab.Agent {
+	t.Helper()
+	ctx := check.Within(t, time.Minute)
+	tpm := check.Must(lab.StartTPM(ctx, filepath.Join(s.dir, "tpm"), services.TPMCA, lab.TPMOptions{}))(t)
+	t.Cleanup(tpm.Stop)
+	agent := check.Must(lab.NewAgent(filepath.Join(s.dir, "agent"), s.broker, tpm.Path(), fmt.Sprintf(`
+credential "sleeper" {
+  process { exe = %q }
+  file %q { template = "user={{ .username }}\npassword={{ .password }}\nend\n" }
+}`, s.sleeper, file), true))(t)
+	check.Must(agent.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
+	t.Cleanup(func() {
+		_ = agent.Stop()
+		if t.Failed() {
+			text, _ := os.ReadFile(agent.Log())
+			t.Logf("agent.log:\n%s", text)
+		}
+	})
+	return agent
+}
+
+// sleep runs the sleeper until end is called or the test ends.
+func (s *site) sleep(t *testing.T) (end func()) {
+	t.Helper()
+	program := exec.Command(s.sleeper, "3600")
+	check.Nil(t, program.Start())
+	end = sync.OnceFunc(func() { _ = program.Process.Kill(); _ = program.Wait() })
+	t.Cleanup(end)
+	return end
 }
 
 type lease struct {

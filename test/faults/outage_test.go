@@ -36,20 +36,10 @@ scope "sleeper" {
 		t.Fatalf("mount: %v: %s", err, out)
 	}
 	t.Cleanup(func() { _ = exec.Command("umount", "-l", volume).Run() })
-	tpm := check.Must(lab.StartTPM(ctx, filepath.Join(s.dir, "tpm"), services.TPMCA, lab.TPMOptions{}))(t)
-	t.Cleanup(tpm.Stop)
 	file := filepath.Join(volume, "credential")
-	agent := check.Must(lab.NewAgent(filepath.Join(s.dir, "agent"), s.broker, tpm.Path(), fmt.Sprintf(`
-credential "sleeper" {
-  process { exe = %q }
-  file %q { template = "user={{ .username }}\npassword={{ .password }}\nend\n" }
-}`, s.sleeper, file), true))(t)
-	check.Must(agent.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
-	program := exec.Command(s.sleeper, "3600")
-	check.Nil(t, program.Start())
-	t.Cleanup(func() { _ = program.Process.Kill(); _ = program.Wait() })
+	agent := s.newAgent(t, file)
+	s.sleep(t)
 	check.Nil(t, agent.Start(ctx))
-	t.Cleanup(func() { _ = agent.Stop() })
 	filler := filepath.Join(volume, "filler")
 	for round := range *rounds {
 		inForce(t, s, file)
@@ -79,17 +69,7 @@ func TestBrokerAway(t *testing.T) {
 		t.Run(fmt.Sprintf("restored=%v", restored), func(t *testing.T) {
 			s := newSite(t, lab.BrokerOptions{})
 			ctx := check.Within(t, 40*time.Minute)
-			check.Nil(t, s.broker.ApplyScopes(ctx, `
-scope "soft" {
-  reprove = "5s"
-  grace   = "3s"
-  host    { labels = { role = "billing" } }
-  process { exe = "/opt/billing/bin/billingd" }
-  vault {
-    path = "database/creds/billing-ro"
-    ttl  = "30m"
-  }
-}`))
+			check.Nil(t, s.broker.ApplyScopes(ctx, strings.ReplaceAll(fmt.Sprintf(scopes, s.sleeper), `grace   = "1h"`, `grace   = "3s"`)))
 			h := check.Must(lab.NewSoftHost(s.broker, services.TPMCA))(t)
 			other := check.Must(lab.NewSoftHost(s.broker, services.TPMCA))(t)
 			for _, one := range []*lab.SoftHost{h, other} {

@@ -3,8 +3,6 @@ package faults_test
 import (
 	"context"
 	"fmt"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -45,15 +43,7 @@ func TestReplyLost(t *testing.T) {
 			check.Must(h.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
 			for round := range *rounds {
 				check.Nil(t, order(ctx, h, 100+round))
-				lost := make(chan struct{}, 1000)
-				front.Set(func(_ http.ResponseWriter, r *http.Request, forward http.Handler) bool {
-					if !strings.HasPrefix(r.URL.Path, "/v1/"+path) {
-						return false
-					}
-					forward.ServeHTTP(httptest.NewRecorder(), r)
-					lost <- struct{}{}
-					panic(http.ErrAbortHandler)
-				})
+				lost := front.LoseReply(path)
 				err := order(ctx, h, 200+round)
 				live := s.leases(t, "--state", "live")
 				revoked := ""

@@ -67,14 +67,19 @@ func (f *Front) Set(spoil Spoil) {
 }
 
 // LoseReply lets calls of a path reach Vault, and none of its answers come back.
-func (f *Front) LoseReply(path string) {
+// lost is closed with the first.
+func (f *Front) LoseReply(path string) (lost <-chan struct{}) {
+	first := make(chan struct{})
+	told := sync.OnceFunc(func() { close(first) })
 	f.Set(func(_ http.ResponseWriter, r *http.Request, forward http.Handler) bool {
 		if !strings.HasPrefix(r.URL.Path, "/v1/"+path) {
 			return false
 		}
 		forward.ServeHTTP(httptest.NewRecorder(), r)
+		told()
 		panic(http.ErrAbortHandler)
 	})
+	return first
 }
 
 // Answer gives an answer of the test's own to calls of a path.

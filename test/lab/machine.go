@@ -146,16 +146,19 @@ func (m *Machine) BeforeStart(ctx context.Context, name, credential string) erro
 }
 
 // BuildLegacy compiles test/legacy to path.
-func BuildLegacy(ctx context.Context, path string) error {
+func BuildLegacy(ctx context.Context, path string) error { return build(ctx, "./test/legacy", path) }
+
+// build compiles a program of the module so that it needs no libraries.
+func build(ctx context.Context, pkg, path string, env ...string) error {
 	root, err := repository()
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", path, "./test/legacy")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, pkg)
 	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Env = append(append(os.Environ(), "CGO_ENABLED=0"), env...)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("build test/legacy: %w: %s", err, out)
+		return fmt.Errorf("build %s: %w: %s", pkg, err, out)
 	}
 	return nil
 }

@@ -326,20 +326,9 @@ func makeRoot(ctx context.Context, root, boot string, files []VMFile) error {
 	return BuildForVM(ctx, "./test/vm/init", filepath.Join(root, "sbin", "init"))
 }
 
-// BuildForVM compiles a program so that it needs nothing else: the machine has
-// no libraries.
+// BuildForVM compiles a program for the machine.
 func BuildForVM(ctx context.Context, pkg, path string) error {
-	root, err := repository()
-	if err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, pkg)
-	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("build %s: %w: %s", pkg, err, out)
-	}
-	return nil
+	return build(ctx, pkg, path, "GOOS=linux", "GOARCH=amd64")
 }
 
 func copyFile(from, to string, mode fs.FileMode) error {

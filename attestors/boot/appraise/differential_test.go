@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/sha1"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"math/rand/v2"
@@ -294,6 +295,35 @@ func TestWindows(t *testing.T) {
 	changed.Events = slices.Insert(changed.Events, first, event(12, boot.EventTag, debug, debug))
 	if f := accepted(t, changed.Encode(), recompute(changed, nil)); !f.Windows.KernelDebugging {
 		t.Error("kernel debugging isn't seen")
+	}
+}
+
+// A driver's configuration may be wrapped as often as it likes, and stands alone.
+func TestWindowsDrivers(t *testing.T) {
+	sipa := func(kind uint32, data ...byte) []byte {
+		b := binary.LittleEndian.AppendUint32(nil, kind)
+		return append(binary.LittleEndian.AppendUint32(b, uint32(len(data))), data...)
+	}
+	name := sipa(sipaELAMKeyName, utf16Bytes("Defender")...)
+	for _, c := range []struct {
+		data []byte
+		want string // refused with; empty: the driver is known
+	}{
+		{name, ""},
+		{sipa(sipaELAM, sipa(sipaELAM, name...)...), ""},
+		{slices.Concat(sipa(sipaELAM, name...), name), "among another's"},
+		{slices.Concat(name, sipa(sipaELAM, name...)), "among another's"},
+		{sipa(sipaELAM, name[:9]...), "reaches past its end"},
+		{append(slices.Clone(name), 1), "1 bytes follow"},
+	} {
+		var w Windows
+		err := w.elam(c.data)
+		if c.want == "" && (err != nil || !slices.Equal(w.ELAM, []WindowsELAM{{Name: "Defender"}})) {
+			t.Errorf("%x: %v, %+v", c.data, err, w.ELAM)
+		}
+		if c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%x: %v, want %q", c.data, err, c.want)
+		}
 	}
 }
 

@@ -55,19 +55,11 @@ type SignatureDatabase struct {
 
 // Contains says whether the database lists a SHA-256 image digest.
 func (db *SignatureDatabase) Contains(image evidence.Digest) bool {
-	if db == nil {
-		return false
-	}
-	for _, h := range db.Hashes {
-		if h == image {
-			return true
-		}
-	}
-	return false
+	return db != nil && slices.Contains(db.Hashes, image)
 }
 
-// A Certificate is known by its SHA-256. Its names are empty where Go can't parse
-// it, as with some that are in real firmware.
+// A Certificate is known by its SHA-256. Its subject is empty where Go can't parse
+// it, as with some that are in real firmware, or where it is longer than any.
 type Certificate struct {
 	SHA256  evidence.Digest `json:"sha256"`
 	Subject string          `json:"subject,omitempty"`
@@ -112,19 +104,6 @@ type Asserted struct {
 	Padding    int      `json:"padding,omitempty"` // bytes behind the last event
 	Components []string `json:"boot_components,omitempty"`
 	MOK        []string `json:"mok,omitempty"`
-}
-
-// MeasuredAsOptions says whether a command line is among those that were handed to
-// an EFI image as load options and measured by digest alone, as Linux' own stub
-// does into PCR 9.
-func (f *Facts) MeasuredAsOptions(commandLine string) bool {
-	want := evidence.Sum(utf16Bytes(commandLine + "\x00"))
-	for _, c := range f.Components {
-		if c.PCR == pcrFiles && c.SHA256 == want {
-			return true
-		}
-	}
-	return false
 }
 
 // phases are the texts that systemd measures into PCR 11 as it goes on.

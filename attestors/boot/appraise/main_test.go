@@ -1,19 +1,19 @@
 package appraise
 
 import (
-	"bufio"
 	"bytes"
-	"encoding/hex"
+	"encoding/binary"
 	"errors"
 	"maps"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
+	"unicode/utf16"
 
 	"github.com/countersign/countersign/attestors/boot"
 	"github.com/countersign/countersign/attestors/evidence"
+	tpm "github.com/countersign/countersign/attestors/tpm/appraise"
 )
 
 const fixtures = "../../../test/vectors/boots"
@@ -31,22 +31,10 @@ func read(t testing.TB, fixture, name string) []byte {
 // quote.
 func recorded(t testing.TB, fixture string) (log []byte, pcrs map[int]evidence.Digest) {
 	t.Helper()
-	pcrs = map[int]evidence.Digest{}
-	inBank := false
-	for lines := bufio.NewScanner(bytes.NewReader(read(t, fixture, "pcrs.txt"))); lines.Scan(); {
-		name, value, _ := strings.Cut(lines.Text(), ":")
-		name, value = strings.TrimSpace(name), strings.TrimSpace(value)
-		pcr, err := strconv.Atoi(name)
-		if err != nil {
-			inBank = name == "sha256"
-			continue
-		}
-		if b, err := hex.DecodeString(strings.TrimPrefix(value, "0x")); inBank && pcr < 16 && err == nil {
-			pcrs[pcr] = evidence.Digest(b)
-		}
-	}
-	if len(pcrs) != 16 {
-		t.Fatalf("%s: %d SHA-256 PCRs", fixture, len(pcrs))
+	pcrs, err := tpm.ParsePCRRead(string(read(t, fixture, "pcrs.txt")))
+	maps.DeleteFunc(pcrs, func(pcr int, _ evidence.Digest) bool { return pcr > 15 })
+	if err != nil || len(pcrs) != 16 {
+		t.Fatalf("%s: %d SHA-256 PCRs: %v", fixture, len(pcrs), err)
 	}
 	return read(t, fixture, "binary_bios_measurements"), pcrs
 }
@@ -116,4 +104,12 @@ func event(pcr uint32, kind boot.EventType, measured, data []byte) boot.Event {
 
 func grubCommand(text, prefix string) boot.Event {
 	return event(8, boot.IPL, []byte(text), []byte(prefix+text+"\x00"))
+}
+
+func utf16Bytes(s string) []byte {
+	var b []byte
+	for _, u := range utf16.Encode([]rune(s)) {
+		b = binary.LittleEndian.AppendUint16(b, u)
+	}
+	return b
 }

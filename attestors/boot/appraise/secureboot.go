@@ -167,8 +167,15 @@ func parseDatabase(b []byte) *SignatureDatabase {
 	return db
 }
 
+// maxCertificate bounds what is parsed for a name, in bytes: Go writes names in a
+// time that grows with the square of their length.
+const maxCertificate = 4096
+
 func certificate(der []byte) Certificate {
 	c := Certificate{SHA256: evidence.Sum(der)}
+	if len(der) > maxCertificate {
+		return c
+	}
 	if parsed, err := x509.ParseCertificate(der); err == nil {
 		c.Subject = parsed.Subject.String()
 	}

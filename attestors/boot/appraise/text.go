@@ -24,14 +24,6 @@ func utf16Text(b []byte) (string, bool) {
 	return text, printable(text)
 }
 
-func utf16Bytes(s string) []byte {
-	var b []byte
-	for _, u := range utf16.Encode([]rune(s)) {
-		b = binary.LittleEndian.AppendUint16(b, u)
-	}
-	return b
-}
-
 // printable says whether text can be shown, and compared, as it stands. U+FFFD is
 // what a decoder leaves of bytes that were no text.
 func printable(s string) bool {

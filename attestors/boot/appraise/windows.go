@@ -147,6 +147,18 @@ func cutSIPA(b []byte) (e sipaEvent, rest []byte, err error) {
 	return e, b[8+size:], nil
 }
 
+// splitSIPA is all of them, without what stands within them.
+func splitSIPA(b []byte) (events []sipaEvent, err error) {
+	for len(b) > 0 {
+		var e sipaEvent
+		if e, b, err = cutSIPA(b); err != nil {
+			return nil, err
+		}
+		events = append(events, e)
+	}
+	return events, nil
+}
+
 // read takes the facts from one measured event. open are the containers that it is
 // within, each at what is left of it.
 func (w *Windows) read(data []byte, pcr int) error {
@@ -235,13 +247,12 @@ func (w *Windows) setting(e sipaEvent, pcr int) error {
 }
 
 func (w *Windows) module(data []byte) error {
+	events, err := splitSIPA(data)
+	if err != nil {
+		return err
+	}
 	var image WindowsImage
-	for len(data) > 0 {
-		e, rest, err := cutSIPA(data)
-		if err != nil {
-			return err
-		}
-		data = rest
+	for _, e := range events {
 		switch e.kind {
 		case sipaFilePath:
 			image.Path, _ = utf16Text(e.data)
@@ -259,19 +270,18 @@ func (w *Windows) module(data []byte) error {
 
 // elam reads one driver's configuration, which some versions wrap twice.
 func (w *Windows) elam(data []byte) error {
+	events, err := splitSIPA(data)
+	for err == nil && len(events) == 1 && events[0].kind == sipaELAM {
+		events, err = splitSIPA(events[0].data)
+	}
+	if err != nil {
+		return err
+	}
 	var driver WindowsELAM
-	for len(data) > 0 {
-		e, rest, err := cutSIPA(data)
-		if err != nil {
-			return err
-		}
-		data = rest
+	for _, e := range events {
 		switch e.kind {
 		case sipaELAM:
-			if len(rest) > 0 {
-				return errors.New("a driver's configuration stands among another's")
-			}
-			data = e.data
+			return errors.New("a driver's configuration stands among another's")
 		case sipaELAMKeyName:
 			driver.Name, _ = utf16Text(e.data)
 		case sipaELAMMeasured:

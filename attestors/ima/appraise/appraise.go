@@ -151,7 +151,7 @@ func start(bank Bank, prior State, quoted map[int]evidence.Digest) *replay {
 		r.values = map[int]evidence.Digest{ima.DefaultPCR: {}}
 	}
 	for pcr, value := range r.values {
-		if quoted[pcr] != value {
+		if differs(value, pcr, quoted) {
 			r.differs++
 		}
 	}
@@ -160,8 +160,7 @@ func start(bank Bank, prior State, quoted map[int]evidence.Digest) *replay {
 
 func (r *replay) extend(pcr int, with evidence.Digest, quoted map[int]evidence.Digest) {
 	was, named := r.values[pcr]
-	want, isQuoted := quoted[pcr]
-	if named && was != want {
+	if named && differs(was, pcr, quoted) {
 		r.differs--
 	}
 	var b [2 * sha256.Size]byte
@@ -169,9 +168,16 @@ func (r *replay) extend(pcr int, with evidence.Digest, quoted map[int]evidence.D
 	copy(b[sha256.Size:], with[:])
 	now := evidence.Digest(sha256.Sum256(b[:]))
 	r.values[pcr] = now
-	if !isQuoted || now != want {
+	if differs(now, pcr, quoted) {
 		r.differs++
 	}
+}
+
+// differs says that a PCR's value isn't the quoted one; one that wasn't quoted
+// has none, which isn't the same as zeros.
+func differs(value evidence.Digest, pcr int, quoted map[int]evidence.Digest) bool {
+	want, ok := quoted[pcr]
+	return !ok || value != want
 }
 
 func (r *replay) matches() bool { return r.differs == 0 }
@@ -238,7 +244,7 @@ func unproven(hypotheses []*replay, entries int, quoted map[int]evidence.Digest)
 			pcrs = append(pcrs, fmt.Sprintf("PCR %d isn't quoted", pcr))
 		}
 	}
-	if entries == 0 {
+	if _, ok := quoted[ima.DefaultPCR]; ok && entries == 0 {
 		return reject(CheckReplay, "PCR %d is quoted as %s and the list is empty", ima.DefaultPCR, quoted[ima.DefaultPCR])
 	}
 	return reject(CheckReplay, "no prefix of the %d entries leads to the quoted values: %s", entries, strings.Join(pcrs, "; "))

@@ -401,6 +401,15 @@ func TestForgedLists(t *testing.T) {
 			wantCheck(t, err, tt.check, tt.says)
 		})
 	}
+	// No value isn't zeros, which an empty list would lead to.
+	t.Run("IMA's PCR isn't quoted", func(t *testing.T) {
+		without := maps.Clone(h.pcrs)
+		delete(without, ima.DefaultPCR)
+		for _, list := range [][]byte{h.list, nil} {
+			_, err := Appraise(State{}, list, without)
+			wantCheck(t, err, CheckReplay, "PCR 10 isn't quoted")
+		}
+	})
 	// A kernel that is built to use another PCR leaves 10 alone.
 	t.Run("another PCR, honestly", func(t *testing.T) {
 		moved := newHost(t, 9, 20, false)

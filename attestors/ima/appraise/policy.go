@@ -67,12 +67,12 @@ func (p Policy) Compile() (*Rules, error) {
 				bad("allow %s: %q is no digest as sha256:<hex>", a.Path, d)
 			}
 		}
-		switch {
-		case !strings.ContainsAny(a.Path, `*?[{\`):
-			of := r.exact[a.Path]
+		switch path, one := literal(a.Path); {
+		case one:
+			of := r.exact[path]
 			if of == nil {
 				of = map[string]bool{}
-				r.exact[a.Path] = of
+				r.exact[path] = of
 			}
 			for _, d := range a.Digests {
 				of[d] = true
@@ -100,6 +100,24 @@ func (p Policy) Compile() (*Rules, error) {
 		r.keys = append(r.keys, key)
 	}
 	return r, errors.Join(errs...)
+}
+
+// literal is the path that a glob stands for, if it is one: what is learned has
+// paths with brackets, escaped, and they needn't be tried one by one.
+func literal(glob string) (path string, one bool) {
+	var b strings.Builder
+	for i := 0; i < len(glob); i++ {
+		switch glob[i] {
+		case '*', '?', '[', '{':
+			return "", false
+		case '\\':
+			if i++; i == len(glob) {
+				return "", false
+			}
+		}
+		b.WriteByte(glob[i])
+	}
+	return b.String(), true
 }
 
 // Observes says that what Judge finds fails nothing.

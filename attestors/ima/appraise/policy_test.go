@@ -99,3 +99,31 @@ func TestPolicy(t *testing.T) {
 		}
 	}
 }
+
+// A path with brackets is escaped where it is learned, and is one path: however
+// many there are, none is tried as a glob.
+func TestEscapedPaths(t *testing.T) {
+	text := fmt.Sprintf("sha256:%x", sha256.Sum256(nil))
+	var p Policy
+	for i := range maxGlobs + 1 {
+		p.Allow = append(p.Allow, Allowed{Path: fmt.Sprintf(`/srv/\[id\]\*\\/%d.js`, i), Digests: []string{text}})
+	}
+	rules := check.Must(p.Compile())(t)
+	for name, allowed := range map[string]bool{`/srv/[id]*\/7.js`: true, `/srv/i*\/7.js`: false, `/srv/[id]x\/7.js`: false, `/srv/\[id\]\*\\/7.js`: false} {
+		if why := rules.Judge(Measurement{Index: 1, Name: name, Digest: text}); (why == "") != allowed {
+			t.Errorf("%s: %q", name, why)
+		}
+	}
+	for _, glob := range []string{`/a\`, `/a[`, `/{a`} {
+		if _, err := (Policy{Allow: []Allowed{{Path: glob}}}).Compile(); err == nil {
+			t.Errorf("%s is taken", glob)
+		}
+	}
+	p.Allow = nil
+	for range maxGlobs + 1 {
+		p.Allow = append(p.Allow, Allowed{Path: "/srv/*"})
+	}
+	if _, err := p.Compile(); err == nil || !strings.Contains(err.Error(), "4097 globs") {
+		t.Errorf("many globs: %v", err)
+	}
+}

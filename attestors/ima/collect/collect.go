@@ -32,9 +32,6 @@ func Read(path string, offset int64) (list []byte, from int64, err error) {
 	if skipped, err := io.CopyN(io.Discard, f, offset); err != nil && !errors.Is(err, io.EOF) {
 		return nil, 0, fmt.Errorf("IMA list: %w", err)
 	} else if skipped < offset {
-		if offset == 0 {
-			return nil, 0, nil
-		}
 		return Read(path, 0)
 	}
 	list, err = io.ReadAll(io.LimitReader(f, ima.MaxList+1-offset))

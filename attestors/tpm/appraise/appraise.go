@@ -42,8 +42,7 @@ const (
 )
 
 // reject has a plain error type as its result, so that no nil *evidence.Rejected
-// turns
-// into an error that isn't nil.
+// turns into an error that isn't nil.
 func reject(check evidence.Check, format string, args ...any) error {
 	return &evidence.Rejected{Check: check, Detail: fmt.Sprintf(format, args...)}
 }

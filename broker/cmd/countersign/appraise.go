@@ -77,7 +77,7 @@ Exit codes: 0 all that was given holds, 1 something doesn't, 2 the command line 
 	files.flags(cmd)
 	f.StringVar(&nonce, "nonce", "", "hex of what the quote has to be bound to (default: nonce.hex in the folder)")
 	f.StringVar(&roots, "ek-roots", "", "PEM certificates that EK certificates have to lead to")
-	f.StringVar(&set, "reference", "", "reference set, as `reference learn --dir` and `reference show --content` write it")
+	f.StringVar(&set, "reference", "", "reference set, as reference learn --dir and reference show --content write it")
 	return cmd
 }
 
@@ -139,12 +139,13 @@ func (r recordFiles) read() (record offline.Record, err error) {
 		record.EKCertificates, err = ekCertificates(r.dir, get("", "ek.pem"))
 		errs = append(errs, err)
 	}
-	if len(errs) == 0 || errors.Join(errs...) == nil {
-		if record.EventLog == nil && record.IMA == nil && record.Attest == nil && record.PCRs == nil && len(record.EKCertificates) == 0 {
-			return record, errors.New("no evidence was given: --dir names a folder with it, or --event-log, --ima, --pcrs, --quote single files")
-		}
+	if err := errors.Join(errs...); err != nil {
+		return record, err
 	}
-	return record, errors.Join(errs...)
+	if record.EventLog == nil && record.IMA == nil && record.Attest == nil && record.PCRs == nil && len(record.EKCertificates) == 0 {
+		return record, errors.New("no evidence was given: --dir names a folder with it, or --event-log, --ima, --pcrs, --quote single files")
+	}
+	return record, nil
 }
 
 // between are certificates that lie with a record, or in a folder ca beside it,
@@ -201,9 +202,6 @@ func readBounded(name string) ([]byte, error) {
 	}
 	if len(b) == maxFile {
 		return nil, fmt.Errorf("%s: more than %d bytes", name, maxFile-1)
-	}
-	if b == nil {
-		b = []byte{}
 	}
 	return b, nil
 }

@@ -15,7 +15,7 @@ import (
 func configCommand(_ *options) *cobra.Command {
 	cmd := &cobra.Command{Use: "config", Short: "The broker's config file"}
 	var file string
-	check := &cobra.Command{Use: "check [FILE]", Short: "Report every mistake in a config file", Args: cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+	check := &cobra.Command{Use: "check [FILE]", Short: "Report every mistake in a config file", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {
 			file = args[0]
 		}

@@ -31,9 +31,9 @@ func referenceCommand(o *options) *cobra.Command {
 func referenceLearnCommand(o *options) *cobra.Command {
 	var host, dir string
 	var pcrs []uint
-	cmd := &cobra.Command{Use: "learn NAME --host HOST | learn --dir DIR", Short: "Draft a version of a set of what a host, or a record, has shown", RunE: func(cmd *cobra.Command, args []string) error {
-		if (host == "") == (dir == "") {
-			return &exitError{exitUsage, errors.New("learn from --host HOST, or from a record in --dir DIR")}
+	cmd := &cobra.Command{Use: "learn NAME --host HOST | learn --dir DIR", Short: "Draft a version of a set of what a host, or a record, has shown", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
+		if (host == "") == (dir == "") || (dir == "") != (len(args) == 1) {
+			return &exitError{exitUsage, errors.New("learn NAME from --host HOST, or, without a name, from a record in --dir DIR")}
 		}
 		if dir != "" {
 			content, err := learnFrom(dir)
@@ -43,9 +43,6 @@ func referenceLearnCommand(o *options) *cobra.Command {
 			e := json.NewEncoder(cmd.OutOrStdout())
 			e.SetIndent("", "  ")
 			return e.Encode(content)
-		}
-		if len(args) != 1 {
-			return &exitError{exitUsage, errors.New("usage: countersign reference learn NAME --host HOST")}
 		}
 		client, err := o.client(cmd.Context())
 		if err != nil {
@@ -59,10 +56,10 @@ func referenceLearnCommand(o *options) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return o.showDraft(cmd.OutOrStdout(), r.Msg, r.Msg.GetReference())
+		return o.showDraft(cmd.OutOrStdout(), r.Msg.GetReference())
 	}}
 	cmd.Flags().StringVar(&host, "host", "", "the host to learn from; it must be trusted")
-	cmd.Flags().StringVar(&dir, "dir", "", "folder with a record, as `appraise` takes it; prints the set")
+	cmd.Flags().StringVar(&dir, "dir", "", "folder with a record, as appraise takes it; prints the set")
 	cmd.Flags().UintSliceVar(&pcrs, "pcr", nil, "PCRs to demand by their value, too (default 0-7 for a host without an event log)")
 	return cmd
 }
@@ -85,15 +82,11 @@ func learnFrom(dir string) (reference.Content, error) {
 	return reference.Learn(report.Boot, report.PCRs, nil, report.Measured), nil
 }
 
-func (o *options) showDraft(w io.Writer, m interface {
-	GetReference() *v1.Reference
-}, r *v1.Reference) error {
-	if o.output == "json" {
-		return o.print(w, referenceOf(m.GetReference()), nil)
-	}
-	fmt.Fprintf(w, "%s version %d is a draft: `countersign reference diff %s@%d FILE|NAME` compares it, `countersign reference approve %s` puts it in force\n",
-		r.GetName(), r.GetVersion(), r.GetName(), r.GetVersion(), r.GetName())
-	return nil
+func (o *options) showDraft(w io.Writer, r *v1.Reference) error {
+	return o.print(w, referenceOf(r), func(w io.Writer) {
+		fmt.Fprintf(w, "%s version %d is a draft: `countersign reference diff %s@%d FILE|NAME` compares it, `countersign reference approve %s` puts it in force\n",
+			r.GetName(), r.GetVersion(), r.GetName(), r.GetVersion(), r.GetName())
+	})
 }
 
 func referenceAddCommand(o *options) *cobra.Command {
@@ -111,15 +104,15 @@ func referenceAddCommand(o *options) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return o.showDraft(cmd.OutOrStdout(), r.Msg, r.Msg.GetReference())
+		return o.showDraft(cmd.OutOrStdout(), r.Msg.GetReference())
 	}}
-	cmd.Flags().StringVarP(&file, "file", "f", "", "the set, as `reference learn --dir` writes it")
+	cmd.Flags().StringVarP(&file, "file", "f", "", "the set, as reference learn --dir writes it")
 	_ = cmd.MarkFlagRequired("file")
 	return cmd
 }
 
 func referenceApproveCommand(o *options) *cobra.Command {
-	var overlap time.Duration
+	overlap := days(defaultOverlap)
 	cmd := &cobra.Command{Use: "approve NAME[@VERSION]", Short: "Put a version in force, the newest unless one is named", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		name, version, err := nameVersion(args[0])
 		if err != nil {
@@ -129,7 +122,7 @@ func referenceApproveCommand(o *options) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		r, err := client.ApproveReference(cmd.Context(), connect.NewRequest(&v1.ApproveReferenceRequest{Name: name, Version: version, OlderUntil: timestamppb.New(time.Now().Add(overlap))}))
+		r, err := client.ApproveReference(cmd.Context(), connect.NewRequest(&v1.ApproveReferenceRequest{Name: name, Version: version, OlderUntil: timestamppb.New(time.Now().Add(time.Duration(overlap)))}))
 		if err != nil {
 			return err
 		}
@@ -137,7 +130,7 @@ func referenceApproveCommand(o *options) *cobra.Command {
 			fmt.Fprintf(w, "%s version %d is in force\n", r.Msg.GetReference().GetName(), r.Msg.GetReference().GetVersion())
 		})
 	}}
-	cmd.Flags().DurationVar(&overlap, "overlap", defaultOverlap, "how long versions that are in force stay so beside it")
+	cmd.Flags().Var(&overlap, "overlap", "how long versions that are in force stay so beside it, as 36h or 14d")
 	return cmd
 }
 
@@ -170,20 +163,23 @@ func referenceOf(r *v1.Reference) shownReference {
 
 func referenceShowCommand(o *options) *cobra.Command {
 	var content bool
-	cmd := &cobra.Command{Use: "show [NAME[@VERSION]]", Short: "Show the versions of a set, or of all", Args: cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "show [NAME[@VERSION]]", Short: "Show the versions of a set, or of all", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		arg := ""
 		if len(args) > 0 {
 			arg = args[0]
 		}
+		if content {
+			c, err := o.content(cmd, arg)
+			if err != nil {
+				return err
+			}
+			e := json.NewEncoder(cmd.OutOrStdout())
+			e.SetIndent("", "  ")
+			return e.Encode(c)
+		}
 		list, err := o.references(cmd, arg)
 		if err != nil {
 			return err
-		}
-		if content {
-			if arg == "" {
-				return &exitError{exitUsage, errors.New("--content wants a NAME or NAME@VERSION")}
-			}
-			return o.printContent(cmd.OutOrStdout(), list[0])
 		}
 		shown := []shownReference{}
 		for _, r := range list {
@@ -199,16 +195,6 @@ func referenceShowCommand(o *options) *cobra.Command {
 	}}
 	cmd.Flags().BoolVar(&content, "content", false, "print the set itself, as JSON")
 	return cmd
-}
-
-func (o *options) printContent(w io.Writer, r *v1.Reference) error {
-	c, err := reference.Parse(r.GetContent())
-	if err != nil {
-		return err
-	}
-	e := json.NewEncoder(w)
-	e.SetIndent("", "  ")
-	return e.Encode(c)
 }
 
 // demands is a set in a few words.
@@ -280,6 +266,14 @@ func (o *options) referenceAt(cmd *cobra.Command, arg string) (reference.Content
 		}
 		return referenceFile(arg)
 	}
+	return o.content(cmd, arg)
+}
+
+// content is that of NAME@VERSION, or of NAME's newest version.
+func (o *options) content(cmd *cobra.Command, arg string) (reference.Content, error) {
+	if name, _, _ := strings.Cut(arg, "@"); name == "" {
+		return reference.Content{}, &exitError{exitUsage, fmt.Errorf("%q is no NAME or NAME@VERSION of a reference set", arg)}
+	}
 	list, err := o.references(cmd, arg)
 	if err != nil {
 		return reference.Content{}, err
@@ -288,20 +282,20 @@ func (o *options) referenceAt(cmd *cobra.Command, arg string) (reference.Content
 }
 
 func referenceMaintenanceCommand(o *options) *cobra.Command {
-	var length time.Duration
+	var length days
 	cmd := &cobra.Command{Use: "maintenance NAME --for DURATION", Short: "Let be for a while what a set's files don't allow", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
 		}
-		until := time.Now().Add(length)
+		until := time.Now().Add(time.Duration(length))
 		if _, err := client.MaintainReference(cmd.Context(), connect.NewRequest(&v1.MaintainReferenceRequest{Name: args[0], Until: timestamppb.New(until)})); err != nil {
 			return err
 		}
 		fmt.Fprintf(cmd.OutOrStdout(), "files that %s doesn't allow are told and let be until %s; what isn't allowed then fails its host\n", args[0], until.UTC().Format(time.RFC3339))
 		return nil
 	}}
-	cmd.Flags().DurationVar(&length, "for", 0, "how long, a week at most; 0 ends it")
+	cmd.Flags().Var(&length, "for", "how long, as 36h or 7d, a week at most; 0 ends it")
 	_ = cmd.MarkFlagRequired("for")
 	return cmd
 }

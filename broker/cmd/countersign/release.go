@@ -110,12 +110,7 @@ func announcedBy(name string, manifest bool) (list []packages.File, err error) {
 }
 
 func releaseListCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "list [NAME]", Short: "List the versions of a release, or of all", Args: func(cmd *cobra.Command, args []string) error {
-		if len(args) > 1 {
-			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
-		}
-		return nil
-	}, RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "list [NAME]", Short: "List the versions of a release, or of all", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err

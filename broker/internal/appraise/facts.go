@@ -1,6 +1,7 @@
 package appraise
 
 import (
+	"encoding/json"
 	"slices"
 	"time"
 
@@ -134,6 +135,8 @@ const (
 
 	maxFacts = 256  // in a list
 	maxLine  = 4096 // bytes of a kernel command line; Linux takes as many at most
+
+	maxWindows = 128 << 10 // bytes of its facts as JSON; a machine with 215 modules has 32,000
 )
 
 // bound keeps what is written down with each decision short. What is cut off
@@ -147,7 +150,7 @@ func (e *EventLog) bound() {
 		return list[:maxFacts]
 	}
 	e.Images, e.Files, e.Authorities = cut(e.Images, pcrImages), cut(e.Files, pcrFiles), cut(e.Authorities, 7)
-	short := make([]string, 0, min(len(e.KernelCommandLines), maxFacts))
+	short := make([]string, 0, min(len(e.KernelCommandLines), shown))
 	for _, line := range e.KernelCommandLines {
 		if len(line) > maxLine || len(short) == shown {
 			e.LinesComplete, e.KernelCommandLine = false, nil
@@ -156,4 +159,8 @@ func (e *EventLog) bound() {
 		short = append(short, line)
 	}
 	e.KernelCommandLines = short
+	// Of Windows a part would say less that weakens, so it is all or nothing.
+	if b, err := json.Marshal(e.Windows); err != nil || len(b) > maxWindows {
+		e.Windows, e.Incomplete = nil, append(e.Incomplete, 12, 13)
+	}
 }

@@ -38,6 +38,7 @@ type Known struct {
 	logs       evidence.Digest // of event and userspace log
 	facts      *boot.Facts
 	pcrs       map[int]evidence.Digest // the values that facts were proven against
+	shownBytes int                     // of the logs that facts were made of
 	ima        *imaappraise.State      // nil: no list was shown
 	files      *files
 	fresh      []file   // those of this request
@@ -59,8 +60,9 @@ func (k *Known) Resume() (bootID string, logs evidence.Digest, imaOffset int) {
 	return k.boot, k.logs, imaOffset
 }
 
-// Size is about how much memory k takes, in bytes.
-func (k *Known) Size() int { return k.files.size() + 64<<10 }
+// Size is about how much memory k takes, in bytes: facts may take a few times as
+// much as the logs that they were made of.
+func (k *Known) Size() int { return k.files.size() + 4*k.shownBytes + 64<<10 }
 
 // Violations is how many files could not be measured.
 func (k *Known) Violations() int {
@@ -105,7 +107,7 @@ func (k *Known) event(l Logs, pcrs map[int]evidence.Digest, prior *Known) error 
 	}
 	switch {
 	case same: // what was proven of these values still is
-		k.logs, k.facts, k.pcrs = prior.logs, prior.facts, prior.pcrs
+		k.logs, k.facts, k.pcrs, k.shownBytes = prior.logs, prior.facts, prior.pcrs, prior.shownBytes
 		return nil
 	case l.EventKnown:
 		return ErrResync
@@ -124,7 +126,7 @@ func (k *Known) event(l Logs, pcrs map[int]evidence.Digest, prior *Known) error 
 	if err != nil {
 		return err
 	}
-	k.logs, k.facts, k.pcrs = digest, &facts, maps.Clone(pcrs)
+	k.logs, k.facts, k.pcrs, k.shownBytes = digest, &facts, maps.Clone(pcrs), len(l.Event)+len(l.Userspace)
 	delete(k.pcrs, ima.DefaultPCR) // grows while the host runs, and nothing of the facts rests on it
 	return nil
 }
@@ -192,7 +194,6 @@ type Reference struct {
 
 // A Version is one that is in force.
 type Version struct {
-	Number  int64
 	Content reference.Content
 	Files   *imaappraise.Rules // nil: it doesn't speak of files
 }
@@ -221,9 +222,8 @@ func (r *Reference) match(k *Known, pcrs map[int]evidence.Digest) error {
 		return &evidence.Rejected{Check: CheckReference, Detail: fmt.Sprintf("reference set %s: %s", r.Name, reference.Words(diffs))}
 	}
 	var newest []string
-	matched, files := false, false
+	matched := false
 	for _, v := range r.Versions {
-		files = files || v.Files != nil
 		diffs := v.Content.Mismatch(k.facts, pcrs)
 		if len(diffs) > 0 && k.problem != "" {
 			diffs = append(diffs, k.problem)
@@ -242,10 +242,7 @@ func (r *Reference) match(k *Known, pcrs map[int]evidence.Digest) error {
 		}
 		return reject(newest)
 	}
-	for _, v := range r.Versions {
-		files = files || v.Files != nil
-	}
-	if !files {
+	if !slices.ContainsFunc(r.Versions, func(v Version) bool { return v.Files != nil }) {
 		return nil
 	}
 	if k.ima == nil {

@@ -64,6 +64,9 @@ func TestResume(t *testing.T) {
 	if next.facts != k.facts || next.BootFacts() == nil {
 		t.Error("facts weren't kept")
 	}
+	if (&Known{}).Size()+len(whole.Event) > k.Size() || next.Size() <= k.Size() {
+		t.Errorf("%d and %d bytes are remembered", k.Size(), next.Size())
+	}
 	for name, tt := range map[string]struct {
 		logs  Logs
 		reset uint32
@@ -139,6 +142,12 @@ func TestOddEventLog(t *testing.T) {
 	if long.LinesComplete || len(long.KernelCommandLines) != 1 || len(long.Images) != maxFacts || !slices.Equal(long.Incomplete, []int{pcrImages}) {
 		t.Errorf("%d lines, %d images, incomplete %v", len(long.KernelCommandLines), len(long.Images), long.Incomplete)
 	}
+	for modules, kept := range map[int]bool{150: true, 5000: false} {
+		e := &EventLog{Windows: &boot.Windows{Modules: slices.Repeat([]boot.WindowsImage{{Path: `\Windows\System32\drivers\disk.sys`, Authenticode: strings.Repeat("a", 64)}}, modules)}}
+		if e.bound(); (e.Windows != nil) != kept || slices.Contains(e.Incomplete, 13) == kept {
+			t.Errorf("%d modules: kept %v, incomplete %v", modules, e.Windows != nil, e.Incomplete)
+		}
+	}
 }
 
 // rulesOf is a set learned of k, changed by edit, in force.
@@ -148,7 +157,7 @@ func rulesOf(t *testing.T, k *Known, rules string, edit func(*reference.Content)
 	if edit != nil {
 		edit(&content)
 	}
-	v := Version{Number: 1, Content: content}
+	v := Version{Content: content}
 	if content.IMA != nil {
 		v.Files = check.Must(content.IMA.Compile())(t)
 	}

@@ -95,7 +95,7 @@ func (p *page) read(tx *store.Tx, set string, now time.Time) error {
 		if err != nil {
 			return fmt.Errorf("reference set %s version %d: %w", set, v.Version, err)
 		}
-		one := appraise.Version{Number: v.Version, Content: content}
+		one := appraise.Version{Content: content}
 		if content.IMA != nil {
 			if one.Files, err = content.IMA.Compile(); err != nil {
 				return fmt.Errorf("reference set %s version %d: %w", set, v.Version, err)

@@ -14,6 +14,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/test/check"
 )
 
 // stubborn is an issuer that answers as it is told; what it is not told, it
@@ -60,15 +61,12 @@ func manager(t *testing.T, i issue.Issuer, grants ...journal.Grant) (*Manager, f
 	}
 }
 
-func wait(t *testing.T, what string, done func() bool) {
+func becomes(t *testing.T, load func(string) journal.Grant, id string, want journal.State) {
 	t.Helper()
-	for range 200 {
-		if done() {
-			return
-		}
-		time.Sleep(25 * time.Millisecond)
-	}
-	t.Fatal(what)
+	check.Eventually(t, 10*time.Second, id+" is "+string(want), func() (bool, string) {
+		state := load(id).State
+		return state == want, string(state)
+	})
 }
 
 // While an issuer hangs, what waits for it is one goroutine a grant.
@@ -118,7 +116,7 @@ func TestReplacedOnlyByOneThatLives(t *testing.T) {
 	if g, err = m.Event(t.Context(), "new", journal.Acknowledged{}, Cause{Actor: "host:h"}); err != nil || !g.Settled {
 		t.Fatalf("acknowledged again: %+v, %v", g, err)
 	}
-	wait(t, "the old one was not retired", func() bool { return load("old").State == journal.Retiring })
+	becomes(t, load, "old", journal.Retiring)
 }
 
 // A revocation that comes while the issuer extends is done right after.
@@ -137,5 +135,5 @@ func TestRevokedWhileExtending(t *testing.T) {
 		t.Fatalf("%+v, %v", g, err)
 	}
 	close(goOn)
-	wait(t, "it was not revoked", func() bool { return load("g").State == journal.Gone })
+	becomes(t, load, "g", journal.Gone)
 }

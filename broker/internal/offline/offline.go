@@ -214,13 +214,12 @@ func (w *work) quote() {
 		case tpmappraise.CheckBank, tpmappraise.CheckSelection, tpmappraise.CheckDuplicatePCR, tpmappraise.CheckRequiredPCR, tpmappraise.CheckPCRDigest:
 			at = 2
 		}
-		if at == 2 && r.PCRs == nil {
-			w.passQuote(at, attributes, nonce)
-			w.skipQuote(at, "no PCR values were given")
-			return
-		}
 		w.passQuote(at, attributes, nonce)
-		w.failQuote(at, err)
+		if at == 2 && r.PCRs == nil {
+			w.skipQuote(at, "no PCR values were given")
+		} else {
+			w.failQuote(at, err)
+		}
 		return
 	}
 	w.passQuote(3, attributes, nonce)
@@ -411,10 +410,7 @@ func (w *work) reference() {
 		w.say(name, NotChecked, "no reference set was given")
 		return
 	}
-	var diffs []string
-	if want.Boot != nil || len(want.PCRs) > 0 {
-		diffs = want.Mismatch(w.bootFacts, w.pcrs)
-	}
+	diffs := want.Mismatch(w.bootFacts, w.pcrs)
 	if want.IMA != nil {
 		rules, err := want.IMA.Compile()
 		switch {
@@ -422,7 +418,7 @@ func (w *work) reference() {
 			diffs = append(diffs, err.Error())
 		case w.facts.IMA == nil:
 			diffs = append(diffs, "no IMA list was proven")
-		case len(w.measured) < 2: // the list's own first measures no file
+		case !slices.ContainsFunc(w.measured, func(m imaappraise.Measurement) bool { return !m.IsAggregate() && !m.Violation }):
 			diffs = append(diffs, "no file was measured: its IMA policy is not in force")
 		default:
 			for _, m := range w.measured {

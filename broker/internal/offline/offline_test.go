@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -13,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/attestors/ima"
 	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
 	"github.com/countersign/countersign/broker/internal/offline"
 	"github.com/countersign/countersign/broker/internal/reference"
@@ -239,6 +242,32 @@ func TestEveryBitOfTheValues(t *testing.T) {
 			t.Errorf("%q broken, without a quote: %+v", line, got.Checks)
 		}
 		bare.PCRs[at] = was
+	}
+}
+
+// A list of nothing but what couldn't be measured is no list of files, as for a
+// broker.
+func TestNoFileMeasured(t *testing.T) {
+	r, o := record(t, "clean")
+	first, _, err := ima.NewReader(r.IMA, 0).Next()
+	check.Nil(t, err)
+	ten, ones := evidence.Digest{}, bytes.Repeat([]byte{0xff}, 32)
+	sum := evidence.Sum(first.Data)
+	ten = evidence.Sum(append(ten[:], sum[:]...))
+	violation := first
+	violation.TemplateDigest = make([]byte, len(first.TemplateDigest))
+	ten = evidence.Sum(append(ten[:], ones...))
+	values := check.Must(tpmappraise.ParsePCRRead(string(r.PCRs)))(t)
+	values[10] = ten
+	text := []byte("sha256:\n")
+	for pcr, value := range values {
+		text = fmt.Appendf(text, "  %d : 0x%s\n", pcr, value)
+	}
+	set := check.Must(reference.Parse([]byte(`{"ima":{"violations":"ignore","allow":[]}}`)))(t)
+	o.Reference = &set
+	got := offline.Appraise(offline.Record{PCRs: text, IMA: violation.Append(first.Append(nil))}, o)
+	if results(got)["ima-replay"] != offline.Pass || got.Facts.IMA.Violations != 1 || !strings.Contains(detail(got, "reference"), "no file was measured") {
+		t.Errorf("%+v", got.Checks)
 	}
 }
 

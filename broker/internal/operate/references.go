@@ -56,6 +56,10 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 		if r.Content, err = json.Marshal(content); err != nil {
 			return err
 		}
+		// What can't be read again would fail every host that it is for.
+		if _, err := reference.Parse(r.Content); err != nil {
+			return invalid("what host %s measured makes no set: %v; narrow IMA's policy, or write the set with globs and add it with -f", h.ID, err)
+		}
 		r, err = inventory.AddReference(tx, r)
 		return err
 	})

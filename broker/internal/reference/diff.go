@@ -66,8 +66,12 @@ func diffBoot(a, b *Boot) (diffs []string) {
 	diffs = append(diffs, digests("files that the boot loader read", a.Files, b.Files)...)
 	diffs = append(diffs, digests("machine owner's key lists", a.MOK, b.MOK)...)
 	for _, pcr := range extended {
-		diffs = append(diffs, digests(fmt.Sprintf("what is measured into PCR %d", pcr), a.Extended[pcr], b.Extended[pcr])...)
+		what := fmt.Sprintf("what is measured into PCR %d", pcr)
+		was, had := a.Extended[pcr]
+		now, has := b.Extended[pcr]
+		diffs = append(append(diffs, demand(what, had, has)...), changes(what, was, now)...)
 	}
+	diffs = append(diffs, demand("kernel command lines", len(a.KernelCommandLines) > 0, len(b.KernelCommandLines) > 0)...)
 	gone, came := without(a.KernelCommandLines, b.KernelCommandLines), without(b.KernelCommandLines, a.KernelCommandLines)
 	for _, line := range came {
 		if len(gone) == 0 {
@@ -84,7 +88,24 @@ func diffBoot(a, b *Boot) (diffs []string) {
 	return diffs
 }
 
-func digests(what string, a, b []evidence.Digest) (diffs []string) {
+// demand says where a list came to demand something, or came to demand nothing: a
+// set that lost the last of its images isn't stricter than it was.
+func demand(what string, was, is bool) []string {
+	switch {
+	case !was && is:
+		return []string{what + ": demanded now"}
+	case was && !is:
+		return []string{what + ": demanded no more"}
+	}
+	return nil
+}
+
+// digests says how a list changed that demands nothing when it is empty.
+func digests(what string, a, b []evidence.Digest) []string {
+	return append(demand(what, len(a) > 0, len(b) > 0), changes(what, a, b)...)
+}
+
+func changes(what string, a, b []evidence.Digest) (diffs []string) {
 	for _, d := range without(b, a) {
 		diffs = append(diffs, fmt.Sprintf("%s gained %s", what, d))
 	}

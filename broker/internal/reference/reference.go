@@ -187,7 +187,7 @@ var learned = []string{"PK", "KEK", "db"}
 var ownFolders = []string{"/var/lib/countersign-agent/", "/run/countersign-agent/"}
 
 func learnBoot(f *boot.Facts) *Boot {
-	b := &Boot{SecureBoot: f.SecureBoot, SecureBootMode: f.SecureBootMode, MOK: distinct(f.MOK), KernelCommandLines: commandLines(f)}
+	b := &Boot{SecureBoot: f.SecureBoot, SecureBootMode: f.SecureBootMode, MOK: distinct(f.MOK), KernelCommandLines: f.KernelCommandLines}
 	for _, name := range learned {
 		if db := f.Databases[name]; db != nil {
 			if b.Databases == nil {
@@ -224,14 +224,6 @@ func components(f *boot.Facts, pcr int) (list []evidence.Digest) {
 		}
 	}
 	return list
-}
-
-// commandLines are all that a kernel may have been started with.
-func commandLines(f *boot.Facts) []string {
-	if f.KernelCommandLine != nil {
-		return []string{*f.KernelCommandLine}
-	}
-	return f.KernelCommandLines
 }
 
 func distinct(list []evidence.Digest) []evidence.Digest {
@@ -291,6 +283,13 @@ func (c Content) Mismatch(facts *boot.Facts, pcrs map[int]evidence.Digest) (diff
 	}
 	return diffs
 }
+
+// How a kernel command line differs is told of the first few, and of none that is
+// longer than Linux takes: a host can measure a megabyte of words.
+const (
+	maxLines = 10
+	maxLine  = 4096
+)
 
 func (b *Boot) mismatch(f *boot.Facts) (diffs []string) {
 	bad := func(format string, args ...any) { diffs = append(diffs, fmt.Sprintf(format, args...)) }
@@ -352,15 +351,18 @@ func (b *Boot) mismatch(f *boot.Facts) (diffs []string) {
 		}
 	}
 	if len(b.KernelCommandLines) > 0 {
-		lines := commandLines(f)
 		if !f.LinesComplete { // GRUB's, and a unified kernel image's
 			bad("PCR 8 and 12 hold what may be another kernel command line")
 		}
-		if len(lines) == 0 {
+		if len(f.KernelCommandLines) == 0 {
 			bad("no kernel command line was measured")
 		}
-		for _, line := range lines {
-			if !slices.ContainsFunc(b.KernelCommandLines, func(p string) bool { return CommandLineMatches(p, line) }) {
+		for i, line := range f.KernelCommandLines {
+			switch {
+			case slices.ContainsFunc(b.KernelCommandLines, func(p string) bool { return CommandLineMatches(p, line) }):
+			case i >= maxLines || len(line) > maxLine:
+				bad("a kernel command line of %d bytes isn't in the set", len(line))
+			default:
 				bad("kernel command line %s", words(nearest(b.KernelCommandLines, line), line))
 			}
 		}

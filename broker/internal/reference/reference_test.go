@@ -96,7 +96,7 @@ func TestMismatch(t *testing.T) {
 			f.Components = append(f.Components, boot.Component{PCR: 2, Kind: boot.KindDriver, SHA256: strange})
 		}, ""},
 		"another MOK":          {func(f *boot.Facts) { f.MOK = append(f.MOK, strange) }, "key list isn't in the set"},
-		"another command line": {func(f *boot.Facts) { f.KernelCommandLine = &line }, "kernel command line gained init=/bin/sh and lost"},
+		"another command line": {func(f *boot.Facts) { f.KernelCommandLines = []string{line} }, "kernel command line gained init=/bin/sh and lost"},
 		"two readings": {func(f *boot.Facts) {
 			f.KernelCommandLine = nil
 			f.KernelCommandLines = append(f.KernelCommandLines, line)
@@ -139,6 +139,33 @@ func TestMismatch(t *testing.T) {
 	delete(wrong, 5)
 	if diffs := set.Mismatch(&honest, wrong); len(diffs) != 1 || diffs[0] != "PCR 5 was not quoted" {
 		t.Errorf("no PCR 5: %q", diffs)
+	}
+}
+
+// A host measures what it likes, and how it differs is told in a few words.
+func TestManyCommandLines(t *testing.T) {
+	set, facts, pcrs := learn(t, "clean")
+	facts.KernelCommandLines = append([]string{strings.Repeat("a ", 3000)}, slices.Repeat([]string{"/vmlinuz init=/bin/sh"}, 20)...)
+	diffs := set.Mismatch(&facts, pcrs)
+	if len(diffs) != 21 || diffs[0] != "a kernel command line of 6000 bytes isn't in the set" || diffs[20] != "a kernel command line of 21 bytes isn't in the set" ||
+		!strings.HasPrefix(diffs[9], "kernel command line gained init=/bin/sh and lost") {
+		t.Errorf("%d: %q", len(diffs), diffs)
+	}
+}
+
+// A list that comes to demand nothing is told as such, not as a digest less.
+func TestDiffOfDemands(t *testing.T) {
+	parse := func(text string) reference.Content { return check.Must(reference.Parse([]byte(text)))(t) }
+	sum := evidence.Sum(nil).String()
+	with := parse(`{"boot":{"secure_boot":true,"images":["` + sum + `"],"extended":{"12":[]},"kernel_command_lines":["/vmlinuz ro"]}}`)
+	without := parse(`{"boot":{"secure_boot":true}}`)
+	if got, want := reference.Diff(with, without), []string{"boot images: demanded no more", "boot images lost " + sum,
+		"what is measured into PCR 12: demanded no more", "kernel command lines: demanded no more", "kernel command line /vmlinuz ro is gone"}; !slices.Equal(got, want) {
+		t.Errorf("%q", got)
+	}
+	if got, want := reference.Diff(without, with), []string{"boot images: demanded now", "boot images gained " + sum,
+		"what is measured into PCR 12: demanded now", "kernel command lines: demanded now", "kernel command line /vmlinuz ro is new"}; !slices.Equal(got, want) {
+		t.Errorf("%q", got)
 	}
 }
 

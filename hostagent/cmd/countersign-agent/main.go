@@ -99,9 +99,19 @@ func newLog(format string, w io.Writer) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, nil))
 }
 
+// exactly is cobra.ExactArgs with the usage's exit code.
 func exactly(n int) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if len(args) != n {
+			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
+		}
+		return nil
+	}
+}
+
+func atMost(n int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) > n {
 			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
 		}
 		return nil
@@ -319,7 +329,7 @@ func checkTemplates(name string, c *config.Agent) error {
 
 func configCommand(o *options) *cobra.Command {
 	cmd := &cobra.Command{Use: "config", Short: "The agent's config file"}
-	cmd.AddCommand(&cobra.Command{Use: "check [FILE]", Short: "Report every mistake in the config file", Args: cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd.AddCommand(&cobra.Command{Use: "check [FILE]", Short: "Report every mistake in the config file", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {
 			o.config = args[0]
 		}

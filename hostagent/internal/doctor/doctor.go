@@ -134,21 +134,20 @@ func (r *Report) tpm(ctx context.Context, path string) {
 
 // measurements looks for the logs that explain PCRs.
 func (r *Report) measurements(logs attest.LogPaths) {
-	eventLog, imaList := logs.Event, logs.IMA
 	const noLog = "boot by UEFI; with GRUB's `linux` and Secure Boot off, some distributions expose no log"
-	if events, err := readEvents(eventLog); err != nil {
+	if events, err := readEvents(logs.Event); err != nil {
 		r.add("firmware-log", Warning, err.Error(), noLog)
 	} else {
-		r.add("firmware-log", OK, fmt.Sprintf("%s, %d events", eventLog, events), "")
+		r.add("firmware-log", OK, fmt.Sprintf("%s, %d events", logs.Event, events), "")
 	}
 	const noPolicy = "load an IMA policy that measures what is run (docs/MACHINE_STATE.md has one), or add ima_policy=tcb to the kernel's command line"
-	switch entries, err := readList(imaList); {
+	switch entries, err := readList(logs.IMA); {
 	case err != nil:
 		r.add("ima", Warning, err.Error(), noPolicy)
 	case entries <= 1: // the list's own first
-		r.add("ima", Warning, imaList+" measures no file", noPolicy)
+		r.add("ima", Warning, logs.IMA+" measures no file", noPolicy)
 	default:
-		r.add("ima", OK, fmt.Sprintf("%s, %d entries", imaList, entries), "")
+		r.add("ima", OK, fmt.Sprintf("%s, %d entries", logs.IMA, entries), "")
 	}
 }
 

@@ -15,10 +15,11 @@ import (
 
 // withdraw takes the files away and gives the lease back, whatever the files
 // say: their folder may be the program's user's, who could keep them from going.
-// What can't be done now is noted in the lease, and is tried again. Where only the program's end is the reason, and the broker
-// can't be told, a unit's credential is kept in memory for its next start:
-// withhold says so. One that a broker took away never is. A lease that took the
-// place of the named one meanwhile stays.
+// What can't be done now is noted in the lease, and is tried again. Where only
+// the program's end is the reason, and the broker can't be told, a unit's
+// credential is kept in memory for its next start: withhold says so. One that a
+// broker took away never is. A lease that took the place of the named one
+// meanwhile stays.
 func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool) {
 	r.files.Lock()
 	defer r.files.Unlock()
@@ -73,7 +74,7 @@ func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool)
 
 // release gives leases back, and says whether the broker heard it. Those it
 // didn't hear of are owed until it does; returned is false only where that could
-// not be noted either.
+// not be noted either. r.files is held.
 func (r *Runner) release(ctx context.Context, leases []string, reason string) (told, returned bool) {
 	bounded, cancel := context.WithTimeout(ctx, releaseTimeout)
 	defer cancel()
@@ -252,8 +253,14 @@ func (r *Runner) Proofs(ctx context.Context) []attest.LeaseProof {
 }
 
 // cameWith ends the waiting of a hand-over: the instance that the lease is for
-// is here.
+// is here. While the files, and with them the lease, are changing, that waits
+// for the next proof: this one waits for no file system, and a lease's file has
+// one writer.
 func (r *Runner) cameWith(lease *Lease, p *process.Program) {
+	if !r.files.TryLock() {
+		return
+	}
+	defer r.files.Unlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.lease != lease || !lease.Coming || p.Instance().String() == lease.Instance {

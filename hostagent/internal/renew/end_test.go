@@ -129,6 +129,29 @@ func TestAFolderThatKeepsItsFiles(t *testing.T) {
 	}
 }
 
+// A hand-over is noted with the proof that sees the coming instance, but not by
+// a second writer while a delivery writes.
+func TestAHandOverDuringADelivery(t *testing.T) {
+	r, _ := holding(t, &broker{}, programs{p: running}, Lease{ID: "l1", Coming: true, Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(time.Hour)})
+	coming := running
+	coming.PID++
+	r.programs = programs{p: coming}
+	for _, delivering := range []bool{true, false} {
+		if delivering {
+			r.files.Lock()
+		}
+		if proofs := r.Proofs(t.Context()); len(proofs) != 1 || !strings.Contains(string(proofs[0].Program), `"pid":8`) {
+			t.Errorf("delivering=%v: %+v", delivering, proofs)
+		}
+		if delivering {
+			r.files.Unlock()
+		}
+		if l, err := r.keep.load(); err != nil || l.Coming != delivering || (l.Instance == coming.Instance().String()) == delivering {
+			t.Errorf("delivering=%v: %+v, %v", delivering, l, err)
+		}
+	}
+}
+
 // A rejected host's lease and file are not held by their folder either.
 func TestARejectedHostsFolder(t *testing.T) {
 	for _, obstacle := range []bool{false, true} {

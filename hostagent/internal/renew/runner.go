@@ -50,8 +50,8 @@ type Runner struct {
 	now      func() time.Time
 	wake     chan struct{}
 
-	// files is held by who changes the credential's files and the lease that
-	// stands in them. It is taken before mu.
+	// files is held by who changes the credential's files, the lease that stands
+	// in them, and what is owed. It is taken before mu.
 	files sync.Mutex
 
 	mu       sync.Mutex // guards what follows; a *Lease is never changed once it is here
@@ -214,6 +214,8 @@ func (r *Runner) obtain(ctx context.Context, p *process.Program) {
 	faults.Point("agent.issued")
 	if err := r.put(ctx, p, lease, fields); err != nil {
 		r.fail("deliver", err)
+		r.files.Lock()
+		defer r.files.Unlock()
 		r.release(ctx, []string{lease.ID}, "not delivered")
 		return
 	}
@@ -446,10 +448,13 @@ func (r *Runner) Ready(ctx context.Context) error {
 	}
 	done := make(chan error, 1)
 	r.mu.Lock()
-	if l := r.lease; l.holds() && l.Acked && (l.Instance == p.Instance().String() || l.Coming) && r.now().Before(l.Expires) && deliver.Standing(r.cfg.Files) {
-		r.mu.Unlock()
+	l := r.lease
+	r.mu.Unlock()
+	// Not under mu, which proofs wait for: the files' file system may hang.
+	if l.holds() && l.Acked && (l.Instance == p.Instance().String() || l.Coming) && r.now().Before(l.Expires) && deliver.Standing(r.cfg.Files) {
 		return nil // handed over, and there already
 	}
+	r.mu.Lock()
 	r.starting = &p
 	r.waiters = append(r.waiters, done)
 	r.retryAt, r.failures = time.Time{}, 0

@@ -3,11 +3,13 @@ package renew
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/countersign/countersign/attestors/process"
@@ -15,6 +17,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/test/check"
 )
 
 // broker answers as a test tells it to.
@@ -87,20 +90,22 @@ credential "billing-db" {
 // An agent that restarts and can't see its program takes nothing, and says
 // nothing untrue of it.
 func TestAProgramThatCantBeSeenKeepsItsCredential(t *testing.T) {
-	b := &broker{}
-	r, file := holding(t, b, programs{err: errors.New("the system manager can't be reached")},
-		Lease{ID: "l1", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(-time.Minute)})
-	for _, p := range r.Proofs(t.Context()) {
-		if p.Program != nil {
-			t.Errorf("told of a program that was not seen: %s", p.Program)
+	synctest.Test(t, func(t *testing.T) {
+		b := &broker{}
+		r, file := holding(t, b, programs{err: errors.New("the system manager can't be reached")},
+			Lease{ID: "l1", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(-time.Minute)})
+		for _, p := range r.Proofs(t.Context()) {
+			if p.Program != nil {
+				t.Errorf("told of a program that was not seen: %s", p.Program)
+			}
 		}
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-	defer cancel()
-	r.Run(ctx)
-	if _, err := os.Stat(file); err != nil || len(b.released) > 0 {
-		t.Errorf("file: %v; released: %v", err, b.released)
-	}
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Minute)
+		defer cancel()
+		r.Run(ctx)
+		if _, err := os.Stat(file); err != nil || len(b.released) > 0 {
+			t.Errorf("file: %v; released: %v", err, b.released)
+		}
+	})
 }
 
 // A verdict on the old lease, while the new one awaits its acknowledgement,
@@ -132,12 +137,10 @@ func TestAVerdictDuringADelivery(t *testing.T) {
 	time.Sleep(50 * time.Millisecond)
 	close(answer)
 	<-judged
-	for range 100 {
-		if r.Status().Lease == "l2" {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	check.Eventually(t, 10*time.Second, "the new lease is in force", func() (bool, string) {
+		st := r.Status()
+		return st.Lease == "l2", fmt.Sprintf("%+v", st)
+	})
 	cancel()
 	<-done
 	content, err := os.ReadFile(file)
@@ -149,7 +152,7 @@ func TestAVerdictDuringADelivery(t *testing.T) {
 // What a broker took away isn't kept for the unit's next start, though the
 // broker can't be told that it went; what only lost its program is.
 func TestWhatIsWithheld(t *testing.T) {
-	for _, refused := range []bool{true, false} {
+	test := func(t *testing.T, refused bool) {
 		b := &broker{away: true}
 		r, file := holding(t, b, programs{err: instance.ErrNotRunning}, Lease{ID: "l1", Unit: "x.service", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(time.Hour)})
 		if err := os.Chown(file, 0, 0); err != nil {
@@ -158,7 +161,7 @@ func TestWhatIsWithheld(t *testing.T) {
 		if refused {
 			r.Judged(t.Context(), "l1", attest.Verdict{Outcome: "refused", Reason: "policy"})
 		} else {
-			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			r.Run(ctx)
 		}
@@ -172,27 +175,32 @@ func TestWhatIsWithheld(t *testing.T) {
 			t.Errorf("refused=%v: owed %v, %v", refused, owed, err)
 		}
 	}
+	for _, refused := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) { test(t, refused) })
+	}
 }
 
 // Where the acknowledgement fails the old credential comes back.
 func TestUnacknowledgedGoesBack(t *testing.T) {
-	b := &broker{
-		issue: func() (attest.Issued, error) {
-			n := time.Now()
-			return attest.Issued{Lease: "l2", Fields: map[string]secret.Bytes{"password": secret.New([]byte("new"))},
-				Expires: n.Add(2 * time.Minute), ReplaceAt: n.Add(5 * time.Hour), AcknowledgeBy: n}, nil
-		},
-		acknowledge: func() (time.Time, error) { return time.Time{}, errors.New("no broker") },
-	}
-	r, file := holding(t, b, programs{p: running}, Lease{ID: "l1", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(-time.Second)})
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
-	defer cancel()
-	r.Run(ctx)
-	content, err := os.ReadFile(file)
-	if st := r.Status(); st.Lease != "l1" || err != nil || string(content) != "password=old\n" {
-		t.Errorf("lease %q, file %q, %v", st.Lease, content, err)
-	}
-	if len(b.released) == 0 || b.released[0] != "l2" {
-		t.Errorf("released %v, want l2", b.released)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		b := &broker{
+			issue: func() (attest.Issued, error) {
+				n := time.Now()
+				return attest.Issued{Lease: "l2", Fields: map[string]secret.Bytes{"password": secret.New([]byte("new"))},
+					Expires: n.Add(2 * time.Minute), ReplaceAt: n.Add(5 * time.Hour), AcknowledgeBy: n}, nil
+			},
+			acknowledge: func() (time.Time, error) { return time.Time{}, errors.New("no broker") },
+		}
+		r, file := holding(t, b, programs{p: running}, Lease{ID: "l1", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(-time.Second)})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		r.Run(ctx)
+		content, err := os.ReadFile(file)
+		if st := r.Status(); st.Lease != "l1" || err != nil || string(content) != "password=old\n" {
+			t.Errorf("lease %q, file %q, %v", st.Lease, content, err)
+		}
+		if len(b.released) == 0 || b.released[0] != "l2" {
+			t.Errorf("released %v, want l2", b.released)
+		}
+	})
 }
