@@ -313,7 +313,7 @@ func (j *Judge) twice(e ledger.Entry, s sightings.Sighting) (Detection, bool) {
 
 // static judges a login with an account whose password several may have read.
 func (j *Judge) static(readers []ledger.Entry, s sightings.Sighting) []Detection {
-	var holding, here []ledger.Entry
+	var here []ledger.Entry
 	subjects := map[string]bool{}
 	place := unknown
 	for _, e := range readers {
@@ -331,7 +331,6 @@ func (j *Judge) static(readers []ledger.Entry, s sightings.Sighting) []Detection
 			}
 		}
 		if e.Holds(s.Time, Skew) {
-			holding = append(holding, e)
 			subjects[e.Host+" "+e.Subject.Program()] = true
 		}
 	}
