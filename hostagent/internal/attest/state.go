@@ -15,7 +15,7 @@ import (
 	"path/filepath"
 
 	"github.com/countersign/countersign/attestors/tpm/collect"
-	"github.com/countersign/countersign/hostagent/internal/durable"
+	"github.com/countersign/countersign/broker/wire/durable"
 )
 
 // keys are the host's, as the TPM wrapped them.

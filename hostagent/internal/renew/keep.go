@@ -19,7 +19,7 @@ import (
 
 	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
-	"github.com/countersign/countersign/hostagent/internal/durable"
+	"github.com/countersign/countersign/broker/wire/durable"
 )
 
 // A keeper is one credential's place on disk and in memory.

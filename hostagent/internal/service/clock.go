@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/wire/clock"
-	"github.com/countersign/countersign/hostagent/internal/durable"
+	"github.com/countersign/countersign/broker/wire/durable"
 )
 
 // Clock is the time that leases run by. It is the wall clock as it was when the

@@ -6,7 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/countersign/countersign/hostagent/internal/durable"
+	"github.com/countersign/countersign/broker/wire/durable"
 )
 
 func TestWriteReplacesWhole(t *testing.T) {
