@@ -12,6 +12,8 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/canary"
+	"github.com/countersign/countersign/broker/internal/findings"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/operate"
@@ -59,8 +61,11 @@ func operatorError(err error) error {
 		return connect.NewError(connect.CodePermissionDenied, err)
 	case errors.As(err, &bad):
 		return connect.NewError(connect.CodeInvalidArgument, err)
-	case errors.Is(err, inventory.ErrUnknown), errors.Is(err, inventory.ErrNoReference), errors.Is(err, journal.ErrUnknown):
+	case errors.Is(err, inventory.ErrUnknown), errors.Is(err, inventory.ErrNoReference), errors.Is(err, journal.ErrUnknown),
+		errors.Is(err, findings.ErrUnknown), errors.Is(err, canary.ErrUnknown):
 		return connect.NewError(connect.CodeNotFound, err)
+	case errors.Is(err, findings.ErrFull):
+		return connect.NewError(connect.CodeResourceExhausted, err)
 	case errors.Is(err, inventory.ErrTaken):
 		return connect.NewError(connect.CodeAlreadyExists, err)
 	}
@@ -289,7 +294,7 @@ func (s *Operators) ApplyScopes(ctx context.Context, req *connect.Request[v1.App
 // Facts shows what was last appraised of a host.
 func (s *Operators) Facts(ctx context.Context, req *connect.Request[v1.FactsRequest]) (*connect.Response[v1.FactsResponse], error) {
 	return serve(ctx, s, func(a operate.Actor) (*v1.FactsResponse, error) {
-		facts, err := s.Desk.Facts(ctx, a, req.Msg.GetHost())
+		facts, err := s.Desk.Facts(ctx, a, req.Msg.GetHost(), req.Msg.GetScope())
 		return &v1.FactsResponse{Json: facts}, err
 	})
 }

@@ -41,6 +41,9 @@ const (
 	Quarantine Response = "quarantine"
 )
 
+// Responses are all of them.
+var Responses = []Response{Alert, StepUp, Revoke, Quarantine}
+
 // An Entry of the catalogue says what a detector is.
 type Entry struct {
 	Name     Name

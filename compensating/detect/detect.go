@@ -58,17 +58,24 @@ type Judge struct {
 	config Config
 	roles  map[string]bool // of governed user names: what stands before their random part
 	paths  map[string]bool // of Vault that the ledger's entries came from
-	issued map[string]bool // Vault's names of who reads for the broker
-	use    map[string]map[string]*span
+	seen   State
 	used   map[program]bool
-	reads  []sightings.Sighting // from governed paths, of leases that the ledger doesn't know
 }
 
-// A span is between the first and the last login with one boot's credentials.
-type span struct {
-	first, last time.Time
-	lease       string
-	evidence    sightings.Sighting // the last
+// A State is what a judge remembers of sightings; the next one may go on from it.
+type State struct {
+	Use    map[string]map[string]*Span `json:"use,omitempty"`    // by host and boot
+	Used   map[string][]string         `json:"used,omitempty"`   // scopes of hosts whose credentials were seen
+	Issued map[string]bool             `json:"issued,omitempty"` // Vault's names of who reads for the broker
+	Reads  []sightings.Sighting        `json:"reads,omitempty"`  // of leases that the ledger doesn't know yet
+}
+
+// A Span is between the first and the last login with one boot's credentials.
+type Span struct {
+	First    time.Time          `json:"first"`
+	Last     time.Time          `json:"last"`
+	Lease    string             `json:"lease"`
+	Evidence sightings.Sighting `json:"evidence"` // the last
 }
 
 type program struct{ host, scope string }
@@ -76,10 +83,39 @@ type program struct{ host, scope string }
 // maxReads bounds the reads that wait for judgement.
 const maxReads = 1 << 16
 
+// maxActors bounds the names by which Vault knows who reads for the broker.
+const maxActors = 1024
+
 // NewJudge makes a judge over a ledger, which may grow.
 func NewJudge(l *ledger.Index, c Config) *Judge {
-	return &Judge{ledger: l, config: c, roles: map[string]bool{}, paths: map[string]bool{}, issued: map[string]bool{},
-		use: map[string]map[string]*span{}, used: map[program]bool{}}
+	j := &Judge{ledger: l, config: c, roles: map[string]bool{}, paths: map[string]bool{}}
+	j.Restore(State{})
+	return j
+}
+
+// Save is what Restore takes.
+func (j *Judge) Save() State {
+	j.seen.Used = map[string][]string{}
+	for p := range j.used {
+		j.seen.Used[p.host] = append(j.seen.Used[p.host], p.scope)
+	}
+	return j.seen
+}
+
+// Restore goes on from where Save was called.
+func (j *Judge) Restore(s State) {
+	if s.Use == nil {
+		s.Use = map[string]map[string]*Span{}
+	}
+	if s.Issued == nil {
+		s.Issued = map[string]bool{}
+	}
+	j.seen, j.used = s, map[program]bool{}
+	for host, scopes := range s.Used {
+		for _, scope := range scopes {
+			j.used[program{host, scope}] = true
+		}
+	}
 }
 
 // Learn takes what an entry says of all of its kind: the role that governed user
@@ -267,7 +303,7 @@ func (j *Judge) where(e ledger.Entry, s sightings.Sighting) place {
 		return there
 	case slices.ContainsFunc(j.config.Through, contains):
 		return through
-	case len(prefixes) == 0 || s.From.IsLoopback():
+	case len(prefixes) == 0, s.From.IsLoopback() && !slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Addr().IsLoopback() }):
 		return unknown // the target's own machine may be the host
 	}
 	return elsewhere
@@ -279,33 +315,33 @@ func (j *Judge) twice(e ledger.Entry, s sightings.Sighting) (Detection, bool) {
 	if e.Subject.Boot == "" {
 		return Detection{}, false
 	}
-	boots := j.use[e.Host]
+	boots := j.seen.Use[e.Host]
 	if boots == nil {
-		boots = map[string]*span{}
-		j.use[e.Host] = boots
+		boots = map[string]*Span{}
+		j.seen.Use[e.Host] = boots
 	}
 	at := boots[e.Subject.Boot]
 	if at == nil {
-		at = &span{first: s.Time, last: s.Time, lease: e.ID, evidence: s}
+		at = &Span{First: s.Time, Last: s.Time, Lease: e.ID, Evidence: s}
 		boots[e.Subject.Boot] = at
 	}
-	if s.Time.Before(at.first) {
-		at.first = s.Time
+	if s.Time.Before(at.First) {
+		at.First = s.Time
 	}
-	if !s.Time.Before(at.last) {
-		at.last, at.lease, at.evidence = s.Time, e.ID, s
+	if !s.Time.Before(at.Last) {
+		at.Last, at.Lease, at.Evidence = s.Time, e.ID, s
 	}
 	for boot, other := range boots {
 		if boot == e.Subject.Boot {
 			continue
 		}
 		older, newer := at, other
-		if other.first.Before(at.first) {
+		if other.First.Before(at.First) {
 			older, newer = other, at
 		}
-		if older.last.After(newer.first.Add(Skew)) {
-			return Detection{Detector: DuplicateInstance, Lease: older.lease, Host: e.Host, Account: older.evidence.Account, Time: older.last, Cause: e.Host,
-				Why: "credentials of an earlier boot are in use beside those of a later one: the host runs twice", Sighting: &older.evidence}, true
+		if older.Last.After(newer.First.Add(Skew)) {
+			return Detection{Detector: DuplicateInstance, Lease: older.Lease, Host: e.Host, Account: older.Evidence.Account, Time: older.Last, Cause: e.Host,
+				Why: "credentials of an earlier boot are in use beside those of a later one: the host runs twice", Sighting: &older.Evidence}, true
 		}
 	}
 	return Detection{}, false
@@ -385,11 +421,14 @@ func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
 		return nil, err
 	}
 	if ours {
-		j.issued[s.Actor] = true
+		// A token of a grant's own is no name for the next.
+		if s.Grant == "" && len(j.seen.Issued) < maxActors {
+			j.seen.Issued[s.Actor] = true
+		}
 		return nil, nil
 	}
-	if len(j.reads) < maxReads {
-		j.reads = append(j.reads, s)
+	if len(j.seen.Reads) < maxReads {
+		j.seen.Reads = append(j.seen.Reads, s)
 	}
 	return nil, nil
 }
@@ -397,17 +436,17 @@ func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
 // Reads judges the reads of governed paths that were seen: after the ledger had the
 // time to hear of the broker's own.
 func (j *Judge) Reads() (out []Detection, err error) {
-	for _, s := range j.reads {
+	for _, s := range j.seen.Reads {
 		ours, err := j.ours(s)
 		if err != nil {
 			return nil, err
 		}
-		if ours || !j.paths[s.VaultPath] || s.Actor != "" && j.issued[s.Actor] {
+		if ours || !j.paths[s.VaultPath] || s.Actor != "" && j.seen.Issued[s.Actor] {
 			continue
 		}
 		out = append(out, Detection{Detector: OutOfBandRead, Account: s.VaultPath, Time: s.Time, Cause: s.Actor,
 			Why: fmt.Sprintf("read by %q, who is not the broker", s.Actor), Sighting: &s})
 	}
-	j.reads = nil
+	j.seen.Reads = nil
 	return out, nil
 }

@@ -66,6 +66,12 @@ func (b Book) Add(d detect.Detection) (*Finding, bool) {
 			First: d.Time, Last: d.Time, Evidence: []sightings.Sighting{}}
 		b[key] = f
 	}
+	if d.Sighting == nil {
+		if !fresh && !d.Time.After(f.Last) {
+			return f, false // the ledger shows the same as before
+		}
+		d.Sighting = &sightings.Sighting{Time: d.Time, Kind: sightings.Issue, Source: "ledger", Account: d.Account}
+	}
 	f.Count++
 	if d.Time.Before(f.First) {
 		f.First = d.Time
@@ -73,9 +79,7 @@ func (b Book) Add(d detect.Detection) (*Finding, bool) {
 	if d.Time.After(f.Last) {
 		f.Last = d.Time
 	}
-	if d.Sighting != nil {
-		f.evidence(*d.Sighting)
-	}
+	f.evidence(*d.Sighting)
 	return f, fresh
 }
 

@@ -56,14 +56,39 @@ func (f Field) of(e *Entry) string {
 type Index struct {
 	file  io.ReaderAt
 	seed  maphash.Seed
-	lines []place // by entry, in the order in which they came
-	table []slot  // of names, open addressing; a power of two
-	used  int
+	lines places // by entry, in the order in which they came
+	names [256]shard
 	// many has the names that more than one entry bears, as static accounts do.
 	many map[nameKey][]uint32
 
 	hosts map[string]*host
 	line  []byte
+}
+
+// places grow by pages, so that growing copies nothing.
+type places struct {
+	pages []*[pageSize]place
+	n     int
+}
+
+const pageSize = 4096
+
+func (p *places) add(at place) {
+	if p.n%pageSize == 0 {
+		p.pages = append(p.pages, new([pageSize]place))
+	}
+	p.n++
+	*p.at(uint32(p.n - 1)) = at
+}
+
+func (p *places) at(n uint32) *place { return &p.pages[n/pageSize][n%pageSize] }
+
+// A shard has the names whose hashes begin with one byte: a table with open
+// addressing, three quarters full at the most. Each grows by itself, so that no
+// moment needs twice the memory.
+type shard struct {
+	table []slot
+	used  int
 }
 
 type place struct {
@@ -98,8 +123,11 @@ type address struct {
 
 // NewIndex makes an index over file, whose lines Add names.
 func NewIndex(file io.ReaderAt) *Index {
-	return &Index{file: file, seed: maphash.MakeSeed(), table: make([]slot, 1024), many: map[nameKey][]uint32{},
-		hosts: map[string]*host{}}
+	x := &Index{file: file, seed: maphash.MakeSeed(), many: map[nameKey][]uint32{}, hosts: map[string]*host{}}
+	for i := range x.names {
+		x.names[i].table = make([]slot, 8)
+	}
+	return x
 }
 
 // Load adds every line of the file, which is size bytes long. The error names the
@@ -133,7 +161,7 @@ func (x *Index) Load(size int64) error {
 }
 
 // Len is how many entries there are.
-func (x *Index) Len() int { return len(x.lines) }
+func (x *Index) Len() int { return x.lines.n }
 
 // Add indexes e, which lies at offset in the file. An entry whose id is known takes
 // the place of the earlier one.
@@ -142,7 +170,7 @@ func (x *Index) Add(offset int64, size int, e Entry) error {
 	if err != nil {
 		return err
 	}
-	n := uint32(len(x.lines))
+	n := uint32(x.lines.n)
 	if len(known) > 0 {
 		n = known[0]
 		before, err := x.entry(n)
@@ -152,14 +180,15 @@ func (x *Index) Add(offset int64, size int, e Entry) error {
 		if before.Host != e.Host || before.Scope != e.Scope {
 			return fmt.Errorf("entry %s: it was of host %s and scope %s", e.ID, before.Host, before.Scope)
 		}
-		x.lines[n].offset, x.lines[n].size = offset, int32(size)
+		line := x.lines.at(n)
+		line.offset, line.size = offset, int32(size)
 	} else {
-		x.lines = append(x.lines, place{offset: offset, size: int32(size)})
+		x.lines.add(place{offset: offset, size: int32(size)})
 		at, err := x.slot(byProgram, byProgram.of(&e))
 		if err != nil {
 			return err
 		}
-		x.lines[n].before = x.table[at].entry
+		x.lines.at(n).before = at.entry
 		x.put(at, byProgram, byProgram.of(&e), n)
 	}
 	for f := ByID; f < byProgram; f++ {
@@ -223,13 +252,13 @@ func (x *Index) Program(hostID, scope string) ([]Entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	return x.chain(x.table[at].entry)
+	return x.chain(at.entry)
 }
 
 // chain reads an entry, counted from 1, and those of its program before it.
 func (x *Index) chain(n uint32) ([]Entry, error) {
 	var list []Entry
-	for ; n != 0; n = x.lines[n-1].before {
+	for ; n != 0; n = x.lines.at(n - 1).before {
 		e, err := x.entry(n - 1)
 		if err != nil {
 			return nil, err
@@ -242,11 +271,11 @@ func (x *Index) chain(n uint32) ([]Entry, error) {
 
 // Programs calls f with what Program returns, for each scope on each host.
 func (x *Index) Programs(f func([]Entry) error) error {
-	followed := make([]bool, len(x.lines)+1)
-	for _, l := range x.lines {
-		followed[l.before] = true
+	followed := make([]bool, x.lines.n+1)
+	for n := range x.lines.n {
+		followed[x.lines.at(uint32(n)).before] = true
 	}
-	for n := range x.lines {
+	for n := range x.lines.n {
 		if followed[n+1] {
 			continue
 		}
@@ -263,7 +292,7 @@ func (x *Index) Programs(f func([]Entry) error) error {
 
 // Each calls f with every entry until it returns an error.
 func (x *Index) Each(f func(Entry) error) error {
-	for n := range x.lines {
+	for n := range x.lines.n {
 		e, err := x.entry(uint32(n))
 		if err == nil {
 			err = f(e)
@@ -305,7 +334,7 @@ func (x *Index) entries(f Field, name string, list []uint32) ([]Entry, error) {
 }
 
 func (x *Index) entry(n uint32) (Entry, error) {
-	at := x.lines[n]
+	at := x.lines.at(n)
 	if cap(x.line) < int(at.size) {
 		x.line = make([]byte, at.size)
 	}
@@ -330,42 +359,47 @@ func (x *Index) find(f Field, name string) ([]uint32, error) {
 		return nil, nil
 	}
 	at, err := x.slot(f, name)
-	if err != nil || x.table[at].entry == 0 {
+	if err != nil || at.entry == 0 {
 		return nil, err
 	}
-	if x.table[at].entry == shared {
+	if at.entry == shared {
 		return x.many[nameKey{f, name}], nil
 	}
-	return []uint32{x.table[at].entry - 1}, nil
+	return []uint32{at.entry - 1}, nil
 }
 
-// slot is where a name is, or would be.
-func (x *Index) slot(f Field, name string) (int, error) {
+// slot is where a name is, or would be; it is good until put is called.
+func (x *Index) slot(f Field, name string) (*slot, error) {
 	h := x.hash(f, name)
-	mask := len(x.table) - 1
-	for at := int(h) & mask; ; at = (at + 1) & mask {
-		s := x.table[at]
+	table := x.names[h>>24].table
+	for at := home(h, table); ; at = (at + 1) % len(table) {
+		s := &table[at]
 		if s.entry == 0 {
-			return at, nil
+			return s, nil
 		}
 		if s.hash != h {
 			continue
 		}
 		if s.entry == shared {
 			if _, ok := x.many[nameKey{f, name}]; ok {
-				return at, nil
+				return s, nil
 			}
 			continue
 		}
 		// A hash is no name: the entry itself tells.
 		e, err := x.entry(s.entry - 1)
 		if err != nil {
-			return 0, err
+			return nil, err
 		}
 		if f.of(&e) == name {
-			return at, nil
+			return s, nil
 		}
 	}
+}
+
+// home is where in a shard's table the search for a hash begins.
+func home(hash uint32, table []slot) int {
+	return int(uint64(hash&0xffffff) * uint64(len(table)) >> 24)
 }
 
 // bear enters that entry n bears a name.
@@ -373,14 +407,14 @@ func (x *Index) bear(f Field, name string, n uint32) error {
 	if name == "" {
 		return nil
 	}
-	at, err := x.slot(f, name)
+	s, err := x.slot(f, name)
 	if err != nil {
 		return err
 	}
 	key := nameKey{f, name}
-	switch s := &x.table[at]; s.entry {
+	switch s.entry {
 	case 0:
-		x.put(at, f, name, n)
+		x.put(s, f, name, n)
 	case shared:
 		if i, ok := slices.BinarySearch(x.many[key], n); !ok {
 			x.many[key] = slices.Insert(x.many[key], i, n)
@@ -394,25 +428,26 @@ func (x *Index) bear(f Field, name string, n uint32) error {
 }
 
 // put has a slot name entry n.
-func (x *Index) put(at int, f Field, name string, n uint32) {
-	if x.table[at].entry == 0 {
-		x.used++
+func (x *Index) put(s *slot, f Field, name string, n uint32) {
+	h := x.hash(f, name)
+	of := &x.names[h>>24]
+	if s.entry == 0 {
+		of.used++
 	}
-	x.table[at] = slot{hash: x.hash(f, name), entry: n + 1}
-	if x.used*4 <= len(x.table)*3 {
+	*s = slot{hash: h, entry: n + 1}
+	if of.used*4 <= len(of.table)*3 {
 		return
 	}
-	old := x.table
-	x.table = make([]slot, 2*len(old))
-	mask := len(x.table) - 1
-	for _, s := range old {
+	grown := make([]slot, len(of.table)+len(of.table)/2)
+	for _, s := range of.table {
 		if s.entry == 0 {
 			continue
 		}
-		at := int(s.hash) & mask
-		for x.table[at].entry != 0 {
-			at = (at + 1) & mask
+		at := home(s.hash, grown)
+		for grown[at].entry != 0 {
+			at = (at + 1) % len(grown)
 		}
-		x.table[at] = s
+		grown[at] = s
 	}
+	of.table = grown
 }

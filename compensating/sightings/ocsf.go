@@ -11,19 +11,10 @@ import (
 // Authentication (3002), an event a line or an array of them: what a SIEM can send.
 // Of a logon (activity 1) it takes the user's name, the source's address, the
 // destination, and whether it was interactive.
-type OCSF struct {
-	source string
-	health Health
-}
+type OCSF struct{ single }
 
 // NewOCSF makes a reader.
-func NewOCSF(source string) *OCSF { return &OCSF{source: source} }
-
-// Health is how the log could be read.
-func (o *OCSF) Health() Health { return o.health }
-
-// Flush has nothing to give: every event stands alone.
-func (o *OCSF) Flush(func(Sighting)) {}
+func NewOCSF(source string) *OCSF { return &OCSF{single{source: source}} }
 
 // Line takes one event, or an array of them.
 func (o *OCSF) Line(number int64, line []byte, emit func(Sighting)) {

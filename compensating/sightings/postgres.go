@@ -2,6 +2,7 @@ package sightings
 
 import (
 	"bytes"
+	"encoding/json"
 	"net/netip"
 	"strings"
 	"time"
@@ -50,10 +51,45 @@ type begun struct {
 }
 
 type pgSession struct {
-	from  netip.Addr
-	local bool
-	login *Sighting // authorized, and waiting for what comes next
-	known bool      // was seen at work
+	From  netip.Addr `json:"from,omitzero"`
+	Local bool       `json:"local,omitempty"`
+	Login *Sighting  `json:"login,omitempty"` // authorized, and waiting for what comes next
+	Known bool       `json:"known,omitempty"` // was seen at work
+}
+
+// A pgState is what a reader of PostgreSQL's log goes on from.
+type pgState struct {
+	Health   Health                `json:"health"`
+	Sessions map[string]*pgSession `json:"sessions,omitempty"`
+	Waiting  []string              `json:"waiting,omitempty"`
+	Record   int64                 `json:"record,omitempty"` // of csvlog: where the open record began
+	Text     []byte                `json:"text,omitempty"`   // and what there is of it
+	TooLong  bool                  `json:"too_long,omitempty"`
+}
+
+// Save is what Restore takes.
+func (p *postgres) Save() ([]byte, error) { return json.Marshal(p.state()) }
+
+func (p *postgres) state() pgState {
+	return pgState{Health: p.health, Sessions: p.sessions, Waiting: p.waiting}
+}
+
+// Restore goes on from where Save was called.
+func (p *postgres) Restore(b []byte) error {
+	var s pgState
+	if err := json.Unmarshal(b, &s); err != nil {
+		return err
+	}
+	p.restore(s)
+	return nil
+}
+
+func (p *postgres) restore(s pgState) {
+	p.health, p.waiting = s.Health, s.Waiting
+	for name, session := range s.Sessions {
+		p.sessions[name] = session
+		p.order = append(p.order, begun{name, session})
+	}
 }
 
 func newPostgres(source string) postgres {
@@ -80,8 +116,8 @@ func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
 	case bytes.HasPrefix(r.message, pgReceived):
 		host, _, _ := bytes.Cut(r.message[len(pgReceived):], []byte(" "))
 		s := p.begin(r.session)
-		s.from, s.local = pgHost(host)
-		s.known = true // its login is what counts
+		s.From, s.Local = pgHost(host)
+		s.Known = true // its login is what counts
 		return
 	case bytes.HasPrefix(r.message, pgAuthorized), bytes.HasPrefix(r.message, pgReplicator):
 		p.authorized(r)
@@ -92,22 +128,22 @@ func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
 		p.refused(r, s, emit)
 		return
 	}
-	if s != nil && s.login != nil {
-		emit(*s.login)
-		s.login = nil
+	if s != nil && s.Login != nil {
+		emit(*s.Login)
+		s.Login = nil
 	}
 	if bytes.HasPrefix(r.message, pgEnded) {
 		delete(p.sessions, r.session)
 	}
-	if (s == nil || !s.known) && len(r.user) > 0 {
+	if (s == nil || !s.Known) && len(r.user) > 0 {
 		// A session from before the log, or the reader, began.
 		if s == nil {
 			s = p.begin(r.session)
-			s.from, s.local = pgHost(r.from)
+			s.From, s.Local = pgHost(r.from)
 		}
-		s.known = true
+		s.Known = true
 		emit(Sighting{Time: r.time, Kind: Session, Source: p.source, Line: r.line, Account: text(r.user), Target: text(r.database),
-			From: s.from, Local: s.local, Program: text(r.program)})
+			From: s.From, Local: s.Local, Program: text(r.program)})
 		if bytes.HasPrefix(r.message, pgEnded) {
 			delete(p.sessions, r.session)
 		}
@@ -160,11 +196,11 @@ func (p *postgres) authorized(r *pgRecord) {
 	s := p.sessions[r.session]
 	if s == nil {
 		s = p.begin(r.session)
-		s.from, s.local = pgHost(r.from)
+		s.From, s.Local = pgHost(r.from)
 	}
-	s.known = true
-	s.login = &Sighting{Time: r.time, Kind: Login, Source: p.source, Line: r.line, Account: text(user), Target: text(database),
-		From: s.from, Local: s.local, Program: text(program)}
+	s.Known = true
+	s.Login = &Sighting{Time: r.time, Kind: Login, Source: p.source, Line: r.line, Account: text(user), Target: text(database),
+		From: s.From, Local: s.Local, Program: text(program)}
 	p.waiting = append(p.waiting, r.session)
 }
 
@@ -180,13 +216,13 @@ func after(text, word []byte) []byte {
 func (p *postgres) refused(r *pgRecord, s *pgSession, emit func(Sighting)) {
 	if s == nil {
 		s = &pgSession{}
-		s.from, s.local = pgHost(r.from)
+		s.From, s.Local = pgHost(r.from)
 	}
 	seen := Sighting{Time: r.time, Kind: Attempt, Source: p.source, Line: r.line, Account: text(r.user), Target: text(r.database),
-		From: s.from, Local: s.local, Program: text(r.program)}
-	if s.login != nil {
-		seen.Account, seen.Target, seen.Program = s.login.Account, s.login.Target, s.login.Program
-		s.login = nil
+		From: s.From, Local: s.Local, Program: text(r.program)}
+	if s.Login != nil {
+		seen.Account, seen.Target, seen.Program = s.Login.Account, s.Login.Target, s.Login.Program
+		s.Login = nil
 	}
 	delete(p.sessions, r.session)
 	if seen.Account == "" {
@@ -211,12 +247,12 @@ func quoted(message []byte) string {
 func (p *postgres) settled(until time.Time, emit func(Sighting)) {
 	for len(p.waiting) > 0 {
 		s := p.sessions[p.waiting[0]]
-		if s != nil && s.login != nil {
-			if s.login.Time.After(until) {
+		if s != nil && s.Login != nil {
+			if s.Login.Time.After(until) {
 				return
 			}
-			emit(*s.login)
-			s.login = nil
+			emit(*s.Login)
+			s.Login = nil
 		}
 		p.waiting = p.waiting[1:]
 	}
@@ -233,7 +269,7 @@ func (p *postgres) begin(session string) *pgSession {
 	p.sessions[session] = s
 	p.order = append(p.order, begun{session, s})
 	for len(p.order) > maxSessions {
-		if old := p.order[0]; p.sessions[old.name] == old.session && old.session.login == nil {
+		if old := p.order[0]; p.sessions[old.name] == old.session && old.session.Login == nil {
 			delete(p.sessions, old.name)
 		}
 		p.order = p.order[1:]

@@ -2,6 +2,7 @@ package sightings
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 )
 
@@ -11,7 +12,7 @@ const maxRecord = 1 << 20
 // PostgresCSV reads csvlog, of PostgreSQL 9.0 and later.
 type PostgresCSV struct {
 	postgres
-	record1 int64 // line at which the record began; 0: none is open
+	begin   int64 // line at which the record began; 0: none is open
 	text    []byte
 	quoted  bool // the record goes on in the next line
 	tooLong bool
@@ -37,6 +38,26 @@ func NewPostgresCSV(source string) *PostgresCSV {
 	return &PostgresCSV{postgres: newPostgres(source)}
 }
 
+// Save is what Restore takes.
+func (p *PostgresCSV) Save() ([]byte, error) {
+	s := p.state()
+	if p.quoted {
+		s.Record, s.Text, s.TooLong = p.begin, p.text, p.tooLong
+	}
+	return json.Marshal(s)
+}
+
+// Restore goes on from where Save was called.
+func (p *PostgresCSV) Restore(b []byte) error {
+	var s pgState
+	if err := json.Unmarshal(b, &s); err != nil {
+		return err
+	}
+	p.restore(s)
+	p.begin, p.text, p.tooLong, p.quoted = s.Record, s.Text, s.TooLong, s.Record > 0
+	return nil
+}
+
 // Line takes one line, which may be part of a record.
 func (p *PostgresCSV) Line(number int64, line []byte, emit func(Sighting)) {
 	p.health.Lines++
@@ -48,7 +69,7 @@ func (p *PostgresCSV) Line(number int64, line []byte, emit func(Sighting)) {
 			p.health.unreadable(fmt.Sprintf("line %d of %d bytes doesn't begin with a time", number, len(line)))
 			return
 		}
-		p.record1, p.text, p.tooLong = number, p.text[:0], false
+		p.begin, p.text, p.tooLong = number, p.text[:0], false
 	} else if !p.tooLong {
 		p.text = append(p.text, '\n')
 	}
@@ -65,7 +86,7 @@ func (p *PostgresCSV) Line(number int64, line []byte, emit func(Sighting)) {
 		return
 	}
 	if p.tooLong {
-		p.health.unreadable(fmt.Sprintf("the record at line %d is longer than %d bytes", p.record1, maxRecord))
+		p.health.unreadable(fmt.Sprintf("the record at line %d is longer than %d bytes", p.begin, maxRecord))
 		return
 	}
 	p.whole(emit)
@@ -81,20 +102,20 @@ func before(b []byte, mark byte) []byte {
 func (p *PostgresCSV) whole(emit func(Sighting)) {
 	p.columns = split(p.text, p.columns[:0])
 	if len(p.columns) < csvColumns {
-		p.health.unreadable(fmt.Sprintf("the record at line %d has %d columns; csvlog has %d or more", p.record1, len(p.columns), csvColumns))
+		p.health.unreadable(fmt.Sprintf("the record at line %d has %d columns; csvlog has %d or more", p.begin, len(p.columns), csvColumns))
 		return
 	}
 	c := p.columns
 	t, ok := p.time(c[csvTime])
 	if !ok {
-		p.health.unreadable(fmt.Sprintf("the record at line %d doesn't begin with a time", p.record1))
+		p.health.unreadable(fmt.Sprintf("the record at line %d doesn't begin with a time", p.begin))
 		return
 	}
 	from := c[csvFrom]
 	if i := bytes.LastIndexByte(from, ':'); i >= 0 && !bytes.Equal(from, []byte("[local]")) {
 		from = from[:i]
 	}
-	p.record(&pgRecord{time: t, line: p.record1, session: string(c[csvPID]) + "/" + string(c[csvSession]), user: known(c[csvUser]), database: known(c[csvDatabase]),
+	p.record(&pgRecord{time: t, line: p.begin, session: string(c[csvPID]) + "/" + string(c[csvSession]), user: known(c[csvUser]), database: known(c[csvDatabase]),
 		from: from, program: known(c[csvProgram]), severity: c[csvSeverity], message: c[csvMessage]}, emit)
 }
 

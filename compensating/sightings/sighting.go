@@ -13,6 +13,8 @@
 package sightings
 
 import (
+	"encoding/json"
+	"fmt"
 	"net/netip"
 	"time"
 )
@@ -26,14 +28,26 @@ const (
 	Attempt                 // a login that did not succeed, or is not known to have
 	Session                 // an account is at work in a session that began earlier
 	Read                    // a secret was read from Vault
+	Issue                   // a credential was issued: what the ledger alone shows
 )
 
-var kinds = map[Kind]string{Login: "login", Attempt: "attempt", Session: "session", Read: "read"}
+var kinds = map[Kind]string{Login: "login", Attempt: "attempt", Session: "session", Read: "read", Issue: "issue"}
 
 func (k Kind) String() string { return kinds[k] }
 
 // MarshalText writes the kind as a word.
 func (k Kind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+
+// UnmarshalText reads the word.
+func (k *Kind) UnmarshalText(b []byte) error {
+	for kind, word := range kinds {
+		if word == string(b) {
+			*k = kind
+			return nil
+		}
+	}
+	return fmt.Errorf("no kind of sighting is called %q", b)
+}
 
 // A Sighting is one use of an account or a credential. Text is bounded and as the
 // log has it, control characters too: who prints it quotes it.
@@ -84,6 +98,10 @@ type Reader interface {
 	Flush(emit func(Sighting))
 	// Health is what was read so far.
 	Health() Health
+	// Save is what the reader knows of lines behind it; Restore, of a new reader,
+	// goes on from there.
+	Save() ([]byte, error)
+	Restore([]byte) error
 }
 
 // Health is how a log could be read.
@@ -96,6 +114,24 @@ type Health struct {
 	// Gap is the longest time between one record and the next.
 	Gap time.Duration `json:"gap,omitempty"`
 }
+
+// A single is a reader whose lines each stand alone.
+type single struct {
+	source string
+	health Health
+}
+
+// Health is how the log could be read.
+func (s *single) Health() Health { return s.health }
+
+// Flush has nothing to give.
+func (s *single) Flush(func(Sighting)) {}
+
+// Save is what Restore takes.
+func (s *single) Save() ([]byte, error) { return json.Marshal(s.health) }
+
+// Restore goes on from where Save was called.
+func (s *single) Restore(b []byte) error { return json.Unmarshal(b, &s.health) }
 
 // saw notes the time of a record.
 func (h *Health) saw(t time.Time) {

@@ -282,3 +282,41 @@ func FuzzReaders(f *testing.F) {
 		}
 	})
 }
+
+// TestRestartAnywhere: a reader that is made anew before any line, from what the one
+// before it saved, sees the same.
+func TestRestartAnywhere(t *testing.T) {
+	for _, kind := range sightings.Kinds {
+		var log []string
+		for _, line := range logins(kind, 20) {
+			log = append(log, string(line))
+		}
+		if kind == "postgres-csv" {
+			log = append(log, csv(`"app"`, "LOG", "a statement\nof\n\"\"three\"\" lines"), csv(`"app"`, "LOG", "connection authorized: user=app database=db"))
+			log = strings.Split(strings.Join(log, "\n"), "\n")
+		}
+		want, _ := read(t, kind, sightings.Options{}, log...)
+		var seen []sightings.Sighting
+		emit := func(s sightings.Sighting) { seen = append(seen, s) }
+		var saved []byte
+		for i, line := range log {
+			r, err := sightings.New(kind, "log", sightings.Options{Now: func() time.Time { return noon }})
+			if err == nil && saved != nil {
+				err = r.Restore(saved)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Line(int64(i+1), []byte(line), emit)
+			if i == len(log)-1 {
+				r.Flush(emit)
+			}
+			if saved, err = r.Save(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if !slices.Equal(seen, want) {
+			t.Errorf("%s: saw %v, want %v", kind, seen, want)
+		}
+	}
+}

@@ -16,22 +16,15 @@ import (
 // and later), and only from the message's first word on: sshd escapes what a
 // client sends, and a user name can't begin a message.
 type Sshd struct {
-	source string
-	health Health
-	now    func() time.Time // for times without a year
+	single
+	now func() time.Time // for times without a year
 }
 
 // NewSshd makes a reader. The old form of syslog's times has no year: such a line
 // is of the year that makes it the newest before now, a day later at the most.
 func NewSshd(source string, now func() time.Time) *Sshd {
-	return &Sshd{source: source, now: now}
+	return &Sshd{single{source: source}, now}
 }
-
-// Health is how the log could be read.
-func (s *Sshd) Health() Health { return s.health }
-
-// Flush has nothing to give: every line stands alone.
-func (s *Sshd) Flush(func(Sighting)) {}
 
 // Line takes one line.
 func (s *Sshd) Line(number int64, line []byte, emit func(Sighting)) {

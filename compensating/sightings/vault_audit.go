@@ -13,19 +13,10 @@ import (
 // VaultAudit reads the audit log of Vault or OpenBao, as its file and its socket
 // device write it: JSON, an object a line. Only answers are read, for what was
 // given; the broker's own are known by the grant in their token's metadata.
-type VaultAudit struct {
-	source string
-	health Health
-}
+type VaultAudit struct{ single }
 
 // NewVaultAudit makes a reader.
-func NewVaultAudit(source string) *VaultAudit { return &VaultAudit{source: source} }
-
-// Health is how the log could be read.
-func (v *VaultAudit) Health() Health { return v.health }
-
-// Flush has nothing to give: every line stands alone.
-func (v *VaultAudit) Flush(func(Sighting)) {}
+func NewVaultAudit(source string) *VaultAudit { return &VaultAudit{single{source: source}} }
 
 // maxAudit bounds one entry: Vault puts requests of up to 32 MiB into its log.
 const maxAudit = 4 << 20

@@ -18,19 +18,10 @@ import (
 //	4648  a logon with explicit credentials: an attempt, by the client's machine
 //	4769  a Kerberos service ticket: whoever asks has logged in
 //	4776  a password that a domain controller checked: no address
-type Windows struct {
-	source string
-	health Health
-}
+type Windows struct{ single }
 
 // NewWindows makes a reader.
-func NewWindows(source string) *Windows { return &Windows{source: source} }
-
-// Health is how the log could be read.
-func (w *Windows) Health() Health { return w.health }
-
-// Flush has nothing to give: every event stands alone.
-func (w *Windows) Flush(func(Sighting)) {}
+func NewWindows(source string) *Windows { return &Windows{single{source: source}} }
 
 // Line takes one event, or an array of them.
 func (w *Windows) Line(number int64, line []byte, emit func(Sighting)) {

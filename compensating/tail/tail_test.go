@@ -14,11 +14,10 @@ import (
 )
 
 type reader struct {
-	t     *testing.T
-	at    string
-	tail  *tail.Tail
-	lines []string
-	now   time.Time
+	t    *testing.T
+	at   string
+	tail *tail.Tail
+	now  time.Time
 }
 
 func open(t *testing.T, pattern string) *reader {

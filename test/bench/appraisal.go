@@ -32,18 +32,24 @@ type measured struct {
 // by the benchmarks of the packages that do it.
 func appraisal(ctx context.Context, dir string) (rows []Row, err error) {
 	say("appraisal")
-	const bare = "SHA-256 of the same bytes"
-	binaries := map[string]string{}
-	for _, m := range []measured{
+	return benchmarks(ctx, dir, []measured{
 		{"broker/internal/appraise", "Appraise", "Floor", Row{Name: "appraise one request: ECC quote, program evidence, decision", Unit: "µs"},
 			"one ECDSA P-256 verification; SHA-256 of the statement, the PCRs, the request, the TLS key and the binding", 2, 1},
 		{"attestors/boot/appraise", "Appraise", "Floor", Row{Name: "appraise an event log of 160 events (aim: ≤ 500 µs)", Unit: "µs"}, bare, 30, 1},
 		{"attestors/ima/appraise", "Appraise", "Floor", Row{Name: "appraise an IMA list, for each of its entries (aim: ≤ 15 µs)", Unit: "µs"}, bare, 30, 1000},
 		{"broker/internal/appraise", "Delta", "DeltaFloor", Row{Name: "1,000 IMA entries on top of 100,000 (aim: ≤ 10,000 µs)", Unit: "µs"}, bare, 60, 1},
 		{"broker/internal/appraise", "LongList", "LongListFloor", Row{Name: "100,000 IMA entries at once (aim: ≤ 1,500,000 µs)", Unit: "µs"}, bare, 80, 1},
-	} {
+	})
+}
+
+const bare = "SHA-256 of the same bytes"
+
+// benchmarks runs benchmarks of packages, each beside its floor.
+func benchmarks(ctx context.Context, dir string, list []measured) (rows []Row, err error) {
+	binaries := map[string]string{}
+	for _, m := range list {
 		if binaries[m.pkg] == "" {
-			binaries[m.pkg] = filepath.Join(dir, fmt.Sprintf("%d.test", len(binaries)))
+			binaries[m.pkg] = filepath.Join(dir, strings.ReplaceAll(m.pkg, "/", "-")+".test")
 			if out, err := exec.CommandContext(ctx, "go", "test", "-c", "-o", binaries[m.pkg], "./"+m.pkg).CombinedOutput(); err != nil {
 				return nil, fmt.Errorf("go test -c: %w\n%s", err, out)
 			}

@@ -85,8 +85,13 @@ func (pg *Postgres) initdb(ctx context.Context) error {
 	if err := os.WriteFile(password, []byte(pg.Password+"\n"), 0o600); err != nil {
 		return err
 	}
+	// From any address: tests give clients some of their own.
+	hba := filepath.Join(pg.data, "pg_hba.conf")
+	if err := os.WriteFile(hba, []byte("host all all all scram-sha-256\n"), 0o600); err != nil {
+		return err
+	}
 	if cred != nil {
-		for _, name := range []string{pg.data, password} {
+		for _, name := range []string{pg.data, password, hba} {
 			if err := os.Chown(name, int(cred.Uid), int(cred.Gid)); err != nil {
 				return err
 			}
@@ -122,6 +127,7 @@ func (pg *Postgres) Start(ctx context.Context) error {
 		"listen_addresses=127.0.0.1",
 		"port=" + strconv.Itoa(pg.Port),
 		"unix_socket_directories=",
+		"hba_file=" + filepath.Join(pg.data, "pg_hba.conf"),
 		"fsync=off",
 		"log_connections=on",
 		"log_disconnections=on",

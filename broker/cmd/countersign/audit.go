@@ -89,11 +89,12 @@ func summary(detail json.RawMessage) string {
 		Reason string `json:"reason"`
 		Check  string `json:"check"`
 		Detail string `json:"detail"`
+		Why    string `json:"why"`
 	}
 	if json.Unmarshal(detail, &d) != nil {
 		return ""
 	}
-	for _, s := range []string{d.Detail, d.Reason, d.Check} {
+	for _, s := range []string{d.Detail, d.Reason, d.Check, d.Why} {
 		if s != "" {
 			return strconv.Quote(s)
 		}

@@ -15,6 +15,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/issue/ca"
+	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
 	"github.com/countersign/countersign/broker/internal/store"
 	"github.com/countersign/countersign/broker/wire/faults"
 )
@@ -70,6 +71,9 @@ func initBroker(cmd *cobra.Command, c *config.Broker) error {
 		return err
 	}
 	if err := audit.CreateKey(c.StateDir, id, rand.Reader); err != nil {
+		return err
+	}
+	if _, err := fingerprint.Open(c.StateDir); err != nil {
 		return err
 	}
 	s, err := store.Open(c.StoreFile())

@@ -59,29 +59,36 @@ func env(name, otherwise string) string {
 	return otherwise
 }
 
-// client connects as the operator of --cert, or as root on the local socket.
+// client connects as the operator of --cert, or as root on the local socket, until
+// the program ends.
 func (o *options) client(ctx context.Context) (countersignv1connect.OperatorServiceClient, error) {
+	client, _, err := o.dial(ctx)
+	return client, err
+}
+
+// dial connects; the second result ends the connection.
+func (o *options) dial(ctx context.Context) (countersignv1connect.OperatorServiceClient, func(), error) {
 	if o.address == "" {
 		if _, err := os.Stat(o.socket); err != nil {
-			return nil, &exitError{exitUnreach, fmt.Errorf("no broker at %s (%w): start it, or name its socket by --socket (operator.sock in its state_dir), or another broker by --address, --ca-sha256, --cert and --key", o.socket, err)}
+			return nil, nil, &exitError{exitUnreach, fmt.Errorf("no broker at %s (%w): start it, or name its socket by --socket (operator.sock in its state_dir), or another broker by --address, --ca-sha256, --cert and --key", o.socket, err)}
 		}
 		transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", o.socket)
 		}}
-		return countersignv1connect.NewOperatorServiceClient(&http.Client{Transport: transport}, "http://broker"), nil
+		return countersignv1connect.NewOperatorServiceClient(&http.Client{Transport: transport}, "http://broker"), transport.CloseIdleConnections, nil
 	}
 	if o.caSHA256 == "" {
-		return nil, &exitError{exitUsage, errors.New("--address needs --ca-sha256, which broker init printed: without it anybody could be the broker")}
+		return nil, nil, &exitError{exitUsage, errors.New("--address needs --ca-sha256, which broker init printed: without it anybody could be the broker")}
 	}
 	cert, err := tls.LoadX509KeyPair(o.cert, o.key)
 	if err != nil {
-		return nil, &exitError{exitUsage, fmt.Errorf("--address needs the operator's --cert and --key: %w", err)}
+		return nil, nil, &exitError{exitUsage, fmt.Errorf("--address needs the operator's --cert and --key: %w", err)}
 	}
 	s, err := wire.Dial(ctx, wire.Peer{Addresses: []string{o.address}, CASHA256: strings.ToLower(o.caSHA256), Certificate: &cert})
 	if err != nil {
-		return nil, &exitError{exitUnreach, err}
+		return nil, nil, &exitError{exitUnreach, err}
 	}
-	return s.Operators, nil
+	return s.Operators, func() { _ = s.Close() }, nil
 }
 
 // show prints an answer: as JSON, or as text by the given function.

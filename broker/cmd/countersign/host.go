@@ -25,6 +25,7 @@ func hostCommand(o *options) *cobra.Command {
 		hostActCommand(o, "quarantine", "Revoke a host's leases and refuse it from now on", true),
 		hostActCommand(o, "release", "End a host's quarantine", false),
 		hostActCommand(o, "reenrol", "Let a host join again with new keys", false),
+		hostActCommand(o, "step-up", "Have a host show its whole logs at its next request", true),
 		hostActCommand(o, "remove", "Revoke a host's leases and forget it, but for a tombstone", true),
 		hostReferenceCommand(o))
 	return cmd

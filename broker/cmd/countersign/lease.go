@@ -114,32 +114,39 @@ func leaseRevokeCommand(o *options) *cobra.Command {
 
 func leaseExportCommand(o *options) *cobra.Command {
 	req := &v1.ListLeasesRequest{Ended: true}
-	cmd := &cobra.Command{Use: "export", Short: "Write every lease, ended ones too, as JSON lines", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	cmd := &cobra.Command{Use: "export", Short: "Write every lease, ended ones too, and every canary, as JSON lines", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		e := json.NewEncoder(cmd.OutOrStdout())
-		return eachLease(cmd.Context(), o, req, func(l *v1.Lease) error {
-			out, err := entry(l)
+		if err := eachLease(cmd.Context(), o, req, func(l *v1.Lease) error {
+			out, err := ledger.OfLease(l)
 			if err != nil {
 				return err
 			}
 			return e.Encode(out)
-		})
+		}); err != nil || req.GetHost() != "" {
+			return err // a canary is on no host
+		}
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		r, err := client.ListCanaries(cmd.Context(), connect.NewRequest(&v1.ListCanariesRequest{Scope: req.GetScope()}))
+		if connect.CodeOf(err) == connect.CodePermissionDenied {
+			fmt.Fprintf(cmd.ErrOrStderr(), "canaries are left out: %s\n", printable(message(err)))
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		for _, c := range r.Msg.GetCanaries() {
+			if err := e.Encode(ledger.OfCanary(c)); err != nil {
+				return err
+			}
+		}
+		return nil
 	}}
 	cmd.Flags().StringVar(&req.Host, "host", "", "of this host")
 	cmd.Flags().StringVar(&req.Scope, "scope", "", "of this scope")
 	return cmd
-}
-
-// entry is a lease as the ledger has it.
-func entry(l *v1.Lease) (ledger.Entry, error) {
-	n := l.GetNames()
-	e := ledger.Entry{ID: l.GetId(), Scope: l.GetScope(), Host: l.GetHost(), Kind: l.GetKind(), Sources: l.GetSources(), Audience: l.GetAudience(),
-		Issued: at(l.GetIssued()), Expires: at(l.GetExpires()), Revoked: at(l.GetRevoked()),
-		Names: ledger.Names{DBUsername: n["db_username"], VaultLease: n["vault_lease"], VaultAccessor: n["vault_accessor"], VaultPath: n["vault_path"],
-			CertificateSerial: n["certificate_serial"], SSHKeyID: n["ssh_key_id"], SSHSerial: n["ssh_serial"], SecretHMAC: n["secret_hmac"]}}
-	if err := json.Unmarshal(l.GetSubject(), &e.Subject); err != nil {
-		return e, fmt.Errorf("lease %s: %w", l.GetId(), err)
-	}
-	return e, nil
 }
 
 func at(t *timestamppb.Timestamp) time.Time {

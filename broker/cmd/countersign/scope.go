@@ -93,13 +93,13 @@ func scopeSendCommand(o *options, planOnly bool) *cobra.Command {
 }
 
 func scopeFactsCommand(o *options) *cobra.Command {
-	var host string
+	req := &v1.FactsRequest{}
 	cmd := &cobra.Command{Use: "facts --host HOST", Short: "Show what scopes can say of a host", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
 		}
-		r, err := client.Facts(cmd.Context(), connect.NewRequest(&v1.FactsRequest{Host: host}))
+		r, err := client.Facts(cmd.Context(), connect.NewRequest(req))
 		if err != nil {
 			return err
 		}
@@ -113,7 +113,8 @@ func scopeFactsCommand(o *options) *cobra.Command {
 		}
 		return e.Encode(facts)
 	}}
-	cmd.Flags().StringVar(&host, "host", "", "id or name")
+	cmd.Flags().StringVar(&req.Host, "host", "", "id or name")
+	cmd.Flags().StringVar(&req.Scope, "scope", "", "show the risk of the host's programs in this scope")
 	_ = cmd.MarkFlagRequired("host")
 	return cmd
 }

@@ -27,6 +27,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/credential"
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/issue/ca"
+	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
@@ -73,6 +74,10 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	if err != nil {
 		return err
 	}
+	fingerprints, err := fingerprint.Open(c.StateDir)
+	if err != nil {
+		return err
+	}
 	roots, intermediates, err := ekRoots(c.EKRoots)
 	if err != nil {
 		return err
@@ -100,7 +105,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 			return err
 		}
 		group.Go(func() error { return v.Run(ctx) })
-		issuers[journal.KindVault] = v
+		issuers[journal.KindVault] = fingerprint.Issuer{Issuer: v, Key: fingerprints}
 		vaultStatus = v.Status
 	}
 	crl := func() []byte { return nil }

@@ -6,21 +6,57 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/compensating/detect"
 	"github.com/countersign/countersign/compensating/finding"
 	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/replay"
 	"github.com/countersign/countersign/compensating/sightings"
+	"github.com/countersign/countersign/compensating/watch"
 )
 
 func watchCommand(o *options) *cobra.Command {
-	cmd := &cobra.Command{Use: "watch", Short: "See where credentials are really used"}
-	cmd.AddCommand(watchReplayCommand(o))
+	cmd := &cobra.Command{Use: "watch", Short: "See where credentials are really used", PersistentPreRunE: func(cmd *cobra.Command, args []string) error {
+		// Most of what the watch holds is the ledger's index, which is no garbage:
+		// waiting until there is as much again would double it.
+		debug.SetGCPercent(20)
+		return cmd.Root().PersistentPreRunE(cmd, args)
+	}}
+	cmd.AddCommand(watchServeCommand(), watchReplayCommand(o))
+	return cmd
+}
+
+func watchServeCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "serve --config FILE",
+		Short: "Follow logs, find misuse of credentials, and respond",
+		Args:  exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := watch.Load(file)
+			if err != nil {
+				return &exitError{exitUsage, err}
+			}
+			if err := secret.ProtectProcess(); err != nil {
+				return err
+			}
+			b := c.Broker
+			o := &options{socket: b.Socket, address: b.Address, caSHA256: b.CASHA256, cert: b.Cert, key: b.Key}
+			w, err := watch.Open(c, o.dial, newLog("text", cmd.ErrOrStderr()), time.Now)
+			if err != nil {
+				return err
+			}
+			defer w.Close()
+			return w.Run(cmd.Context())
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "/etc/countersign/watch.hcl", "the watch's config file")
 	return cmd
 }
 

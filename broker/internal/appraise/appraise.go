@@ -121,3 +121,11 @@ func (v Verified) WithProgram(encoded []byte) (Verified, error) {
 	v.facts = &f
 	return v, nil
 }
+
+// WithRisk is v with what is open against its subject; nil: nothing is.
+func (v Verified) WithRisk(risk *int64) Verified {
+	f := *v.facts
+	f.Subject.Risk = risk
+	v.facts = &f
+	return v
+}

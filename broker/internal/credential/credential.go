@@ -29,6 +29,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/authority"
 	"github.com/countersign/countersign/broker/internal/basis"
 	"github.com/countersign/countersign/broker/internal/challenge"
+	"github.com/countersign/countersign/broker/internal/findings"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
@@ -68,36 +69,40 @@ type Evidence struct {
 // Challenge opens up to n nonces on conn, together with what is known now of
 // the TPM's counters, and says what of the host's logs needn't be sent again.
 func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int, request string) ([]evidence.Nonce, *appraise.Known, error) {
-	h, err := d.host(ctx, conn, request)
+	h, _, err := d.host(ctx, conn, request)
 	if err != nil {
 		return nil, nil, err
 	}
 	return conn.Give(max(n, 1), h.Counters, d.Now()), d.Logs.Get(h.ID), nil
 }
 
-// host finds who speaks, and turns away who must not.
-func (d *Desk) host(ctx context.Context, conn *challenge.Conn, request string) (inventory.Host, error) {
+// host finds who speaks, with what is open against it, and turns away who must
+// not.
+func (d *Desk) host(ctx context.Context, conn *challenge.Conn, request string) (inventory.Host, findings.Risk, error) {
 	var h inventory.Host
+	var risk findings.Risk
 	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
-		h, err = inventory.ByTLSKey(tx, conn.Key())
+		if h, err = inventory.ByTLSKey(tx, conn.Key()); err == nil {
+			risk, err = findings.OfHost(tx, h.ID)
+		}
 		return err
 	})
 	switch {
 	case errors.Is(err, inventory.ErrUnknown):
-		return h, &wire.Error{Outcome: wire.Fault, Check: wire.CheckUnknownHost, Request: request,
+		return h, nil, &wire.Error{Outcome: wire.Fault, Check: wire.CheckUnknownHost, Request: request,
 			Message: "this broker knows no host with this key; join again"}
 	case err != nil:
-		return h, d.fault(request, err)
+		return h, nil, d.fault(request, err)
 	case h.State == inventory.Removed:
-		return h, &wire.Error{Outcome: wire.Rejected, Check: "host-removed", Request: request, Message: "this host was removed"}
+		return h, nil, &wire.Error{Outcome: wire.Rejected, Check: "host-removed", Request: request, Message: "this host was removed"}
 	case h.Reenrolling:
-		return h, &wire.Error{Outcome: wire.Fault, Check: wire.CheckReenrol, Request: request, Message: "an operator asks this host to join again"}
+		return h, nil, &wire.Error{Outcome: wire.Fault, Check: wire.CheckReenrol, Request: request, Message: "an operator asks this host to join again"}
 	case h.State == inventory.Quarantined:
-		return h, &wire.Error{Outcome: wire.Rejected, Check: "host-quarantined", Request: request, Message: "this host is quarantined; an operator knows why"}
+		return h, nil, &wire.Error{Outcome: wire.Rejected, Check: "host-quarantined", Request: request, Message: "this host is quarantined; an operator knows why"}
 	case !h.Admitted:
-		return h, &wire.Error{Outcome: wire.Fault, Check: "host-pending", Request: request, Message: "this host waits for an operator's approval"}
+		return h, nil, &wire.Error{Outcome: wire.Fault, Check: "host-pending", Request: request, Message: "this host waits for an operator's approval"}
 	}
-	return h, nil
+	return h, risk, nil
 }
 
 // fault hides what a host needn't know and logs it for who does.
@@ -113,7 +118,8 @@ func (d *Desk) fault(request string, err error) *wire.Error {
 // A proven host, and what to write of it in the transaction that acts on it.
 type proven struct {
 	host     inventory.Host
-	verified appraise.Verified
+	risk     findings.Risk
+	verified appraise.Verified // without a scope's risk
 	given    challenge.Given
 	conn     *challenge.Conn
 }
@@ -121,10 +127,11 @@ type proven struct {
 // appraise spends the nonce and holds the evidence against the host. Evidence
 // that is false has failed the host when this returns.
 func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence.Call, e Evidence, program []byte, request string) (proven, error) {
-	h, err := d.host(ctx, conn, request)
+	h, risk, err := d.host(ctx, conn, request)
 	if err != nil {
 		return proven{}, err
 	}
+	known := d.Logs.Get(h.ID)
 	now := d.Now()
 	nonce, err := evidence.ParseNonce(e.Nonce)
 	if err != nil {
@@ -140,11 +147,11 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	}
 	verified, err := appraise.Appraise(appraise.Bundle{
 		Binding: conn.Binding(call, nonce, e.Body), Quote: e.Quote, Seen: given.Seen, Program: program,
-		Boot: e.Boot, OS: e.OS, Address: conn.Address, Logs: e.Logs, Known: d.Logs.Get(h.ID),
+		Boot: e.Boot, OS: e.OS, Address: conn.Address, Logs: e.Logs, Known: known,
 	}, h, held, now)
 	if err == nil {
-		d.Logs.Put(h.ID, verified.Known())
-		return proven{host: h, verified: verified, given: given, conn: conn}, nil
+		d.Logs.Put(h.ID, known, verified.Known())
+		return proven{host: h, risk: risk, verified: verified, given: given, conn: conn}, nil
 	}
 	if errors.Is(err, appraise.ErrResync) {
 		d.Logs.Forget(h.ID)
@@ -221,7 +228,7 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 	}
 	h.State, h.Reason, h.Address, h.PCRs, h.LastProved = inventory.Trusted, "", p.conn.Address, facts.Host.PCRs, facts.At
 	hostFacts := *facts
-	hostFacts.Program = nil
+	hostFacts.Program, hostFacts.Subject = nil, appraise.Subject{}
 	if h.Facts, err = json.Marshal(hostFacts); err != nil {
 		return err
 	}

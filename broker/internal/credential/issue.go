@@ -59,6 +59,7 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 		return Issued{}, err
 	}
 	now := d.Now()
+	p.verified = p.verified.WithRisk(p.risk.Of(o.Scope))
 	decision := d.Policy().Decide(p.verified, o.Scope, now)
 	result := decision.Result()
 	if result.Outcome != policy.Allowed || decision.Scope().Observe {
@@ -227,7 +228,7 @@ func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delive
 
 // own loads a grant of the host that speaks.
 func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id, request string) (journal.Grant, error) {
-	h, err := d.host(ctx, conn, request)
+	h, _, err := d.host(ctx, conn, request)
 	if err != nil {
 		return journal.Grant{}, err
 	}

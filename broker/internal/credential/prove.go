@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -159,6 +160,7 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 		v.Outcome, v.Reason, v.Expires = string(wire.Fault), err.Error(), g.Expires
 		return v, "", nil
 	}
+	verified = verified.WithRisk(p.risk.Of(g.Scope))
 	decision := set.Decide(verified, g.Scope, now)
 	result := decision.Result()
 	if decision.Scope() != nil {
@@ -203,8 +205,20 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 			return v, "", err
 		}
 	}
+	g.Sources = withSource(g.Sources, p.conn.Address)
 	v.Outcome, v.ProveBy, v.Expires = live, g.ProveBy, g.Expires
 	return v, "", journal.Save(tx, g)
+}
+
+// maxSources bounds the addresses that are kept of a lease's host.
+const maxSources = 16
+
+// withSource is sources with the address that the host proves itself from last:
+// the newest are kept.
+func withSource(sources []string, address string) []string {
+	sources = slices.DeleteFunc(slices.Clone(sources), func(s string) bool { return s == address })
+	sources = append(sources, address)
+	return sources[max(0, len(sources)-maxSources):]
 }
 
 // mayBind says whether a lease may go to the instance that asks: the coming

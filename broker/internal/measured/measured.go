@@ -45,10 +45,19 @@ func (c *Cache) Get(host string) *appraise.Known {
 	return at.Value.(entry).known
 }
 
-// Put remembers what a host's newest evidence proved.
-func (c *Cache) Put(host string, known *appraise.Known) {
+// Put remembers what a host's newest evidence proved, that went on from prior.
+// Where another is known by now, or was forgotten, it is not kept: what has to be
+// sent whole is not made up for by a request that was under way.
+func (c *Cache) Put(host string, prior, known *appraise.Known) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	var now *appraise.Known
+	if at, ok := c.hosts[host]; ok {
+		now = at.Value.(entry).known
+	}
+	if now != prior {
+		return
+	}
 	c.drop(host)
 	e := entry{host, known}
 	c.hosts[host] = c.order.PushFront(e)

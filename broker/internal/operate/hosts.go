@@ -175,7 +175,7 @@ func checkLabels(labels map[string]string) error {
 
 // A Change is one act on a host.
 type Change struct {
-	Action     string // approve, label, quarantine, release, reenrol, remove, reference
+	Action     string // approve, label, quarantine, release, reenrol, remove, reference, step-up
 	SetLabels  map[string]string
 	DropLabels []string
 	Reference  string
@@ -186,12 +186,14 @@ type Change struct {
 var needs = map[string]Role{
 	"approve": Operator, "label": Operator, "quarantine": Responder, "release": Operator,
 	"reenrol": Operator, "remove": Operator, "reference": Operator,
+	"step-up": Responder,
 }
 
 // kinds are the actions' names in the audit log.
 var kinds = map[string]string{
 	"approve": "host.approved", "label": "host.labelled", "quarantine": "host.quarantined", "release": "host.released",
 	"reenrol": "host.reenrol", "remove": "host.removed", "reference": "host.reference",
+	"step-up": "host.step-up",
 }
 
 // ChangeHost does c to a host. Quarantine and removal revoke its leases
@@ -212,6 +214,10 @@ func (d *Desk) ChangeHost(ctx context.Context, a Actor, host string, c Change) (
 		}
 		return inventory.Save(tx, h)
 	})
+	if err == nil && c.Action == "step-up" {
+		// Its next request then has to show its logs from their first entry.
+		d.Logs.Forget(h.ID)
+	}
 	if err != nil || c.Action != "quarantine" && c.Action != "remove" {
 		return h, 0, err
 	}

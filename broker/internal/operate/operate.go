@@ -1,5 +1,5 @@
-// Package operate is what operators do: admit and remove hosts, apply scopes,
-// revoke leases, read the audit.
+// Package operate is what operators and the watch do: admit and remove hosts,
+// apply scopes, revoke leases, report and close findings, read the audit.
 //
 // It trusts the caller to have authenticated the operator and checks the role
 // itself. Each act is written to the audit log in the transaction that does
@@ -28,8 +28,8 @@ type Role int
 
 const (
 	Viewer    Role = iota + 1 // reads everything but secrets, which nobody reads
-	Responder                 // quarantines hosts and revokes leases: what watch needs
-	Operator                  // admits, labels, releases and removes hosts
+	Responder                 // reports findings, quarantines hosts and revokes leases: what watch needs
+	Operator                  // admits, labels, releases and removes hosts, closes findings
 	Admin                     // applies scopes and makes operators
 )
 
@@ -87,7 +87,8 @@ func (a Actor) need(r Role) error {
 }
 
 // act does change and records it, in one transaction, for actors of at least
-// the role need. Change fills in of the record whom it concerns.
+// the role need. Change fills in of the record whom it concerns; one without a
+// kind is not written, for what changes nothing that the log speaks of.
 func (d *Desk) act(ctx context.Context, a Actor, need Role, kind string, detail any, change func(tx *store.Tx, r *audit.Record) error) error {
 	if err := a.need(need); err != nil {
 		return err
@@ -95,7 +96,7 @@ func (d *Desk) act(ctx context.Context, a Actor, need Role, kind string, detail 
 	now := d.Now()
 	return d.Store.Update(ctx, func(tx *store.Tx) error {
 		r := audit.Record{Time: now, Kind: kind, Actor: "operator:" + a.Name, Request: a.Request}
-		if err := change(tx, &r); err != nil {
+		if err := change(tx, &r); err != nil || r.Kind == "" {
 			return err
 		}
 		_, err := audit.Append(tx, r, detail)

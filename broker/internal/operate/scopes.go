@@ -119,6 +119,9 @@ func (d *Desk) planLeases(ctx context.Context, set *policy.Set) ([]LeaseChange, 
 				return err
 			}
 			f.Host.Labels = h.Labels
+			if f, err = withRisk(tx, f, g.Scope); err != nil {
+				return err
+			}
 			r := set.Evaluate(g.Scope, f, d.Now())
 			c := LeaseChange{Host: g.Host, Scope: g.Scope, Lease: g.ID, Change: "keeps", Reason: r.Reason}
 			if r.Outcome != policy.Allowed {
@@ -131,31 +134,36 @@ func (d *Desk) planLeases(ctx context.Context, set *policy.Set) ([]LeaseChange, 
 	return changes, err
 }
 
-// Facts are what the broker last appraised of a host, as CEL sees them.
-func (d *Desk) Facts(ctx context.Context, a Actor, host string) (json.RawMessage, error) {
+// Facts are what the broker last appraised of a host, as CEL sees them, with the
+// risk of now: the host's own, or that of its programs in a scope.
+func (d *Desk) Facts(ctx context.Context, a Actor, host, scope string) (facts json.RawMessage, err error) {
 	if err := a.need(Viewer); err != nil {
 		return nil, err
 	}
-	var h inventory.Host
-	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
-		h, err = inventory.Find(tx, host)
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		h, err := inventory.Find(tx, host)
+		if err != nil {
+			return err
+		}
+		if len(h.Facts) <= len("{}") {
+			return invalid("host %s has not proven itself yet", h.ID)
+		}
+		facts, err = factsWithRisk(tx, h.Facts, scope)
 		return err
 	})
-	if err == nil && len(h.Facts) <= len("{}") {
-		err = invalid("host %s has not proven itself yet", h.ID)
-	}
-	return h.Facts, err
+	return facts, err
 }
 
 // Why is the last decision on a scope for a host, held against the set in
-// force, with the time of its evidence.
+// force and the findings that are open now, with the time of its evidence.
 func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (policy.Result, time.Time, error) {
 	if err := a.need(Viewer); err != nil {
 		return policy.Result{}, time.Time{}, err
 	}
-	var text string
+	var f appraise.Facts
 	var h inventory.Host
 	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
+		var text string
 		if h, err = inventory.Find(tx, host); err != nil {
 			return err
 		}
@@ -163,13 +171,15 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (policy.Res
 		if errors.Is(err, sql.ErrNoRows) {
 			return invalid("host %s never asked for scope %s with good evidence; `countersign audit tail` shows what it did", h.ID, scope)
 		}
+		if err == nil {
+			err = json.Unmarshal([]byte(text), &f)
+		}
+		if err == nil {
+			f, err = withRisk(tx, f, scope)
+		}
 		return err
 	})
 	if err != nil {
-		return policy.Result{}, time.Time{}, err
-	}
-	var f appraise.Facts
-	if err := json.Unmarshal([]byte(text), &f); err != nil {
 		return policy.Result{}, time.Time{}, err
 	}
 	r := d.Policy.Load().Evaluate(scope, f, d.Now())

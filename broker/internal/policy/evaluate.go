@@ -318,5 +318,9 @@ func (e *evaluation) when(sc *Scope, f appraise.Facts, now time.Time) {
 		e.add(name, sc.When, fmt.Sprintf("a %s", out.Type().TypeName()), absent)
 		return
 	}
-	e.is(name, sc.When, fmt.Sprint(ok), ok)
+	saw := fmt.Sprint(ok)
+	if risk := f.Subject.Risk; risk != nil && strings.Contains(sc.When, "risk") {
+		saw += fmt.Sprintf(", with a subject.risk of %d", *risk)
+	}
+	e.is(name, sc.When, saw, ok)
 }

@@ -44,7 +44,7 @@ func TestSelectors(t *testing.T) {
 		{"preload", "process.mappings", "/tmp/evil.so", func(f *appraise.Facts) {
 			f.Program.Mappings = append(f.Program.Mappings, process.Mapping{Path: "/tmp/evil.so"})
 		}},
-		{"risk", "when", "false", func(f *appraise.Facts) { f.Subject.Risk = &risk }},
+		{"risk", "when", "false, with a subject.risk of 50", func(f *appraise.Facts) { f.Subject.Risk = &risk }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := subject()

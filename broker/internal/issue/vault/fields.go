@@ -48,6 +48,7 @@ func fill(c *issue.Credential, scope *policy.Scope, answer *api.Secret, now time
 		}
 		return nil
 	}
+	c.Names["vault_path"] = scope.Vault.Path
 	c.Static = scope.Vault.Method != "write"
 	c.Expires = now.Add(scope.Vault.TTL)
 	// What is signed has a time of its own.

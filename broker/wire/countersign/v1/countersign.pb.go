@@ -2468,7 +2468,7 @@ func (x *AddHostsResponse) GetProblems() []string {
 type ChangeHostRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Host  string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
-	// approve, label, quarantine, release, reenrol, remove, reference
+	// approve, label, quarantine, release, reenrol, remove, reference, step-up
 	Action        string            `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"`
 	SetLabels     map[string]string `protobuf:"bytes,3,rep,name=set_labels,json=setLabels,proto3" json:"set_labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	DropLabels    []string          `protobuf:"bytes,4,rep,name=drop_labels,json=dropLabels,proto3" json:"drop_labels,omitempty"`
@@ -4273,6 +4273,7 @@ func (x *LeaseChange) GetReason() string {
 type FactsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	Scope         string                 `protobuf:"bytes,2,opt,name=scope,proto3" json:"scope,omitempty"` // whose risk to show; empty: that of the host alone
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4310,6 +4311,13 @@ func (*FactsRequest) Descriptor() ([]byte, []int) {
 func (x *FactsRequest) GetHost() string {
 	if x != nil {
 		return x.Host
+	}
+	return ""
+}
+
+func (x *FactsRequest) GetScope() string {
+	if x != nil {
+		return x.Scope
 	}
 	return ""
 }
@@ -4982,6 +4990,891 @@ func (x *RevokeLeasesResponse) GetRevoking() []string {
 	return nil
 }
 
+// A Finding is one cause for concern. All but id, status, reason, until and
+// opened is the watch's word.
+type Finding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Cause         string                 `protobuf:"bytes,2,opt,name=cause,proto3" json:"cause,omitempty"` // tells a detector's causes apart
+	Detector      string                 `protobuf:"bytes,3,opt,name=detector,proto3" json:"detector,omitempty"`
+	Severity      string                 `protobuf:"bytes,4,opt,name=severity,proto3" json:"severity,omitempty"` // low, medium, high, critical
+	Nhi           string                 `protobuf:"bytes,5,opt,name=nhi,proto3" json:"nhi,omitempty"`           // of OWASP's Non-Human Identities Top 10
+	Lease         string                 `protobuf:"bytes,6,opt,name=lease,proto3" json:"lease,omitempty"`
+	Host          string                 `protobuf:"bytes,7,opt,name=host,proto3" json:"host,omitempty"` // id
+	Account       string                 `protobuf:"bytes,8,opt,name=account,proto3" json:"account,omitempty"`
+	Why           string                 `protobuf:"bytes,9,opt,name=why,proto3" json:"why,omitempty"`
+	First         *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=first,proto3" json:"first,omitempty"` // sighting
+	Last          *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=last,proto3" json:"last,omitempty"`
+	Count         uint64                 `protobuf:"varint,12,opt,name=count,proto3" json:"count,omitempty"`
+	Evidence      [][]byte               `protobuf:"bytes,13,rep,name=evidence,proto3" json:"evidence,omitempty"` // JSON objects: at most 20, of at most 4 KiB each
+	Response      string                 `protobuf:"bytes,14,opt,name=response,proto3" json:"response,omitempty"` // what was done: alert, step-up, revoke, quarantine
+	Status        string                 `protobuf:"bytes,15,opt,name=status,proto3" json:"status,omitempty"`     // open, closed
+	Reason        string                 `protobuf:"bytes,16,opt,name=reason,proto3" json:"reason,omitempty"`     // of an operator who closed it
+	Until         *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=until,proto3" json:"until,omitempty"`       // closed until then
+	Opened        uint64                 `protobuf:"varint,18,opt,name=opened,proto3" json:"opened,omitempty"`    // its place in the order of opening
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
+}
+
+func (x *Finding) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Finding) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+func (x *Finding) GetDetector() string {
+	if x != nil {
+		return x.Detector
+	}
+	return ""
+}
+
+func (x *Finding) GetSeverity() string {
+	if x != nil {
+		return x.Severity
+	}
+	return ""
+}
+
+func (x *Finding) GetNhi() string {
+	if x != nil {
+		return x.Nhi
+	}
+	return ""
+}
+
+func (x *Finding) GetLease() string {
+	if x != nil {
+		return x.Lease
+	}
+	return ""
+}
+
+func (x *Finding) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *Finding) GetAccount() string {
+	if x != nil {
+		return x.Account
+	}
+	return ""
+}
+
+func (x *Finding) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Finding) GetFirst() *timestamppb.Timestamp {
+	if x != nil {
+		return x.First
+	}
+	return nil
+}
+
+func (x *Finding) GetLast() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Last
+	}
+	return nil
+}
+
+func (x *Finding) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *Finding) GetEvidence() [][]byte {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
+func (x *Finding) GetResponse() string {
+	if x != nil {
+		return x.Response
+	}
+	return ""
+}
+
+func (x *Finding) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *Finding) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Finding) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *Finding) GetOpened() uint64 {
+	if x != nil {
+		return x.Opened
+	}
+	return 0
+}
+
+type ReportFindingRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Finding       *Finding               `protobuf:"bytes,1,opt,name=finding,proto3" json:"finding,omitempty"` // what was reported before for its detector and cause is replaced
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportFindingRequest) Reset() {
+	*x = ReportFindingRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportFindingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportFindingRequest) ProtoMessage() {}
+
+func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportFindingRequest.ProtoReflect.Descriptor instead.
+func (*ReportFindingRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
+}
+
+func (x *ReportFindingRequest) GetFinding() *Finding {
+	if x != nil {
+		return x.Finding
+	}
+	return nil
+}
+
+type ReportFindingResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Finding       *Finding               `protobuf:"bytes,1,opt,name=finding,proto3" json:"finding,omitempty"`    // as it is kept
+	Opened        bool                   `protobuf:"varint,2,opt,name=opened,proto3" json:"opened,omitempty"`     // nobody reported it before
+	Reopened      bool                   `protobuf:"varint,3,opt,name=reopened,proto3" json:"reopened,omitempty"` // it was closed, and happened again
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportFindingResponse) Reset() {
+	*x = ReportFindingResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportFindingResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportFindingResponse) ProtoMessage() {}
+
+func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportFindingResponse.ProtoReflect.Descriptor instead.
+func (*ReportFindingResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
+}
+
+func (x *ReportFindingResponse) GetFinding() *Finding {
+	if x != nil {
+		return x.Finding
+	}
+	return nil
+}
+
+func (x *ReportFindingResponse) GetOpened() bool {
+	if x != nil {
+		return x.Opened
+	}
+	return false
+}
+
+func (x *ReportFindingResponse) GetReopened() bool {
+	if x != nil {
+		return x.Reopened
+	}
+	return false
+}
+
+type ListFindingsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        string                 `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"` // open, closed; empty: both
+	Detector      string                 `protobuf:"bytes,2,opt,name=detector,proto3" json:"detector,omitempty"`
+	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"` // id, or name
+	Severity      string                 `protobuf:"bytes,4,opt,name=severity,proto3" json:"severity,omitempty"`
+	Finding       string                 `protobuf:"bytes,5,opt,name=finding,proto3" json:"finding,omitempty"` // one, by id
+	After         uint64                 `protobuf:"varint,6,opt,name=after,proto3" json:"after,omitempty"`    // page: findings opened after this one; a reopened one comes again
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListFindingsRequest) Reset() {
+	*x = ListFindingsRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFindingsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFindingsRequest) ProtoMessage() {}
+
+func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFindingsRequest.ProtoReflect.Descriptor instead.
+func (*ListFindingsRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
+}
+
+func (x *ListFindingsRequest) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *ListFindingsRequest) GetDetector() string {
+	if x != nil {
+		return x.Detector
+	}
+	return ""
+}
+
+func (x *ListFindingsRequest) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *ListFindingsRequest) GetSeverity() string {
+	if x != nil {
+		return x.Severity
+	}
+	return ""
+}
+
+func (x *ListFindingsRequest) GetFinding() string {
+	if x != nil {
+		return x.Finding
+	}
+	return ""
+}
+
+func (x *ListFindingsRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+type ListFindingsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Findings      []*Finding             `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"` // in the order of opening
+	Next          uint64                 `protobuf:"varint,2,opt,name=next,proto3" json:"next,omitempty"`        // where the next page begins; asked again later, what was opened since
+	More          bool                   `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListFindingsResponse) Reset() {
+	*x = ListFindingsResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFindingsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFindingsResponse) ProtoMessage() {}
+
+func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFindingsResponse.ProtoReflect.Descriptor instead.
+func (*ListFindingsResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
+}
+
+func (x *ListFindingsResponse) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+func (x *ListFindingsResponse) GetNext() uint64 {
+	if x != nil {
+		return x.Next
+	}
+	return 0
+}
+
+func (x *ListFindingsResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+type CloseFindingRequest struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Finding string                 `protobuf:"bytes,1,opt,name=finding,proto3" json:"finding,omitempty"`
+	Reason  string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Nothing that happens before reopens it; without it, nothing that happened
+	// before now.
+	Until         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=until,proto3" json:"until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseFindingRequest) Reset() {
+	*x = CloseFindingRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseFindingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseFindingRequest) ProtoMessage() {}
+
+func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseFindingRequest.ProtoReflect.Descriptor instead.
+func (*CloseFindingRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
+}
+
+func (x *CloseFindingRequest) GetFinding() string {
+	if x != nil {
+		return x.Finding
+	}
+	return ""
+}
+
+func (x *CloseFindingRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *CloseFindingRequest) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+type CloseFindingResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Finding       *Finding               `protobuf:"bytes,1,opt,name=finding,proto3" json:"finding,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseFindingResponse) Reset() {
+	*x = CloseFindingResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseFindingResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseFindingResponse) ProtoMessage() {}
+
+func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseFindingResponse.ProtoReflect.Descriptor instead.
+func (*CloseFindingResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
+}
+
+func (x *CloseFindingResponse) GetFinding() *Finding {
+	if x != nil {
+		return x.Finding
+	}
+	return nil
+}
+
+// A Canary is a user name that nobody was given.
+type Canary struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Scope         string                 `protobuf:"bytes,2,opt,name=scope,proto3" json:"scope,omitempty"`
+	Username      string                 `protobuf:"bytes,3,opt,name=username,proto3" json:"username,omitempty"`
+	Audience      []string               `protobuf:"bytes,4,rep,name=audience,proto3" json:"audience,omitempty"`
+	Issued        *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=issued,proto3" json:"issued,omitempty"`
+	IssuedBy      string                 `protobuf:"bytes,6,opt,name=issued_by,json=issuedBy,proto3" json:"issued_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Canary) Reset() {
+	*x = Canary{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Canary) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Canary) ProtoMessage() {}
+
+func (x *Canary) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Canary.ProtoReflect.Descriptor instead.
+func (*Canary) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
+}
+
+func (x *Canary) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Canary) GetScope() string {
+	if x != nil {
+		return x.Scope
+	}
+	return ""
+}
+
+func (x *Canary) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *Canary) GetAudience() []string {
+	if x != nil {
+		return x.Audience
+	}
+	return nil
+}
+
+func (x *Canary) GetIssued() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Issued
+	}
+	return nil
+}
+
+func (x *Canary) GetIssuedBy() string {
+	if x != nil {
+		return x.IssuedBy
+	}
+	return ""
+}
+
+type IssueCanaryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Scope         string                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
+	Username      string                 `protobuf:"bytes,2,opt,name=username,proto3" json:"username,omitempty"` // empty: one like the scope's real ones
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueCanaryRequest) Reset() {
+	*x = IssueCanaryRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueCanaryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueCanaryRequest) ProtoMessage() {}
+
+func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueCanaryRequest.ProtoReflect.Descriptor instead.
+func (*IssueCanaryRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
+}
+
+func (x *IssueCanaryRequest) GetScope() string {
+	if x != nil {
+		return x.Scope
+	}
+	return ""
+}
+
+func (x *IssueCanaryRequest) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+type IssueCanaryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Canary        *Canary                `protobuf:"bytes,1,opt,name=canary,proto3" json:"canary,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueCanaryResponse) Reset() {
+	*x = IssueCanaryResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueCanaryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueCanaryResponse) ProtoMessage() {}
+
+func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueCanaryResponse.ProtoReflect.Descriptor instead.
+func (*IssueCanaryResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
+}
+
+func (x *IssueCanaryResponse) GetCanary() *Canary {
+	if x != nil {
+		return x.Canary
+	}
+	return nil
+}
+
+type ListCanariesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Scope         string                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"` // empty: all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCanariesRequest) Reset() {
+	*x = ListCanariesRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCanariesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCanariesRequest) ProtoMessage() {}
+
+func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCanariesRequest.ProtoReflect.Descriptor instead.
+func (*ListCanariesRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
+}
+
+func (x *ListCanariesRequest) GetScope() string {
+	if x != nil {
+		return x.Scope
+	}
+	return ""
+}
+
+type ListCanariesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Canaries      []*Canary              `protobuf:"bytes,1,rep,name=canaries,proto3" json:"canaries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCanariesResponse) Reset() {
+	*x = ListCanariesResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCanariesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCanariesResponse) ProtoMessage() {}
+
+func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCanariesResponse.ProtoReflect.Descriptor instead.
+func (*ListCanariesResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
+}
+
+func (x *ListCanariesResponse) GetCanaries() []*Canary {
+	if x != nil {
+		return x.Canaries
+	}
+	return nil
+}
+
+type RemoveCanaryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Canary        string                 `protobuf:"bytes,1,opt,name=canary,proto3" json:"canary,omitempty"` // id
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveCanaryRequest) Reset() {
+	*x = RemoveCanaryRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveCanaryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveCanaryRequest) ProtoMessage() {}
+
+func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveCanaryRequest.ProtoReflect.Descriptor instead.
+func (*RemoveCanaryRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
+}
+
+func (x *RemoveCanaryRequest) GetCanary() string {
+	if x != nil {
+		return x.Canary
+	}
+	return ""
+}
+
+type RemoveCanaryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveCanaryResponse) Reset() {
+	*x = RemoveCanaryResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveCanaryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveCanaryResponse) ProtoMessage() {}
+
+func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveCanaryResponse.ProtoReflect.Descriptor instead.
+func (*RemoveCanaryResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
+}
+
 type ReadAuditRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	From          uint64                 `protobuf:"varint,1,opt,name=from,proto3" json:"from,omitempty"`
@@ -4992,7 +5885,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5004,7 +5897,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5017,7 +5910,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -5044,7 +5937,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5056,7 +5949,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5069,7 +5962,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *AuditRecord) GetIndex() uint64 {
@@ -5095,7 +5988,7 @@ type AuditReceiptRequest struct {
 
 func (x *AuditReceiptRequest) Reset() {
 	*x = AuditReceiptRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5107,7 +6000,7 @@ func (x *AuditReceiptRequest) String() string {
 func (*AuditReceiptRequest) ProtoMessage() {}
 
 func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5120,7 +6013,7 @@ func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptRequest.ProtoReflect.Descriptor instead.
 func (*AuditReceiptRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *AuditReceiptRequest) GetIndex() uint64 {
@@ -5141,7 +6034,7 @@ type AuditReceiptResponse struct {
 
 func (x *AuditReceiptResponse) Reset() {
 	*x = AuditReceiptResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5153,7 +6046,7 @@ func (x *AuditReceiptResponse) String() string {
 func (*AuditReceiptResponse) ProtoMessage() {}
 
 func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5166,7 +6059,7 @@ func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptResponse.ProtoReflect.Descriptor instead.
 func (*AuditReceiptResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *AuditReceiptResponse) GetRecord() []byte {
@@ -5199,7 +6092,7 @@ type AuditCheckpointRequest struct {
 
 func (x *AuditCheckpointRequest) Reset() {
 	*x = AuditCheckpointRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5211,7 +6104,7 @@ func (x *AuditCheckpointRequest) String() string {
 func (*AuditCheckpointRequest) ProtoMessage() {}
 
 func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5224,7 +6117,7 @@ func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *AuditCheckpointRequest) GetConsistentWith() uint64 {
@@ -5245,7 +6138,7 @@ type AuditCheckpointResponse struct {
 
 func (x *AuditCheckpointResponse) Reset() {
 	*x = AuditCheckpointResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5257,7 +6150,7 @@ func (x *AuditCheckpointResponse) String() string {
 func (*AuditCheckpointResponse) ProtoMessage() {}
 
 func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5270,7 +6163,7 @@ func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *AuditCheckpointResponse) GetCheckpoint() []byte {
@@ -5623,9 +6516,10 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05scope\x18\x02 \x01(\tR\x05scope\x12\x19\n" +
 	"\blease_id\x18\x03 \x01(\tR\aleaseId\x12\x16\n" +
 	"\x06change\x18\x04 \x01(\tR\x06change\x12\x16\n" +
-	"\x06reason\x18\x05 \x01(\tR\x06reason\"\"\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\"8\n" +
 	"\fFactsRequest\x12\x12\n" +
-	"\x04host\x18\x01 \x01(\tR\x04host\"#\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
+	"\x05scope\x18\x02 \x01(\tR\x05scope\"#\n" +
 	"\rFactsResponse\x12\x12\n" +
 	"\x04json\x18\x01 \x01(\fR\x04json\"6\n" +
 	"\n" +
@@ -5684,7 +6578,69 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05scope\x18\x03 \x01(\tR\x05scope\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\"2\n" +
 	"\x14RevokeLeasesResponse\x12\x1a\n" +
-	"\brevoking\x18\x01 \x03(\tR\brevoking\">\n" +
+	"\brevoking\x18\x01 \x03(\tR\brevoking\"\xf9\x03\n" +
+	"\aFinding\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05cause\x18\x02 \x01(\tR\x05cause\x12\x1a\n" +
+	"\bdetector\x18\x03 \x01(\tR\bdetector\x12\x1a\n" +
+	"\bseverity\x18\x04 \x01(\tR\bseverity\x12\x10\n" +
+	"\x03nhi\x18\x05 \x01(\tR\x03nhi\x12\x14\n" +
+	"\x05lease\x18\x06 \x01(\tR\x05lease\x12\x12\n" +
+	"\x04host\x18\a \x01(\tR\x04host\x12\x18\n" +
+	"\aaccount\x18\b \x01(\tR\aaccount\x12\x10\n" +
+	"\x03why\x18\t \x01(\tR\x03why\x120\n" +
+	"\x05first\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\x05first\x12.\n" +
+	"\x04last\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\x04last\x12\x14\n" +
+	"\x05count\x18\f \x01(\x04R\x05count\x12\x1a\n" +
+	"\bevidence\x18\r \x03(\fR\bevidence\x12\x1a\n" +
+	"\bresponse\x18\x0e \x01(\tR\bresponse\x12\x16\n" +
+	"\x06status\x18\x0f \x01(\tR\x06status\x12\x16\n" +
+	"\x06reason\x18\x10 \x01(\tR\x06reason\x120\n" +
+	"\x05until\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x16\n" +
+	"\x06opened\x18\x12 \x01(\x04R\x06opened\"I\n" +
+	"\x14ReportFindingRequest\x121\n" +
+	"\afinding\x18\x01 \x01(\v2\x17.countersign.v1.FindingR\afinding\"~\n" +
+	"\x15ReportFindingResponse\x121\n" +
+	"\afinding\x18\x01 \x01(\v2\x17.countersign.v1.FindingR\afinding\x12\x16\n" +
+	"\x06opened\x18\x02 \x01(\bR\x06opened\x12\x1a\n" +
+	"\breopened\x18\x03 \x01(\bR\breopened\"\xa9\x01\n" +
+	"\x13ListFindingsRequest\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\tR\x06status\x12\x1a\n" +
+	"\bdetector\x18\x02 \x01(\tR\bdetector\x12\x12\n" +
+	"\x04host\x18\x03 \x01(\tR\x04host\x12\x1a\n" +
+	"\bseverity\x18\x04 \x01(\tR\bseverity\x12\x18\n" +
+	"\afinding\x18\x05 \x01(\tR\afinding\x12\x14\n" +
+	"\x05after\x18\x06 \x01(\x04R\x05after\"s\n" +
+	"\x14ListFindingsResponse\x123\n" +
+	"\bfindings\x18\x01 \x03(\v2\x17.countersign.v1.FindingR\bfindings\x12\x12\n" +
+	"\x04next\x18\x02 \x01(\x04R\x04next\x12\x12\n" +
+	"\x04more\x18\x03 \x01(\bR\x04more\"y\n" +
+	"\x13CloseFindingRequest\x12\x18\n" +
+	"\afinding\x18\x01 \x01(\tR\afinding\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x120\n" +
+	"\x05until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"I\n" +
+	"\x14CloseFindingResponse\x121\n" +
+	"\afinding\x18\x01 \x01(\v2\x17.countersign.v1.FindingR\afinding\"\xb7\x01\n" +
+	"\x06Canary\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05scope\x18\x02 \x01(\tR\x05scope\x12\x1a\n" +
+	"\busername\x18\x03 \x01(\tR\busername\x12\x1a\n" +
+	"\baudience\x18\x04 \x03(\tR\baudience\x122\n" +
+	"\x06issued\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x06issued\x12\x1b\n" +
+	"\tissued_by\x18\x06 \x01(\tR\bissuedBy\"F\n" +
+	"\x12IssueCanaryRequest\x12\x14\n" +
+	"\x05scope\x18\x01 \x01(\tR\x05scope\x12\x1a\n" +
+	"\busername\x18\x02 \x01(\tR\busername\"E\n" +
+	"\x13IssueCanaryResponse\x12.\n" +
+	"\x06canary\x18\x01 \x01(\v2\x16.countersign.v1.CanaryR\x06canary\"+\n" +
+	"\x13ListCanariesRequest\x12\x14\n" +
+	"\x05scope\x18\x01 \x01(\tR\x05scope\"J\n" +
+	"\x14ListCanariesResponse\x122\n" +
+	"\bcanaries\x18\x01 \x03(\v2\x16.countersign.v1.CanaryR\bcanaries\"-\n" +
+	"\x13RemoveCanaryRequest\x12\x16\n" +
+	"\x06canary\x18\x01 \x01(\tR\x06canary\"\x16\n" +
+	"\x14RemoveCanaryResponse\">\n" +
 	"\x10ReadAuditRequest\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\x04R\x04from\x12\x16\n" +
 	"\x06follow\x18\x02 \x01(\bR\x06follow\"7\n" +
@@ -5714,7 +6670,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05Prove\x12\x1c.countersign.v1.ProveRequest\x1a\x1d.countersign.v1.ProveResponse\x12D\n" +
 	"\x05Issue\x12\x1c.countersign.v1.IssueRequest\x1a\x1d.countersign.v1.IssueResponse\x12V\n" +
 	"\vAcknowledge\x12\".countersign.v1.AcknowledgeRequest\x1a#.countersign.v1.AcknowledgeResponse\x12J\n" +
-	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse2\x8d\x10\n" +
+	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse2\xaf\x14\n" +
 	"\x0fOperatorService\x12P\n" +
 	"\tGetStatus\x12 .countersign.v1.GetStatusRequest\x1a!.countersign.v1.GetStatusResponse\x12P\n" +
 	"\tListHosts\x12 .countersign.v1.ListHostsRequest\x1a!.countersign.v1.ListHostsResponse\x12M\n" +
@@ -5738,7 +6694,13 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x03Why\x12\x1a.countersign.v1.WhyRequest\x1a\x1b.countersign.v1.WhyResponse\x12S\n" +
 	"\n" +
 	"ListLeases\x12!.countersign.v1.ListLeasesRequest\x1a\".countersign.v1.ListLeasesResponse\x12Y\n" +
-	"\fRevokeLeases\x12#.countersign.v1.RevokeLeasesRequest\x1a$.countersign.v1.RevokeLeasesResponse\x12L\n" +
+	"\fRevokeLeases\x12#.countersign.v1.RevokeLeasesRequest\x1a$.countersign.v1.RevokeLeasesResponse\x12\\\n" +
+	"\rReportFinding\x12$.countersign.v1.ReportFindingRequest\x1a%.countersign.v1.ReportFindingResponse\x12Y\n" +
+	"\fListFindings\x12#.countersign.v1.ListFindingsRequest\x1a$.countersign.v1.ListFindingsResponse\x12Y\n" +
+	"\fCloseFinding\x12#.countersign.v1.CloseFindingRequest\x1a$.countersign.v1.CloseFindingResponse\x12V\n" +
+	"\vIssueCanary\x12\".countersign.v1.IssueCanaryRequest\x1a#.countersign.v1.IssueCanaryResponse\x12Y\n" +
+	"\fListCanaries\x12#.countersign.v1.ListCanariesRequest\x1a$.countersign.v1.ListCanariesResponse\x12Y\n" +
+	"\fRemoveCanary\x12#.countersign.v1.RemoveCanaryRequest\x1a$.countersign.v1.RemoveCanaryResponse\x12L\n" +
 	"\tReadAudit\x12 .countersign.v1.ReadAuditRequest\x1a\x1b.countersign.v1.AuditRecord0\x01\x12Y\n" +
 	"\fAuditReceipt\x12#.countersign.v1.AuditReceiptRequest\x1a$.countersign.v1.AuditReceiptResponse\x12b\n" +
 	"\x0fAuditCheckpoint\x12&.countersign.v1.AuditCheckpointRequest\x1a'.countersign.v1.AuditCheckpointResponseBMZKgithub.com/countersign/countersign/broker/wire/countersign/v1;countersignv1b\x06proto3"
@@ -5755,7 +6717,7 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 	return file_countersign_v1_countersign_proto_rawDescData
 }
 
-var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 94)
+var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
 var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: countersign.v1.JoinRequest
 	(*JoinBody)(nil),                  // 1: countersign.v1.JoinBody
@@ -5838,156 +6800,193 @@ var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*ListLeasesResponse)(nil),        // 78: countersign.v1.ListLeasesResponse
 	(*RevokeLeasesRequest)(nil),       // 79: countersign.v1.RevokeLeasesRequest
 	(*RevokeLeasesResponse)(nil),      // 80: countersign.v1.RevokeLeasesResponse
-	(*ReadAuditRequest)(nil),          // 81: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),               // 82: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),       // 83: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),      // 84: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),    // 85: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil),   // 86: countersign.v1.AuditCheckpointResponse
-	nil,                               // 87: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                               // 88: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                               // 89: countersign.v1.Host.LabelsEntry
-	nil,                               // 90: countersign.v1.NewHost.LabelsEntry
-	nil,                               // 91: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                               // 92: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 93: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),     // 94: google.protobuf.Timestamp
+	(*Finding)(nil),                   // 81: countersign.v1.Finding
+	(*ReportFindingRequest)(nil),      // 82: countersign.v1.ReportFindingRequest
+	(*ReportFindingResponse)(nil),     // 83: countersign.v1.ReportFindingResponse
+	(*ListFindingsRequest)(nil),       // 84: countersign.v1.ListFindingsRequest
+	(*ListFindingsResponse)(nil),      // 85: countersign.v1.ListFindingsResponse
+	(*CloseFindingRequest)(nil),       // 86: countersign.v1.CloseFindingRequest
+	(*CloseFindingResponse)(nil),      // 87: countersign.v1.CloseFindingResponse
+	(*Canary)(nil),                    // 88: countersign.v1.Canary
+	(*IssueCanaryRequest)(nil),        // 89: countersign.v1.IssueCanaryRequest
+	(*IssueCanaryResponse)(nil),       // 90: countersign.v1.IssueCanaryResponse
+	(*ListCanariesRequest)(nil),       // 91: countersign.v1.ListCanariesRequest
+	(*ListCanariesResponse)(nil),      // 92: countersign.v1.ListCanariesResponse
+	(*RemoveCanaryRequest)(nil),       // 93: countersign.v1.RemoveCanaryRequest
+	(*RemoveCanaryResponse)(nil),      // 94: countersign.v1.RemoveCanaryResponse
+	(*ReadAuditRequest)(nil),          // 95: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),               // 96: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),       // 97: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),      // 98: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),    // 99: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil),   // 100: countersign.v1.AuditCheckpointResponse
+	nil,                               // 101: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                               // 102: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                               // 103: countersign.v1.Host.LabelsEntry
+	nil,                               // 104: countersign.v1.NewHost.LabelsEntry
+	nil,                               // 105: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                               // 106: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 107: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),     // 108: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
-	2,  // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
-	5,  // 1: countersign.v1.ActivateRequest.certification:type_name -> countersign.v1.Certification
-	6,  // 2: countersign.v1.ActivateRequest.quote:type_name -> countersign.v1.Quote
-	7,  // 3: countersign.v1.Quote.pcrs:type_name -> countersign.v1.Pcr
-	20, // 4: countersign.v1.ActivateResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	11, // 5: countersign.v1.ChallengeResponse.known:type_name -> countersign.v1.Known
-	6,  // 6: countersign.v1.Attested.quote:type_name -> countersign.v1.Quote
-	13, // 7: countersign.v1.Attested.logs:type_name -> countersign.v1.Logs
-	12, // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
-	16, // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
-	17, // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	94, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
-	19, // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
-	20, // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	94, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
-	94, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	94, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
-	12, // 17: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
-	16, // 18: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
-	24, // 19: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	94, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	94, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	94, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	94, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	94, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	94, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	94, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
-	87, // 27: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	88, // 28: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	89, // 29: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	94, // 30: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	94, // 31: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
-	32, // 32: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	90, // 33: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
-	35, // 34: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	91, // 35: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
-	32, // 36: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	94, // 37: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	92, // 38: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	94, // 39: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	94, // 40: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
-	46, // 41: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
-	94, // 42: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
-	94, // 43: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
-	51, // 44: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	94, // 45: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	94, // 46: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
-	51, // 47: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
-	51, // 48: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
-	94, // 49: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
-	51, // 50: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
-	94, // 51: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
-	61, // 52: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
-	94, // 53: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
-	63, // 54: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
-	94, // 55: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
-	94, // 56: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
-	63, // 57: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
-	66, // 58: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
-	69, // 59: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
-	70, // 60: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
-	75, // 61: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	94, // 62: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	93, // 63: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	94, // 64: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	94, // 65: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	94, // 66: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	94, // 67: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	76, // 68: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	0,  // 69: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
-	4,  // 70: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
-	9,  // 71: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
-	14, // 72: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
-	21, // 73: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
-	25, // 74: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
-	27, // 75: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
-	30, // 76: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
-	33, // 77: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
-	36, // 78: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
-	38, // 79: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
-	40, // 80: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
-	42, // 81: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
-	44, // 82: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
-	47, // 83: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
-	49, // 84: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	52, // 85: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	54, // 86: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
-	56, // 87: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
-	58, // 88: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
-	60, // 89: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
-	64, // 90: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
-	67, // 91: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	71, // 92: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	73, // 93: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	77, // 94: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	79, // 95: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	81, // 96: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	83, // 97: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	85, // 98: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	3,  // 99: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	8,  // 100: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	10, // 101: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	18, // 102: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	23, // 103: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	26, // 104: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	28, // 105: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	31, // 106: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	34, // 107: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	37, // 108: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	39, // 109: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	41, // 110: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	43, // 111: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	45, // 112: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
-	48, // 113: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
-	50, // 114: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	53, // 115: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	55, // 116: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
-	57, // 117: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
-	59, // 118: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
-	62, // 119: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
-	65, // 120: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
-	68, // 121: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	72, // 122: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	74, // 123: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	78, // 124: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	80, // 125: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	82, // 126: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	84, // 127: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	86, // 128: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	99, // [99:129] is the sub-list for method output_type
-	69, // [69:99] is the sub-list for method input_type
-	69, // [69:69] is the sub-list for extension type_name
-	69, // [69:69] is the sub-list for extension extendee
-	0,  // [0:69] is the sub-list for field type_name
+	2,   // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
+	5,   // 1: countersign.v1.ActivateRequest.certification:type_name -> countersign.v1.Certification
+	6,   // 2: countersign.v1.ActivateRequest.quote:type_name -> countersign.v1.Quote
+	7,   // 3: countersign.v1.Quote.pcrs:type_name -> countersign.v1.Pcr
+	20,  // 4: countersign.v1.ActivateResponse.checkpoint:type_name -> countersign.v1.Checkpoint
+	11,  // 5: countersign.v1.ChallengeResponse.known:type_name -> countersign.v1.Known
+	6,   // 6: countersign.v1.Attested.quote:type_name -> countersign.v1.Quote
+	13,  // 7: countersign.v1.Attested.logs:type_name -> countersign.v1.Logs
+	12,  // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
+	16,  // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
+	17,  // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
+	108, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	19,  // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
+	20,  // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
+	108, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	108, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	108, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	12,  // 17: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
+	16,  // 18: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
+	24,  // 19: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
+	108, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	108, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	108, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	108, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	108, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	108, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	108, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	101, // 27: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	102, // 28: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	103, // 29: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	108, // 30: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	108, // 31: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	32,  // 32: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
+	104, // 33: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	35,  // 34: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
+	105, // 35: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	32,  // 36: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
+	108, // 37: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	106, // 38: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	108, // 39: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	108, // 40: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	46,  // 41: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
+	108, // 42: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	108, // 43: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	51,  // 44: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
+	108, // 45: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	108, // 46: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
+	51,  // 47: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
+	51,  // 48: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
+	108, // 49: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
+	51,  // 50: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
+	108, // 51: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
+	61,  // 52: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
+	108, // 53: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
+	63,  // 54: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
+	108, // 55: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
+	108, // 56: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
+	63,  // 57: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
+	66,  // 58: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
+	69,  // 59: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
+	70,  // 60: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
+	75,  // 61: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	108, // 62: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	107, // 63: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	108, // 64: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	108, // 65: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	108, // 66: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	108, // 67: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	76,  // 68: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	108, // 69: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
+	108, // 70: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
+	108, // 71: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
+	81,  // 72: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
+	81,  // 73: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
+	81,  // 74: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
+	108, // 75: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
+	81,  // 76: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
+	108, // 77: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
+	88,  // 78: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
+	88,  // 79: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
+	0,   // 80: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
+	4,   // 81: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
+	9,   // 82: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
+	14,  // 83: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
+	21,  // 84: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
+	25,  // 85: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
+	27,  // 86: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
+	30,  // 87: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
+	33,  // 88: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
+	36,  // 89: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
+	38,  // 90: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
+	40,  // 91: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
+	42,  // 92: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
+	44,  // 93: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
+	47,  // 94: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
+	49,  // 95: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	52,  // 96: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	54,  // 97: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
+	56,  // 98: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
+	58,  // 99: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
+	60,  // 100: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
+	64,  // 101: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
+	67,  // 102: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	71,  // 103: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	73,  // 104: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	77,  // 105: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	79,  // 106: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	82,  // 107: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
+	84,  // 108: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
+	86,  // 109: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
+	89,  // 110: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
+	91,  // 111: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
+	93,  // 112: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
+	95,  // 113: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	97,  // 114: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	99,  // 115: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	3,   // 116: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	8,   // 117: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	10,  // 118: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	18,  // 119: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	23,  // 120: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	26,  // 121: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	28,  // 122: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	31,  // 123: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	34,  // 124: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	37,  // 125: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	39,  // 126: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	41,  // 127: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	43,  // 128: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	45,  // 129: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	48,  // 130: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	50,  // 131: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	53,  // 132: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	55,  // 133: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
+	57,  // 134: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
+	59,  // 135: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
+	62,  // 136: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
+	65,  // 137: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
+	68,  // 138: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	72,  // 139: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	74,  // 140: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	78,  // 141: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	80,  // 142: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	83,  // 143: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
+	85,  // 144: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
+	87,  // 145: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
+	90,  // 146: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
+	92,  // 147: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
+	94,  // 148: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
+	96,  // 149: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	98,  // 150: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	100, // 151: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	116, // [116:152] is the sub-list for method output_type
+	80,  // [80:116] is the sub-list for method input_type
+	80,  // [80:80] is the sub-list for extension type_name
+	80,  // [80:80] is the sub-list for extension extendee
+	0,   // [0:80] is the sub-list for field type_name
 }
 
 func init() { file_countersign_v1_countersign_proto_init() }
@@ -6001,7 +7000,7 @@ func file_countersign_v1_countersign_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   94,
+			NumMessages:   108,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -112,6 +112,24 @@ const (
 	// OperatorServiceRevokeLeasesProcedure is the fully-qualified name of the OperatorService's
 	// RevokeLeases RPC.
 	OperatorServiceRevokeLeasesProcedure = "/countersign.v1.OperatorService/RevokeLeases"
+	// OperatorServiceReportFindingProcedure is the fully-qualified name of the OperatorService's
+	// ReportFinding RPC.
+	OperatorServiceReportFindingProcedure = "/countersign.v1.OperatorService/ReportFinding"
+	// OperatorServiceListFindingsProcedure is the fully-qualified name of the OperatorService's
+	// ListFindings RPC.
+	OperatorServiceListFindingsProcedure = "/countersign.v1.OperatorService/ListFindings"
+	// OperatorServiceCloseFindingProcedure is the fully-qualified name of the OperatorService's
+	// CloseFinding RPC.
+	OperatorServiceCloseFindingProcedure = "/countersign.v1.OperatorService/CloseFinding"
+	// OperatorServiceIssueCanaryProcedure is the fully-qualified name of the OperatorService's
+	// IssueCanary RPC.
+	OperatorServiceIssueCanaryProcedure = "/countersign.v1.OperatorService/IssueCanary"
+	// OperatorServiceListCanariesProcedure is the fully-qualified name of the OperatorService's
+	// ListCanaries RPC.
+	OperatorServiceListCanariesProcedure = "/countersign.v1.OperatorService/ListCanaries"
+	// OperatorServiceRemoveCanaryProcedure is the fully-qualified name of the OperatorService's
+	// RemoveCanary RPC.
+	OperatorServiceRemoveCanaryProcedure = "/countersign.v1.OperatorService/RemoveCanary"
 	// OperatorServiceReadAuditProcedure is the fully-qualified name of the OperatorService's ReadAudit
 	// RPC.
 	OperatorServiceReadAuditProcedure = "/countersign.v1.OperatorService/ReadAudit"
@@ -385,6 +403,14 @@ type OperatorServiceClient interface {
 	Why(context.Context, *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error)
 	ListLeases(context.Context, *connect.Request[v1.ListLeasesRequest]) (*connect.Response[v1.ListLeasesResponse], error)
 	RevokeLeases(context.Context, *connect.Request[v1.RevokeLeasesRequest]) (*connect.Response[v1.RevokeLeasesResponse], error)
+	// ReportFinding is the watch's: one finding for each cause, said again with
+	// each further sighting.
+	ReportFinding(context.Context, *connect.Request[v1.ReportFindingRequest]) (*connect.Response[v1.ReportFindingResponse], error)
+	ListFindings(context.Context, *connect.Request[v1.ListFindingsRequest]) (*connect.Response[v1.ListFindingsResponse], error)
+	CloseFinding(context.Context, *connect.Request[v1.CloseFindingRequest]) (*connect.Response[v1.CloseFindingResponse], error)
+	IssueCanary(context.Context, *connect.Request[v1.IssueCanaryRequest]) (*connect.Response[v1.IssueCanaryResponse], error)
+	ListCanaries(context.Context, *connect.Request[v1.ListCanariesRequest]) (*connect.Response[v1.ListCanariesResponse], error)
+	RemoveCanary(context.Context, *connect.Request[v1.RemoveCanaryRequest]) (*connect.Response[v1.RemoveCanaryResponse], error)
 	ReadAudit(context.Context, *connect.Request[v1.ReadAuditRequest]) (*connect.ServerStreamForClient[v1.AuditRecord], error)
 	AuditReceipt(context.Context, *connect.Request[v1.AuditReceiptRequest]) (*connect.Response[v1.AuditReceiptResponse], error)
 	AuditCheckpoint(context.Context, *connect.Request[v1.AuditCheckpointRequest]) (*connect.Response[v1.AuditCheckpointResponse], error)
@@ -521,6 +547,42 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(operatorServiceMethods.ByName("RevokeLeases")),
 			connect.WithClientOptions(opts...),
 		),
+		reportFinding: connect.NewClient[v1.ReportFindingRequest, v1.ReportFindingResponse](
+			httpClient,
+			baseURL+OperatorServiceReportFindingProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("ReportFinding")),
+			connect.WithClientOptions(opts...),
+		),
+		listFindings: connect.NewClient[v1.ListFindingsRequest, v1.ListFindingsResponse](
+			httpClient,
+			baseURL+OperatorServiceListFindingsProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("ListFindings")),
+			connect.WithClientOptions(opts...),
+		),
+		closeFinding: connect.NewClient[v1.CloseFindingRequest, v1.CloseFindingResponse](
+			httpClient,
+			baseURL+OperatorServiceCloseFindingProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("CloseFinding")),
+			connect.WithClientOptions(opts...),
+		),
+		issueCanary: connect.NewClient[v1.IssueCanaryRequest, v1.IssueCanaryResponse](
+			httpClient,
+			baseURL+OperatorServiceIssueCanaryProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("IssueCanary")),
+			connect.WithClientOptions(opts...),
+		),
+		listCanaries: connect.NewClient[v1.ListCanariesRequest, v1.ListCanariesResponse](
+			httpClient,
+			baseURL+OperatorServiceListCanariesProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("ListCanaries")),
+			connect.WithClientOptions(opts...),
+		),
+		removeCanary: connect.NewClient[v1.RemoveCanaryRequest, v1.RemoveCanaryResponse](
+			httpClient,
+			baseURL+OperatorServiceRemoveCanaryProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("RemoveCanary")),
+			connect.WithClientOptions(opts...),
+		),
 		readAudit: connect.NewClient[v1.ReadAuditRequest, v1.AuditRecord](
 			httpClient,
 			baseURL+OperatorServiceReadAuditProcedure,
@@ -564,6 +626,12 @@ type operatorServiceClient struct {
 	why               *connect.Client[v1.WhyRequest, v1.WhyResponse]
 	listLeases        *connect.Client[v1.ListLeasesRequest, v1.ListLeasesResponse]
 	revokeLeases      *connect.Client[v1.RevokeLeasesRequest, v1.RevokeLeasesResponse]
+	reportFinding     *connect.Client[v1.ReportFindingRequest, v1.ReportFindingResponse]
+	listFindings      *connect.Client[v1.ListFindingsRequest, v1.ListFindingsResponse]
+	closeFinding      *connect.Client[v1.CloseFindingRequest, v1.CloseFindingResponse]
+	issueCanary       *connect.Client[v1.IssueCanaryRequest, v1.IssueCanaryResponse]
+	listCanaries      *connect.Client[v1.ListCanariesRequest, v1.ListCanariesResponse]
+	removeCanary      *connect.Client[v1.RemoveCanaryRequest, v1.RemoveCanaryResponse]
 	readAudit         *connect.Client[v1.ReadAuditRequest, v1.AuditRecord]
 	auditReceipt      *connect.Client[v1.AuditReceiptRequest, v1.AuditReceiptResponse]
 	auditCheckpoint   *connect.Client[v1.AuditCheckpointRequest, v1.AuditCheckpointResponse]
@@ -669,6 +737,36 @@ func (c *operatorServiceClient) RevokeLeases(ctx context.Context, req *connect.R
 	return c.revokeLeases.CallUnary(ctx, req)
 }
 
+// ReportFinding calls countersign.v1.OperatorService.ReportFinding.
+func (c *operatorServiceClient) ReportFinding(ctx context.Context, req *connect.Request[v1.ReportFindingRequest]) (*connect.Response[v1.ReportFindingResponse], error) {
+	return c.reportFinding.CallUnary(ctx, req)
+}
+
+// ListFindings calls countersign.v1.OperatorService.ListFindings.
+func (c *operatorServiceClient) ListFindings(ctx context.Context, req *connect.Request[v1.ListFindingsRequest]) (*connect.Response[v1.ListFindingsResponse], error) {
+	return c.listFindings.CallUnary(ctx, req)
+}
+
+// CloseFinding calls countersign.v1.OperatorService.CloseFinding.
+func (c *operatorServiceClient) CloseFinding(ctx context.Context, req *connect.Request[v1.CloseFindingRequest]) (*connect.Response[v1.CloseFindingResponse], error) {
+	return c.closeFinding.CallUnary(ctx, req)
+}
+
+// IssueCanary calls countersign.v1.OperatorService.IssueCanary.
+func (c *operatorServiceClient) IssueCanary(ctx context.Context, req *connect.Request[v1.IssueCanaryRequest]) (*connect.Response[v1.IssueCanaryResponse], error) {
+	return c.issueCanary.CallUnary(ctx, req)
+}
+
+// ListCanaries calls countersign.v1.OperatorService.ListCanaries.
+func (c *operatorServiceClient) ListCanaries(ctx context.Context, req *connect.Request[v1.ListCanariesRequest]) (*connect.Response[v1.ListCanariesResponse], error) {
+	return c.listCanaries.CallUnary(ctx, req)
+}
+
+// RemoveCanary calls countersign.v1.OperatorService.RemoveCanary.
+func (c *operatorServiceClient) RemoveCanary(ctx context.Context, req *connect.Request[v1.RemoveCanaryRequest]) (*connect.Response[v1.RemoveCanaryResponse], error) {
+	return c.removeCanary.CallUnary(ctx, req)
+}
+
 // ReadAudit calls countersign.v1.OperatorService.ReadAudit.
 func (c *operatorServiceClient) ReadAudit(ctx context.Context, req *connect.Request[v1.ReadAuditRequest]) (*connect.ServerStreamForClient[v1.AuditRecord], error) {
 	return c.readAudit.CallServerStream(ctx, req)
@@ -706,6 +804,14 @@ type OperatorServiceHandler interface {
 	Why(context.Context, *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error)
 	ListLeases(context.Context, *connect.Request[v1.ListLeasesRequest]) (*connect.Response[v1.ListLeasesResponse], error)
 	RevokeLeases(context.Context, *connect.Request[v1.RevokeLeasesRequest]) (*connect.Response[v1.RevokeLeasesResponse], error)
+	// ReportFinding is the watch's: one finding for each cause, said again with
+	// each further sighting.
+	ReportFinding(context.Context, *connect.Request[v1.ReportFindingRequest]) (*connect.Response[v1.ReportFindingResponse], error)
+	ListFindings(context.Context, *connect.Request[v1.ListFindingsRequest]) (*connect.Response[v1.ListFindingsResponse], error)
+	CloseFinding(context.Context, *connect.Request[v1.CloseFindingRequest]) (*connect.Response[v1.CloseFindingResponse], error)
+	IssueCanary(context.Context, *connect.Request[v1.IssueCanaryRequest]) (*connect.Response[v1.IssueCanaryResponse], error)
+	ListCanaries(context.Context, *connect.Request[v1.ListCanariesRequest]) (*connect.Response[v1.ListCanariesResponse], error)
+	RemoveCanary(context.Context, *connect.Request[v1.RemoveCanaryRequest]) (*connect.Response[v1.RemoveCanaryResponse], error)
 	ReadAudit(context.Context, *connect.Request[v1.ReadAuditRequest], *connect.ServerStream[v1.AuditRecord]) error
 	AuditReceipt(context.Context, *connect.Request[v1.AuditReceiptRequest]) (*connect.Response[v1.AuditReceiptResponse], error)
 	AuditCheckpoint(context.Context, *connect.Request[v1.AuditCheckpointRequest]) (*connect.Response[v1.AuditCheckpointResponse], error)
@@ -838,6 +944,42 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 		connect.WithSchema(operatorServiceMethods.ByName("RevokeLeases")),
 		connect.WithHandlerOptions(opts...),
 	)
+	operatorServiceReportFindingHandler := connect.NewUnaryHandler(
+		OperatorServiceReportFindingProcedure,
+		svc.ReportFinding,
+		connect.WithSchema(operatorServiceMethods.ByName("ReportFinding")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceListFindingsHandler := connect.NewUnaryHandler(
+		OperatorServiceListFindingsProcedure,
+		svc.ListFindings,
+		connect.WithSchema(operatorServiceMethods.ByName("ListFindings")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceCloseFindingHandler := connect.NewUnaryHandler(
+		OperatorServiceCloseFindingProcedure,
+		svc.CloseFinding,
+		connect.WithSchema(operatorServiceMethods.ByName("CloseFinding")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceIssueCanaryHandler := connect.NewUnaryHandler(
+		OperatorServiceIssueCanaryProcedure,
+		svc.IssueCanary,
+		connect.WithSchema(operatorServiceMethods.ByName("IssueCanary")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceListCanariesHandler := connect.NewUnaryHandler(
+		OperatorServiceListCanariesProcedure,
+		svc.ListCanaries,
+		connect.WithSchema(operatorServiceMethods.ByName("ListCanaries")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceRemoveCanaryHandler := connect.NewUnaryHandler(
+		OperatorServiceRemoveCanaryProcedure,
+		svc.RemoveCanary,
+		connect.WithSchema(operatorServiceMethods.ByName("RemoveCanary")),
+		connect.WithHandlerOptions(opts...),
+	)
 	operatorServiceReadAuditHandler := connect.NewServerStreamHandler(
 		OperatorServiceReadAuditProcedure,
 		svc.ReadAudit,
@@ -898,6 +1040,18 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 			operatorServiceListLeasesHandler.ServeHTTP(w, r)
 		case OperatorServiceRevokeLeasesProcedure:
 			operatorServiceRevokeLeasesHandler.ServeHTTP(w, r)
+		case OperatorServiceReportFindingProcedure:
+			operatorServiceReportFindingHandler.ServeHTTP(w, r)
+		case OperatorServiceListFindingsProcedure:
+			operatorServiceListFindingsHandler.ServeHTTP(w, r)
+		case OperatorServiceCloseFindingProcedure:
+			operatorServiceCloseFindingHandler.ServeHTTP(w, r)
+		case OperatorServiceIssueCanaryProcedure:
+			operatorServiceIssueCanaryHandler.ServeHTTP(w, r)
+		case OperatorServiceListCanariesProcedure:
+			operatorServiceListCanariesHandler.ServeHTTP(w, r)
+		case OperatorServiceRemoveCanaryProcedure:
+			operatorServiceRemoveCanaryHandler.ServeHTTP(w, r)
 		case OperatorServiceReadAuditProcedure:
 			operatorServiceReadAuditHandler.ServeHTTP(w, r)
 		case OperatorServiceAuditReceiptProcedure:
@@ -991,6 +1145,30 @@ func (UnimplementedOperatorServiceHandler) ListLeases(context.Context, *connect.
 
 func (UnimplementedOperatorServiceHandler) RevokeLeases(context.Context, *connect.Request[v1.RevokeLeasesRequest]) (*connect.Response[v1.RevokeLeasesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.RevokeLeases is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) ReportFinding(context.Context, *connect.Request[v1.ReportFindingRequest]) (*connect.Response[v1.ReportFindingResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.ReportFinding is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) ListFindings(context.Context, *connect.Request[v1.ListFindingsRequest]) (*connect.Response[v1.ListFindingsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.ListFindings is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) CloseFinding(context.Context, *connect.Request[v1.CloseFindingRequest]) (*connect.Response[v1.CloseFindingResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.CloseFinding is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) IssueCanary(context.Context, *connect.Request[v1.IssueCanaryRequest]) (*connect.Response[v1.IssueCanaryResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.IssueCanary is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) ListCanaries(context.Context, *connect.Request[v1.ListCanariesRequest]) (*connect.Response[v1.ListCanariesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.ListCanaries is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) RemoveCanary(context.Context, *connect.Request[v1.RemoveCanaryRequest]) (*connect.Response[v1.RemoveCanaryResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.RemoveCanary is not implemented"))
 }
 
 func (UnimplementedOperatorServiceHandler) ReadAudit(context.Context, *connect.Request[v1.ReadAuditRequest], *connect.ServerStream[v1.AuditRecord]) error {

@@ -1,0 +1,237 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+func findingCommand(o *options) *cobra.Command {
+	cmd := &cobra.Command{Use: "finding", Short: "What the watch found"}
+	cmd.AddCommand(findingListCommand(o), findingShowCommand(o), findingCloseCommand(o))
+	return cmd
+}
+
+// A findingLine is a finding as scripts read it: the words of watch replay, and
+// where it stands.
+type findingLine struct {
+	ID       string            `json:"id"`
+	Status   string            `json:"status"`
+	Detector string            `json:"detector"`
+	Severity string            `json:"severity"`
+	NHI      string            `json:"nhi,omitempty"`
+	Lease    string            `json:"lease,omitempty"`
+	Host     string            `json:"host,omitempty"`
+	Account  string            `json:"account,omitempty"`
+	Why      string            `json:"why"`
+	First    time.Time         `json:"first"`
+	Last     time.Time         `json:"last"`
+	Count    uint64            `json:"count"`
+	Evidence []json.RawMessage `json:"evidence"`
+	Response string            `json:"response,omitempty"`
+	Reason   string            `json:"reason,omitempty"`
+	Until    *time.Time        `json:"until,omitempty"`
+}
+
+func lineOf(f *v1.Finding) findingLine {
+	l := findingLine{ID: f.GetId(), Status: f.GetStatus(), Detector: f.GetDetector(), Severity: f.GetSeverity(), NHI: f.GetNhi(), Lease: f.GetLease(), Host: f.GetHost(),
+		Account: f.GetAccount(), Why: f.GetWhy(), First: f.GetFirst().AsTime(), Last: f.GetLast().AsTime(), Count: f.GetCount(), Evidence: []json.RawMessage{},
+		Response: f.GetResponse(), Reason: f.GetReason()}
+	for _, e := range f.GetEvidence() {
+		l.Evidence = append(l.Evidence, e)
+	}
+	if f.GetUntil() != nil {
+		until := f.GetUntil().AsTime()
+		l.Until = &until
+	}
+	return l
+}
+
+// anyStatus is what list takes for findings of both.
+const anyStatus = "all"
+
+func findingListCommand(o *options) *cobra.Command {
+	req := &v1.ListFindingsRequest{}
+	var follow bool
+	cmd := &cobra.Command{Use: "list", Short: "List findings, by when they were opened", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		if follow && cmd.Flags().Changed("status") {
+			return &exitError{exitUsage, errors.New("-f shows what is open and what is opened from now on: leave --status away")}
+		}
+		if req.Status == anyStatus {
+			req.Status = ""
+		}
+		if follow {
+			return followFindings(cmd, o, req)
+		}
+		var list []*v1.Finding
+		if err := eachFinding(cmd.Context(), o, req, func(f *v1.Finding) error {
+			if o.output == "json" {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(lineOf(f))
+			}
+			list = append(list, f)
+			return nil
+		}); err != nil || o.output == "json" {
+			return err
+		}
+		table(cmd.OutOrStdout(), "ID STATUS SEVERITY DETECTOR HOST LEASE ACCOUNT LAST COUNT WHY", func(row func(...any)) {
+			for _, f := range list {
+				row(f.GetId(), f.GetStatus(), f.GetSeverity(), f.GetDetector(), f.GetHost(), f.GetLease(), f.GetAccount(), stampText(f.GetLast()), f.GetCount(), f.GetWhy())
+			}
+		})
+		return nil
+	}}
+	cmd.Flags().StringVar(&req.Status, "status", "open", "open, closed or all")
+	cmd.Flags().StringVar(&req.Detector, "detector", "", "of this detector")
+	cmd.Flags().StringVar(&req.Host, "host", "", "about this host")
+	cmd.Flags().StringVar(&req.Severity, "severity", "", "low, medium, high or critical")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what is opened, or opened again")
+	_ = cmd.RegisterFlagCompletionFunc("status", cobra.FixedCompletions([]string{"open", "closed", anyStatus}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("severity", cobra.FixedCompletions([]string{"low", "medium", "high", "critical"}, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+// eachFinding calls f for every finding, page by page; req is then where what is
+// opened later begins.
+func eachFinding(ctx context.Context, o *options, req *v1.ListFindingsRequest, f func(*v1.Finding) error) error {
+	client, err := o.client(ctx)
+	if err != nil {
+		return err
+	}
+	for {
+		r, err := client.ListFindings(ctx, connect.NewRequest(req))
+		if err != nil {
+			return err
+		}
+		for _, one := range r.Msg.GetFindings() {
+			if err := f(one); err != nil {
+				return err
+			}
+		}
+		if req.After = r.Msg.GetNext(); !r.Msg.GetMore() {
+			return nil
+		}
+	}
+}
+
+// followFindings prints a line for each finding, until it is interrupted.
+func followFindings(cmd *cobra.Command, o *options, req *v1.ListFindingsRequest) error {
+	ctx, w := cmd.Context(), cmd.OutOrStdout()
+	client, err := o.client(ctx)
+	if err != nil {
+		return err
+	}
+	for {
+		r, err := client.ListFindings(ctx, connect.NewRequest(req))
+		if ctx.Err() != nil {
+			return nil // interrupted
+		}
+		if err != nil {
+			return err
+		}
+		for _, f := range r.Msg.GetFindings() {
+			if o.output == "json" {
+				err = json.NewEncoder(w).Encode(lineOf(f))
+			} else {
+				_, err = fmt.Fprintln(w, printable(fmt.Sprintf("%s %s %-8s %s host=%s lease=%s account=%s %s", stampText(f.GetLast()), f.GetId(), f.GetSeverity(), f.GetDetector(),
+					f.GetHost(), f.GetLease(), f.GetAccount(), strconv.Quote(f.GetWhy()))))
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if req.After = r.Msg.GetNext(); r.Msg.GetMore() {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+func findingShowCommand(o *options) *cobra.Command {
+	return &cobra.Command{Use: "show FINDING", Short: "Show one finding, with what was seen", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		return eachFinding(cmd.Context(), o, &v1.ListFindingsRequest{Finding: args[0]}, func(f *v1.Finding) error {
+			return o.print(cmd.OutOrStdout(), lineOf(f), func(w io.Writer) {
+				for _, line := range [][2]string{
+					{"id", f.GetId()}, {"status", f.GetStatus()}, {"reason", f.GetReason()}, {"until", stampText(f.GetUntil())},
+					{"detector", f.GetDetector()}, {"severity", f.GetSeverity()}, {"nhi", f.GetNhi()}, {"why", f.GetWhy()},
+					{"lease", f.GetLease()}, {"host", f.GetHost()}, {"account", f.GetAccount()},
+					{"first", stampText(f.GetFirst())}, {"last", stampText(f.GetLast())}, {"count", strconv.FormatUint(f.GetCount(), 10)}, {"response", f.GetResponse()},
+				} {
+					fmt.Fprintf(w, "%-9s %s\n", line[0], printable(line[1]))
+				}
+				for _, e := range f.GetEvidence() {
+					fmt.Fprintf(w, "%-9s %s\n", "seen", printable(string(e)))
+				}
+			})
+		})
+	}}
+}
+
+func findingCloseCommand(o *options) *cobra.Command {
+	req := &v1.CloseFindingRequest{}
+	var until moment
+	cmd := &cobra.Command{Use: "close FINDING --reason TEXT [--until TIME]", Short: "Close a finding that was looked into; what happens later opens it again", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		req.Finding = args[0]
+		if t := time.Time(until); !t.IsZero() {
+			req.Until = timestamppb.New(t)
+		}
+		client, err := o.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		r, err := client.CloseFinding(cmd.Context(), connect.NewRequest(req))
+		if err != nil {
+			return err
+		}
+		return o.print(cmd.OutOrStdout(), lineOf(r.Msg.GetFinding()), func(w io.Writer) {
+			f := r.Msg.GetFinding()
+			from := "now"
+			if f.GetUntil() != nil {
+				from = stampText(f.GetUntil())
+			}
+			fmt.Fprintf(w, "finding %s is closed; what is seen of it after %s opens it again\n", f.GetId(), from)
+		})
+	}}
+	cmd.Flags().StringVar(&req.Reason, "reason", "", "why, for whoever reads it next")
+	cmd.Flags().Var(&until, "until", "keep it closed over all that happens until then: 36h or 14d from now, or as 2026-12-24T12:00:00Z")
+	_ = cmd.MarkFlagRequired("reason")
+	return cmd
+}
+
+// A moment is a flag's time: from now on, or as RFC 3339 writes it.
+type moment time.Time
+
+func (m *moment) Type() string { return "time" }
+
+func (m *moment) String() string {
+	if t := time.Time(*m); !t.IsZero() {
+		return t.UTC().Format(time.RFC3339)
+	}
+	return ""
+}
+
+func (m *moment) Set(text string) error {
+	if t, err := time.Parse(time.RFC3339, text); err == nil {
+		*m = moment(t)
+		return nil
+	}
+	var d days
+	if err := d.Set(text); err != nil {
+		return fmt.Errorf("%w; a time as 2026-12-24T12:00:00Z", err)
+	}
+	*m = moment(time.Now().Add(time.Duration(d)))
+	return nil
+}

@@ -1,0 +1,3 @@
+package findings
+
+const RiskQuery = riskQuery

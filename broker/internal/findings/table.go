@@ -1,0 +1,161 @@
+package findings
+
+import (
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/inventory"
+	"github.com/countersign/countersign/broker/internal/store"
+)
+
+// ErrUnknown says that there is no such finding.
+var ErrUnknown = errors.New("no such finding")
+
+const columns = `id, detector, cause_key, severity, lease, host_id, scope, account, status, opened, first, last, count, body`
+
+// An Outcome is what a report did.
+type Outcome int
+
+const (
+	Known    Outcome = iota // nothing that was not known to be going on
+	New                     // its cause was never reported before
+	Reopened                // it was closed, and happened again
+)
+
+// Report enters what the watch says of a cause, in place of what it said before.
+func Report(tx *store.Tx, r Finding, now time.Time) (Finding, Outcome, error) {
+	f, err := one(tx, `detector = ? AND cause_key = ?`, r.Detector, r.Cause)
+	outcome := Known
+	if errors.Is(err, ErrUnknown) {
+		f, outcome = Finding{ID: inventory.NewID(), Status: Open}, New
+	} else if err != nil {
+		return f, Known, err
+	}
+	f, again := reported(f, r, now)
+	if again {
+		outcome = Reopened
+	}
+	if outcome != Known {
+		var n int
+		if err := tx.QueryRow(`SELECT COUNT(*) FROM findings WHERE status = ?`, string(Open)).Scan(&n); err != nil {
+			return f, Known, err
+		}
+		if n >= maxOpen {
+			return f, Known, ErrFull
+		}
+		if err := tx.QueryRow(`SELECT COALESCE(MAX(opened), 0) + 1 FROM findings`).Scan(&f.Opened); err != nil {
+			return f, Known, err
+		}
+	}
+	return f, outcome, save(tx, f)
+}
+
+// Close closes a finding, or says anew why it is closed.
+func Close(tx *store.Tx, id, by, reason string, until, now time.Time) (Finding, error) {
+	f, err := Load(tx, id)
+	if err != nil {
+		return f, err
+	}
+	f.Status, f.Closed, f.ClosedBy, f.Reason, f.Until = Closed, now, by, reason, until
+	return f, save(tx, f)
+}
+
+func save(tx *store.Tx, f Finding) error {
+	body, err := json.Marshal(f)
+	if err != nil {
+		return err
+	}
+	_, err = tx.Exec(`INSERT INTO findings (`+columns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+		ON CONFLICT (id) DO UPDATE SET severity = excluded.severity, lease = excluded.lease, host_id = excluded.host_id, scope = excluded.scope,
+		account = excluded.account, status = excluded.status, opened = excluded.opened, first = excluded.first, last = excluded.last,
+		count = excluded.count, body = excluded.body`,
+		f.ID, f.Detector, f.Cause, string(f.Severity), f.Lease, f.Host, f.Scope, f.Account, string(f.Status), f.Opened,
+		store.Millis(f.First), store.Millis(f.Last), f.Count, string(body))
+	return err
+}
+
+// Load reads one finding.
+func Load(tx *store.Tx, id string) (Finding, error) { return one(tx, `id = ?`, id) }
+
+func one(tx *store.Tx, where string, args ...any) (Finding, error) {
+	f, err := scan(tx.QueryRow(`SELECT `+columns+` FROM findings WHERE `+where, args...))
+	if errors.Is(err, sql.ErrNoRows) {
+		return f, fmt.Errorf("%w: %v; `countersign finding list --status all` shows them", ErrUnknown, args[len(args)-1])
+	}
+	return f, err
+}
+
+func scan(row interface{ Scan(...any) error }) (Finding, error) {
+	var c Finding // the columns
+	var body string
+	var first, last int64
+	if err := row.Scan(&c.ID, &c.Detector, &c.Cause, &c.Severity, &c.Lease, &c.Host, &c.Scope, &c.Account, &c.Status, &c.Opened, &first, &last, &c.Count, &body); err != nil {
+		return c, err
+	}
+	c.First, c.Last = store.Time(first), store.Time(last)
+	if err := json.Unmarshal([]byte(body), &c); err != nil {
+		return c, fmt.Errorf("finding %s: %w", c.ID, err)
+	}
+	return c, nil
+}
+
+// A Filter selects findings; empty fields select all.
+type Filter struct {
+	Status   Status
+	Detector string
+	Host     string // id
+	Severity Severity
+	After    int64 // opened after this one
+	Limit    int
+}
+
+// List reads findings in the order of opening.
+func List(tx *store.Tx, f Filter) ([]Finding, error) {
+	where, args := []string{`opened > ?`}, []any{f.After}
+	for _, c := range []struct{ column, value string }{
+		{"status", string(f.Status)}, {"detector", f.Detector}, {"host_id", f.Host}, {"severity", string(f.Severity)},
+	} {
+		if c.value != "" {
+			where, args = append(where, c.column+` = ?`), append(args, c.value)
+		}
+	}
+	rows, err := tx.Query(`SELECT `+columns+` FROM findings WHERE `+strings.Join(where, ` AND `)+` ORDER BY opened LIMIT ?`, append(args, f.Limit)...)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = rows.Close() }()
+	var list []Finding
+	for rows.Next() {
+		found, err := scan(rows)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, found)
+	}
+	return list, rows.Err()
+}
+
+const riskQuery = `SELECT DISTINCT scope, severity FROM findings WHERE host_id = ? AND status = ?`
+
+// OfHost is the risk that a host's open findings make.
+func OfHost(tx *store.Tx, host string) (Risk, error) {
+	rows, err := tx.Query(riskQuery, host, string(Open))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = rows.Close() }()
+	r := Risk{}
+	for rows.Next() {
+		var scope string
+		var s Severity
+		if err := rows.Scan(&scope, &s); err != nil {
+			return nil, err
+		}
+		r[scope] = max(r[scope], risks[s])
+	}
+	return r, rows.Err()
+}

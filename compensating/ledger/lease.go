@@ -1,0 +1,36 @@
+package ledger
+
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+)
+
+// OfLease is a lease as the broker tells it.
+func OfLease(l *v1.Lease) (Entry, error) {
+	n := l.GetNames()
+	e := Entry{ID: l.GetId(), Scope: l.GetScope(), Host: l.GetHost(), Kind: l.GetKind(), Sources: l.GetSources(), Audience: l.GetAudience(),
+		Issued: moment(l.GetIssued()), Expires: moment(l.GetExpires()), Revoked: moment(l.GetRevoked()),
+		Names: Names{DBUsername: n["db_username"], VaultLease: n["vault_lease"], VaultAccessor: n["vault_accessor"], VaultPath: n["vault_path"],
+			CertificateSerial: n["certificate_serial"], SSHKeyID: n["ssh_key_id"], SSHSerial: n["ssh_serial"], SecretHMAC: n["secret_hmac"]}}
+	if err := json.Unmarshal(l.GetSubject(), &e.Subject); err != nil {
+		return e, fmt.Errorf("lease %s: its subject: %w", l.GetId(), err)
+	}
+	return e, nil
+}
+
+// OfCanary is a trap as the broker tells it.
+func OfCanary(c *v1.Canary) Entry {
+	return Entry{ID: c.GetId(), Scope: c.GetScope(), Kind: KindCanary, Names: Names{DBUsername: c.GetUsername()}, Sources: []string{}, Audience: c.GetAudience(), Issued: moment(c.GetIssued())}
+}
+
+func moment(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return t.AsTime()
+}

@@ -1,0 +1,198 @@
+package watch
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/gohcl"
+	"github.com/hashicorp/hcl/v2/hclparse"
+
+	"github.com/countersign/countersign/compensating/detect"
+	"github.com/countersign/countersign/compensating/sightings"
+)
+
+// maxConfig bounds what is read of a config file.
+const maxConfig = 1 << 20
+
+// A Config is the watch's file: HCL, strict, every error of it at once. The
+// comments of its fields are its manual.
+type Config struct {
+	// StateDir holds the ledger and how far each log was read. Absolute; the
+	// watch's alone.
+	StateDir string `hcl:"state_dir"`
+	// MetricsListen serves /metrics and /healthz in plain HTTP, as
+	// "127.0.0.1:9465". Empty: nowhere.
+	MetricsListen string `hcl:"metrics_listen,optional"`
+	// Governed are accounts that only the broker hands out, as globs, beside those
+	// that it issued and those of its roles.
+	Governed []string `hcl:"governed,optional"`
+	// Through are the addresses of NATs and poolers, from which any host may come,
+	// as prefixes.
+	Through []string `hcl:"through,optional"`
+	// BrakeShare is which share of all live leases, or of all hosts, may be revoked
+	// or quarantined in a minute without an operator's word. Default 0.02; one
+	// always may.
+	BrakeShare float64 `hcl:"brake_share,optional"`
+
+	Broker    *Broker    `hcl:"broker,block"`
+	Sensors   []Sensor   `hcl:"sensor,block"`
+	Responses []Response `hcl:"response,block"`
+	Webhooks  []Webhook  `hcl:"webhook,block"`
+	Syslog    *Syslog    `hcl:"syslog,block"`
+
+	through []netip.Prefix
+}
+
+// Broker is how the watch reaches the broker: by its local socket, or as an
+// operator with the role responder.
+type Broker struct {
+	Socket   string `hcl:"socket,optional"`
+	Address  string `hcl:"address,optional"` // https://HOST:PORT
+	CASHA256 string `hcl:"ca_sha256,optional"`
+	Cert     string `hcl:"cert,optional"`
+	Key      string `hcl:"key,optional"`
+}
+
+// A Sensor is one log.
+type Sensor struct {
+	Kind string `hcl:"kind,label"` // of sightings.Kinds
+	Name string `hcl:"name,label"`
+	// Path is the log's file, or a glob of several.
+	Path string `hcl:"path"`
+	// LogLinePrefix is PostgreSQL's, for kind postgres-stderr. Default: one of the
+	// usual.
+	LogLinePrefix string `hcl:"log_line_prefix,optional"`
+}
+
+// A Response overrides what is done about a detector's findings.
+type Response struct {
+	Detector string `hcl:"detector,label"`
+	// Action is alert, step-up, revoke or quarantine.
+	Action string `hcl:"action"`
+	// Scopes limits it to findings about leases of these scopes. Empty: all.
+	Scopes []string `hcl:"scopes,optional"`
+}
+
+// A Webhook is told of findings that are new or reopened.
+type Webhook struct {
+	URL string `hcl:"url,label"`
+	// KeyFile holds the key by which each body is signed: HMAC-SHA256, in hex, in
+	// the header Countersign-Signature.
+	KeyFile string `hcl:"key_file"`
+	// Format is "finding", or "ocsf" for a Detection Finding (2004). Default finding.
+	Format string `hcl:"format,optional"`
+}
+
+// Syslog is told of findings that are new or reopened, in RFC 5424's form.
+type Syslog struct {
+	// Address is udp://HOST:PORT, tcp://HOST:PORT or unix:///PATH.
+	Address string `hcl:"address"`
+}
+
+// Load reads a config file; the error names every mistake in it, with its line.
+func Load(name string) (*Config, error) {
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() > maxConfig {
+		return nil, fmt.Errorf("%s: %d bytes; at most %d are read", name, info.Size(), maxConfig)
+	}
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	file, diags := hclparse.NewParser().ParseHCL(text, name)
+	if diags.HasErrors() {
+		return nil, diags
+	}
+	c := &Config{BrakeShare: 0.02}
+	if diags := gohcl.DecodeBody(file.Body, nil, c); diags.HasErrors() {
+		return nil, diags
+	}
+	if diags := c.check(name); len(diags) > 0 {
+		return nil, diags
+	}
+	return c, nil
+}
+
+func (c *Config) check(name string) (diags hcl.Diagnostics) {
+	bad := func(format string, args ...any) {
+		diags = append(diags, &hcl.Diagnostic{Severity: hcl.DiagError, Summary: fmt.Sprintf(format, args...), Subject: &hcl.Range{Filename: name}})
+	}
+	if !filepath.IsAbs(c.StateDir) {
+		bad("state_dir %q isn't absolute", c.StateDir)
+	}
+	if c.BrakeShare < 0 || c.BrakeShare > 1 {
+		bad("brake_share %v is no share: 0 to 1", c.BrakeShare)
+	}
+	for _, g := range c.Governed {
+		if _, err := path.Match(g, ""); err != nil || g == "" {
+			bad("governed %q is no glob", g)
+		}
+	}
+	for _, p := range c.Through {
+		prefix, err := netip.ParsePrefix(p)
+		if err != nil {
+			bad("through %q is no prefix, as 10.1.0.0/16", p)
+			continue
+		}
+		c.through = append(c.through, prefix.Masked())
+	}
+	switch b := c.Broker; {
+	case b == nil:
+		bad("a broker block is missing")
+	case (b.Socket == "") == (b.Address == ""):
+		bad("broker: one of socket and address")
+	case b.Address != "" && (b.CASHA256 == "" || b.Cert == "" || b.Key == ""):
+		bad("broker: an address comes with ca_sha256, cert and key")
+	}
+	if len(c.Sensors) == 0 {
+		bad("no sensor: there is nothing to watch")
+	}
+	seen := map[string]bool{}
+	for _, s := range c.Sensors {
+		if seen[s.Name] {
+			bad("two sensors are named %q", s.Name)
+		}
+		seen[s.Name] = true
+		if _, err := sightings.New(s.Kind, s.Name, sightings.Options{LogLinePrefix: s.LogLinePrefix}); err != nil {
+			bad("sensor %q: %v", s.Name, err)
+		}
+		if s.LogLinePrefix != "" && s.Kind != "postgres-stderr" {
+			bad("sensor %q: log_line_prefix is of postgres-stderr", s.Name)
+		}
+		if _, err := filepath.Match(s.Path, ""); err != nil || !filepath.IsAbs(s.Path) {
+			bad("sensor %q: path %q: want an absolute path, or a pattern of them", s.Name, s.Path)
+		}
+	}
+	for _, r := range c.Responses {
+		if !slices.ContainsFunc(detect.Catalogue, func(e detect.Entry) bool { return string(e.Name) == r.Detector }) {
+			bad("response %q: there is no such detector", r.Detector)
+		}
+		if !slices.Contains(detect.Responses, detect.Response(r.Action)) {
+			bad("response %q: action %q is none of %v", r.Detector, r.Action, detect.Responses)
+		}
+	}
+	for _, h := range c.Webhooks {
+		if h.Format != "" && h.Format != "finding" && h.Format != "ocsf" {
+			bad("webhook %q: format %q is none of finding, ocsf", h.URL, h.Format)
+		}
+	}
+	return diags
+}
+
+// response is what the operator wants done about a detector's findings in a scope.
+func (c *Config) response(d detect.Name, scope string) detect.Response {
+	for _, r := range c.Responses {
+		if r.Detector == string(d) && (len(r.Scopes) == 0 || slices.Contains(r.Scopes, scope)) {
+			return detect.Response(r.Action)
+		}
+	}
+	return detect.Of(d).Response
+}

@@ -1,0 +1,225 @@
+package watch
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/compensating/ledger"
+)
+
+// A Dial connects to the broker. The second result ends the connection.
+type Dial func(context.Context) (countersignv1connect.OperatorServiceClient, func(), error)
+
+// An update is what the broker's log says is new.
+type update struct {
+	entries []ledger.Entry
+	next    int64     // the record to go on from
+	synced  time.Time // what was issued before is in the ledger
+}
+
+// A follower reads the broker's audit log and fetches the leases that it speaks of.
+type follower struct {
+	dial  Dial
+	log   *slog.Logger
+	now   func() time.Time
+	next  int64
+	empty bool // the ledger is: all leases are fetched first
+	out   chan update
+}
+
+const (
+	again = 2 * time.Second // after the connection was lost
+	batch = 200 * time.Millisecond
+	// behind is how long a record may lie in the broker before it is followed.
+	behind = time.Second
+)
+
+func (f *follower) run(ctx context.Context) {
+	said := ""
+	for ctx.Err() == nil {
+		err := f.follow(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil && err.Error() != said {
+			said = err.Error()
+			f.log.Warn("the broker can't be followed; unmatched logins wait", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(again):
+		}
+	}
+}
+
+func (f *follower) follow(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	client, hangUp, err := f.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer hangUp()
+	if f.empty && f.next == 0 {
+		if err := f.all(ctx, client); err != nil {
+			return err
+		}
+	}
+	if err := f.traps(ctx, client); err != nil {
+		return err
+	}
+	records := make(chan auditRecord)
+	ended := make(chan error, 1)
+	go func() {
+		stream, err := client.ReadAudit(ctx, connect.NewRequest(&v1.ReadAuditRequest{From: uint64(f.next), Follow: true}))
+		if err != nil {
+			ended <- err
+			return
+		}
+		defer func() { _ = stream.Close() }()
+		for stream.Receive() {
+			var r auditRecord
+			if err := json.Unmarshal(stream.Msg().GetJson(), &r); err != nil {
+				ended <- fmt.Errorf("audit record %d: %w", stream.Msg().GetIndex(), err)
+				return
+			}
+			r.Index = int64(stream.Msg().GetIndex())
+			select {
+			case records <- r:
+			case <-ctx.Done():
+				return
+			}
+		}
+		ended <- errors.Join(errors.New("the broker's audit log ended"), stream.Err())
+	}()
+	tick := time.NewTicker(batch)
+	defer tick.Stop()
+	leases := map[string]bool{}
+	traps := false
+	next := f.next
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-ended:
+			return err
+		case r := <-records:
+			next = r.Index + 1
+			if r.Lease != "" {
+				leases[r.Lease] = true
+			}
+			traps = traps || strings.HasPrefix(r.Kind, "canary.")
+		case <-tick.C:
+			u := update{next: next, synced: f.now().Add(-behind)}
+			for id := range leases {
+				a, err := client.ListLeases(ctx, connect.NewRequest(&v1.ListLeasesRequest{Lease: id}))
+				if connect.CodeOf(err) == connect.CodeNotFound {
+					continue
+				}
+				if err != nil {
+					return err
+				}
+				for _, l := range a.Msg.GetLeases() {
+					e, err := ledger.OfLease(l)
+					if err != nil {
+						return err
+					}
+					u.entries = append(u.entries, e)
+				}
+			}
+			clear(leases)
+			if traps {
+				if err := f.traps(ctx, client); err != nil {
+					return err
+				}
+				traps = false
+			}
+			if err := f.give(ctx, u); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+type auditRecord struct {
+	Index int64  `json:"index"`
+	Kind  string `json:"kind"`
+	Lease string `json:"lease"`
+}
+
+func (f *follower) give(ctx context.Context, u update) error {
+	select {
+	case f.out <- u:
+		f.next = u.next
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// all fetches every lease, and goes on from what the log had before.
+func (f *follower) all(ctx context.Context, client countersignv1connect.OperatorServiceClient) error {
+	c, err := client.AuditCheckpoint(ctx, connect.NewRequest(&v1.AuditCheckpointRequest{}))
+	if err != nil {
+		return err
+	}
+	// A signed note's second line is the log's size; it is read again from there, so
+	// nothing hangs on it.
+	lines := strings.SplitN(string(c.Msg.GetCheckpoint()), "\n", 3)
+	if len(lines) < 3 {
+		return errors.New("the broker's checkpoint is no note")
+	}
+	size, err := strconv.ParseInt(lines[1], 10, 64)
+	if err != nil {
+		return fmt.Errorf("the broker's checkpoint: %w", err)
+	}
+	req := &v1.ListLeasesRequest{Ended: true}
+	for {
+		r, err := client.ListLeases(ctx, connect.NewRequest(req))
+		if err != nil {
+			return err
+		}
+		var u update
+		for _, l := range r.Msg.GetLeases() {
+			e, err := ledger.OfLease(l)
+			if err != nil {
+				return err
+			}
+			u.entries = append(u.entries, e)
+		}
+		req.After = r.Msg.GetNext()
+		if req.After == "" {
+			u.next = size
+		}
+		if err := f.give(ctx, u); err != nil {
+			return err
+		}
+		if req.After == "" {
+			f.empty = false
+			return nil
+		}
+	}
+}
+
+// traps fetches the canaries.
+func (f *follower) traps(ctx context.Context, client countersignv1connect.OperatorServiceClient) error {
+	r, err := client.ListCanaries(ctx, connect.NewRequest(&v1.ListCanariesRequest{}))
+	if err != nil {
+		return err
+	}
+	u := update{next: f.next}
+	for _, c := range r.Msg.GetCanaries() {
+		u.entries = append(u.entries, ledger.OfCanary(c))
+	}
+	return f.give(ctx, u)
+}

@@ -1,0 +1,216 @@
+package watch
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"math"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/compensating/detect"
+	"github.com/countersign/countersign/compensating/ledger"
+	"github.com/countersign/countersign/compensating/sightings"
+)
+
+const (
+	// patience is how long one call to the broker or a receiver may take. The loop
+	// waits for it, and reads on after it.
+	patience = 3 * time.Second
+	// later is how long nobody is told anything after the broker couldn't be.
+	later = 5 * time.Second
+	// maxEvidence bounds a sighting as the broker takes it.
+	maxEvidence = 4 << 10
+)
+
+// A speaker tells the broker and other receivers what was found, and acts.
+type speaker struct {
+	dial   Dial
+	log    *slog.Logger
+	client countersignv1connect.OperatorServiceClient
+	hangUp func()
+	until  time.Time // nobody is told anything before
+	hooks  []receiver
+}
+
+func newSpeaker(c *Config, dial Dial, log *slog.Logger) *speaker {
+	return &speaker{dial: dial, log: log, hooks: receivers(c)}
+}
+
+func (s *speaker) lost(now time.Time, err error) {
+	s.log.Warn("the broker can't be told of findings", "err", err)
+	if s.hangUp != nil {
+		s.hangUp()
+	}
+	s.client, s.hangUp, s.until = nil, nil, now.Add(later)
+}
+
+// tell tells of what is new and was written down, a finding at a time, and does
+// what the operator chose.
+func (w *Watch) tell(ctx context.Context, s *speaker) {
+	for i := range w.kept.Findings {
+		r := &w.kept.Findings[i]
+		if r.Told == r.Finding.Count && r.Notices >= len(s.hooks) {
+			continue
+		}
+		if w.now().Before(s.until) || ctx.Err() != nil {
+			return
+		}
+		if s.client == nil {
+			client, hangUp, err := s.dial(ctx)
+			if err != nil {
+				s.lost(w.now(), err)
+				return
+			}
+			s.client, s.hangUp = client, hangUp
+		}
+		if r.Told != r.Finding.Count {
+			if err := w.act(ctx, s.client, r); err != nil {
+				s.lost(w.now(), err)
+				return
+			}
+			count := r.Finding.Count
+			reopened, err := report(ctx, s.client, r)
+			if err != nil {
+				s.lost(w.now(), err)
+				return
+			}
+			if reopened {
+				r.Notices = 0
+			}
+			r.Told, w.changed = count, true
+		}
+		for ; r.Notices < len(s.hooks); r.Notices++ {
+			if err := s.hooks[r.Notices].tell(ctx, r); err != nil {
+				s.log.Warn("a receiver can't be told of a finding", "to", s.hooks[r.Notices].name(), "err", err)
+				s.until = w.now().Add(later)
+				return
+			}
+			w.changed = true
+		}
+	}
+}
+
+// report tells the broker.
+func report(ctx context.Context, client countersignv1connect.OperatorServiceClient, r *record) (reopened bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	f := r.Finding
+	m := &v1.Finding{Cause: string(r.Key.Detector) + " " + r.Key.Cause, Detector: string(f.Detector), Severity: string(f.Severity), Nhi: f.NHI, Lease: f.Lease, Host: f.Host,
+		Account: f.Account, Why: f.Why, First: timestamppb.New(f.First), Last: timestamppb.New(f.Last), Count: uint64(f.Count), Response: string(r.Action)}
+	if r.Held != "" {
+		m.Why += "; " + r.Held
+	}
+	for _, s := range f.Evidence {
+		b, err := json.Marshal(s)
+		if err != nil {
+			return false, err
+		}
+		if len(b) <= maxEvidence {
+			m.Evidence = append(m.Evidence, b)
+		}
+	}
+	a, err := client.ReportFinding(ctx, connect.NewRequest(&v1.ReportFindingRequest{Finding: m}))
+	if err != nil {
+		return false, err
+	}
+	return a.Msg.GetReopened(), nil
+}
+
+// act does what the operator chose, once for a finding. More than an alert needs a
+// completed login; what the brake holds back is left to the operator, and said.
+func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorServiceClient, r *record) error {
+	if r.Action != "" && r.Action != detect.Alert || r.Held != "" {
+		return nil
+	}
+	scope := ""
+	if r.Finding.Lease != "" {
+		entries, err := w.index.Find(ledger.ByID, r.Finding.Lease)
+		if err != nil {
+			return err
+		}
+		if len(entries) > 0 {
+			scope = entries[0].Scope
+		}
+	}
+	action := w.config.response(r.Finding.Detector, scope)
+	shown := slices.ContainsFunc(r.Finding.Evidence, func(s sightings.Sighting) bool { return s.Kind == sightings.Login })
+	switch {
+	case action == detect.Alert, !shown, action == detect.Revoke && r.Finding.Lease == "", action != detect.Revoke && r.Finding.Host == "":
+		r.Action = detect.Alert
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	free, err := w.brake.free(ctx, client, action, w.config.BrakeShare, w.now())
+	if err != nil {
+		return err
+	}
+	if !free {
+		r.Held, r.Action = fmt.Sprintf("%s was held back by the brake: do it by hand, if it is right", action), detect.Alert
+		w.log.Warn("the brake held a response back", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
+		return nil
+	}
+	reason := fmt.Sprintf("%s: %s", r.Finding.Detector, r.Finding.Why)
+	switch action {
+	case detect.Revoke:
+		_, err = client.RevokeLeases(ctx, connect.NewRequest(&v1.RevokeLeasesRequest{Leases: []string{r.Finding.Lease}, Reason: reason}))
+	case detect.StepUp, detect.Quarantine:
+		_, err = client.ChangeHost(ctx, connect.NewRequest(&v1.ChangeHostRequest{Host: r.Finding.Host, Action: string(action), Reason: reason}))
+	}
+	switch connect.CodeOf(err) {
+	case connect.CodeNotFound, connect.CodeFailedPrecondition, connect.CodeInvalidArgument, connect.CodePermissionDenied:
+		// It is gone, or can't be done: trying again changes nothing.
+		r.Held, r.Action = fmt.Sprintf("%s failed: %v", action, err), detect.Alert
+		return nil
+	}
+	if err == nil {
+		r.Action = action
+		w.brake.used = append(w.brake.used, use{action, w.now()})
+		w.log.Warn("responded", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
+	}
+	return err
+}
+
+// A brake bounds what is done in a minute.
+type brake struct {
+	used []use
+}
+
+type use struct {
+	action detect.Response
+	at     time.Time
+}
+
+// free says whether one more may be done: of leases for revoking them, of hosts for
+// the rest.
+func (b *brake) free(ctx context.Context, client countersignv1connect.OperatorServiceClient, action detect.Response, share float64, now time.Time) (bool, error) {
+	b.used = slices.DeleteFunc(b.used, func(u use) bool { return now.Sub(u.at) > time.Minute })
+	n := 0
+	for _, u := range b.used {
+		if (u.action == detect.Revoke) == (action == detect.Revoke) {
+			n++
+		}
+	}
+	if n == 0 {
+		return true, nil
+	}
+	a, err := client.GetStatus(ctx, connect.NewRequest(&v1.GetStatusRequest{}))
+	if err != nil {
+		return false, err
+	}
+	of := a.Msg.GetLeases()["live"] + uint64(n)
+	if action != detect.Revoke {
+		of = 0
+		for _, hosts := range a.Msg.GetHosts() {
+			of += hosts
+		}
+	}
+	return float64(n) < math.Floor(share*float64(of)), nil
+}

@@ -1,0 +1,456 @@
+// Package watch is `countersign watch serve`: it follows the logs of those who see
+// credentials used and the broker's own audit log, judges each sighting, tells the
+// broker what it found, and responds as the operator chose.
+//
+// One loop owns everything. What it knows (how far each log was read, what of it
+// waits, what was found) is written as one file, whole, before anybody is told: a
+// watch that is killed anywhere goes on from there, has missed no line and counts
+// none twice, and tells again what it may not have told.
+//
+// Trust: the broker, whose responder it is. Logs are hostile (package sightings).
+// What a sighting doesn't match waits until the ledger has caught up with it; while
+// the broker is away nothing is judged unmatched.
+package watch
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/compensating/detect"
+	"github.com/countersign/countersign/compensating/finding"
+	"github.com/countersign/countersign/compensating/ledger"
+	"github.com/countersign/countersign/compensating/sightings"
+	"github.com/countersign/countersign/compensating/tail"
+)
+
+const (
+	pollEvery = 250 * time.Millisecond
+	saveEvery = time.Second
+	// idle is how long after its last line a log's reader gives what waited for more.
+	idle = 2 * time.Second
+	// settle is how long the ledger has to be ahead of a sighting before it is judged
+	// unmatched.
+	settle = 3 * time.Second
+	// keep is how long a finding that nothing adds to is remembered here; the broker
+	// keeps it.
+	keep = 30 * 24 * time.Hour
+	// maxHeld bounds the sightings that wait for the ledger.
+	maxHeld = 1 << 16
+)
+
+// A Watch is the service. Run uses it; it is not safe for concurrent use.
+type Watch struct {
+	config *Config
+	dial   Dial
+	log    *slog.Logger
+	now    func() time.Time
+	meter  *meter
+
+	file    *os.File // the ledger
+	size    int64
+	lock    *os.File
+	index   *ledger.Index
+	judge   *detect.Judge
+	sensors []*sensor
+	book    finding.Book
+	kept    state
+	synced  time.Time // the ledger is no older
+	changed bool
+	brake   brake
+}
+
+type sensor struct {
+	Sensor
+	tail   *tail.Tail
+	reader sightings.Reader
+	last   time.Time // when a line came
+	flush  bool      // what waits was not yet given
+	failed string
+}
+
+// state is the file that is written whole.
+type state struct {
+	Audit    int64                  `json:"audit"` // the next of the broker's records
+	Sensors  map[string]sensorState `json:"sensors"`
+	Judge    detect.State           `json:"judge"`
+	Held     []held                 `json:"held,omitempty"`
+	Findings []record               `json:"findings,omitempty"`
+}
+
+type sensorState struct {
+	Places []tail.Place    `json:"places"`
+	Reader json.RawMessage `json:"reader"`
+}
+
+// held is a sighting that the ledger doesn't explain yet.
+type held struct {
+	Sighting sightings.Sighting `json:"sighting"`
+	Since    time.Time          `json:"since"`
+}
+
+// A record is a finding, and what became of it.
+type record struct {
+	Key     finding.Key      `json:"key"`
+	Finding *finding.Finding `json:"finding"`
+	Told    int              `json:"told"`             // the count that the broker was told
+	Action  detect.Response  `json:"action,omitempty"` // what was done
+	Held    string           `json:"held,omitempty"`   // why not more
+	Notices int              `json:"notices"`          // receivers that were told, by their place in the config
+}
+
+// Open takes up the state in the config's folder.
+func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watch, err error) {
+	w := &Watch{config: c, dial: dial, log: log, now: now, meter: newMeter(), book: finding.Book{}}
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			w.Close()
+		}
+	}()
+	if w.lock, err = os.OpenFile(filepath.Join(c.StateDir, "lock"), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(w.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, fmt.Errorf("another watch runs on %s: %w", c.StateDir, err)
+	}
+	text, err := os.ReadFile(w.stateFile())
+	if err == nil {
+		err = json.Unmarshal(text, &w.kept)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w (without it every log is read again from its start; move it away for that)", w.stateFile(), err)
+	}
+	if err := w.openLedger(); err != nil {
+		return nil, err
+	}
+	w.judge = detect.NewJudge(w.index, detect.Config{Governed: c.Governed, Through: c.through})
+	w.judge.Restore(w.kept.Judge)
+	if err := w.index.Each(func(e ledger.Entry) error { w.judge.Learn(e); return nil }); err != nil {
+		return nil, err
+	}
+	for i := range w.kept.Findings {
+		w.book[w.kept.Findings[i].Key] = w.kept.Findings[i].Finding
+	}
+	for _, s := range c.Sensors {
+		if err := w.openSensor(s); err != nil {
+			return nil, fmt.Errorf("sensor %q: %w", s.Name, err)
+		}
+	}
+	return w, nil
+}
+
+func (w *Watch) stateFile() string { return filepath.Join(w.config.StateDir, "state.json") }
+
+// openLedger reads the ledger. A last line that isn't whole was being written when
+// the watch was killed; the broker's log tells of it again.
+func (w *Watch) openLedger() (err error) {
+	if w.file, err = os.OpenFile(filepath.Join(w.config.StateDir, "ledger.jsonl"), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return err
+	}
+	info, err := w.file.Stat()
+	if err != nil {
+		return err
+	}
+	w.size = info.Size()
+	last := make([]byte, min(w.size, ledger.MaxLine))
+	if _, err := w.file.ReadAt(last, w.size-int64(len(last))); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	for len(last) > 0 && last[len(last)-1] != '\n' {
+		last = last[:len(last)-1]
+		w.size--
+	}
+	if err := w.file.Truncate(w.size); err != nil {
+		return err
+	}
+	w.index = ledger.NewIndex(w.file)
+	return w.index.Load(w.size)
+}
+
+func (w *Watch) openSensor(s Sensor) error {
+	r, err := sightings.New(s.Kind, s.Name, sightings.Options{LogLinePrefix: s.LogLinePrefix, Now: w.now})
+	if err != nil {
+		return err
+	}
+	kept, ok := w.kept.Sensors[s.Name]
+	if ok {
+		if err := r.Restore(kept.Reader); err != nil {
+			return err
+		}
+	}
+	t, err := tail.New(s.Path, kept.Places, w.now)
+	if err != nil {
+		return err
+	}
+	for _, path := range t.Lost() {
+		w.log.Warn("a log is gone with what was not yet read of it", "sensor", s.Name, "path", path)
+		w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: s.Name, Time: w.now(), Cause: "lost " + s.Name,
+			Why: path + " was removed before it was read to its end: what it had is not known"}})
+	}
+	w.sensors = append(w.sensors, &sensor{Sensor: s, tail: t, reader: r, last: w.now(), flush: true})
+	return nil
+}
+
+// Close lets go of the files.
+func (w *Watch) Close() {
+	for _, s := range w.sensors {
+		s.tail.Close()
+	}
+	for _, f := range []*os.File{w.file, w.lock} {
+		if f != nil {
+			_ = f.Close()
+		}
+	}
+}
+
+// Run watches until ctx ends.
+func (w *Watch) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	f := &follower{dial: w.dial, log: w.log, now: w.now, next: w.kept.Audit, empty: w.index.Len() == 0, out: make(chan update)}
+	go f.run(ctx)
+	speak := newSpeaker(w.config, w.dial, w.log)
+	stopMetrics, err := w.meter.serve(w.config.MetricsListen)
+	if err != nil {
+		return err
+	}
+	defer stopMetrics()
+	poll, save := time.NewTicker(pollEvery), time.NewTicker(saveEvery)
+	defer poll.Stop()
+	defer save.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return w.save()
+		case u := <-f.out:
+			if err := w.apply(u); err != nil {
+				return err
+			}
+		case <-poll.C:
+			if err := w.poll(); err != nil {
+				return err
+			}
+		case <-save.C:
+			if err := w.settled(); err != nil {
+				return err
+			}
+			if w.changed {
+				if err := w.save(); err != nil {
+					return err
+				}
+			}
+			w.tell(ctx, speak)
+			w.meter.update(w)
+		}
+	}
+}
+
+// apply takes what the broker's log says is new.
+func (w *Watch) apply(u update) error {
+	for _, e := range u.entries {
+		if e.Kind == ledger.KindCanary { // told anew with each connection
+			if known, err := w.index.Find(ledger.ByID, e.ID); err != nil || len(known) > 0 {
+				if err != nil {
+					return err
+				}
+				continue
+			}
+		}
+		line, err := json.Marshal(e)
+		if err != nil {
+			return err
+		}
+		line = append(line, '\n')
+		if len(line) > ledger.MaxLine {
+			return fmt.Errorf("lease %s: an entry of %d bytes", e.ID, len(line))
+		}
+		if _, err := w.file.WriteAt(line, w.size); err != nil {
+			return err
+		}
+		if err := w.index.Add(w.size, len(line), e); err != nil {
+			return err
+		}
+		w.size += int64(len(line))
+		w.judge.Learn(e)
+		if err := w.program(e); err != nil {
+			return err
+		}
+	}
+	if len(u.entries) > 0 || u.next != w.kept.Audit {
+		w.kept.Audit, w.changed = u.next, true
+	}
+	if u.synced.After(w.synced) {
+		w.synced = u.synced
+	}
+	return nil
+}
+
+// program judges what an entry changes of its program, and of its secret.
+func (w *Watch) program(e ledger.Entry) error {
+	if e.Kind == ledger.KindCanary {
+		return nil
+	}
+	list, err := w.index.Program(e.Host, e.Scope)
+	if err != nil {
+		return err
+	}
+	w.add(w.judge.Program(list))
+	if !e.Revoked.IsZero() {
+		first, last := w.covered()
+		w.add(w.judge.Unused(list, first, last))
+	}
+	if e.Names.SecretHMAC != "" {
+		same, err := w.index.Find(ledger.BySecret, e.Names.SecretHMAC)
+		if err != nil {
+			return err
+		}
+		if len(same) > 1 {
+			w.add(detect.Equal(same))
+		}
+	}
+	return nil
+}
+
+// covered is the time of which the logs of databases tell.
+func (w *Watch) covered() (first, last time.Time) {
+	for _, s := range w.sensors {
+		h := s.reader.Health()
+		if !sightings.Databases(s.Kind) || h.First.IsZero() {
+			continue
+		}
+		if first.IsZero() || h.First.After(first) {
+			first = h.First
+		}
+		if last.IsZero() || h.Last.Before(last) {
+			last = h.Last
+		}
+	}
+	return first, last
+}
+
+// poll reads what the logs have that is new.
+func (w *Watch) poll() error {
+	var failed error
+	for _, s := range w.sensors {
+		emit := func(seen sightings.Sighting) { failed = errors.Join(failed, w.see(seen)) }
+		some, err := s.tail.Poll(func(path string, number int64, line []byte) { s.reader.Line(number, line, emit) })
+		switch {
+		case err != nil && err.Error() != s.failed:
+			s.failed = err.Error()
+			w.log.Warn("a log can't be read", "sensor", s.Name, "err", err)
+		case err == nil:
+			s.failed = ""
+		}
+		if some {
+			s.last, s.flush, w.changed = w.now(), true, true
+		} else if s.flush && w.now().Sub(s.last) > idle {
+			s.reader.Flush(emit)
+			s.flush, w.changed = false, true
+		}
+	}
+	return failed
+}
+
+// see judges a sighting, or has it wait for the ledger.
+func (w *Watch) see(s sightings.Sighting) error {
+	w.meter.seen(s)
+	known, err := w.judge.Known(s)
+	if err != nil {
+		return err
+	}
+	if !known {
+		if len(w.kept.Held) >= maxHeld {
+			w.meter.dropped.Inc()
+			return nil
+		}
+		w.kept.Held = append(w.kept.Held, held{s, w.now()})
+		return nil
+	}
+	found, err := w.judge.See(s)
+	w.add(found)
+	return err
+}
+
+// settled judges the sightings that the ledger has had the time to explain.
+func (w *Watch) settled() error {
+	n := 0
+	for n < len(w.kept.Held) && w.kept.Held[n].Since.Add(settle).Before(w.synced) {
+		found, err := w.judge.See(w.kept.Held[n].Sighting)
+		if err != nil {
+			return err
+		}
+		w.add(found)
+		n++
+	}
+	if n == 0 {
+		return nil
+	}
+	w.kept.Held, w.changed = w.kept.Held[n:], true
+	found, err := w.judge.Reads()
+	w.add(found)
+	return err
+}
+
+func (w *Watch) add(list []detect.Detection) {
+	for _, d := range list {
+		key := finding.Of(d)
+		f, fresh := w.book.Add(d)
+		if fresh {
+			w.kept.Findings = append(w.kept.Findings, record{Key: key, Finding: f})
+			w.log.Warn("finding", "detector", f.Detector, "severity", f.Severity, "lease", f.Lease, "host", f.Host, "account", f.Account, "why", f.Why)
+		}
+		w.changed = true
+	}
+}
+
+// save writes all that is known. The ledger's lines come first: the state says up to
+// which of the broker's records they are.
+func (w *Watch) save() error {
+	if err := w.file.Sync(); err != nil {
+		return err
+	}
+	w.kept.Sensors = map[string]sensorState{}
+	for _, s := range w.sensors {
+		reader, err := s.reader.Save()
+		if err != nil {
+			return err
+		}
+		w.kept.Sensors[s.Name] = sensorState{Places: s.tail.Places(), Reader: reader}
+	}
+	w.kept.Judge = w.judge.Save()
+	w.forget()
+	text, err := json.Marshal(w.kept)
+	if err != nil {
+		return err
+	}
+	if err := durable.Write(w.stateFile(), text); err != nil {
+		return err
+	}
+	w.changed = false
+	return nil
+}
+
+// forget drops findings that nothing was added to for long, and that were told.
+func (w *Watch) forget() {
+	left := w.kept.Findings[:0]
+	for _, r := range w.kept.Findings {
+		if w.now().Sub(r.Finding.Last) > keep && r.Told == r.Finding.Count {
+			delete(w.book, r.Key)
+			continue
+		}
+		left = append(left, r)
+	}
+	w.kept.Findings = left
+}

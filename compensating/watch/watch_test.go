@@ -1,0 +1,264 @@
+package watch
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/compensating/detect"
+	"github.com/countersign/countersign/compensating/finding"
+	"github.com/countersign/countersign/compensating/ledger"
+	"github.com/countersign/countersign/compensating/replay"
+	"github.com/countersign/countersign/compensating/sightings"
+)
+
+var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+func away(context.Context) (countersignv1connect.OperatorServiceClient, func(), error) {
+	return nil, nil, errors.New("the broker is away")
+}
+
+func write(t *testing.T, path string, text []byte, flag int) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|flag, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(text); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// story is a ledger and a log with honest and dishonest logins.
+func story(r *rand.Rand) (entries, log []byte) {
+	at := noon
+	for i := range 60 {
+		user := fmt.Sprintf("v-token-co-billing--abcdefghij%010d-1772366400", i)
+		e := ledger.Entry{ID: fmt.Sprint("L", i), Scope: "billing-db", Host: fmt.Sprint("h", i%7), Kind: "vault", Sources: []string{fmt.Sprint("10.0.0.", i%7)},
+			Names: ledger.Names{DBUsername: user, VaultLease: fmt.Sprint("database/creds/billing-ro/", i)}, Issued: at, Expires: at.Add(time.Minute)}
+		line, err := json.Marshal(e)
+		if err != nil {
+			panic(err)
+		}
+		entries = append(append(entries, line...), '\n')
+		for range r.IntN(5) {
+			from := i % 7
+			if r.IntN(5) == 0 {
+				from = 100 + r.IntN(3)
+			}
+			name := user
+			if r.IntN(9) == 0 {
+				name = strings.Replace(user, "abc", "xyz", 1)
+			}
+			at = at.Add(time.Duration(r.IntN(4000)) * time.Millisecond)
+			stamp := at.Format("2006-01-02 15:04:05.000 UTC")
+			log = fmt.Appendf(log, "%s [%d] LOG:  connection received: host=10.0.0.%d port=1\n", stamp, 100+i, from)
+			log = fmt.Appendf(log, "%s [%d] LOG:  connection authorized: user=%s database=billing\n", stamp, 100+i, name)
+			if r.IntN(4) == 0 {
+				log = fmt.Appendf(log, "%s [%d] FATAL:  role %q does not exist\n", stamp, 100+i, name)
+			}
+		}
+	}
+	return entries, log
+}
+
+func lines(t *testing.T, b finding.Book) string {
+	t.Helper()
+	var out []string
+	for _, f := range b.Sorted() {
+		for i := range f.Evidence {
+			f.Evidence[i].Source, f.Evidence[i].Line = "", 0
+		}
+		text, err := json.Marshal(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, string(text))
+	}
+	return strings.Join(out, "\n")
+}
+
+// TestKilledAnywhere: a watch that is killed after any bytes of a log, before or
+// after it wrote down what it knows, finds what one that never died does, and as often.
+func TestKilledAnywhere(t *testing.T) {
+	for seed := range uint64(8) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		entries, text := story(r)
+		dir := t.TempDir()
+		state := filepath.Join(dir, "state")
+		if err := os.Mkdir(state, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(state, "ledger.jsonl"), entries, os.O_TRUNC)
+		log := filepath.Join(dir, "postgresql.log")
+		c := &Config{StateDir: state, Sensors: []Sensor{{Kind: "postgres-stderr", Name: "db", Path: log}}}
+		now := noon
+		open := func() *Watch {
+			w, err := Open(c, away, slog.New(slog.DiscardHandler), func() time.Time { return now })
+			if err != nil {
+				t.Fatal(err)
+			}
+			return w
+		}
+		do := func(f func() error) {
+			t.Helper()
+			if err := f(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w := open()
+		for rest := text; len(rest) > 0; {
+			n := min(len(rest), 1+r.IntN(400))
+			write(t, log, rest[:n], os.O_APPEND)
+			if rest = rest[n:]; rest != nil && n > 0 && text[len(text)-len(rest)-1] == '\n' && r.IntN(20) == 0 {
+				if err := os.Rename(log, fmt.Sprint(log, ".", len(rest))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			do(w.poll)
+			w.synced = now // the broker has nothing new
+			do(w.settled)
+			if r.IntN(2) == 0 {
+				do(w.save)
+			}
+			if r.IntN(3) == 0 { // killed
+				w.Close()
+				w = open()
+			}
+			now = now.Add(time.Second / 2)
+		}
+		do(w.poll)
+		now = now.Add(time.Minute)
+		w.synced = now
+		do(w.poll)
+		do(w.settled)
+		got := lines(t, w.book)
+		w.Close()
+
+		f, err := os.Open(filepath.Join(state, "ledger.jsonl"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		index := ledger.NewIndex(f)
+		do(func() error { return index.Load(int64(len(entries))) })
+		reader, err := sightings.New("postgres-stderr", "db", sightings.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		book, err := replay.Run(index, detect.Config{}, []replay.Source{{Name: "db", Kind: "postgres-stderr", Log: strings.NewReader(string(text)), Reader: reader}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for key := range book { // which only the end of a log shows
+			if key.Detector == detect.Dormant || key.Detector == detect.SilentSensor {
+				delete(book, key)
+			}
+		}
+		if want := lines(t, book); got != want || want == "" {
+			t.Fatalf("seed %d: found\n%s\nwant\n%s", seed, got, want)
+		}
+	}
+}
+
+func TestOneWatch(t *testing.T) {
+	c := &Config{StateDir: t.TempDir()}
+	w, err := Open(c, away, slog.New(slog.DiscardHandler), time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if _, err := Open(c, away, slog.New(slog.DiscardHandler), time.Now); err == nil || !strings.Contains(err.Error(), "another watch") {
+		t.Errorf("a second watch: %v", err)
+	}
+}
+
+func TestUnmatchedWaitsForTheBroker(t *testing.T) {
+	now := noon
+	w, err := Open(&Config{StateDir: t.TempDir(), Governed: []string{"svc-*"}}, away, slog.New(slog.DiscardHandler), func() time.Time { return now })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if err := w.see(sightings.Sighting{Time: noon, Kind: sightings.Login, Account: "svc-x", Source: "db"}); err != nil {
+		t.Fatal(err)
+	}
+	now = now.Add(time.Hour)
+	if err := w.settled(); err != nil || len(w.book) != 0 {
+		t.Fatalf("with the broker away: %v %v", w.book, err)
+	}
+	// It comes back, and knows.
+	if err := w.apply(update{entries: []ledger.Entry{{ID: "L", Scope: "s", Host: "h", Names: ledger.Names{DBUsername: "svc-x"}, Issued: noon}}, next: 7, synced: now}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.settled(); err != nil || len(w.book) != 0 || len(w.kept.Held) != 0 || w.kept.Audit != 7 {
+		t.Fatalf("%v %v %+v", w.book, err, w.kept)
+	}
+	// Or doesn't.
+	if err := w.see(sightings.Sighting{Time: noon, Kind: sightings.Login, Account: "svc-y", Source: "db"}); err != nil {
+		t.Fatal(err)
+	}
+	now = now.Add(time.Hour)
+	if err := w.apply(update{next: 7, synced: now}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.settled(); err != nil || len(w.book) != 1 {
+		t.Fatalf("%v %v", w.book, err)
+	}
+}
+
+func TestConfig(t *testing.T) {
+	const good = `
+state_dir = "/var/lib/countersign-watch"
+through   = ["10.1.0.0/16"]
+broker {
+  socket = "/run/x"
+}
+sensor "postgres-csv" "db1" {
+  path = "/var/log/postgresql/*.csv"
+}
+response "foreign-source" {
+  action = "quarantine"
+  scopes = ["billing-db"]
+}
+`
+	load := func(text string) (*Config, error) {
+		name := filepath.Join(t.TempDir(), "watch.hcl")
+		write(t, name, []byte(text), os.O_TRUNC)
+		return Load(name)
+	}
+	c, err := load(good)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for scope, want := range map[string]detect.Response{"billing-db": detect.Quarantine, "other": detect.Revoke} {
+		if got := c.response(detect.ForeignSource, scope); got != want {
+			t.Errorf("%s: %s, want %s", scope, got, want)
+		}
+	}
+	for old, bad := range map[string]string{
+		`state_dir = "/var`: `state_dir = "var`,
+		`["10.1.0.0/16"]`:   `["10.1.0.0"]`,
+		`socket = "/run/x"`: ``,
+		`"postgres-csv"`:    `"postgres"`,
+		`path = "/var`:      `path = "var`,
+		`"foreign-source"`:  `"foreign"`,
+		`action = "quarant`: `action = "quant`,
+		`scopes = `:         `scope = `,
+	} {
+		if _, err := load(strings.Replace(good, old, bad, 1)); err == nil {
+			t.Errorf("%s is taken", bad)
+		}
+	}
+}

@@ -1,0 +1,154 @@
+package e2e_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/countersign/countersign/test/check"
+	"github.com/countersign/countersign/test/lab"
+)
+
+// loginFrom logs in to the lab's PostgreSQL from an address of this machine.
+func loginFrom(ctx context.Context, address, user, password string) error {
+	c, err := pgx.ParseConfig(services.PG.DSN(user, password, "billing"))
+	if err != nil {
+		return err
+	}
+	c.DialFunc = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).DialContext
+	conn, err := pgx.ConnectConfig(ctx, c)
+	if err != nil {
+		return err
+	}
+	return conn.Close(ctx)
+}
+
+type reported struct {
+	ID       string
+	Detector string
+	Severity string
+	Lease    string
+	Host     string
+	Account  string
+	Status   string
+	Count    int
+	Response string
+	Evidence []json.RawMessage
+}
+
+// findings are those about a lease, or all.
+func (b *bench) findings(t *testing.T, lease string) (out []reported) {
+	t.Helper()
+	text := check.Must(b.broker.CLI(check.Within(t, 10*time.Second), "finding", "list", "--status", "all", "-o", "json"))(t)
+	for _, line := range strings.Split(strings.TrimSpace(string(text)), "\n") {
+		if line == "" {
+			continue
+		}
+		var f reported
+		check.Nil(t, json.Unmarshal([]byte(line), &f))
+		if lease == "" || f.Lease == lease {
+			out = append(out, f)
+		}
+	}
+	return out
+}
+
+var inFile = regexp.MustCompile(`user=(\S+)\npassword=(\S+)`)
+
+// A credential that was copied and is used from another address is found, and its
+// lease revoked; the program it was issued to raises nothing. The watch is killed on
+// the way.
+func TestCopiedCredential(t *testing.T) {
+	dir := folder(t)
+	exe := copyExe(t, dir, "billingd")
+	file := filepath.Join(dir, "db.properties")
+	b := newBench(t, fmt.Sprintf(billingScope, exe), fmt.Sprintf(`
+credential "billing-db" {
+  process { exe = %q }
+  file %q {
+    template = "user={{ .username | properties }}\npassword={{ .password | properties }}\n"
+    owner    = "nobody"
+    group    = "nogroup"
+    mode     = "0400"
+  }
+  on_change { signal = "SIGHUP" }
+}`, exe, file), false)
+	w := check.Must(lab.StartWatch(filepath.Join(b.dir, "watch"), b.broker, fmt.Sprintf(`
+sensor "postgres-stderr" "db" {
+  path            = %q
+  log_line_prefix = %q
+}
+sensor "vault-audit" "vault" {
+  path = %q
+}
+`, services.PG.Log, lab.LogLinePrefix, services.Vault.AuditLog)))(t)
+	t.Cleanup(func() {
+		_ = w.Stop()
+		if t.Failed() {
+			text, _ := os.ReadFile(w.Log())
+			t.Logf("watch.log:\n%s", text)
+		}
+	})
+	l := startLegacy(t, exe, file)
+	var user, password string
+	check.Eventually(t, 20*time.Second, "the program gets in", func() (bool, string) {
+		st := l.last(t)
+		text, _ := os.ReadFile(file)
+		if m := inFile.FindSubmatch(text); m != nil {
+			user, password = string(m[1]), string(m[2])
+		}
+		return st.Queries > 10 && user != "" && st.User == user, fmt.Sprintf("%+v", st)
+	})
+	var id string
+	for _, l := range b.leases(t) {
+		if l.Names["db_username"] == user {
+			id = l.ID
+		}
+	}
+	// A wrong password, from elsewhere: user names are no secret.
+	if err := loginFrom(check.Within(t, 10*time.Second), "127.0.0.9", user, "wrong"); err == nil {
+		t.Fatal("a wrong password gets in")
+	}
+	time.Sleep(5 * time.Second)
+	if got := b.findings(t, id); len(got) != 0 {
+		t.Fatalf("honest use raised %+v", got)
+	}
+	check.Nil(t, w.Kill())
+	check.Nil(t, loginFrom(check.Within(t, 10*time.Second), "127.0.0.9", user, password))
+	start := time.Now()
+	check.Nil(t, w.Start())
+	check.Eventually(t, time.Minute, "the copied credential is revoked", func() (bool, string) {
+		for _, l := range b.leases(t) {
+			if l.ID == id {
+				return false, fmt.Sprintf("%+v", l)
+			}
+		}
+		return !roleExists(t, user), "the role stands"
+	})
+	t.Logf("found and revoked %v after the login", time.Since(start).Round(10*time.Millisecond))
+	got := b.findings(t, id)
+	if len(got) != 1 || got[0].Detector != "foreign-source" || got[0].Count != 1 || got[0].Status != "open" || got[0].Response != "revoke" || got[0].Account != user || got[0].Host != b.host {
+		t.Errorf("found %+v, want one foreign-source", got)
+	}
+	for _, f := range got {
+		for _, e := range f.Evidence {
+			if !strings.Contains(string(e), "127.0.0.9") || strings.Contains(string(e), password) {
+				t.Errorf("evidence %s", e)
+			}
+		}
+	}
+	for _, path := range []string{w.Log(), filepath.Join(w.Dir, "state", "state.json"), filepath.Join(w.Dir, "state", "ledger.jsonl"), b.broker.Log()} {
+		if text := check.Must(os.ReadFile(path))(t); strings.Contains(string(text), password) {
+			t.Errorf("%s holds the password", path)
+		}
+	}
+}

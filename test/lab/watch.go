@@ -1,0 +1,48 @@
+package lab
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+)
+
+// A Watch is `countersign watch serve` beside a broker, as root on its socket.
+type Watch struct {
+	Dir     string
+	bin     string
+	process *process
+}
+
+// StartWatch writes a config with these sensors and whatever else is given, and
+// starts it.
+func StartWatch(dir string, b *Broker, config string) (*Watch, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	w := &Watch{Dir: dir, bin: b.bin}
+	text := fmt.Sprintf("state_dir = %q\nbroker {\n  socket = %q\n}\n%s", filepath.Join(dir, "state"), filepath.Join(b.State(), "operator.sock"), config)
+	if err := os.WriteFile(w.Config(), []byte(text), 0o600); err != nil {
+		return nil, err
+	}
+	return w, w.Start()
+}
+
+// Config is the watch's config file.
+func (w *Watch) Config() string { return filepath.Join(w.Dir, "watch.hcl") }
+
+// Log is the file with the watch's log.
+func (w *Watch) Log() string { return filepath.Join(w.Dir, "watch.log") }
+
+// Start runs it.
+func (w *Watch) Start() (err error) {
+	w.process, err = startProcess(exec.Command(w.bin, "watch", "serve", "--config", w.Config()), w.Log(), syscall.SIGKILL)
+	return err
+}
+
+// Stop ends it in order.
+func (w *Watch) Stop() error { return w.process.stop(syscall.SIGTERM) }
+
+// Kill ends it by SIGKILL.
+func (w *Watch) Kill() error { return w.process.stop(syscall.SIGKILL) }
