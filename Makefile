@@ -11,7 +11,7 @@ AGENT     = ./hostagent/cmd/countersign-agent
 FUZZTIME ?= 3000x
 
 .DEFAULT_GOAL := help
-.PHONY: help build faults-build setup test test-vm demo bench faults fuzz lint generate clean
+.PHONY: help build faults-build setup test test-vm demo bench corpus faults fuzz lint generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ demo: setup build ## a legacy program gets in with an earned credential, and los
 
 bench: setup build ## speed and size, as ratios against floors; writes bench.json
 	@$(GO) run ./test/bench
+
+corpus: build ## what the watch finds in labelled logs, of a seed that is drawn; SEED repeats one
+	@$(GO) run ./test/corpus $(if $(SEED),-seed $(SEED))
 
 faults: setup build faults-build ## kill, fill, seal and step clocks: 20 rounds each
 	$(GO) test -count=1 -timeout 80m ./test/faults -rounds 20

@@ -56,8 +56,11 @@ type Detection struct {
 type Judge struct {
 	ledger *ledger.Index
 	config Config
-	roles  map[string]bool // of governed user names: what stands before their random part
-	paths  map[string]bool // of Vault that the ledger's entries came from
+	made   map[string]bool         // what stands before the random part of governed user names
+	roles  map[string]bool         // of Vault's database engine that are governed, as user names have them
+	paths  map[string]bool         // of Vault that the ledger's entries came from
+	traps  map[string]ledger.Entry // by their path in Vault
+	boots  map[string]string       // the host that a boot was seen of first
 	seen   State
 	used   map[program]bool
 }
@@ -88,7 +91,7 @@ const maxActors = 1024
 
 // NewJudge makes a judge over a ledger, which may grow.
 func NewJudge(l *ledger.Index, c Config) *Judge {
-	j := &Judge{ledger: l, config: c, roles: map[string]bool{}, paths: map[string]bool{}}
+	j := &Judge{ledger: l, config: c, made: map[string]bool{}, roles: map[string]bool{}, paths: map[string]bool{}, traps: map[string]ledger.Entry{}, boots: map[string]string{}}
 	j.Restore(State{})
 	return j
 }
@@ -121,17 +124,32 @@ func (j *Judge) Restore(s State) {
 // Learn takes what an entry says of all of its kind: the role that governed user
 // names are of, and the path that only the broker reads.
 func (j *Judge) Learn(e ledger.Entry) {
-	if role, ok := role(e.Names.DBUsername); ok {
-		j.roles[role] = true
+	p := e.Names.Path()
+	if e.Kind == ledger.KindCanary {
+		if p != "" {
+			j.traps[p] = e
+		}
+		return
 	}
-	if p := e.Names.Path(); p != "" && e.Kind != ledger.KindCanary {
+	if p != "" {
 		j.paths[p] = true
+	}
+	made, ok := madeFor(e.Names.DBUsername)
+	if !ok {
+		return
+	}
+	j.made[made] = true
+	if role := p[strings.LastIndexByte(p, '/')+1:]; role != "" {
+		if role = role[:min(len(role), 8)]; strings.HasSuffix(made, "-"+role) {
+			j.roles[role] = true
+		}
 	}
 }
 
-// role is what stands before the random part of a user name that Vault's database
-// engine made: v-<display>-<role>-<20 random>-<unix time>.
-func role(user string) (string, bool) {
+// madeFor is what stands before the random part of a user name that Vault's database
+// engine made: v-<display>-<role>-<20 random>-<unix time>, of display and role the
+// first 8 characters.
+func madeFor(user string) (string, bool) {
 	rest, ok := strings.CutPrefix(user, "v-")
 	if !ok {
 		return "", false
@@ -152,8 +170,16 @@ func role(user string) (string, bool) {
 
 // governed says whether only the broker hands out an account of this name.
 func (j *Judge) governed(account string) bool {
-	if r, ok := role(account); ok && j.roles[r] {
-		return true
+	if made, ok := madeFor(account); ok {
+		if j.made[made] {
+			return true
+		}
+		// Of the same role, for somebody else: a display name may hold dashes, too.
+		for i := range min(len(made), 9) {
+			if made[i] == '-' && j.roles[made[i+1:]] {
+				return true
+			}
+		}
 	}
 	return slices.ContainsFunc(j.config.Governed, func(glob string) bool {
 		ok, err := path.Match(glob, account)
@@ -166,7 +192,8 @@ func (j *Judge) governed(account string) bool {
 func (j *Judge) Known(s sightings.Sighting) (bool, error) {
 	if s.Kind == sightings.Read {
 		known, err := j.ours(s)
-		return known || !j.paths[s.VaultPath], err
+		_, trap := j.traps[s.VaultPath]
+		return known || trap || !j.paths[s.VaultPath], err
 	}
 	entries, err := j.entries(s)
 	return len(entries) > 0 || !j.governed(s.Account), err
@@ -188,8 +215,12 @@ func (j *Judge) entries(s sightings.Sighting) ([]ledger.Entry, error) {
 			}
 			return serial != "" && s.SSHSerial != "" && serial != s.SSHSerial
 		})
-		if len(found) == 0 && len(s.SSHSerial) >= 10 {
-			found, err = j.ledger.Find(ledger.BySSHSerial, s.SSHSerial)
+		if len(found) == 0 {
+			// A serial is its CA's, and means nothing where another key id stands beside it.
+			if found, err = j.ledger.Find(ledger.BySSHSerial, s.SSHSerial); err == nil && len(found) == 0 {
+				found, err = j.ledger.Find(ledger.BySerial, s.SSHSerial)
+			}
+			found = slices.DeleteFunc(found, func(e ledger.Entry) bool { return e.Names.SSHKeyID != "" })
 		}
 		return found, err
 	case s.CertSerial != "":
@@ -225,7 +256,13 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 		return nil, nil
 	}
 	if i := slices.IndexFunc(entries, func(e ledger.Entry) bool { return e.Kind == ledger.KindCanary }); i >= 0 {
-		return []Detection{detection(Canary, &entries[i], s, "a trap that nobody was given was used")}, nil
+		if e := entries[i]; e.Revoked.IsZero() || s.Time.Before(e.Revoked) {
+			return []Detection{detection(Canary, &e, s, "a trap that nobody was given was used")}, nil
+		}
+		return nil, nil
+	}
+	if s.Kind == sightings.Attempt {
+		return nil, nil // anybody may try
 	}
 	for _, e := range entries {
 		j.used[program{e.Host, e.Scope}] = true
@@ -262,7 +299,7 @@ func detection(name Name, e *ledger.Entry, s sightings.Sighting, why string) Det
 // static says whether entries are readers of one account, which outlives them.
 func static(entries []ledger.Entry) bool {
 	e := entries[0]
-	_, made := role(e.Names.DBUsername)
+	_, made := madeFor(e.Names.DBUsername)
 	return e.Names.DBUsername != "" && e.Names.VaultLease == "" && !made
 }
 
@@ -350,8 +387,7 @@ func (j *Judge) twice(e ledger.Entry, s sightings.Sighting) (Detection, bool) {
 // static judges a login with an account whose password several may have read.
 func (j *Judge) static(readers []ledger.Entry, s sightings.Sighting) []Detection {
 	var here []ledger.Entry
-	subjects := map[string]bool{}
-	place := unknown
+	somewhere := unknown
 	for _, e := range readers {
 		if e.Issued.After(s.Time.Add(Skew)) {
 			continue
@@ -360,35 +396,35 @@ func (j *Judge) static(readers []ledger.Entry, s sightings.Sighting) []Detection
 		if at == there {
 			here = append(here, e)
 		}
-		if place != there && at != unknown {
-			place = max(place, at)
-			if at == there {
-				place = there
-			}
-		}
-		if e.Holds(s.Time, Skew) {
-			subjects[e.Host+" "+e.Subject.Program()] = true
-		}
-	}
-	shared := func(why string) []Detection {
-		d := detection(SharedStaticAccount, nil, s, why)
-		return []Detection{d}
+		somewhere = max(somewhere, at)
 	}
 	switch {
-	case len(here) == 0 && place == elsewhere:
-		return shared(fmt.Sprintf("used from %s, where no program was given it", s.From))
-	case len(subjects) > 1:
-		names := make([]string, 0, len(subjects))
-		for name := range subjects {
-			names = append(names, name)
-		}
-		slices.Sort(names)
-		return shared(fmt.Sprintf("%d programs have it at once: %s", len(names), strings.Join(names[:min(len(names), 8)], ", ")))
+	case len(here) == 0 && somewhere == elsewhere:
+		return []Detection{detection(SharedStaticAccount, nil, s, fmt.Sprintf("used from %s, where no program was given it", s.From))}
 	case len(here) > 0 && !slices.ContainsFunc(here, func(e ledger.Entry) bool { return e.Holds(s.Time, Skew) }):
 		last := slices.MaxFunc(here, func(a, b ledger.Entry) int { return a.End().Compare(b.End()) })
 		return []Detection{detection(UseAfterRevoke, &last, s, fmt.Sprintf("logged in after its lease ended at %s; only a rotation ends the password", last.End().UTC().Format(time.RFC3339)))}
 	}
+	if a, b, ok := together(readers); ok {
+		return []Detection{detection(SharedStaticAccount, nil, s, fmt.Sprintf("%s of host %s and %s of host %s have it at once", a.Subject.Program(), a.Host, b.Subject.Program(), b.Host))}
+	}
 	return nil
+}
+
+// together finds two programs that hold an account at once.
+func together(readers []ledger.Entry) (a, b ledger.Entry, ok bool) {
+	slices.SortFunc(readers, func(a, b ledger.Entry) int { return a.Issued.Compare(b.Issued) })
+	last := readers[0] // of those before, the one that holds longest
+	for _, e := range readers[1:] {
+		end := last.End()
+		if (e.Host != last.Host || e.Subject.Program() != last.Subject.Program()) && (end.IsZero() || e.Issued.Add(Skew).Before(end)) {
+			return last, e, true
+		}
+		if !end.IsZero() && (e.End().IsZero() || e.End().After(end)) {
+			last = e
+		}
+	}
+	return a, b, false
 }
 
 // people's programs, as they name themselves, in lower case.
@@ -416,6 +452,11 @@ func letter(c byte) bool { return c >= 'a' && c <= 'z' || c >= '0' && c <= '9' |
 
 // read keeps who reads for the broker, and what somebody else may have read.
 func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
+	if e, ok := j.traps[s.VaultPath]; ok && e.Holds(s.Time, 0) {
+		d := detection(Canary, &e, s, "a trap that nobody was given was read")
+		d.Account = s.VaultPath
+		return []Detection{d}, nil
+	}
 	ours, err := j.ours(s)
 	if err != nil {
 		return nil, err

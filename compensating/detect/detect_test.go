@@ -69,8 +69,9 @@ func judge(t *testing.T, c detect.Config, entries []ledger.Entry, seen ...sighti
 	}
 	add(j.Reads())
 	if err := x.Programs(func(list []ledger.Entry) error {
-		add(j.Program(list), nil)
-		add(j.Unused(list, noon.Add(-time.Hour), noon.Add(24*time.Hour)), nil)
+		add(j.Program(list))
+		all := detect.Coverage{First: noon.Add(-time.Hour), Last: noon.Add(24 * time.Hour)}
+		add(j.Unused(list, all, all), nil)
 		return nil
 	}); err != nil {
 		t.Fatal(err)
@@ -102,6 +103,7 @@ func TestDynamic(t *testing.T) {
 		return func(s *sightings.Sighting) { s.Account = e.Names.DBUsername }
 	}
 	boot2 := func(e *ledger.Entry) { e.Subject.Boot, e.Subject.Invocation = "b2", "i2" }
+	real := func(e *ledger.Entry) { e.Subject.Boot = "4d0c3f0e-7f4a-4f0a-9d2b-0e8a2f3b7c11" }
 	second := at("L2", 10*time.Minute, boot2)
 	moved := at("L2", 10*time.Minute, boot2, func(e *ledger.Entry) { e.Sources = []string{"10.0.0.2"} })
 	for name, c := range map[string]struct {
@@ -141,6 +143,15 @@ func TestDynamic(t *testing.T) {
 		"a digest that was announced":      {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.SHA256 = "bb" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, config: detect.Config{Announced: func(s string) bool { return s == "bb" }}},
 		"a parent that couldn't be read":   {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.Parent = "" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"a program on another host":        {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Host, e.Subject.Exe = "h2", "/usr/bin/x" })}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(time.Minute, "10.0.0.1", of(at("L2", 0)))}},
+		"a machine copied while it ran": {entries: []ledger.Entry{issued(real), at("L2", 10*time.Minute, real, func(e *ledger.Entry) { e.Host, e.Sources = "h2", []string{"10.0.0.2"} })},
+			seen: []sightings.Sighting{login(0, "10.0.0.1"), login(11*time.Minute, "10.0.0.2", of(second))}, want: "duplicate-instance L2"},
+		"a machine that was enrolled anew": {entries: []ledger.Entry{issued(real, func(e *ledger.Entry) { e.Revoked = noon.Add(10 * time.Minute) }), at("L2", 10*time.Minute, real, func(e *ledger.Entry) { e.Host, e.Sources = "h2", []string{"10.0.0.2"} })},
+			seen: []sightings.Sighting{login(0, "10.0.0.1"), login(11*time.Minute, "10.0.0.2", of(second))}},
+		"an account of the role for somebody else": {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Account = strings.Replace(user, "token-co", "ldap-bob", 1) })}, want: "unmatched-login"},
+		"tried, and never used":                    {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Kind = sightings.Attempt })}, want: "dormant L1"},
+		"a trap that was taken away":               {entries: []ledger.Entry{issued(func(e *ledger.Entry) { e.Kind, e.Revoked = ledger.KindCanary, noon.Add(time.Minute) })}, seen: []sightings.Sighting{login(time.Hour, "10.0.0.1")}},
+		"the same drift of two scopes": {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.User = "root" }), at("L3", 0, func(e *ledger.Entry) { e.Scope = "other" }),
+			at("L4", time.Minute, func(e *ledger.Entry) { e.Scope, e.Subject.User = "other", "root" })}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.1", of(at("L3", 0)))}, want: "subject-drift L2, subject-drift L4"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := judge(t, c.config, c.entries, c.seen...); got != c.want {
@@ -230,7 +241,7 @@ func TestSshCertificates(t *testing.T) {
 	}{
 		"as it should be":               {seen("vault-token-1f", "17000000000000001", "10.0.0.1"), ""},
 		"the second of two for one key": {seen("vault-token-1f", "17000000000000002", "10.0.0.9"), "foreign-source L2"},
-		"another CA's serial":           {seen("other", "1", "10.0.0.9"), ""},
+		"another CA's serial":           {seen("other", "17000000000000001", "10.0.0.9"), "dormant L2"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := judge(t, detect.Config{}, entries, c.seen); got != c.want {

@@ -10,8 +10,41 @@ import (
 )
 
 // Program judges the entries of one scope on one host, by the time of issue.
-func (j *Judge) Program(entries []ledger.Entry) []Detection {
-	return append(j.drift(entries), returned(entries)...)
+func (j *Judge) Program(entries []ledger.Entry) ([]Detection, error) {
+	twins, err := j.twins(entries)
+	return slices.Concat(j.drift(entries), returned(entries), twins), err
+}
+
+// bootID is how long the kernel's name of a boot is: what is shorter may not be random.
+const bootID = 32
+
+// twins sees one run of a program on two hosts at once: a machine that was copied
+// while it ran.
+func (j *Judge) twins(entries []ledger.Entry) ([]Detection, error) {
+	for _, e := range entries {
+		if len(e.Subject.Boot) < bootID || e.Kind == ledger.KindCanary {
+			continue
+		}
+		first, seen := j.boots[e.Subject.Boot]
+		if !seen {
+			j.boots[e.Subject.Boot] = e.Host
+			first = e.Host
+		}
+		if first == e.Host {
+			continue
+		}
+		others, err := j.ledger.Program(first, e.Scope)
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range others {
+			if o.Subject.Instance() == e.Subject.Instance() && o.Issued.Before(e.End().Add(-Skew)) && e.Issued.Before(o.End().Add(-Skew)) {
+				return []Detection{{Detector: DuplicateInstance, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: e.Issued, Cause: e.Host + " " + first,
+					Why: fmt.Sprintf("the run of the program that host %s has credentials for (lease %s): the machine was copied while it ran", first, o.ID)}}, nil
+			}
+		}
+	}
+	return nil, nil
 }
 
 // drift sees a program that is no longer what it was: another path, unit, user or
@@ -41,7 +74,7 @@ func (j *Judge) drift(entries []ledger.Entry) (out []Detection) {
 			before[f.value] = true
 		}
 		if len(changes) > 0 {
-			out = append(out, Detection{Detector: SubjectDrift, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: e.Issued, Cause: strings.Join(changes, ", "),
+			out = append(out, Detection{Detector: SubjectDrift, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: e.Issued, Cause: e.Host + " " + e.Scope + ": " + strings.Join(changes, ", "),
 				Why: "not seen before for this scope on this host: " + strings.Join(changes, ", ")})
 		}
 	}
@@ -54,9 +87,9 @@ func returned(entries []ledger.Entry) []Detection {
 	last := map[string]string{} // of a unit, or of all else: the instance that was issued to last
 	over := map[string]bool{}
 	for _, e := range entries {
-		instance := e.Subject.Boot
+		instance := e.Subject.Boot // of processes without a unit there may be several
 		if e.Subject.Unit != "" {
-			instance += " " + e.Subject.Invocation
+			instance = e.Subject.Instance()
 		}
 		if strings.TrimSpace(instance) == "" {
 			continue
@@ -97,19 +130,28 @@ func Equal(entries []ledger.Entry) []Detection {
 	return nil
 }
 
-// Unused judges the entries of one scope on one host by what was seen while the
-// logs reached from first to last: a program that never used what it got, for the
-// whole life of at least one credential.
-func (j *Judge) Unused(entries []ledger.Entry, first, last time.Time) []Detection {
-	if first.IsZero() || j.used[program{entries[0].Host, entries[0].Scope}] {
+// A Coverage is the time of which logs tell: of databases, or of sshd.
+type Coverage struct{ First, Last time.Time }
+
+// covers says whether the whole life of a credential lies in it.
+func (c Coverage) covers(e ledger.Entry) bool {
+	end := e.End()
+	return !c.First.IsZero() && !end.IsZero() && !e.Issued.Before(c.First) && !end.After(c.Last)
+}
+
+// Unused judges the entries of one scope on one host by what was seen while the logs
+// told of logins: a program that never used what it got, for the whole life of at
+// least one credential.
+func (j *Judge) Unused(entries []ledger.Entry, databases, sshd Coverage) []Detection {
+	if j.used[program{entries[0].Host, entries[0].Scope}] {
 		return nil
 	}
 	for _, e := range entries {
-		end := e.End()
-		if e.Names.DBUsername == "" || e.Kind == ledger.KindCanary || end.IsZero() || e.Issued.Before(first) || end.After(last) || end.Sub(e.Issued) < shortest {
+		told := e.Names.DBUsername != "" && databases.covers(e) || e.Names.SSHKeyID != "" && sshd.covers(e)
+		if e.Kind == ledger.KindCanary || !told || e.End().Sub(e.Issued) < shortest {
 			continue
 		}
-		return []Detection{{Detector: Dormant, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: end,
+		return []Detection{{Detector: Dormant, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: e.End(),
 			Why: fmt.Sprintf("issued at %s, and never used to its end", e.Issued.UTC().Format(time.RFC3339))}}
 	}
 	return nil

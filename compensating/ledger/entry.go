@@ -203,3 +203,15 @@ func (s Subject) Program() string {
 	}
 	return s.Exe
 }
+
+// Instance tells one run of the program from others: for a unit its invocation,
+// otherwise its process.
+func (s Subject) Instance() string {
+	if s.Unit != "" && s.Invocation != "" {
+		return s.Boot + " " + s.Unit + " " + s.Invocation
+	}
+	if s.PID == 0 && s.Start == "" {
+		return s.Boot
+	}
+	return fmt.Sprintf("%s %d %s", s.Boot, s.PID, s.Start)
+}

@@ -63,21 +63,12 @@ func Run(index *ledger.Index, c detect.Config, sources []Source) (finding.Book, 
 		return nil, err
 	}
 	add(reads)
-	var first, last time.Time // of the logs that show who logs in to databases
-	for _, s := range sources {
-		if h := s.Reader.Health(); sightings.Databases(s.Kind) && !h.First.IsZero() {
-			if first.IsZero() || h.First.Before(first) {
-				first = h.First
-			}
-			if h.Last.After(last) {
-				last = h.Last
-			}
-		}
-	}
+	databases, sshd := covered(sources)
 	err = index.Programs(func(entries []ledger.Entry) error {
-		add(judge.Program(entries))
-		add(judge.Unused(entries, first, last))
-		return nil
+		found, err := judge.Program(entries)
+		add(found)
+		add(judge.Unused(entries, databases, sshd))
+		return err
 	})
 	if err == nil {
 		err = index.Shared(func(f ledger.Field, entries []ledger.Entry) error {
@@ -89,6 +80,32 @@ func Run(index *ledger.Index, c detect.Config, sources []Source) (finding.Book, 
 	}
 	add(silent(index, sources))
 	return book, err
+}
+
+// covered is the time of which some log of databases tells, and of which one of sshd
+// does.
+func covered(sources []Source) (databases, sshd detect.Coverage) {
+	for _, s := range sources {
+		h := s.Reader.Health()
+		var of *detect.Coverage
+		switch {
+		case h.First.IsZero():
+			continue
+		case sightings.Databases(s.Kind):
+			of = &databases
+		case s.Kind == "sshd":
+			of = &sshd
+		default:
+			continue
+		}
+		if of.First.IsZero() || h.First.Before(of.First) {
+			of.First = h.First
+		}
+		if h.Last.After(of.Last) {
+			of.Last = h.Last
+		}
+	}
+	return databases, sshd
 }
 
 // silent sees logs that say nothing, and logs that stopped long before the others.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 )
@@ -62,9 +63,10 @@ type pgState struct {
 	Health   Health                `json:"health"`
 	Sessions map[string]*pgSession `json:"sessions,omitempty"`
 	Waiting  []string              `json:"waiting,omitempty"`
-	Record   int64                 `json:"record,omitempty"` // of csvlog: where the open record began
+	Record   int64                 `json:"record,omitempty"` // where a record began that waits for its rest, or for the next
 	Text     []byte                `json:"text,omitempty"`   // and what there is of it
 	TooLong  bool                  `json:"too_long,omitempty"`
+	Broken   bool                  `json:"broken,omitempty"`
 }
 
 // Save is what Restore takes.
@@ -107,6 +109,9 @@ var (
 	pgTerminated = []byte("terminating connection")
 	pgDatabase   = []byte(" database=")
 	pgProgram    = []byte(" application_name=")
+	pgEncrypted  = []byte(" SSL enabled (")
+	pgKerberos   = []byte(" GSS (")
+	pgWhoIsIt    = [][]byte{[]byte("authentication failed"), []byte("pg_hba.conf"), []byte("connection requires")}
 )
 
 func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
@@ -114,7 +119,12 @@ func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
 	p.settled(r.time.Add(-settle), emit)
 	switch {
 	case bytes.HasPrefix(r.message, pgReceived):
-		host, _, _ := bytes.Cut(r.message[len(pgReceived):], []byte(" "))
+		host, rest, _ := bytes.Cut(r.message[len(pgReceived):], []byte(" "))
+		port, found := bytes.CutPrefix(rest, []byte("port="))
+		if _, ok := digits(port); len(rest) > 0 && (!found || !ok) {
+			p.health.unreadable("a connection with more behind its port")
+			return
+		}
 		s := p.begin(r.session)
 		s.From, s.Local = pgHost(host)
 		s.Known = true // its login is what counts
@@ -154,44 +164,33 @@ func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
 // say the same, or has none.
 func (p *postgres) authorized(r *pgRecord) {
 	_, rest, _ := bytes.Cut(r.message, []byte("user="))
-	user, database, program := r.user, r.database, []byte(nil)
+	user, database, program := r.user, r.database, r.program
 	if user != nil {
 		if rest = after(rest, user); rest == nil {
 			p.health.unreadable("a login whose user isn't the record's")
 			return
 		}
 	} else {
-		end := bytes.IndexByte(rest, ' ')
-		if end < 0 {
-			end = len(rest)
-		}
-		user, rest = rest[:end], rest[end:]
+		user, rest = upTo(rest, pgDatabase, pgProgram, pgEncrypted, pgKerberos)
 	}
-	if bytes.HasPrefix(rest, pgDatabase) {
-		rest = rest[len(pgDatabase):]
-		if r.database != nil {
-			if rest = after(rest, database); rest == nil {
-				p.health.unreadable("a login whose database isn't the record's")
-				return
-			}
-		} else {
-			end := bytes.IndexByte(rest, ' ')
-			if end < 0 {
-				end = len(rest)
-			}
-			database, rest = rest[:end], rest[end:]
+	if behind, ok := bytes.CutPrefix(rest, pgDatabase); ok {
+		if database == nil {
+			database, rest = upTo(behind, pgProgram, pgEncrypted, pgKerberos)
+		} else if rest = after(behind, database); rest == nil {
+			p.health.unreadable("a login whose database isn't the record's")
+			return
 		}
 	}
-	if bytes.HasPrefix(rest, pgProgram) {
-		program = rest[len(pgProgram):]
-		for _, tail := range []string{" SSL enabled (", " GSS ("} {
-			if i := bytes.LastIndex(program, []byte(tail)); i >= 0 {
+	if behind, ok := bytes.CutPrefix(rest, pgProgram); ok {
+		program = behind
+		for _, tail := range [][]byte{pgEncrypted, pgKerberos} {
+			if i := bytes.LastIndex(program, tail); i >= 0 {
 				program = program[:i]
 			}
 		}
-	}
-	if program == nil {
-		program = r.program
+	} else if len(rest) > 0 && !bytes.HasPrefix(rest, pgEncrypted) && !bytes.HasPrefix(rest, pgKerberos) {
+		p.health.unreadable("a login with more behind its database")
+		return
 	}
 	s := p.sessions[r.session]
 	if s == nil {
@@ -202,6 +201,17 @@ func (p *postgres) authorized(r *pgRecord) {
 	s.Login = &Sighting{Time: r.time, Kind: Login, Source: p.source, Line: r.line, Account: text(user), Target: text(database),
 		From: s.From, Local: s.Local, Program: text(program)}
 	p.waiting = append(p.waiting, r.session)
+}
+
+// upTo divides text before the first of the marks that is in it.
+func upTo(text []byte, marks ...[]byte) (before, rest []byte) {
+	end := len(text)
+	for _, m := range marks {
+		if i := bytes.Index(text[:end], m); i >= 0 {
+			end = i
+		}
+	}
+	return text[:end], text[end:]
 }
 
 // after is text behind word, which has to end there or at a space; nil otherwise.
@@ -221,6 +231,11 @@ func (p *postgres) refused(r *pgRecord, s *pgSession, emit func(Sighting)) {
 	seen := Sighting{Time: r.time, Kind: Attempt, Source: p.source, Line: r.line, Account: text(r.user), Target: text(r.database),
 		From: s.From, Local: s.Local, Program: text(r.program)}
 	if s.Login != nil {
+		// Who it is was settled before: whoever says otherwise has forged it.
+		if slices.ContainsFunc(pgWhoIsIt, func(words []byte) bool { return bytes.Contains(r.message, words) }) || r.user != nil && text(r.user) != s.Login.Account {
+			p.health.unreadable("a session that is turned away after it was let in")
+			return
+		}
 		seen.Account, seen.Target, seen.Program = s.Login.Account, s.Login.Target, s.Login.Program
 		s.Login = nil
 	}

@@ -2,6 +2,7 @@ package sightings
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -23,13 +24,19 @@ var prefixes = []string{
 
 // PostgresStderr reads what PostgreSQL writes to its standard error.
 //
-// Its lines escape nothing, and a line break in a user name begins what looks like
-// a line of its own: 63 bytes are enough to forge a login of an account with a
-// short name. The forms csvlog and jsonlog can't be forged; use them where you can.
+// Its messages have their line breaks marked, by a tab behind each. Its prefixes have
+// not: a line break in a user name or in that of a database, which anybody may send,
+// begins what looks like a line of its own. So where the prefix holds names (%u, %d or
+// %a), a line counts only when the next one begins as a line does, and a message only
+// as a whole, for what is forged has the rest of the true line behind it, or on the
+// next. That leaves little; a prefix without names, csvlog and jsonlog leave nothing.
 type PostgresStderr struct {
 	postgres
 	prefixes []pgPrefix
 	last     int // of prefixes, the one that fitted
+	number   int64
+	held     []byte // a line that waits for the next one
+	broken   bool   // the last line ended in its prefix
 }
 
 // NewPostgresStderr makes a reader of a log whose lines begin as log_line_prefix
@@ -116,6 +123,10 @@ func (p pgPrefix) match(head []byte, log *postgres, r *pgRecord) bool {
 		next := p[i+1]
 		end := len(head)
 		switch {
+		case next.escape == 0: // up to the end, whatever a name holds
+			if end -= len(next.literal); end < 0 {
+				return false
+			}
 		case next.literal != "" && piece.escape == 'a':
 			end = bytes.LastIndex(head, []byte(next.literal)) // the client chose it
 		case next.literal != "":
@@ -211,11 +222,89 @@ func (p *PostgresStderr) Line(number int64, line []byte, emit func(Sighting)) {
 	if len(line) == 0 || line[0] == '\t' {
 		return
 	}
-	// The text of a severity can stand in a name, too: that the whole of a prefix
-	// stands before it tells. Of several such places the first is meant, except
-	// where only another makes a login whose names are the prefix's own.
+	r, ok := p.find(number, line)
+	switch {
+	case !ok && p.begins(line):
+		// A line break in its prefix: what follows is the rest of it.
+		p.health.unreadable(fmt.Sprintf("line %d of %d bytes ends in its log_line_prefix", number, len(line)))
+		p.take(emit)
+		p.broken = true
+		return
+	case !ok:
+		p.health.unreadable(fmt.Sprintf("line %d of %d bytes doesn't begin as log_line_prefix says", number, len(line)))
+		if len(p.held) > 0 { // the line before was a part of the same
+			p.health.Unreadable++
+			p.held = p.held[:0]
+		}
+		p.broken = false
+		return
+	case p.broken:
+		p.health.unreadable(fmt.Sprintf("line %d of %d bytes is the rest of one that ended in its log_line_prefix", number, len(line)))
+		p.broken = false
+		return
+	}
+	p.take(emit)
+	if p.prefixes[p.last].names() {
+		p.number, p.held = number, append(p.held, line...)
+		return
+	}
+	p.record(&r, emit)
+}
+
+// take takes the line that waited.
+func (p *PostgresStderr) take(emit func(Sighting)) {
+	if len(p.held) == 0 {
+		return
+	}
+	if r, ok := p.find(p.number, p.held); ok {
+		p.record(&r, emit)
+	}
+	p.held = p.held[:0]
+}
+
+// Flush gives what waits.
+func (p *PostgresStderr) Flush(emit func(Sighting)) {
+	p.take(emit)
+	p.postgres.Flush(emit)
+}
+
+// Save is what Restore takes.
+func (p *PostgresStderr) Save() ([]byte, error) {
+	s := p.state()
+	s.Record, s.Text, s.Broken = p.number, p.held, p.broken
+	return json.Marshal(s)
+}
+
+// Restore goes on from where Save was called.
+func (p *PostgresStderr) Restore(b []byte) error {
+	var s pgState
+	if err := json.Unmarshal(b, &s); err != nil {
+		return err
+	}
+	p.restore(s)
+	p.number, p.held, p.broken = s.Record, s.Text, s.Broken
+	return nil
+}
+
+// begins says whether a line begins with a time, as its prefix wants it.
+func (p *PostgresStderr) begins(line []byte) bool {
+	if p.prefixes[p.last][0].literal != "" {
+		return false
+	}
+	_, ok := p.time(line[:timeEnd(line)])
+	return ok
+}
+
+// names says whether a prefix holds what others chose.
+func (p pgPrefix) names() bool {
+	return slices.ContainsFunc(p, func(e pgPiece) bool { return e.escape == 'u' || e.escape == 'd' || e.escape == 'a' })
+}
+
+// find reads a line. The text of a severity can stand in a name, too: that the whole
+// of a prefix stands before it tells. Of several such places the first is meant,
+// except where only another makes a login whose names are the prefix's own.
+func (p *PostgresStderr) find(number int64, line []byte) (found pgRecord, ok bool) {
 	from := 0
-	var found pgRecord
 	for range maxMarks {
 		at := bytes.Index(line[from:], []byte(":  "))
 		if at < 0 {
@@ -230,24 +319,19 @@ func (p *PostgresStderr) Line(number int64, line []byte, emit func(Sighting)) {
 		if !slices.ContainsFunc(severities, func(s []byte) bool { return bytes.Equal(s, line[word:from]) }) {
 			continue
 		}
-		r, ok := p.prefixed(line[:word])
-		if !ok {
+		r, fits := p.prefixed(line[:word])
+		if !fits {
 			continue
 		}
 		r.line, r.severity, r.message = number, line[word:at], line[from:]
-		if found.session == "" {
-			found = r
+		if !ok {
+			found, ok = r, true
 		}
 		if bytes.HasPrefix(r.message, pgAuthorized) && r.user != nil && after(r.message[len(pgAuthorized):], r.user) != nil {
-			found = r
-			break
+			return r, true
 		}
 	}
-	if found.session == "" {
-		p.health.unreadable(fmt.Sprintf("line %d of %d bytes doesn't begin as log_line_prefix says", number, len(line)))
-		return
-	}
-	p.record(&found, emit)
+	return found, ok
 }
 
 func (p *PostgresStderr) prefixed(head []byte) (r pgRecord, ok bool) {

@@ -23,6 +23,7 @@ type Dial func(context.Context) (countersignv1connect.OperatorServiceClient, fun
 // An update is what the broker's log says is new.
 type update struct {
 	entries []ledger.Entry
+	traps   bool      // the entries are all of the broker's canaries
 	next    int64     // the record to go on from
 	synced  time.Time // what was issued before is in the ledger
 }
@@ -217,7 +218,7 @@ func (f *follower) traps(ctx context.Context, client countersignv1connect.Operat
 	if err != nil {
 		return err
 	}
-	u := update{next: f.next}
+	u := update{traps: true, next: f.next}
 	for _, c := range r.Msg.GetCanaries() {
 		u.entries = append(u.entries, ledger.OfCanary(c))
 	}

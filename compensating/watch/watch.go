@@ -63,6 +63,7 @@ type Watch struct {
 	judge   *detect.Judge
 	sensors []*sensor
 	book    finding.Book
+	traps   map[string]ledger.Entry
 	kept    state
 	synced  time.Time // the ledger is no older
 	changed bool
@@ -110,7 +111,7 @@ type record struct {
 
 // Open takes up the state in the config's folder.
 func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watch, err error) {
-	w := &Watch{config: c, dial: dial, log: log, now: now, meter: newMeter(), book: finding.Book{}}
+	w := &Watch{config: c, dial: dial, log: log, now: now, meter: newMeter(), book: finding.Book{}, traps: map[string]ledger.Entry{}}
 	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
 		return nil, err
 	}
@@ -137,7 +138,7 @@ func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watc
 	}
 	w.judge = detect.NewJudge(w.index, detect.Config{Governed: c.Governed, Through: c.through})
 	w.judge.Restore(w.kept.Judge)
-	if err := w.index.Each(func(e ledger.Entry) error { w.judge.Learn(e); return nil }); err != nil {
+	if err := w.index.Each(func(e ledger.Entry) error { w.learn(e); return nil }); err != nil {
 		return nil, err
 	}
 	for i := range w.kept.Findings {
@@ -259,15 +260,10 @@ func (w *Watch) Run(ctx context.Context) error {
 
 // apply takes what the broker's log says is new.
 func (w *Watch) apply(u update) error {
+	if u.traps {
+		u.entries = w.changedTraps(u.entries)
+	}
 	for _, e := range u.entries {
-		if e.Kind == ledger.KindCanary { // told anew with each connection
-			if known, err := w.index.Find(ledger.ByID, e.ID); err != nil || len(known) > 0 {
-				if err != nil {
-					return err
-				}
-				continue
-			}
-		}
 		line, err := json.Marshal(e)
 		if err != nil {
 			return err
@@ -283,7 +279,7 @@ func (w *Watch) apply(u update) error {
 			return err
 		}
 		w.size += int64(len(line))
-		w.judge.Learn(e)
+		w.learn(e)
 		if err := w.program(e); err != nil {
 			return err
 		}
@@ -297,6 +293,33 @@ func (w *Watch) apply(u update) error {
 	return nil
 }
 
+// learn takes what an entry says beyond itself.
+func (w *Watch) learn(e ledger.Entry) {
+	w.judge.Learn(e)
+	if e.Kind == ledger.KindCanary {
+		w.traps[e.ID] = e
+	}
+}
+
+// changedTraps are those of the broker's traps that are new, and those that it has
+// no more: nothing comes of their use.
+func (w *Watch) changedTraps(now []ledger.Entry) (out []ledger.Entry) {
+	set := map[string]bool{}
+	for _, e := range now {
+		set[e.ID] = true
+		if _, known := w.traps[e.ID]; !known {
+			out = append(out, e)
+		}
+	}
+	for id, e := range w.traps {
+		if !set[id] && e.Revoked.IsZero() {
+			e.Revoked = w.now()
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
 // program judges what an entry changes of its program, and of its secret.
 func (w *Watch) program(e ledger.Entry) error {
 	if e.Kind == ledger.KindCanary {
@@ -306,10 +329,13 @@ func (w *Watch) program(e ledger.Entry) error {
 	if err != nil {
 		return err
 	}
-	w.add(w.judge.Program(list))
+	found, err := w.judge.Program(list)
+	if err != nil {
+		return err
+	}
+	w.add(found)
 	if !e.Revoked.IsZero() {
-		first, last := w.covered()
-		w.add(w.judge.Unused(list, first, last))
+		w.add(w.judge.Unused(list, w.covered(sightings.Databases), w.covered(func(kind string) bool { return kind == "sshd" })))
 	}
 	if e.Names.SecretHMAC != "" {
 		same, err := w.index.Find(ledger.BySecret, e.Names.SecretHMAC)
@@ -323,21 +349,21 @@ func (w *Watch) program(e ledger.Entry) error {
 	return nil
 }
 
-// covered is the time of which the logs of databases tell.
-func (w *Watch) covered() (first, last time.Time) {
+// covered is the time of which all logs of some kinds tell.
+func (w *Watch) covered(of func(kind string) bool) (c detect.Coverage) {
 	for _, s := range w.sensors {
 		h := s.reader.Health()
-		if !sightings.Databases(s.Kind) || h.First.IsZero() {
+		if !of(s.Kind) || h.First.IsZero() {
 			continue
 		}
-		if first.IsZero() || h.First.After(first) {
-			first = h.First
+		if c.First.IsZero() || h.First.After(c.First) {
+			c.First = h.First
 		}
-		if last.IsZero() || h.Last.Before(last) {
-			last = h.Last
+		if c.Last.IsZero() || h.Last.Before(c.Last) {
+			c.Last = h.Last
 		}
 	}
-	return first, last
+	return c
 }
 
 // poll reads what the logs have that is new.

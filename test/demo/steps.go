@@ -25,6 +25,7 @@ type demo struct {
 	vault   *lab.Vault
 	pg      *lab.Postgres
 	machine *lab.Machine
+	watch   *lab.Watch
 	user    string // PostgreSQL's name of the legacy program
 }
 
@@ -39,6 +40,9 @@ func (d *demo) close() error {
 	var errs []error
 	if d.machine != nil {
 		errs = append(errs, d.machine.Poweroff(ctx))
+	}
+	if d.watch != nil {
+		errs = append(errs, d.watch.Stop())
 	}
 	if d.broker != nil {
 		errs = append(errs, d.broker.Stop())
@@ -144,6 +148,9 @@ var steps = []step{
 	{"broker", "broker up with its embedded store and CA", startBroker, func(_ context.Context, d *demo) error {
 		return os.WriteFile(filepath.Join(d.dir, "ek-roots.pem"), []byte("no certificate"), 0o444)
 	}},
+	{"watch", "the watch follows PostgreSQL's and Vault's logs", startWatch, func(_ context.Context, d *demo) error {
+		return os.WriteFile(filepath.Join(d.dir, "watch"), nil, 0o600) // in the folder's place
+	}},
 	{"verify", "`vault verify`: Vault gives what the scopes need and nothing more", verifyVault, func(ctx context.Context, d *demo) error {
 		c, err := d.vault.Client()
 		if err != nil {
@@ -176,6 +183,8 @@ var steps = []step{
 	{"sealed", "Vault sealed for a while: nothing breaks", sealed, func(ctx context.Context, d *demo) error {
 		return d.pg.Exec(ctx, "postgres", `ALTER ROLE "`+d.user+`" NOLOGIN; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '`+d.user+`'`)
 	}},
+	{"copied", "a copied credential, used from another address, is found and revoked; the program gets another", copied, func(_ context.Context, d *demo) error { return d.watch.Stop() }},
+	{"canary", "a trap is touched, with a wrong password: found", canary, func(_ context.Context, d *demo) error { return d.watch.Stop() }},
 	{"ends", "the program ends, and PostgreSQL forgets its user", ends, func(ctx context.Context, d *demo) error {
 		_, err := d.machine.Sh(ctx, "systemctl kill -s KILL countersign-agent; systemctl mask --now --runtime countersign-agent")
 		return err

@@ -1,10 +1,8 @@
 package e2e_test
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -12,25 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
-
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
-
-// loginFrom logs in to the lab's PostgreSQL from an address of this machine.
-func loginFrom(ctx context.Context, address, user, password string) error {
-	c, err := pgx.ParseConfig(services.PG.DSN(user, password, "billing"))
-	if err != nil {
-		return err
-	}
-	c.DialFunc = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).DialContext
-	conn, err := pgx.ConnectConfig(ctx, c)
-	if err != nil {
-		return err
-	}
-	return conn.Close(ctx)
-}
 
 type reported struct {
 	ID       string
@@ -115,7 +97,7 @@ sensor "vault-audit" "vault" {
 		}
 	}
 	// A wrong password, from elsewhere: user names are no secret.
-	if err := loginFrom(check.Within(t, 10*time.Second), "127.0.0.9", user, "wrong"); err == nil {
+	if err := services.PG.LoginFrom(check.Within(t, 10*time.Second), "127.0.0.9", user, "wrong", "billing"); err == nil {
 		t.Fatal("a wrong password gets in")
 	}
 	time.Sleep(5 * time.Second)
@@ -123,7 +105,7 @@ sensor "vault-audit" "vault" {
 		t.Fatalf("honest use raised %+v", got)
 	}
 	check.Nil(t, w.Kill())
-	check.Nil(t, loginFrom(check.Within(t, 10*time.Second), "127.0.0.9", user, password))
+	check.Nil(t, services.PG.LoginFrom(check.Within(t, 10*time.Second), "127.0.0.9", user, password, "billing"))
 	start := time.Now()
 	check.Nil(t, w.Start())
 	check.Eventually(t, time.Minute, "the copied credential is revoked", func() (bool, string) {

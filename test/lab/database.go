@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/url"
 	"strings"
 	"time"
@@ -93,4 +94,18 @@ CREATE TABLE invoices (id serial PRIMARY KEY, amount integer NOT NULL);
 INSERT INTO invoices (amount) VALUES (120), (80), (42);
 GRANT SELECT ON invoices TO `+group+`;
 `)
+}
+
+// LoginFrom logs in from an address of this machine, as 127.0.0.9.
+func (pg *Postgres) LoginFrom(ctx context.Context, address, user, password, database string) error {
+	c, err := pgx.ParseConfig(pg.DSN(user, password, database))
+	if err != nil {
+		return err
+	}
+	c.DialFunc = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).DialContext
+	conn, err := pgx.ConnectConfig(ctx, c)
+	if err != nil {
+		return err
+	}
+	return conn.Close(ctx)
 }
