@@ -117,6 +117,10 @@ var (
 func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
 	p.health.saw(r.time)
 	p.settled(r.time.Add(-settle), emit)
+	switch string(r.severity) {
+	case "DETAIL", "HINT", "CONTEXT", "STATEMENT", "QUERY", "LOCATION", "BACKTRACE":
+		return // more of the record before
+	}
 	switch {
 	case bytes.HasPrefix(r.message, pgReceived):
 		host, rest, _ := bytes.Cut(r.message[len(pgReceived):], []byte(" "))
@@ -225,7 +229,7 @@ func after(text, word []byte) []byte {
 // refused is a session that PostgreSQL ended before it began to work.
 func (p *postgres) refused(r *pgRecord, s *pgSession, emit func(Sighting)) {
 	if s == nil {
-		s = &pgSession{}
+		s = p.begin(r.session)
 		s.From, s.Local = pgHost(r.from)
 	}
 	seen := Sighting{Time: r.time, Kind: Attempt, Source: p.source, Line: r.line, Account: text(r.user), Target: text(r.database),
@@ -239,7 +243,7 @@ func (p *postgres) refused(r *pgRecord, s *pgSession, emit func(Sighting)) {
 		seen.Account, seen.Target, seen.Program = s.Login.Account, s.Login.Target, s.Login.Program
 		s.Login = nil
 	}
-	delete(p.sessions, r.session)
+	s.Known = true // and was not at work, whatever else is said of it
 	if seen.Account == "" {
 		seen.Account = quoted(r.message)
 	}

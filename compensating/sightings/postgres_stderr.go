@@ -222,7 +222,7 @@ func (p *PostgresStderr) Line(number int64, line []byte, emit func(Sighting)) {
 	if len(line) == 0 || line[0] == '\t' {
 		return
 	}
-	r, ok := p.find(number, line)
+	r, ok, marked := p.find(number, line)
 	switch {
 	case !ok && p.begins(line):
 		// A line break in its prefix: what follows is the rest of it.
@@ -232,11 +232,13 @@ func (p *PostgresStderr) Line(number int64, line []byte, emit func(Sighting)) {
 		return
 	case !ok:
 		p.health.unreadable(fmt.Sprintf("line %d of %d bytes doesn't begin as log_line_prefix says", number, len(line)))
-		if len(p.held) > 0 { // the line before was a part of the same
+		// What PostgreSQL's children write comes between, as it is. The rest of a
+		// line of its own has that line's severity.
+		if marked && len(p.held) > 0 {
 			p.health.Unreadable++
 			p.held = p.held[:0]
 		}
-		p.broken = false
+		p.broken = p.broken && !marked
 		return
 	case p.broken:
 		p.health.unreadable(fmt.Sprintf("line %d of %d bytes is the rest of one that ended in its log_line_prefix", number, len(line)))
@@ -256,7 +258,7 @@ func (p *PostgresStderr) take(emit func(Sighting)) {
 	if len(p.held) == 0 {
 		return
 	}
-	if r, ok := p.find(p.number, p.held); ok {
+	if r, ok, _ := p.find(p.number, p.held); ok {
 		p.record(&r, emit)
 	}
 	p.held = p.held[:0]
@@ -302,8 +304,9 @@ func (p pgPrefix) names() bool {
 
 // find reads a line. The text of a severity can stand in a name, too: that the whole
 // of a prefix stands before it tells. Of several such places the first is meant,
-// except where only another makes a login whose names are the prefix's own.
-func (p *PostgresStderr) find(number int64, line []byte) (found pgRecord, ok bool) {
+// except where only another makes a login whose names are the prefix's own. Marked
+// says that there was one, whatever stands before it.
+func (p *PostgresStderr) find(number int64, line []byte) (found pgRecord, ok, marked bool) {
 	from := 0
 	for range maxMarks {
 		at := bytes.Index(line[from:], []byte(":  "))
@@ -319,6 +322,7 @@ func (p *PostgresStderr) find(number int64, line []byte) (found pgRecord, ok boo
 		if !slices.ContainsFunc(severities, func(s []byte) bool { return bytes.Equal(s, line[word:from]) }) {
 			continue
 		}
+		marked = true
 		r, fits := p.prefixed(line[:word])
 		if !fits {
 			continue
@@ -328,10 +332,10 @@ func (p *PostgresStderr) find(number int64, line []byte) (found pgRecord, ok boo
 			found, ok = r, true
 		}
 		if bytes.HasPrefix(r.message, pgAuthorized) && r.user != nil && after(r.message[len(pgAuthorized):], r.user) != nil {
-			return r, true
+			return r, true, true
 		}
 	}
-	return found, ok
+	return found, ok, marked
 }
 
 func (p *PostgresStderr) prefixed(head []byte) (r pgRecord, ok bool) {
