@@ -3,9 +3,11 @@ package watch
 import (
 	"fmt"
 	"net/netip"
+	"net/url"
 	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 
 	"github.com/hashicorp/hcl/v2"
@@ -63,7 +65,13 @@ type Sensor struct {
 	Kind string `hcl:"kind,label"` // of sightings.Kinds
 	Name string `hcl:"name,label"`
 	// Path is the log's file, or a glob of several.
-	Path string `hcl:"path"`
+	Path string `hcl:"path,optional"`
+	// Listen takes the log's lines in the place of Path: tcp://HOST:PORT or
+	// unix:///PATH, as Vault's socket audit device writes them, or http://HOST:PORT
+	// for JSON that is posted. In plain: on the machine, or behind what encrypts.
+	Listen string `hcl:"listen,optional"`
+	// TokenFile holds what has to come as a bearer token, for http.
+	TokenFile string `hcl:"token_file,optional"`
 	// LogLinePrefix is PostgreSQL's, for kind postgres-stderr. Default: one of the
 	// usual.
 	LogLinePrefix string `hcl:"log_line_prefix,optional"`
@@ -167,8 +175,8 @@ func (c *Config) check(name string) (diags hcl.Diagnostics) {
 		if s.LogLinePrefix != "" && s.Kind != "postgres-stderr" {
 			bad("sensor %q: log_line_prefix is of postgres-stderr", s.Name)
 		}
-		if _, err := filepath.Match(s.Path, ""); err != nil || !filepath.IsAbs(s.Path) {
-			bad("sensor %q: path %q: want an absolute path, or a pattern of them", s.Name, s.Path)
+		for _, problem := range s.where() {
+			bad("sensor %q: %s", s.Name, problem)
 		}
 	}
 	for _, r := range c.Responses {
@@ -186,6 +194,34 @@ func (c *Config) check(name string) (diags hcl.Diagnostics) {
 	}
 	return diags
 }
+
+// where says what is wrong with where a sensor's lines come from.
+func (s Sensor) where() (problems []string) {
+	if (s.Path == "") == (s.Listen == "") {
+		return []string{"one of path and listen"}
+	}
+	if s.Path != "" {
+		if _, err := filepath.Match(s.Path, ""); err != nil || !filepath.IsAbs(s.Path) {
+			problems = append(problems, fmt.Sprintf("path %q: want an absolute path, or a pattern of them", s.Path))
+		}
+		return problems
+	}
+	if !plainName.MatchString(s.Name) {
+		problems = append(problems, "a name of letters, digits, and . _ - for one that listens: files are named after it")
+	}
+	u, err := url.Parse(s.Listen)
+	switch {
+	case err != nil, u.Scheme == "unix" && !filepath.IsAbs(u.Path), u.Scheme != "unix" && u.Host == "":
+		problems = append(problems, fmt.Sprintf("listen %q: tcp://HOST:PORT, unix:///PATH or http://HOST:PORT", s.Listen))
+	case u.Scheme == "http" && s.TokenFile == "":
+		problems = append(problems, "http needs a token_file")
+	case u.Scheme != "http" && u.Scheme != "tcp" && u.Scheme != "unix":
+		problems = append(problems, fmt.Sprintf("listen %q: no such scheme", s.Listen))
+	}
+	return problems
+}
+
+var plainName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
 // response is what the operator wants done about a detector's findings in a scope.
 func (c *Config) response(d detect.Name, scope string) detect.Response {

@@ -73,6 +73,7 @@ type Watch struct {
 type sensor struct {
 	Sensor
 	tail   *tail.Tail
+	spool  *spool // of one that listens
 	reader sightings.Reader
 	last   time.Time // when a line came
 	flush  bool      // what waits was not yet given
@@ -191,16 +192,26 @@ func (w *Watch) openSensor(s Sensor) error {
 			return err
 		}
 	}
+	var sent *spool
+	if s.Listen != "" {
+		if sent, err = openSpool(filepath.Join(w.config.StateDir, "spool", s.Name)); err != nil {
+			return err
+		}
+		s.Path = sent.pattern
+	}
 	t, err := tail.New(s.Path, kept.Places, w.now)
 	if err != nil {
 		return err
 	}
 	for _, path := range t.Lost() {
+		if sent != nil {
+			break // it was read, and dropped
+		}
 		w.log.Warn("a log is gone with what was not yet read of it", "sensor", s.Name, "path", path)
 		w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: s.Name, Time: w.now(), Cause: "lost " + s.Name,
 			Why: path + " was removed before it was read to its end: what it had is not known"}})
 	}
-	w.sensors = append(w.sensors, &sensor{Sensor: s, tail: t, reader: r, last: w.now(), flush: true})
+	w.sensors = append(w.sensors, &sensor{Sensor: s, tail: t, spool: sent, reader: r, last: w.now(), flush: true})
 	return nil
 }
 
@@ -228,6 +239,14 @@ func (w *Watch) Run(ctx context.Context) error {
 		return err
 	}
 	defer stopMetrics()
+	for _, s := range w.sensors {
+		if s.spool == nil {
+			continue
+		}
+		if err := s.listen(ctx, s.spool, w.log); err != nil {
+			return fmt.Errorf("sensor %q: %w", s.Name, err)
+		}
+	}
 	poll, save := time.NewTicker(pollEvery), time.NewTicker(saveEvery)
 	defer poll.Stop()
 	defer save.Stop()
@@ -465,6 +484,11 @@ func (w *Watch) save() error {
 		return err
 	}
 	w.changed = false
+	for _, s := range w.sensors {
+		if s.spool != nil {
+			s.spool.drop(w.kept.Sensors[s.Name].Places)
+		}
+	}
 	return nil
 }
 
