@@ -20,6 +20,7 @@ func OfLease(l *v1.Lease) (Entry, error) {
 	if err := json.Unmarshal(l.GetSubject(), &e.Subject); err != nil {
 		return e, fmt.Errorf("lease %s: its subject: %w", l.GetId(), err)
 	}
+	e.Subject.Release = l.GetRelease()
 	return e, nil
 }
 

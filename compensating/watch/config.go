@@ -195,6 +195,21 @@ func (c *Config) check(name string) (diags hcl.Diagnostics) {
 	return diags
 }
 
+// World is what the config says of the world.
+func (c *Config) World() detect.Config {
+	return detect.Config{Governed: c.Governed, Through: c.through}
+}
+
+// LogLinePrefix is that of the first sensor of a kind.
+func (c *Config) LogLinePrefix(kind string) string {
+	for _, s := range c.Sensors {
+		if s.Kind == kind {
+			return s.LogLinePrefix
+		}
+	}
+	return ""
+}
+
 // where says what is wrong with where a sensor's lines come from.
 func (s Sensor) where() (problems []string) {
 	if (s.Path == "") == (s.Listen == "") {

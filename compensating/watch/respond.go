@@ -2,11 +2,14 @@ package watch
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"log/slog"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -15,6 +18,7 @@ import (
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/compensating/detect"
+	"github.com/countersign/countersign/compensating/finding"
 	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/sightings"
 )
@@ -77,9 +81,13 @@ func (w *Watch) tell(ctx context.Context, s *speaker) {
 			}
 			count := r.Finding.Count
 			reopened, err := report(ctx, s.client, r)
-			if err != nil {
+			switch connect.CodeOf(err) {
+			case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeCanceled, connect.CodeResourceExhausted:
 				s.lost(w.now(), err)
 				return
+			}
+			if err != nil { // it won't be taken the next time, either, and others wait
+				s.log.Error("the broker doesn't take a finding", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "err", err)
 			}
 			if reopened {
 				r.Notices = 0
@@ -102,11 +110,12 @@ func report(ctx context.Context, client countersignv1connect.OperatorServiceClie
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	f := r.Finding
-	m := &v1.Finding{Cause: string(r.Key.Detector) + " " + r.Key.Cause, Detector: string(f.Detector), Severity: string(f.Severity), Nhi: f.NHI, Lease: f.Lease, Host: f.Host,
-		Account: f.Account, Why: f.Why, First: timestamppb.New(f.First), Last: timestamppb.New(f.Last), Count: uint64(f.Count), Response: string(r.Action)}
+	why := f.Why
 	if r.Held != "" {
-		m.Why += "; " + r.Held
+		why = r.Held + "; " + why
 	}
+	m := &v1.Finding{Cause: cause(r.Key), Detector: string(f.Detector), Severity: string(f.Severity), Nhi: f.NHI, Lease: brief(f.Lease), Host: brief(f.Host),
+		Account: brief(f.Account), Why: brief(why), First: timestamppb.New(f.First), Last: timestamppb.New(f.Last), Count: uint64(f.Count), Response: string(r.Action)}
 	for _, s := range f.Evidence {
 		b, err := json.Marshal(s)
 		if err != nil {
@@ -121,6 +130,27 @@ func report(ctx context.Context, client countersignv1connect.OperatorServiceClie
 		return false, err
 	}
 	return a.Msg.GetReopened(), nil
+}
+
+// maxText bounds a text as the broker takes it.
+const maxText = 512
+
+// brief is a text as the broker takes it: logs hold longer ones, and other bytes.
+func brief(s string) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
+	if len(s) > maxText {
+		s = strings.ToValidUTF8(s[:maxText-len("…")], "") + "…"
+	}
+	return s
+}
+
+// cause is a key in its one form: two that differ only behind what is brief differ.
+func cause(k finding.Key) string {
+	if s := brief(k.Cause); s != k.Cause {
+		sum := sha256.Sum256([]byte(k.Cause))
+		return hex.EncodeToString(sum[:])
+	}
+	return k.Cause
 }
 
 // act does what the operator chose, once for a finding. More than an alert needs a

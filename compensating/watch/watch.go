@@ -137,7 +137,7 @@ func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watc
 	if err := w.openLedger(); err != nil {
 		return nil, err
 	}
-	w.judge = detect.NewJudge(w.index, detect.Config{Governed: c.Governed, Through: c.through})
+	w.judge = detect.NewJudge(w.index, c.World())
 	w.judge.Restore(w.kept.Judge)
 	if err := w.index.Each(func(e ledger.Entry) error { w.learn(e); return nil }); err != nil {
 		return nil, err

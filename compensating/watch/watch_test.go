@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/compensating/detect"
@@ -260,5 +261,19 @@ response "foreign-source" {
 		if _, err := load(strings.Replace(good, old, bad, 1)); err == nil {
 			t.Errorf("%s is taken", bad)
 		}
+	}
+}
+
+// What a log's line can bring into a finding, the broker takes.
+func TestBrief(t *testing.T) {
+	long := strings.Repeat("ä\xff\n", 400)
+	for _, s := range []string{"", "plain", long, long[1:], strings.Repeat("x", 513)} {
+		if b := brief(s); len(b) > 512 || !utf8.ValidString(b) || len(s) < 512 && utf8.ValidString(s) && b != s {
+			t.Errorf("%q of %q", b, s)
+		}
+	}
+	a, b := cause(finding.Key{Cause: long + "a"}), cause(finding.Key{Cause: long + "b"})
+	if a == b || len(a) > 512 || cause(finding.Key{Cause: "lease x"}) != "lease x" {
+		t.Errorf("%q and %q", a, b)
 	}
 }

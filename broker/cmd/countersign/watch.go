@@ -13,7 +13,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/countersign/countersign/broker/wire/secret"
-	"github.com/countersign/countersign/compensating/detect"
 	"github.com/countersign/countersign/compensating/finding"
 	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/replay"
@@ -61,7 +60,7 @@ func watchServeCommand() *cobra.Command {
 }
 
 func watchReplayCommand(o *options) *cobra.Command {
-	var file string
+	var file, configFile string
 	var named []string
 	cmd := &cobra.Command{
 		Use:   "replay --ledger FILE --source KIND=FILE ...",
@@ -70,12 +69,20 @@ func watchReplayCommand(o *options) *cobra.Command {
 and prints a finding for each cause; with -o json a line each.
 
 Kinds: ` + strings.Join(sightings.Kinds, ", ") + `. A FILE of - is standard input.
-Accounts whose names Vault's database engine made for a role in the ledger are governed.
+Accounts whose names Vault's database engine made for a role in the ledger are governed. A --config of the
+watch's tells of others, of NATs and poolers, and of the log_line_prefix of its sensors.
 
 Exit codes: 0 the logs were read, whatever was found, 1 a log or the ledger can't be read, 2 the command line is wrong.`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			sources, closeAll, err := openSources(named, cmd.InOrStdin())
+			c := &watch.Config{}
+			if configFile != "" {
+				var err error
+				if c, err = watch.Load(configFile); err != nil {
+					return &exitError{exitUsage, err}
+				}
+			}
+			sources, closeAll, err := openSources(named, c, cmd.InOrStdin())
 			defer closeAll()
 			if err != nil {
 				return &exitError{exitUsage, err}
@@ -85,7 +92,7 @@ Exit codes: 0 the logs were read, whatever was found, 1 a log or the ledger can'
 				return err
 			}
 			defer closeLedger()
-			book, err := replay.Run(index, detect.Config{}, sources)
+			book, err := replay.Run(index, c.World(), sources)
 			if err != nil {
 				return err
 			}
@@ -98,6 +105,7 @@ Exit codes: 0 the logs were read, whatever was found, 1 a log or the ledger can'
 		},
 	}
 	cmd.Flags().StringVar(&file, "ledger", "", "what was issued, as lease export writes it")
+	cmd.Flags().StringVar(&configFile, "config", "", "a config file of watch serve")
 	cmd.Flags().StringArrayVar(&named, "source", nil, "a log, as KIND=FILE; may be repeated")
 	_ = cmd.MarkFlagRequired("ledger")
 	_ = cmd.MarkFlagRequired("source")
@@ -128,7 +136,7 @@ func openLedger(name string) (*ledger.Index, func(), error) {
 
 // openSources opens the logs of KIND=FILE words. What it returns closes them, on
 // an error too.
-func openSources(named []string, stdin io.Reader) (sources []replay.Source, closeAll func(), err error) {
+func openSources(named []string, c *watch.Config, stdin io.Reader) (sources []replay.Source, closeAll func(), err error) {
 	var open []*os.File
 	closeAll = func() {
 		for _, f := range open {
@@ -140,7 +148,7 @@ func openSources(named []string, stdin io.Reader) (sources []replay.Source, clos
 		if !ok || name == "" {
 			return nil, closeAll, fmt.Errorf("--source %s: want KIND=FILE", word)
 		}
-		reader, err := sightings.New(kind, name, sightings.Options{Now: time.Now})
+		reader, err := sightings.New(kind, name, sightings.Options{Now: time.Now, LogLinePrefix: c.LogLinePrefix(kind)})
 		if err != nil {
 			return nil, closeAll, fmt.Errorf("--source %s: %w", word, err)
 		}

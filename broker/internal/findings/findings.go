@@ -64,8 +64,9 @@ const (
 	maxText          = 512
 	maxEvidence      = 20
 	maxEvidenceBytes = 4 << 10
-	maxOpen          = 100_000
 )
+
+var maxOpen = 100_000 // a test lowers it
 
 // ErrFull says that there are as many open findings as may be.
 var ErrFull = fmt.Errorf("%d findings are open, which is all that are kept: close what was looked into", maxOpen)

@@ -247,3 +247,36 @@ func TestWhatIsRefused(t *testing.T) {
 		}
 	}
 }
+
+// What is open is bounded; what is known is still kept up to date.
+func TestTooManyAreOpen(t *testing.T) {
+	s := open(t)
+	known, _ := report(t, s, t0)
+	closed, _ := report(t, s, t0, func(f *findings.Finding) { f.Cause = "closed" })
+	shut(t, s, closed.ID, time.Time{}, t0)
+	findings.LowerMaxOpen(t, 3)
+	for i := range 2 {
+		report(t, s, t0, func(f *findings.Finding) { f.Cause = fmt.Sprint(i) })
+	}
+	try := func(edits ...func(*findings.Finding)) (o findings.Outcome, err error) {
+		err = s.Update(t.Context(), func(tx *store.Tx) (err error) {
+			_, o, err = findings.Report(tx, finding(edits...), t0.Add(time.Hour))
+			return err
+		})
+		return o, err
+	}
+	if o, err := try(last(t0.Add(time.Minute))); err != nil || o != findings.Known {
+		t.Errorf("one that is open: %v %v", o, err)
+	}
+	if _, err := try(func(f *findings.Finding) { f.Cause = "another" }); !errors.Is(err, findings.ErrFull) {
+		t.Errorf("one more: %v", err)
+	}
+	again := func(f *findings.Finding) { f.Cause, f.Last = "closed", t0.Add(time.Minute) }
+	if _, err := try(again); !errors.Is(err, findings.ErrFull) {
+		t.Errorf("one that happened again: %v", err)
+	}
+	shut(t, s, known.ID, time.Time{}, t0.Add(time.Hour))
+	if o, err := try(again); err != nil || o != findings.Reopened {
+		t.Errorf("with room for it: %v %v", o, err)
+	}
+}

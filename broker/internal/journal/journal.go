@@ -56,6 +56,7 @@ type Grant struct {
 	Subject  json.RawMessage `json:"subject"` // the attested program, in its one encoding
 	Facts    json.RawMessage `json:"facts"`   // what the last decision was made on
 	Policy   int64           `json:"policy"`
+	Release  string          `json:"release,omitempty"` // one that announced the program's digest
 	Audience []string        `json:"audience,omitempty"`
 	Sources  []string        `json:"sources,omitempty"`
 

@@ -141,6 +141,9 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 		Subject: subject, Facts: factsJSON, Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
 		TTL: scope.TTL(), Overlap: scope.Overlap(), Grace: scope.Grace, ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
 	}, now)
+	if len(facts.Releases) > 0 {
+		g.Release = facts.Releases[0]
+	}
 	if instance := facts.Program.Instance().String(); r.HandOver {
 		g.From = instance
 	} else {

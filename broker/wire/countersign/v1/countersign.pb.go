@@ -4589,6 +4589,7 @@ type Lease struct {
 	ProveBy       *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=prove_by,json=proveBy,proto3" json:"prove_by,omitempty"`
 	LastError     string                 `protobuf:"bytes,16,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
 	Attempts      uint32                 `protobuf:"varint,17,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	Release       string                 `protobuf:"bytes,18,opt,name=release,proto3" json:"release,omitempty"` // one that announced the program's digest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4740,6 +4741,13 @@ func (x *Lease) GetAttempts() uint32 {
 		return x.Attempts
 	}
 	return 0
+}
+
+func (x *Lease) GetRelease() string {
+	if x != nil {
+		return x.Release
+	}
+	return ""
 }
 
 type ListLeasesRequest struct {
@@ -6537,7 +6545,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06wanted\x18\x02 \x01(\tR\x06wanted\x12\x10\n" +
 	"\x03saw\x18\x03 \x01(\tR\x03saw\x12\x16\n" +
-	"\x06result\x18\x04 \x01(\tR\x06result\"\xf4\x04\n" +
+	"\x06result\x18\x04 \x01(\tR\x06result\"\x8e\x05\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x1b\n" +
@@ -6557,7 +6565,8 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\bprove_by\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\aproveBy\x12\x1d\n" +
 	"\n" +
 	"last_error\x18\x10 \x01(\tR\tlastError\x12\x1a\n" +
-	"\battempts\x18\x11 \x01(\rR\battempts\x1a8\n" +
+	"\battempts\x18\x11 \x01(\rR\battempts\x12\x18\n" +
+	"\arelease\x18\x12 \x01(\tR\arelease\x1a8\n" +
 	"\n" +
 	"NamesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
