@@ -25,6 +25,7 @@ type update struct {
 	entries []ledger.Entry
 	traps   bool      // the entries are all of the broker's canaries
 	next    int64     // the record to go on from
+	epoch   uint64    // of the log that it is in
 	synced  time.Time // what was issued before is in the ledger
 }
 
@@ -34,7 +35,8 @@ type follower struct {
 	log   *slog.Logger
 	now   func() time.Time
 	next  int64
-	empty bool // the ledger is: all leases are fetched first
+	epoch uint64 // of the broker's log
+	empty bool   // the ledger is: all leases are fetched first
 	out   chan update
 }
 
@@ -71,8 +73,13 @@ func (f *follower) follow(ctx context.Context) error {
 		return err
 	}
 	defer hangUp()
-	if f.empty && f.next == 0 {
-		if err := f.all(ctx, client); err != nil {
+	// A broker that was restored has another log under the same numbers.
+	status, err := client.GetStatus(ctx, connect.NewRequest(&v1.GetStatusRequest{}))
+	if err != nil {
+		return err
+	}
+	if epoch := status.Msg.GetEpoch(); f.empty || epoch != f.epoch {
+		if err := f.all(ctx, client, epoch); err != nil {
 			return err
 		}
 	}
@@ -121,7 +128,7 @@ func (f *follower) follow(ctx context.Context) error {
 			}
 			traps = traps || strings.HasPrefix(r.Kind, "canary.")
 		case <-tick.C:
-			u := update{next: next, synced: f.now().Add(-behind)}
+			u := update{next: next, epoch: f.epoch, synced: f.now().Add(-behind)}
 			for id := range leases {
 				a, err := client.ListLeases(ctx, connect.NewRequest(&v1.ListLeasesRequest{Lease: id}))
 				if connect.CodeOf(err) == connect.CodeNotFound {
@@ -161,7 +168,7 @@ type auditRecord struct {
 func (f *follower) give(ctx context.Context, u update) error {
 	select {
 	case f.out <- u:
-		f.next = u.next
+		f.next, f.epoch = u.next, u.epoch
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
@@ -169,7 +176,7 @@ func (f *follower) give(ctx context.Context, u update) error {
 }
 
 // all fetches every lease, and goes on from what the log had before.
-func (f *follower) all(ctx context.Context, client countersignv1connect.OperatorServiceClient) error {
+func (f *follower) all(ctx context.Context, client countersignv1connect.OperatorServiceClient, epoch uint64) error {
 	c, err := client.AuditCheckpoint(ctx, connect.NewRequest(&v1.AuditCheckpointRequest{}))
 	if err != nil {
 		return err
@@ -190,7 +197,7 @@ func (f *follower) all(ctx context.Context, client countersignv1connect.Operator
 		if err != nil {
 			return err
 		}
-		var u update
+		u := update{next: f.next, epoch: f.epoch}
 		for _, l := range r.Msg.GetLeases() {
 			e, err := ledger.OfLease(l)
 			if err != nil {
@@ -200,7 +207,7 @@ func (f *follower) all(ctx context.Context, client countersignv1connect.Operator
 		}
 		req.After = r.Msg.GetNext()
 		if req.After == "" {
-			u.next = size
+			u.next, u.epoch = size, epoch
 		}
 		if err := f.give(ctx, u); err != nil {
 			return err
@@ -218,7 +225,7 @@ func (f *follower) traps(ctx context.Context, client countersignv1connect.Operat
 	if err != nil {
 		return err
 	}
-	u := update{traps: true, next: f.next}
+	u := update{traps: true, next: f.next, epoch: f.epoch}
 	for _, c := range r.Msg.GetCanaries() {
 		u.entries = append(u.entries, ledger.OfCanary(c))
 	}

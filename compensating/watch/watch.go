@@ -83,6 +83,7 @@ type sensor struct {
 // state is the file that is written whole.
 type state struct {
 	Audit    int64                  `json:"audit"` // the next of the broker's records
+	Epoch    uint64                 `json:"epoch"` // of the log that they are in
 	Sensors  map[string]sensorState `json:"sensors"`
 	Judge    detect.State           `json:"judge"`
 	Held     []held                 `json:"held,omitempty"`
@@ -231,7 +232,7 @@ func (w *Watch) Close() {
 func (w *Watch) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	f := &follower{dial: w.dial, log: w.log, now: w.now, next: w.kept.Audit, empty: w.index.Len() == 0, out: make(chan update)}
+	f := &follower{dial: w.dial, log: w.log, now: w.now, next: w.kept.Audit, epoch: w.kept.Epoch, empty: w.index.Len() == 0, out: make(chan update)}
 	go f.run(ctx)
 	speak := newSpeaker(w.config, w.dial, w.log)
 	stopMetrics, err := w.meter.serve(w.config.MetricsListen)
@@ -303,8 +304,8 @@ func (w *Watch) apply(u update) error {
 			return err
 		}
 	}
-	if len(u.entries) > 0 || u.next != w.kept.Audit {
-		w.kept.Audit, w.changed = u.next, true
+	if len(u.entries) > 0 || u.next != w.kept.Audit || u.epoch != w.kept.Epoch {
+		w.kept.Audit, w.kept.Epoch, w.changed = u.next, u.epoch, true
 	}
 	if u.synced.After(w.synced) {
 		w.synced = u.synced
