@@ -242,5 +242,10 @@ func (b *brake) free(ctx context.Context, client countersignv1connect.OperatorSe
 			of += hosts
 		}
 	}
-	return float64(n) < math.Floor(share*float64(of)), nil
+	return allowed(n, of, share), nil
+}
+
+// allowed says whether one more than n may be acted on in a minute, of so many.
+func allowed(n int, of uint64, share float64) bool {
+	return n == 0 || float64(n) < math.Floor(share*float64(of))
 }

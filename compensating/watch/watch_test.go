@@ -277,3 +277,23 @@ func TestBrief(t *testing.T) {
 		t.Errorf("%q and %q", a, b)
 	}
 }
+
+func TestBrake(t *testing.T) {
+	for _, c := range []struct {
+		n     int
+		of    uint64
+		share float64
+		want  bool
+	}{
+		{0, 0, 0, true}, // one always may
+		{1, 10, 0.02, false},
+		{1, 100, 0.02, true},
+		{2, 100, 0.02, false},
+		{199, 10_000, 0.02, true},
+		{200, 10_000, 0.02, false},
+	} {
+		if got := allowed(c.n, c.of, c.share); got != c.want {
+			t.Errorf("one more than %d of %d, share %v: %v", c.n, c.of, c.share, got)
+		}
+	}
+}

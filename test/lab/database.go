@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // DatabaseRole is a role of Vault's database engine, over a database of its own.
@@ -98,14 +99,22 @@ GRANT SELECT ON invoices TO `+group+`;
 
 // LoginFrom logs in from an address of this machine, as 127.0.0.9.
 func (pg *Postgres) LoginFrom(ctx context.Context, address, user, password, database string) error {
-	c, err := pgx.ParseConfig(pg.DSN(user, password, database))
-	if err != nil {
-		return err
-	}
-	c.DialFunc = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).DialContext
-	conn, err := pgx.ConnectConfig(ctx, c)
+	conn, err := pg.ConnectBy(ctx, (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).DialContext, "127.0.0.1", user, password, database, "")
 	if err != nil {
 		return err
 	}
 	return conn.Close(ctx)
+}
+
+// ConnectBy logs in over connections that dial makes, as a program of that name.
+func (pg *Postgres) ConnectBy(ctx context.Context, dial pgconn.DialFunc, host, user, password, database, program string) (*pgx.Conn, error) {
+	c, err := pgx.ParseConfig(pg.DSN(user, password, database))
+	if err != nil {
+		return nil, err
+	}
+	c.Host, c.DialFunc = host, dial
+	if program != "" {
+		c.RuntimeParams["application_name"] = program
+	}
+	return pgx.ConnectConfig(ctx, c)
 }

@@ -17,8 +17,9 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/google/go-tpm/tpm2"
+
+	"github.com/countersign/countersign/attestors/tpm"
 )
 
 // tpmCommandLimit bounds one command that the lab sends to a software TPM, the

@@ -17,9 +17,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/google/go-tpm/tpm2"
+
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
-	"github.com/google/go-tpm/tpm2"
 )
 
 // A SoftTPM does in software what a host's TPM does: an endorsement key that
