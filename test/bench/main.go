@@ -92,7 +92,7 @@ func run(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	for _, measure := range []func(context.Context, string) ([]Row, error){appraisal, watching, brokers, agents} {
+	for _, measure := range []func(context.Context, string) ([]Row, error){appraisal, watching, alerting, brokers, agents} {
 		rows, err := measure(ctx, dir)
 		if err != nil {
 			return err
