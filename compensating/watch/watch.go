@@ -13,6 +13,7 @@
 package watch
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -44,6 +45,9 @@ const (
 	// keep is how long a finding that nothing adds to is remembered here; the broker
 	// keeps it.
 	keep = 30 * 24 * time.Hour
+	// absent is how long a log may be missing, and silence how long any may say nothing.
+	absent  = 10 * time.Minute
+	silence = 30 * time.Minute
 	// maxHeld bounds the sightings that wait for the ledger.
 	maxHeld = 1 << 16
 )
@@ -267,6 +271,7 @@ func (w *Watch) Run(ctx context.Context) error {
 			if err := w.settled(); err != nil {
 				return err
 			}
+			w.blind()
 			if w.changed {
 				if err := w.save(); err != nil {
 					return err
@@ -409,6 +414,26 @@ func (w *Watch) poll() error {
 	return failed
 }
 
+// blind sees logs that say nothing for much longer than they used to, and logs that
+// aren't there.
+func (w *Watch) blind() {
+	for _, s := range w.sensors {
+		h, quiet := s.reader.Health(), w.now().Sub(s.last)
+		why := ""
+		switch {
+		case h.Lines == 0 && quiet > absent:
+			why = fmt.Sprintf("nothing was ever read of it: is %s right?", cmp.Or(s.Listen, s.Path))
+		case s.failed != "" && quiet > absent:
+			why = s.failed
+		case h.Lines >= 20 && quiet > max(silence, 10*h.Gap):
+			why = fmt.Sprintf("it says nothing since %s, and was never silent for more than %s before", s.last.UTC().Format(time.RFC3339), h.Gap.Round(time.Second))
+		}
+		if why != "" {
+			w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: s.Name, Time: s.last, Cause: "silent " + s.Name, Why: why + "; what it would show is not known"}})
+		}
+	}
+}
+
 // see judges a sighting, or has it wait for the ledger.
 func (w *Watch) see(s sightings.Sighting) error {
 	w.meter.seen(s)
@@ -451,13 +476,16 @@ func (w *Watch) settled() error {
 
 func (w *Watch) add(list []detect.Detection) {
 	for _, d := range list {
-		key := finding.Of(d)
+		key, known := finding.Of(d), 0
+		if f := w.book[key]; f != nil {
+			known = f.Count
+		}
 		f, fresh := w.book.Add(d)
 		if fresh {
 			w.kept.Findings = append(w.kept.Findings, record{Key: key, Finding: f})
 			w.log.Warn("finding", "detector", f.Detector, "severity", f.Severity, "lease", f.Lease, "host", f.Host, "account", f.Account, "why", f.Why)
 		}
-		w.changed = true
+		w.changed = w.changed || f.Count != known
 	}
 }
 

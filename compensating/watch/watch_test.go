@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -294,6 +295,48 @@ func TestBrake(t *testing.T) {
 	} {
 		if got := allowed(c.n, c.of, c.share); got != c.want {
 			t.Errorf("one more than %d of %d, share %v: %v", c.n, c.of, c.share, got)
+		}
+	}
+}
+
+// A log that falls silent is called blind, once; one that was never talkative isn't.
+func TestBlind(t *testing.T) {
+	now, dir := noon, t.TempDir()
+	c := &Config{StateDir: filepath.Join(dir, "state"), Sensors: []Sensor{{Kind: "postgres-stderr", Name: "busy", Path: filepath.Join(dir, "busy")},
+		{Kind: "postgres-stderr", Name: "slow", Path: filepath.Join(dir, "slow")}, {Kind: "sshd", Name: "absent", Path: filepath.Join(dir, "absent")}}}
+	for name, every := range map[string]time.Duration{"busy": time.Second, "slow": time.Hour} {
+		var log []byte
+		for i := range 30 {
+			log = fmt.Appendf(log, "%s [7] LOG:  checkpoint complete\n", noon.Add(time.Duration(i-30)*every).Format("2006-01-02 15:04:05.000 UTC"))
+		}
+		write(t, filepath.Join(dir, name), log, os.O_TRUNC)
+	}
+	w, err := Open(c, away, slog.New(slog.DiscardHandler), func() time.Time { return now })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	for _, step := range []struct {
+		after time.Duration
+		want  string
+	}{{time.Minute, ""}, {9 * time.Minute, ""}, {time.Minute, "absent"}, {20 * time.Minute, "absent busy"}, {5 * time.Hour, "absent busy"}, {20 * time.Hour, "absent busy slow"}} {
+		if err := w.poll(); err != nil {
+			t.Fatal(err)
+		}
+		now = now.Add(step.after)
+		w.changed = false
+		w.blind()
+		w.blind()
+		var names []string
+		for _, f := range w.book {
+			names = append(names, f.Account)
+			if f.Detector != detect.SilentSensor || f.Count != 1 {
+				t.Errorf("%+v", f)
+			}
+		}
+		slices.Sort(names)
+		if got := strings.Join(names, " "); got != step.want {
+			t.Errorf("%s later: %q, want %q", step.after, got, step.want)
 		}
 	}
 }

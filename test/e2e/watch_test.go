@@ -128,6 +128,17 @@ sensor "vault-audit" "vault" {
 			}
 		}
 	}
+	// Somebody who reads the same path in Vault by himself.
+	client := check.Must(services.Vault.Client())(t)
+	secret := check.Must(client.Logical().ReadWithContext(check.Within(t, 10*time.Second), "database/creds/billing-ro"))(t)
+	check.Eventually(t, time.Minute, "a read past the broker is found", func() (bool, string) {
+		for _, f := range b.findings(t, "") {
+			if f.Detector == "out-of-band-read" && f.Account == "database/creds/billing-ro" && strings.Contains(string(f.Evidence[0]), secret.LeaseID) {
+				return true, ""
+			}
+		}
+		return false, "no such finding"
+	})
 	for _, path := range []string{w.Log(), filepath.Join(w.Dir, "state", "state.json"), filepath.Join(w.Dir, "state", "ledger.jsonl"), b.broker.Log()} {
 		if text := check.Must(os.ReadFile(path))(t); strings.Contains(string(text), password) {
 			t.Errorf("%s holds the password", path)
