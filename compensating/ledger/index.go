@@ -61,9 +61,16 @@ type Index struct {
 	// many has the names that more than one entry bears, as static accounts do.
 	many map[nameKey][]uint32
 
+	// recent has entries of names in many that were asked for: an account that is read
+	// every hour has thousands.
+	recent map[nameKey][]Entry
+
 	hosts map[string]*host
 	line  []byte
 }
+
+// maxRecent bounds the names that recent has.
+const maxRecent = 64
 
 // places grow by pages, so that growing copies nothing.
 type places struct {
@@ -123,7 +130,7 @@ type address struct {
 
 // NewIndex makes an index over file, whose lines Add names.
 func NewIndex(file io.ReaderAt) *Index {
-	x := &Index{file: file, seed: maphash.MakeSeed(), many: map[nameKey][]uint32{}, hosts: map[string]*host{}}
+	x := &Index{file: file, seed: maphash.MakeSeed(), many: map[nameKey][]uint32{}, recent: map[nameKey][]Entry{}, hosts: map[string]*host{}}
 	for i := range x.names {
 		x.names[i].table = make([]slot, 8)
 	}
@@ -192,6 +199,7 @@ func (x *Index) Add(offset int64, size int, e Entry) error {
 		x.put(at, byProgram, byProgram.of(&e), n)
 	}
 	for f := ByID; f < byProgram; f++ {
+		delete(x.recent, nameKey{f, f.of(&e)})
 		if err := x.bear(f, f.of(&e), n); err != nil {
 			return err
 		}
@@ -243,7 +251,18 @@ func (x *Index) Find(f Field, name string) ([]Entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	return x.entries(f, name, found)
+	key := nameKey{f, name}
+	if list, ok := x.recent[key]; ok {
+		return slices.Clone(list), nil
+	}
+	list, err := x.entries(f, name, found)
+	if err == nil && len(found) > 1 {
+		if len(x.recent) >= maxRecent {
+			clear(x.recent)
+		}
+		x.recent[key] = slices.Clone(list)
+	}
+	return list, err
 }
 
 // Program returns the entries of one scope on one host, by the time of issue.

@@ -218,3 +218,42 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// What was asked for before is asked for again after its entries changed.
+func TestSharedNamesThatChange(t *testing.T) {
+	var b bytes.Buffer
+	x := ledger.NewIndex(readerAt{&b})
+	add := func(e ledger.Entry) {
+		t.Helper()
+		e.Scope, e.Host, e.Names.DBUsername = "s", "h", "svc"
+		line, err := json.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := b.Len()
+		b.Write(append(line, '\n'))
+		if err := x.Add(int64(at), len(line)+1, e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(n int, revoked bool) {
+		t.Helper()
+		list, err := x.Find(ledger.ByDBUsername, "svc")
+		if err != nil || len(list) != n || slices.ContainsFunc(list, func(e ledger.Entry) bool { return e.ID == "2" && !e.Revoked.IsZero() != revoked }) {
+			t.Fatalf("%v, %v", list, err)
+		}
+		clear(list) // the caller's
+	}
+	add(ledger.Entry{ID: "1"})
+	add(ledger.Entry{ID: "2"})
+	want(2, false)
+	want(2, false)
+	add(ledger.Entry{ID: "3"})
+	want(3, false)
+	add(ledger.Entry{ID: "2", Revoked: noon})
+	want(3, true)
+}
+
+type readerAt struct{ b *bytes.Buffer }
+
+func (r readerAt) ReadAt(p []byte, at int64) (int, error) { return copy(p, r.b.Bytes()[at:]), nil }
