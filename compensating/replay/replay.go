@@ -41,7 +41,7 @@ func Run(index *ledger.Index, c detect.Config, sources []Source) (finding.Book, 
 	}
 	for _, s := range sources {
 		var failed error
-		err := Lines(s.Log, func(number int64, line []byte) error {
+		err := Lines(s.Log, s.Reader.Rest, func(number int64, line []byte) error {
 			s.Reader.Line(number, line, func(seen sightings.Sighting) {
 				found, err := judge.See(seen)
 				add(found)
@@ -131,21 +131,35 @@ func silent(index *ledger.Index, sources []Source) (out []detect.Detection) {
 }
 
 // Lines calls f for every line of a log, without its end. Of a line that is longer
-// than any reader takes it gives the beginning.
-func Lines(log io.Reader, f func(number int64, line []byte) error) error {
+// than any reader takes it gives the beginning, and more of it to rest.
+func Lines(log io.Reader, rest func([]byte), f func(number int64, line []byte) error) error {
 	r := bufio.NewReaderSize(log, 256<<10)
 	var long []byte
 	for number := int64(1); ; number++ {
 		line, err := r.ReadSlice('\n')
 		if errors.Is(err, bufio.ErrBufferFull) {
 			long = append(long[:0], line...)
-			for errors.Is(err, bufio.ErrBufferFull) {
+			for errors.Is(err, bufio.ErrBufferFull) && len(long) < maxLine {
 				line, err = r.ReadSlice('\n')
-				if len(long) < maxLine {
-					long = append(long, line...)
-				}
+				long = append(long, line...)
 			}
 			line = long
+			if errors.Is(err, bufio.ErrBufferFull) {
+				if err := f(number, long); err != nil {
+					return err
+				}
+				for errors.Is(err, bufio.ErrBufferFull) {
+					line, err = r.ReadSlice('\n')
+					rest(line)
+				}
+				if err != nil && !errors.Is(err, io.EOF) {
+					return err
+				}
+				if err != nil {
+					return nil
+				}
+				continue
+			}
 		}
 		if err != nil && !errors.Is(err, io.EOF) {
 			return err

@@ -39,7 +39,9 @@ func (o *OCSF) event(number int64, f fields, emit func(Sighting)) bool {
 		if err != nil {
 			return false
 		}
-		t = time.UnixMilli(ms).UTC()
+		if t, ok = plausible(time.UnixMilli(ms)); !ok {
+			return false
+		}
 	}
 	o.health.saw(t)
 	class := f.text("class_uid")

@@ -63,10 +63,36 @@ type pgState struct {
 	Health   Health                `json:"health"`
 	Sessions map[string]*pgSession `json:"sessions,omitempty"`
 	Waiting  []string              `json:"waiting,omitempty"`
-	Record   int64                 `json:"record,omitempty"` // where a record began that waits for its rest, or for the next
-	Text     []byte                `json:"text,omitempty"`   // and what there is of it
-	TooLong  bool                  `json:"too_long,omitempty"`
-	Broken   bool                  `json:"broken,omitempty"`
+	Record   int64                 `json:"record,omitempty"` // of csvlog: where a record began whose rest is to come
+	Held     *pgHeld               `json:"held,omitempty"`   // a record of stderr that waits for the next line
+}
+
+// A pgHeld is what is kept of a record: names, and of its message no more than the
+// reader looks for, since messages hold statements, and those hold passwords.
+type pgHeld struct {
+	Time     time.Time `json:"time"`
+	Line     int64     `json:"line"`
+	Session  string    `json:"session"`
+	User     []byte    `json:"user,omitempty"`
+	Database []byte    `json:"database,omitempty"`
+	From     []byte    `json:"from,omitempty"`
+	Program  []byte    `json:"program,omitempty"`
+	Severity string    `json:"severity"`
+	Message  []byte    `json:"message,omitempty"`
+}
+
+func hold(r *pgRecord) *pgHeld {
+	h := &pgHeld{Time: r.time, Line: r.line, Session: r.session, User: slices.Clone(r.user), Database: slices.Clone(r.database), From: slices.Clone(r.from),
+		Program: slices.Clone(r.program), Severity: string(r.severity)}
+	if h.Severity == "FATAL" || slices.ContainsFunc([][]byte{pgReceived, pgAuthorized, pgReplicator, pgEnded}, func(begin []byte) bool { return bytes.HasPrefix(r.message, begin) }) {
+		h.Message = slices.Clone(r.message[:min(len(r.message), 4*maxText)])
+	}
+	return h
+}
+
+func (h *pgHeld) record() *pgRecord {
+	return &pgRecord{time: h.Time, line: h.Line, session: h.Session, user: h.User, database: h.Database, from: h.From, program: h.Program,
+		severity: []byte(h.Severity), message: h.Message}
 }
 
 // Save is what Restore takes.
@@ -98,6 +124,9 @@ func newPostgres(source string) postgres {
 	return postgres{source: source, sessions: map[string]*pgSession{}}
 }
 
+// Rest is of no use: no record that is looked for is so long.
+func (p *postgres) Rest([]byte) {}
+
 // Health is how the log could be read.
 func (p *postgres) Health() Health { return p.health }
 
@@ -111,7 +140,12 @@ var (
 	pgProgram    = []byte(" application_name=")
 	pgEncrypted  = []byte(" SSL enabled (")
 	pgKerberos   = []byte(" GSS (")
-	pgWhoIsIt    = [][]byte{[]byte("authentication failed"), []byte("pg_hba.conf"), []byte("connection requires")}
+
+	// pgTurnedAway is what PostgreSQL says to a client whom it let in, before the
+	// client can do anything. Whatever else ends a session, it had begun.
+	pgTurnedAway = []string{"role \"", "database \"", "permission denied for database", "too many connections for", "sorry, too many clients already",
+		"remaining connection slots are reserved", "the database system is", "cannot connect to template", "parameter \"", "unrecognized configuration parameter",
+		"invalid value for parameter", "permission denied to set parameter", "must be superuser to connect", "must be superuser or replication", "number of requested standby connections"}
 )
 
 func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
@@ -184,6 +218,9 @@ func (p *postgres) authorized(r *pgRecord) {
 			p.health.unreadable("a login whose database isn't the record's")
 			return
 		}
+	} else if bytes.HasPrefix(r.message, pgAuthorized) {
+		p.health.unreadable("a login without a database")
+		return
 	}
 	if behind, ok := bytes.CutPrefix(rest, pgProgram); ok {
 		program = behind
@@ -235,9 +272,9 @@ func (p *postgres) refused(r *pgRecord, s *pgSession, emit func(Sighting)) {
 	seen := Sighting{Time: r.time, Kind: Attempt, Source: p.source, Line: r.line, Account: text(r.user), Target: text(r.database),
 		From: s.From, Local: s.Local, Program: text(r.program)}
 	if s.Login != nil {
-		// Who it is was settled before: whoever says otherwise has forged it.
-		if slices.ContainsFunc(pgWhoIsIt, func(words []byte) bool { return bytes.Contains(r.message, words) }) || r.user != nil && text(r.user) != s.Login.Account {
-			p.health.unreadable("a session that is turned away after it was let in")
+		if r.user != nil && text(r.user) != s.Login.Account || !slices.ContainsFunc(pgTurnedAway, func(words string) bool { return bytes.HasPrefix(r.message, []byte(words)) }) {
+			emit(*s.Login)
+			s.Login = nil
 			return
 		}
 		seen.Account, seen.Target, seen.Program = s.Login.Account, s.Login.Target, s.Login.Program
@@ -255,6 +292,12 @@ func (p *postgres) refused(r *pgRecord, s *pgSession, emit func(Sighting)) {
 // quoted is the text between a message's first and last quotation marks, as in
 // `password authentication failed for user "app"`.
 func quoted(message []byte) string {
+	// no pg_hba.conf entry for host "10.0.0.7", user "app", database "billing", no encryption
+	if _, user, ok := bytes.Cut(message, []byte(`, user "`)); ok {
+		if end := bytes.Index(user, []byte(`", database "`)); end >= 0 {
+			return text(user[:end])
+		}
+	}
 	first, last := bytes.IndexByte(message, '"'), bytes.LastIndexByte(message, '"')
 	if first < 0 || last <= first {
 		return ""
@@ -342,7 +385,7 @@ func (p *postgres) time(b []byte) (time.Time, bool) {
 		p.health.Sample = "a time in a zone that isn't known here: log_timezone = 'UTC' is read everywhere"
 		return time.Time{}, false
 	}
-	return time.Date(year, time.Month(month), day, hour, minute, second, nano, zone), true
+	return plausible(time.Date(year, time.Month(month), day, hour, minute, second, nano, zone))
 }
 
 func digits(b []byte) (n int, ok bool) {
@@ -380,6 +423,9 @@ func zone(b []byte) (*time.Location, bool) {
 		}
 		if len(figures) == 2 {
 			n *= 100
+		}
+		if n/100 > 15 || n%100 > 59 {
+			return nil, false
 		}
 		offset := n/100*3600 + n%100*60
 		if b[0] == '-' {

@@ -42,7 +42,7 @@ func NewPostgresCSV(source string) *PostgresCSV {
 func (p *PostgresCSV) Save() ([]byte, error) {
 	s := p.state()
 	if p.quoted {
-		s.Record, s.Text, s.TooLong = p.begin, p.text, p.tooLong
+		s.Record = p.begin
 	}
 	return json.Marshal(s)
 }
@@ -54,13 +54,25 @@ func (p *PostgresCSV) Restore(b []byte) error {
 		return err
 	}
 	p.restore(s)
-	p.begin, p.text, p.tooLong, p.quoted = s.Record, s.Text, s.TooLong, s.Record > 0
+	// What there was of an open record isn't kept: it is a statement's, most likely.
+	p.begin, p.tooLong, p.quoted = s.Record, s.Record > 0, s.Record > 0
 	return nil
+}
+
+// Rest counts the quotation marks of a line that was too long to be given whole:
+// what follows is in a record or isn't, and who writes long statements would choose.
+func (p *PostgresCSV) Rest(part []byte) {
+	if bytes.Count(part, []byte{'"'})%2 == 1 {
+		p.quoted, p.tooLong = !p.quoted, true
+	}
 }
 
 // Line takes one line, which may be part of a record.
 func (p *PostgresCSV) Line(number int64, line []byte, emit func(Sighting)) {
 	p.health.Lines++
+	if number == 1 {
+		p.quoted = false // a file begins with a record
+	}
 	if !p.quoted {
 		if len(line) == 0 {
 			return

@@ -33,10 +33,8 @@ var prefixes = []string{
 type PostgresStderr struct {
 	postgres
 	prefixes []pgPrefix
-	last     int // of prefixes, the one that fitted
-	number   int64
-	held     []byte // a line that waits for the next one
-	broken   bool   // the last line ended in its prefix
+	last     int     // of prefixes, the one that fitted
+	held     *pgHeld // a record that waits for the next line
 }
 
 // NewPostgresStderr makes a reader of a log whose lines begin as log_line_prefix
@@ -157,7 +155,9 @@ func (p pgPrefix) match(head []byte, log *postgres, r *pgRecord) bool {
 			if !ok || !okFraction || len(seconds) > 11 || len(fraction) > 3 {
 				return false
 			}
-			r.time = time.Unix(int64(s), int64(ms)*1e6)
+			if r.time, ok = plausible(time.Unix(int64(s), int64(ms)*1e6)); !ok {
+				return false
+			}
 		case 'p':
 			if _, ok := digits(value); !ok || len(value) == 0 || len(value) > 10 {
 				return false
@@ -213,8 +213,9 @@ var severities = [][]byte{[]byte("LOG:  "), []byte("FATAL:  "), []byte("ERROR:  
 	[]byte("PANIC:  "), []byte("DETAIL:  "), []byte("HINT:  "), []byte("STATEMENT:  "), []byte("CONTEXT:  "), []byte("QUERY:  "), []byte("LOCATION:  "),
 	[]byte("DEBUG1:  "), []byte("DEBUG2:  "), []byte("DEBUG3:  "), []byte("DEBUG4:  "), []byte("DEBUG5:  "), []byte("BACKTRACE:  ")}
 
-// maxMarks is at how many places of a line a severity is looked for.
-const maxMarks = 8
+// maxMarks is how many severities of a line are looked at: more than fit into the
+// names of a prefix.
+const maxMarks = 32
 
 // Line takes one line. One that begins with a tab continues the record before.
 func (p *PostgresStderr) Line(number int64, line []byte, emit func(Sighting)) {
@@ -228,40 +229,31 @@ func (p *PostgresStderr) Line(number int64, line []byte, emit func(Sighting)) {
 		// A line break in its prefix: what follows is the rest of it.
 		p.health.unreadable(fmt.Sprintf("line %d of %d bytes ends in its log_line_prefix", number, len(line)))
 		p.take(emit)
-		p.broken = true
 		return
 	case !ok:
 		p.health.unreadable(fmt.Sprintf("line %d of %d bytes doesn't begin as log_line_prefix says", number, len(line)))
 		// What PostgreSQL's children write comes between, as it is. The rest of a
 		// line of its own has that line's severity.
-		if marked && len(p.held) > 0 {
+		if marked && p.held != nil {
 			p.health.Unreadable++
-			p.held = p.held[:0]
+			p.held = nil
 		}
-		p.broken = p.broken && !marked
-		return
-	case p.broken:
-		p.health.unreadable(fmt.Sprintf("line %d of %d bytes is the rest of one that ended in its log_line_prefix", number, len(line)))
-		p.broken = false
 		return
 	}
 	p.take(emit)
 	if p.prefixes[p.last].names() {
-		p.number, p.held = number, append(p.held, line...)
+		p.held = hold(&r)
 		return
 	}
 	p.record(&r, emit)
 }
 
-// take takes the line that waited.
+// take takes the record that waited.
 func (p *PostgresStderr) take(emit func(Sighting)) {
-	if len(p.held) == 0 {
-		return
+	if p.held != nil {
+		p.record(p.held.record(), emit)
+		p.held = nil
 	}
-	if r, ok, _ := p.find(p.number, p.held); ok {
-		p.record(&r, emit)
-	}
-	p.held = p.held[:0]
 }
 
 // Flush gives what waits.
@@ -273,7 +265,7 @@ func (p *PostgresStderr) Flush(emit func(Sighting)) {
 // Save is what Restore takes.
 func (p *PostgresStderr) Save() ([]byte, error) {
 	s := p.state()
-	s.Record, s.Text, s.Broken = p.number, p.held, p.broken
+	s.Held = p.held
 	return json.Marshal(s)
 }
 
@@ -284,7 +276,7 @@ func (p *PostgresStderr) Restore(b []byte) error {
 		return err
 	}
 	p.restore(s)
-	p.number, p.held, p.broken = s.Record, s.Text, s.Broken
+	p.held = s.Held
 	return nil
 }
 
@@ -308,7 +300,7 @@ func (p pgPrefix) names() bool {
 // says that there was one, whatever stands before it.
 func (p *PostgresStderr) find(number int64, line []byte) (found pgRecord, ok, marked bool) {
 	from := 0
-	for range maxMarks {
+	for marks := 0; marks < maxMarks; {
 		at := bytes.Index(line[from:], []byte(":  "))
 		if at < 0 {
 			break
@@ -322,6 +314,7 @@ func (p *PostgresStderr) find(number int64, line []byte) (found pgRecord, ok, ma
 		if !slices.ContainsFunc(severities, func(s []byte) bool { return bytes.Equal(s, line[word:from]) }) {
 			continue
 		}
+		marks++
 		marked = true
 		r, fits := p.prefixed(line[:word])
 		if !fits {

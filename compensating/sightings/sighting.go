@@ -59,6 +59,7 @@ type Sighting struct {
 	Source string `json:"source"`
 	Line   int64  `json:"line,omitempty"`
 
+	SSH     bool       `json:"ssh,omitempty"`     // the account is one of a machine's, not of a database
 	Account string     `json:"account,omitempty"` // user name at the target
 	From    netip.Addr `json:"from,omitzero"`     // where the client is; invalid: the target itself, or not known
 	Local   bool       `json:"local,omitempty"`   // over a socket of the target's own machine
@@ -93,6 +94,9 @@ type Reader interface {
 	// Line takes the next line, without its end. What it sees it gives to emit,
 	// now or with a later line; a sighting is never given twice.
 	Line(number int64, line []byte, emit func(Sighting))
+	// Rest takes more of a line that was too long to be given whole, as it is; its
+	// beginning was given to Line.
+	Rest(part []byte)
 	// Flush gives what waits for lines that may not come: at the end of a log, or
 	// when nothing came for a while.
 	Flush(emit func(Sighting))
@@ -124,6 +128,9 @@ type single struct {
 // Health is how the log could be read.
 func (s *single) Health() Health { return s.health }
 
+// Rest is of no use.
+func (s *single) Rest([]byte) {}
+
 // Flush has nothing to give.
 func (s *single) Flush(func(Sighting)) {}
 
@@ -132,6 +139,13 @@ func (s *single) Save() ([]byte, error) { return json.Marshal(s.health) }
 
 // Restore goes on from where Save was called.
 func (s *single) Restore(b []byte) error { return json.Unmarshal(b, &s.health) }
+
+// plausible is a time as all of a reader's are: in UTC, and of the years in which a
+// log can have been written. What a log claims beyond is no time.
+func plausible(t time.Time) (time.Time, bool) {
+	t = t.UTC()
+	return t, t.Year() >= 1990 && t.Year() < 2200
+}
 
 // saw notes the time of a record.
 func (h *Health) saw(t time.Time) {

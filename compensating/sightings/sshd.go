@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -48,13 +49,17 @@ func (s *Sshd) Line(number int64, line []byte, emit func(Sighting)) {
 		s.health.unreadable(fmt.Sprintf("line %d of %d bytes is neither syslog's nor the journal's", number, len(line)))
 		return
 	}
+	if t, ok = plausible(t); !ok {
+		s.health.unreadable(fmt.Sprintf("line %d has no time that can be", number))
+		return
+	}
 	s.health.saw(t)
 	switch string(program) {
 	case "sshd", "sshd-session", "sshd-auth":
 	default:
 		return
 	}
-	seen := Sighting{Time: t, Source: s.source, Line: number, Target: text(target)}
+	seen := Sighting{Time: t, Source: s.source, Line: number, SSH: true, Target: text(target)}
 	if accepted(message, &seen) {
 		emit(seen)
 	}
@@ -66,6 +71,8 @@ func journal(line []byte) (t time.Time, host, program, message []byte, ok bool) 
 		Source  string         `json:"_SOURCE_REALTIME_TIMESTAMP"`
 		Host    string         `json:"_HOSTNAME"`
 		Program string         `json:"SYSLOG_IDENTIFIER"`
+		UID     string         `json:"_UID"` // the kernel's word, where it is there
+		Command string         `json:"_COMM"`
 		Message jsontext.Value `json:"MESSAGE"`
 	}
 	if parse(line, &r) != nil {
@@ -81,6 +88,12 @@ func journal(line []byte) (t time.Time, host, program, message []byte, ok bool) 
 			return t, nil, nil, nil, false
 		}
 	} // else bytes that are no text: nothing that sshd says of a login
+	if r.UID != "" && r.UID != "0" || r.Command != "" && !strings.HasPrefix(r.Command, "sshd") {
+		r.Program = r.Command // anybody may call himself sshd
+		if strings.HasPrefix(r.Program, "sshd") {
+			r.Program = ""
+		}
+	}
 	return time.UnixMicro(micros).UTC(), []byte(r.Host), []byte(r.Program), []byte(text), true
 }
 
@@ -148,6 +161,15 @@ func accepted(message []byte, seen *Sighting) bool {
 		seen.Kind = Login
 	case "Failed":
 		seen.Kind = Attempt
+	case "Invalid": // Invalid user app from 10.0.0.7 port 40112
+		seen.Kind = Attempt
+		name, found := bytes.CutPrefix(rest, []byte("user "))
+		end := bytes.LastIndex(name, []byte(" from "))
+		if !found || end < 0 {
+			return false
+		}
+		seen.Account = text(name[:end])
+		return true
 	default:
 		return false
 	}

@@ -76,7 +76,8 @@ func (v *VaultAudit) Line(number int64, line []byte, emit func(Sighting)) {
 		return
 	}
 	t, err := time.Parse(time.RFC3339Nano, e.Time)
-	if err != nil {
+	t, ok := plausible(t)
+	if err != nil || !ok {
 		v.health.unreadable(fmt.Sprintf("line %d has no time that can be read", number))
 		return
 	}

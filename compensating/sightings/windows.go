@@ -15,6 +15,7 @@ import (
 // Winlogbeat's ("winlog"), or flat fields as NXLog and Splunk write them.
 //
 //	4624  a logon that succeeded
+//	4625  one that failed
 //	4648  a logon with explicit credentials: an attempt, by the client's machine
 //	4769  a Kerberos service ticket: whoever asks has logged in
 //	4776  a password that a domain controller checked: no address
@@ -131,6 +132,8 @@ func (w *Windows) event(number int64, f fields, emit func(Sighting)) bool {
 		if done {
 			seen.Kind = Login
 		}
+	case "4625":
+		seen.Kind = Attempt
 	case "4776":
 		seen.Kind = Attempt
 		if done {
@@ -170,11 +173,12 @@ func eventTime(s string) (time.Time, bool) {
 	if ms, ok := strings.CutPrefix(s, "/Date("); ok { // of Windows PowerShell
 		ms, _, _ = strings.Cut(ms, ")")
 		n, err := strconv.ParseInt(ms, 10, 64)
-		return time.UnixMilli(n).UTC(), err == nil
+		t, ok := plausible(time.UnixMilli(n))
+		return t, ok && err == nil
 	}
 	for _, layout := range []string{time.RFC3339Nano, "2006-01-02 15:04:05.999999999Z07:00", "2006-01-02T15:04:05.999999999", "2006-01-02 15:04:05.999999999"} {
 		if t, err := time.Parse(layout, s); err == nil {
-			return t.UTC(), true
+			return plausible(t)
 		}
 	}
 	return time.Time{}, false

@@ -137,9 +137,10 @@ func (t *Tail) open(path string, fresh bool) (*file, error) {
 	return f, nil
 }
 
-// Poll gives the whole lines that are new. It returns whether there were any. An
-// error names the file; the others are read all the same.
-func (t *Tail) Poll(line func(path string, number int64, line []byte)) (bool, error) {
+// Poll gives the whole lines that are new; of one that is longer than MaxLine the
+// beginning, and more of it to rest. It returns whether there were any. An error names
+// the file; the others are read all the same.
+func (t *Tail) Poll(line func(path string, number int64, line []byte), rest func(part []byte)) (bool, error) {
 	paths, err := filepath.Glob(t.pattern)
 	if err != nil {
 		return false, err
@@ -172,7 +173,7 @@ func (t *Tail) Poll(line func(path string, number int64, line []byte)) (bool, er
 		return cmp.Compare(a.Path, b.Path)
 	})
 	for _, f := range list {
-		grew, err := f.read(line)
+		grew, err := f.read(line, rest)
 		failed = errors.Join(failed, err)
 		some = some || grew
 		switch {
@@ -191,7 +192,7 @@ func (t *Tail) Poll(line func(path string, number int64, line []byte)) (bool, er
 	return some, failed
 }
 
-func (f *file) read(line func(string, int64, []byte)) (grew bool, err error) {
+func (f *file) read(line func(string, int64, []byte), rest func([]byte)) (grew bool, err error) {
 	info, err := f.f.Stat()
 	if err != nil {
 		return false, err
@@ -209,7 +210,7 @@ func (f *file) read(line func(string, int64, []byte)) (grew bool, err error) {
 		n, err := f.f.ReadAt(buffer, f.Offset+int64(len(f.rest)))
 		if n > 0 {
 			grew = true
-			f.take(buffer[:n], line)
+			f.take(buffer[:n], line, rest)
 		}
 		if errors.Is(err, io.EOF) {
 			return grew, nil
@@ -231,22 +232,25 @@ func (f *file) unchanged() bool {
 }
 
 // take gives the lines that are whole now.
-func (f *file) take(b []byte, line func(string, int64, []byte)) {
+func (f *file) take(b []byte, line func(string, int64, []byte), rest func([]byte)) {
 	for len(b) > 0 {
 		end := bytes.IndexByte(b, '\n')
 		switch {
 		case end < 0 && f.Skip:
+			rest(b)
 			f.advance(b)
 			return
 		case end < 0:
 			f.rest = append(f.rest, b...)
 			if len(f.rest) > MaxLine {
 				line(f.Path, f.Line+1, f.rest[:MaxLine])
+				rest(f.rest[MaxLine:])
 				f.advance(f.rest)
 				f.rest, f.Skip = nil, true
 			}
 			return
 		case f.Skip:
+			rest(b[:end])
 			f.Skip = false
 		case len(f.rest) > 0:
 			f.rest = append(f.rest, b[:end]...)

@@ -18,6 +18,7 @@ type reader struct {
 	at   string
 	tail *tail.Tail
 	now  time.Time
+	rest int // bytes behind what was given of long lines
 }
 
 func open(t *testing.T, pattern string) *reader {
@@ -55,7 +56,7 @@ func (r *reader) poll() string {
 			text = fmt.Sprint(len(text))
 		}
 		out = append(out, fmt.Sprint(filepath.Base(path), ":", number, ":", text))
-	}); err != nil {
+	}, func(part []byte) { r.rest += len(part) }); err != nil {
 		r.t.Fatal(err)
 	}
 	return strings.Join(out, " ")
@@ -196,6 +197,9 @@ func TestLongLines(t *testing.T) {
 	r.restart(r.tail.Places())
 	write(t, log, strings.Repeat("x", tail.MaxLine)+"\nb\n", os.O_APPEND)
 	r.want("log:2:b")
+	if want := 10 + tail.MaxLine; r.rest != want {
+		t.Errorf("%d bytes behind what was given, want %d", r.rest, want)
+	}
 }
 
 // TestKilledAnywhere: whatever whole lines a place was kept after, going on from it
@@ -230,7 +234,7 @@ func TestKilledAnywhere(t *testing.T) {
 			t.Fatal(err)
 		}
 		var lines []string
-		if _, err := f.Poll(func(_ string, _ int64, line []byte) { lines = append(lines, string(line)) }); err != nil {
+		if _, err := f.Poll(func(_ string, _ int64, line []byte) { lines = append(lines, string(line)) }, nil); err != nil {
 			t.Fatal(err)
 		}
 		if step%3 == 0 { // killed before it kept what it saw
@@ -244,7 +248,7 @@ func TestKilledAnywhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Poll(func(_ string, _ int64, line []byte) { got = append(got, string(line)) }); err != nil {
+	if _, err := f.Poll(func(_ string, _ int64, line []byte) { got = append(got, string(line)) }, nil); err != nil {
 		t.Fatal(err)
 	}
 	slices.Sort(got)

@@ -396,7 +396,7 @@ func (w *Watch) poll() error {
 	var failed error
 	for _, s := range w.sensors {
 		emit := func(seen sightings.Sighting) { failed = errors.Join(failed, w.see(seen)) }
-		some, err := s.tail.Poll(func(path string, number int64, line []byte) { s.reader.Line(number, line, emit) })
+		some, err := s.tail.Poll(func(path string, number int64, line []byte) { s.reader.Line(number, line, emit) }, s.reader.Rest)
 		switch {
 		case err != nil && err.Error() != s.failed:
 			s.failed = err.Error()
