@@ -1,5 +1,7 @@
 package detect
 
+import "slices"
+
 // A Name is a detector's.
 type Name string
 
@@ -29,6 +31,9 @@ const (
 	High     Severity = "high"
 	Critical Severity = "critical"
 )
+
+// Rank orders severities, from the least.
+func (s Severity) Rank() int { return slices.Index([]Severity{Low, Medium, High, Critical}, s) }
 
 // A Response is what is done about a finding.
 type Response string

@@ -59,7 +59,7 @@ type Judge struct {
 	made   map[string]bool         // what stands before the random part of governed user names
 	roles  map[string]bool         // of Vault's database engine that are governed, as user names have them
 	paths  map[string]bool         // of Vault that the ledger's entries came from
-	traps  map[string]ledger.Entry // by their path in Vault
+	traps  map[string]ledger.Entry // by their account, key id, and path in Vault
 	boots  map[string]string       // the host that a boot was seen of first
 	seen   State
 	used   map[program]bool
@@ -126,8 +126,10 @@ func (j *Judge) Restore(s State) {
 func (j *Judge) Learn(e ledger.Entry) {
 	p := e.Names.Path()
 	if e.Kind == ledger.KindCanary {
-		if p != "" {
-			j.traps[p] = e
+		for _, name := range []string{p, e.Names.DBUsername, e.Names.SSHKeyID} {
+			if name != "" {
+				j.traps[name] = e
+			}
 		}
 		return
 	}
@@ -187,16 +189,35 @@ func (j *Judge) governed(account string) bool {
 	})
 }
 
-// Known says whether the ledger knows the credential of a sighting, or it is of none
-// that the broker governs. Of one that is not known it may hear later.
+// Known says whether the ledger explains a sighting, or never will. One that it
+// doesn't may be of what it hears of later.
 func (j *Judge) Known(s sightings.Sighting) (bool, error) {
-	if s.Kind == sightings.Read {
-		known, err := j.ours(s)
-		_, trap := j.traps[s.VaultPath]
-		return known || trap || !j.paths[s.VaultPath], err
+	if _, trap := j.trap(s); trap {
+		return true, nil
 	}
-	entries, err := j.entries(s)
-	return len(entries) > 0 || !j.governed(s.Account), err
+	switch s.Kind {
+	case sightings.Read:
+		known, err := j.ours(s)
+		return known, err
+	case sightings.Login:
+		entries, err := j.entries(s)
+		return len(entries) > 0, err
+	}
+	return true, nil
+}
+
+// trap is the canary that a sighting touches.
+func (j *Judge) trap(s sightings.Sighting) (ledger.Entry, bool) {
+	names := []string{s.Account, s.SSHKeyID}
+	if s.Kind == sightings.Read {
+		names = []string{s.VaultPath}
+	}
+	for _, name := range names {
+		if e, ok := j.traps[name]; ok && name != "" && e.Holds(s.Time, 0) {
+			return e, true
+		}
+	}
+	return ledger.Entry{}, false
 }
 
 // entries are those of the credential that a sighting names.
@@ -225,25 +246,37 @@ func (j *Judge) entries(s sightings.Sighting) ([]ledger.Entry, error) {
 		return found, err
 	case s.CertSerial != "":
 		return j.ledger.Find(ledger.BySerial, s.CertSerial)
-	case s.Account != "":
+	case s.Account != "" && !s.SSH:
 		return j.ledger.Find(ledger.ByDBUsername, s.Account)
 	}
 	return nil, nil
 }
 
-// ours says whether a read was the broker's.
+// ours says whether a read was the broker's: it gave a lease that the ledger has, or
+// it was for a grant of just that path.
 func (j *Judge) ours(s sightings.Sighting) (bool, error) {
 	found, err := j.ledger.Find(ledger.ByVaultLease, s.VaultLease)
-	if err == nil && len(found) == 0 {
-		found, err = j.ledger.Find(ledger.ByID, s.Grant)
+	if err != nil || len(found) > 0 || s.VaultLease != "" {
+		return len(found) > 0, err
 	}
-	return len(found) > 0, err
+	found, err = j.ledger.Find(ledger.ByID, s.Grant)
+	return len(found) > 0 && found[0].Names.Path() == s.VaultPath, err
 }
 
 // See judges one sighting.
 func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
-	if s.Kind == sightings.Read {
+	if e, ok := j.trap(s); ok {
+		d := detection(Canary, &e, s, "a trap that nobody was given was touched")
+		if s.Kind == sightings.Read {
+			d.Account = s.VaultPath
+		}
+		return []Detection{d}, nil
+	}
+	switch s.Kind {
+	case sightings.Read:
 		return j.read(s)
+	case sightings.Attempt:
+		return nil, nil // anybody may try
 	}
 	entries, err := j.entries(s)
 	if err != nil {
@@ -255,14 +288,9 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 		}
 		return nil, nil
 	}
-	if i := slices.IndexFunc(entries, func(e ledger.Entry) bool { return e.Kind == ledger.KindCanary }); i >= 0 {
-		if e := entries[i]; e.Revoked.IsZero() || s.Time.Before(e.Revoked) {
-			return []Detection{detection(Canary, &e, s, "a trap that nobody was given was used")}, nil
-		}
-		return nil, nil
-	}
-	if s.Kind == sightings.Attempt {
-		return nil, nil // anybody may try
+	entries = slices.DeleteFunc(entries, func(e ledger.Entry) bool { return e.Kind == ledger.KindCanary })
+	if len(entries) == 0 {
+		return nil, nil // a trap that was taken away
 	}
 	for _, e := range entries {
 		j.used[program{e.Host, e.Scope}] = true
@@ -452,11 +480,6 @@ func letter(c byte) bool { return c >= 'a' && c <= 'z' || c >= '0' && c <= '9' |
 
 // read keeps who reads for the broker, and what somebody else may have read.
 func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
-	if e, ok := j.traps[s.VaultPath]; ok && e.Holds(s.Time, 0) {
-		d := detection(Canary, &e, s, "a trap that nobody was given was read")
-		d.Account = s.VaultPath
-		return []Detection{d}, nil
-	}
 	ours, err := j.ours(s)
 	if err != nil {
 		return nil, err
@@ -468,7 +491,7 @@ func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
 		}
 		return nil, nil
 	}
-	if len(j.seen.Reads) < maxReads {
+	if j.paths[s.VaultPath] && len(j.seen.Reads) < maxReads {
 		j.seen.Reads = append(j.seen.Reads, s)
 	}
 	return nil, nil

@@ -210,12 +210,13 @@ func TestReads(t *testing.T) {
 		seen []sightings.Sighting
 		want string
 	}{
-		"the broker's, by its lease":  {[]sightings.Sighting{ours}, ""},
-		"the broker's, by its grant":  {[]sightings.Sighting{read("database/creds/billing-ro", "", "L1", "token-countersign-L1")}, ""},
-		"the broker's, not in time":   {[]sightings.Sighting{read("database/creds/billing-ro", "database/creds/billing-ro/y", "", "broker"), ours}, ""},
-		"somebody's":                  {[]sightings.Sighting{ours, read("database/creds/billing-ro", "database/creds/billing-ro/z", "", "alice")}, "out-of-band-read"},
-		"somebody's of another path":  {[]sightings.Sighting{ours, read("database/creds/reports", "database/creds/reports/z", "", "alice")}, ""},
-		"who says that he is a grant": {[]sightings.Sighting{ours, read("database/creds/billing-ro", "", "L9", "alice")}, "out-of-band-read"},
+		"the broker's, by its lease":                   {[]sightings.Sighting{ours}, ""},
+		"the broker's, by its grant":                   {[]sightings.Sighting{read("database/creds/billing-ro", "", "L1", "token-countersign-L1")}, ""},
+		"the broker's, not in time":                    {[]sightings.Sighting{read("database/creds/billing-ro", "database/creds/billing-ro/y", "", "broker"), ours}, ""},
+		"somebody's":                                   {[]sightings.Sighting{ours, read("database/creds/billing-ro", "database/creds/billing-ro/z", "", "alice")}, "out-of-band-read"},
+		"somebody's of another path":                   {[]sightings.Sighting{ours, read("database/creds/reports", "database/creds/reports/z", "", "alice")}, ""},
+		"who says that he is a grant":                  {[]sightings.Sighting{ours, read("database/creds/billing-ro", "", "L9", "alice")}, "out-of-band-read"},
+		"who has a grant's name on a lease of his own": {[]sightings.Sighting{ours, read("database/creds/billing-ro", "database/creds/billing-ro/z", "L1", "alice")}, "out-of-band-read"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := judge(t, detect.Config{}, []ledger.Entry{issued()}, append(c.seen, login(0, "10.0.0.1"))...); got != c.want {
@@ -232,7 +233,7 @@ func TestSshCertificates(t *testing.T) {
 		})
 	}
 	seen := func(key, serial, from string) sightings.Sighting {
-		return login(0, from, func(s *sightings.Sighting) { s.Account, s.SSHKeyID, s.SSHSerial = "app", key, serial })
+		return login(0, from, func(s *sightings.Sighting) { s.SSH, s.Account, s.SSHKeyID, s.SSHSerial = true, user, key, serial })
 	}
 	entries := []ledger.Entry{of("L1", "17000000000000001"), of("L2", "17000000000000002")}
 	for name, c := range map[string]struct {

@@ -151,6 +151,9 @@ func (t *Tail) Poll(line func(path string, number int64, line []byte), rest func
 	var failed error
 	for _, path := range paths {
 		f, err := t.open(path, true)
+		if f == nil && err == nil && len(t.files) >= MaxFiles {
+			err = fmt.Errorf("%s: %d files are followed already, and this one isn't", path, MaxFiles)
+		}
 		if err != nil {
 			failed = errors.Join(failed, err)
 		}

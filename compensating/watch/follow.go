@@ -78,7 +78,11 @@ func (f *follower) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if epoch := status.Msg.GetEpoch(); f.empty || epoch != f.epoch {
+	size, err := logSize(ctx, client)
+	if err != nil {
+		return err
+	}
+	if epoch := status.Msg.GetEpoch(); f.empty || epoch != f.epoch || f.next > size {
 		if err := f.all(ctx, client, epoch); err != nil {
 			return err
 		}
@@ -128,7 +132,10 @@ func (f *follower) follow(ctx context.Context) error {
 			}
 			traps = traps || strings.HasPrefix(r.Kind, "canary.")
 		case <-tick.C:
-			u := update{next: next, epoch: f.epoch, synced: f.now().Add(-behind)}
+			u := update{next: next, epoch: f.epoch}
+			if next >= size { // what there was when this began is here
+				u.synced = f.now().Add(-behind)
+			}
 			for id := range leases {
 				a, err := client.ListLeases(ctx, connect.NewRequest(&v1.ListLeasesRequest{Lease: id}))
 				if connect.CodeOf(err) == connect.CodeNotFound {
@@ -177,19 +184,9 @@ func (f *follower) give(ctx context.Context, u update) error {
 
 // all fetches every lease, and goes on from what the log had before.
 func (f *follower) all(ctx context.Context, client countersignv1connect.OperatorServiceClient, epoch uint64) error {
-	c, err := client.AuditCheckpoint(ctx, connect.NewRequest(&v1.AuditCheckpointRequest{}))
+	size, err := logSize(ctx, client)
 	if err != nil {
 		return err
-	}
-	// A signed note's second line is the log's size; it is read again from there, so
-	// nothing hangs on it.
-	lines := strings.SplitN(string(c.Msg.GetCheckpoint()), "\n", 3)
-	if len(lines) < 3 {
-		return errors.New("the broker's checkpoint is no note")
-	}
-	size, err := strconv.ParseInt(lines[1], 10, 64)
-	if err != nil {
-		return fmt.Errorf("the broker's checkpoint: %w", err)
 	}
 	req := &v1.ListLeasesRequest{Ended: true}
 	for {
@@ -217,6 +214,24 @@ func (f *follower) all(ctx context.Context, client countersignv1connect.Operator
 			return nil
 		}
 	}
+}
+
+// logSize is how many records the broker's log has: the second line of its signed
+// note. Nothing is trusted to it but where to read on.
+func logSize(ctx context.Context, client countersignv1connect.OperatorServiceClient) (int64, error) {
+	c, err := client.AuditCheckpoint(ctx, connect.NewRequest(&v1.AuditCheckpointRequest{}))
+	if err != nil {
+		return 0, err
+	}
+	lines := strings.SplitN(string(c.Msg.GetCheckpoint()), "\n", 3)
+	if len(lines) < 3 {
+		return 0, errors.New("the broker's checkpoint is no note")
+	}
+	size, err := strconv.ParseInt(lines[1], 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("the broker's checkpoint: %w", err)
+	}
+	return size, nil
 }
 
 // traps fetches the canaries.

@@ -29,8 +29,10 @@ const (
 	maxSpoolFile = 64 << 20
 	// maxSpool bounds what was sent and is not yet read.
 	maxSpool = 1 << 30
-	// maxBody bounds one request.
-	maxBody = 16 << 20
+	// maxBody bounds one request: it may become one line.
+	maxBody = tail.MaxLine
+	// maxIdle is how long a sender may say nothing; it connects again.
+	maxIdle = 10 * time.Minute
 	// maxSenders bounds the connections of one sensor.
 	maxSenders = 16
 )
@@ -173,12 +175,22 @@ func (s Sensor) accept(ctx context.Context, l net.Listener, to *spool, log *slog
 		go func() {
 			defer func() { <-slots }()
 			defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-			if err := receive(conn, to); err != nil && ctx.Err() == nil {
+			if err := receive(idler{conn}, to); err != nil && ctx.Err() == nil {
 				log.Warn("a sender was hung up on", "sensor", s.Name, "err", err)
 			}
 			_ = conn.Close()
 		}()
 	}
+}
+
+// An idler is a connection that ends when nothing comes.
+type idler struct{ net.Conn }
+
+func (i idler) Read(b []byte) (int, error) {
+	if err := i.SetReadDeadline(time.Now().Add(maxIdle)); err != nil {
+		return 0, err
+	}
+	return i.Conn.Read(b)
 }
 
 // receive writes the whole lines of a stream as they come, as many at once as there

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -22,7 +23,8 @@ import (
 // A receiver is told of each finding that is new or reopened, and again until it
 // took it.
 type receiver interface {
-	name() string
+	name() string // for people
+	id() string
 	tell(context.Context, *record) error
 }
 
@@ -38,7 +40,19 @@ func receivers(c *Config) (out []receiver) {
 
 type webhook struct{ Webhook }
 
-func (h webhook) name() string { return h.URL }
+// name leaves out what may be secret: a path or a query can be the receiver's token.
+func (h webhook) name() string {
+	u, err := url.Parse(h.URL)
+	if err != nil {
+		return "webhook"
+	}
+	return u.Scheme + "://" + u.Host
+}
+
+func (h webhook) id() string {
+	sum := sha256.Sum256([]byte(h.URL))
+	return hex.EncodeToString(sum[:8])
+}
 
 // tell posts the finding. The receiver knows it by its detector and cause, since it
 // may get it twice.
@@ -70,6 +84,9 @@ func (h webhook) tell(ctx context.Context, r *record) error {
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Countersign-Signature", hex.EncodeToString(mac.Sum(nil)))
 	a, err := http.DefaultClient.Do(req)
+	if inner := (*url.Error)(nil); errors.As(err, &inner) {
+		err = inner.Err // without the address
+	}
 	if err != nil {
 		return err
 	}
@@ -84,6 +101,7 @@ func (h webhook) tell(ctx context.Context, r *record) error {
 type syslog struct{ address string }
 
 func (s syslog) name() string { return s.address }
+func (s syslog) id() string   { return s.address }
 
 // tell sends one message of facility 10 (security). Over a stream it is framed by its
 // length (RFC 6587, section 3.4.1).

@@ -39,12 +39,13 @@ type speaker struct {
 	log    *slog.Logger
 	client countersignv1connect.OperatorServiceClient
 	hangUp func()
-	until  time.Time // nobody is told anything before
+	until  time.Time // the broker isn't told anything before
 	hooks  []receiver
+	quiet  map[string]time.Time // receivers that aren't told anything before
 }
 
 func newSpeaker(c *Config, dial Dial, log *slog.Logger) *speaker {
-	return &speaker{dial: dial, log: log, hooks: receivers(c)}
+	return &speaker{dial: dial, log: log, hooks: receivers(c), quiet: map[string]time.Time{}}
 }
 
 func (s *speaker) lost(now time.Time, err error) {
@@ -55,54 +56,79 @@ func (s *speaker) lost(now time.Time, err error) {
 	s.client, s.hangUp, s.until = nil, nil, now.Add(later)
 }
 
-// tell tells of what is new and was written down, a finding at a time, and does
-// what the operator chose.
+// tell tells of what is new and was written down, and does what the operator chose:
+// the broker first, the gravest first, and whoever else wants to hear after it. What
+// one finding or one receiver refuses holds up no other.
 func (w *Watch) tell(ctx context.Context, s *speaker) {
+	var list []*record
 	for i := range w.kept.Findings {
-		r := &w.kept.Findings[i]
-		if r.Told == r.Finding.Count && r.Notices >= len(s.hooks) {
-			continue
+		if r := &w.kept.Findings[i]; r.Told != r.Finding.Count || r.Waits {
+			list = append(list, r)
 		}
-		if w.now().Before(s.until) || ctx.Err() != nil {
-			return
+	}
+	slices.SortStableFunc(list, func(a, b *record) int { return b.Finding.Severity.Rank() - a.Finding.Severity.Rank() })
+	for _, r := range list {
+		if ctx.Err() != nil || w.now().Before(s.until) {
+			break
 		}
 		if s.client == nil {
 			client, hangUp, err := s.dial(ctx)
 			if err != nil {
 				s.lost(w.now(), err)
-				return
+				break
 			}
 			s.client, s.hangUp = client, hangUp
 		}
-		if r.Told != r.Finding.Count {
-			if err := w.act(ctx, s.client, r); err != nil {
-				s.lost(w.now(), err)
-				return
+		waited := r.Waits
+		if err := w.act(ctx, s.client, r); err != nil {
+			if s.away(w.now(), err) {
+				break
 			}
-			count := r.Finding.Count
-			reopened, err := report(ctx, s.client, r)
-			switch connect.CodeOf(err) {
-			case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeCanceled, connect.CodeResourceExhausted:
-				s.lost(w.now(), err)
-				return
-			}
-			if err != nil { // it won't be taken the next time, either, and others wait
-				s.log.Error("the broker doesn't take a finding", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "err", err)
-			}
-			if reopened {
-				r.Notices = 0
-			}
-			r.Told, w.changed = count, true
+			r.Held = brief(err.Error())
 		}
-		for ; r.Notices < len(s.hooks); r.Notices++ {
-			if err := s.hooks[r.Notices].tell(ctx, r); err != nil {
-				s.log.Warn("a receiver can't be told of a finding", "to", s.hooks[r.Notices].name(), "err", err)
-				s.until = w.now().Add(later)
-				return
+		if waited && r.Waits {
+			continue // nothing new
+		}
+		count := r.Finding.Count
+		reopened, err := report(ctx, s.client, r)
+		if err != nil {
+			if s.away(w.now(), err) {
+				break
 			}
-			w.changed = true
+			s.log.Error("the broker doesn't take a finding", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "err", err)
+		}
+		if reopened {
+			r.Notices = nil
+		}
+		r.Told, w.changed = count, true
+	}
+	for _, h := range s.hooks {
+		if w.now().Before(s.quiet[h.id()]) {
+			continue
+		}
+		for i := range w.kept.Findings {
+			r := &w.kept.Findings[i]
+			if r.Told == 0 || slices.Contains(r.Notices, h.id()) {
+				continue
+			}
+			if err := h.tell(ctx, r); err != nil {
+				s.log.Warn("a receiver can't be told of a finding", "to", h.name(), "err", err)
+				s.quiet[h.id()] = w.now().Add(later)
+				break
+			}
+			r.Notices, w.changed = append(r.Notices, h.id()), true
 		}
 	}
+}
+
+// away says whether an error is the broker's absence, and not about one finding.
+func (s *speaker) away(now time.Time, err error) bool {
+	switch connect.CodeOf(err) {
+	case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeCanceled:
+		s.lost(now, err)
+		return true
+	}
+	return false
 }
 
 // report tells the broker.
@@ -156,7 +182,7 @@ func cause(k finding.Key) string {
 // act does what the operator chose, once for a finding. More than an alert needs a
 // completed login; what the brake holds back is left to the operator, and said.
 func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorServiceClient, r *record) error {
-	if r.Action != "" && r.Action != detect.Alert || r.Held != "" {
+	if r.Action != "" && r.Action != detect.Alert || r.Held != "" && !r.Waits {
 		return nil
 	}
 	scope := ""
@@ -183,10 +209,14 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 		return err
 	}
 	if !free {
-		r.Held, r.Action = fmt.Sprintf("%s was held back by the brake: do it by hand, if it is right", action), detect.Alert
+		if r.Waits {
+			return nil
+		}
+		r.Held, r.Action, r.Waits = fmt.Sprintf("%s waits for the brake: do it by hand, if it is right", action), detect.Alert, true
 		w.log.Warn("the brake held a response back", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
 		return nil
 	}
+	r.Held, r.Waits = "", false
 	reason := fmt.Sprintf("%s: %s", r.Finding.Detector, r.Finding.Why)
 	switch action {
 	case detect.Revoke:

@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -82,6 +83,7 @@ type sensor struct {
 	last   time.Time // when a line came
 	flush  bool      // what waits was not yet given
 	failed string
+	since  time.Time // it failed so
 }
 
 // state is the file that is written whole.
@@ -109,10 +111,11 @@ type held struct {
 type record struct {
 	Key     finding.Key      `json:"key"`
 	Finding *finding.Finding `json:"finding"`
-	Told    int              `json:"told"`             // the count that the broker was told
-	Action  detect.Response  `json:"action,omitempty"` // what was done
-	Held    string           `json:"held,omitempty"`   // why not more
-	Notices int              `json:"notices"`          // receivers that were told, by their place in the config
+	Told    int              `json:"told"`              // the count that the broker was told
+	Action  detect.Response  `json:"action,omitempty"`  // what was done
+	Held    string           `json:"held,omitempty"`    // why not more
+	Waits   bool             `json:"waits,omitempty"`   // for the brake
+	Notices []string         `json:"notices,omitempty"` // receivers that were told
 }
 
 // Open takes up the state in the config's folder.
@@ -264,6 +267,9 @@ func (w *Watch) Run(ctx context.Context) error {
 				return err
 			}
 		case <-poll.C:
+			if w.index.Len() == 0 && w.synced.IsZero() {
+				continue // whose logins they are can't be known yet
+			}
 			if err := w.poll(); err != nil {
 				return err
 			}
@@ -399,7 +405,7 @@ func (w *Watch) poll() error {
 		some, err := s.tail.Poll(func(path string, number int64, line []byte) { s.reader.Line(number, line, emit) }, s.reader.Rest)
 		switch {
 		case err != nil && err.Error() != s.failed:
-			s.failed = err.Error()
+			s.failed, s.since = err.Error(), w.now()
 			w.log.Warn("a log can't be read", "sensor", s.Name, "err", err)
 		case err == nil:
 			s.failed = ""
@@ -423,7 +429,7 @@ func (w *Watch) blind() {
 		switch {
 		case h.Lines == 0 && quiet > absent:
 			why = fmt.Sprintf("nothing was ever read of it: is %s right?", cmp.Or(s.Listen, s.Path))
-		case s.failed != "" && quiet > absent:
+		case s.failed != "" && w.now().Sub(s.since) > absent:
 			why = s.failed
 		case h.Lines >= 20 && quiet > max(silence, 10*h.Gap):
 			why = fmt.Sprintf("it says nothing since %s, and was never silent for more than %s before", s.last.UTC().Format(time.RFC3339), h.Gap.Round(time.Second))
@@ -443,8 +449,9 @@ func (w *Watch) see(s sightings.Sighting) error {
 	}
 	if !known {
 		if len(w.kept.Held) >= maxHeld {
+			// The oldest is let go: had it been issued, the ledger would know by now.
 			w.meter.dropped.Inc()
-			return nil
+			w.kept.Held = w.kept.Held[1:]
 		}
 		w.kept.Held = append(w.kept.Held, held{s, w.now()})
 		return nil
@@ -468,7 +475,7 @@ func (w *Watch) settled() error {
 	if n == 0 {
 		return nil
 	}
-	w.kept.Held, w.changed = w.kept.Held[n:], true
+	w.kept.Held, w.changed = slices.Clone(w.kept.Held[n:]), true
 	found, err := w.judge.Reads()
 	w.add(found)
 	return err

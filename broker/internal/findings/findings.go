@@ -12,6 +12,7 @@ package findings
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -128,12 +129,38 @@ func reported(f, r Finding, now time.Time) (Finding, bool) {
 		end = f.Until
 	}
 	again := f.Status == Closed && r.Last.After(f.Last) && r.Last.After(end)
+	if f.Detector != "" {
+		r = r.onTopOf(f)
+	}
 	r.ID, r.Status, r.Opened = f.ID, f.Status, f.Opened
 	r.Closed, r.ClosedBy, r.Reason, r.Until = f.Closed, f.ClosedBy, f.Reason, f.Until
 	if again {
 		r.Status, r.Closed, r.ClosedBy, r.Reason, r.Until = Open, time.Time{}, "", "", time.Time{}
 	}
 	return r, again
+}
+
+// onTopOf is a report with what was known before. Whoever may report may not close,
+// and so can't make less of a finding either.
+func (f Finding) onTopOf(before Finding) Finding {
+	f.NHI, f.Lease, f.Host, f.Scope, f.Account = before.NHI, before.Lease, before.Host, before.Scope, before.Account
+	if risks[f.Severity] < risks[before.Severity] {
+		f.Severity = before.Severity
+	}
+	if before.First.Before(f.First) {
+		f.First = before.First
+	}
+	if f.Last.Before(before.Last) {
+		f.Last = before.Last
+	}
+	f.Count = max(f.Count, before.Count)
+	if len(f.Evidence) < len(before.Evidence) {
+		f.Evidence = before.Evidence
+	}
+	if f.Response == "" || f.Response == "alert" {
+		f.Response = cmp.Or(before.Response, f.Response)
+	}
+	return f
 }
 
 // A Risk is what a host's open findings mean for it, by scope; under "" for all.

@@ -280,3 +280,21 @@ func TestTooManyAreOpen(t *testing.T) {
 		t.Errorf("with room for it: %v %v", o, err)
 	}
 }
+
+// Who reports a finding again makes nothing less of it: closing is an operator's.
+func TestNothingIsMadeLess(t *testing.T) {
+	s := open(t)
+	first, _ := report(t, s, t0, func(f *findings.Finding) {
+		f.Severity, f.Response, f.Count, f.Evidence = "high", "revoke", 7, []json.RawMessage{[]byte(`{"a":1}`)}
+	})
+	again, o := report(t, s, t0.Add(time.Hour), func(f *findings.Finding) {
+		f.Severity, f.Response, f.Count, f.Evidence, f.Host, f.Lease, f.Account = "low", "alert", 1, nil, "other", "", "x"
+	})
+	if o != findings.Known || again.Severity != first.Severity || again.Response != "revoke" || again.Count != 7 || len(again.Evidence) != 1 ||
+		again.Host != first.Host || again.Lease != first.Lease || again.Account != first.Account || !again.Last.Equal(first.Last) {
+		t.Errorf("%+v, want what was there: %+v", again, first)
+	}
+	if worse, _ := report(t, s, t0.Add(time.Hour), func(f *findings.Finding) { f.Severity = "critical" }); worse.Severity != "critical" {
+		t.Errorf("%+v, want it worse", worse)
+	}
+}
