@@ -1,8 +1,14 @@
 package e2e_test
 
 import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -64,6 +70,22 @@ credential "billing-db" {
   }
   on_change { signal = "SIGHUP" }
 }`, exe, file), false)
+	// One receiver refuses everything, which holds up nothing; the other checks what
+	// it gets.
+	key := filepath.Join(b.dir, "webhook-key")
+	check.Nil(t, os.WriteFile(key, []byte("a key\n"), 0o600))
+	received := make(chan string, 100)
+	hook := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		mac := hmac.New(sha256.New, []byte("a key"))
+		mac.Write(body)
+		if err != nil || r.URL.Path != "/good" || r.Header.Get("Countersign-Signature") != hex.EncodeToString(mac.Sum(nil)) {
+			rw.WriteHeader(http.StatusBadRequest)
+			return
+		}
+		received <- string(body)
+	}))
+	t.Cleanup(hook.Close)
 	w := check.Must(lab.StartWatch(filepath.Join(b.dir, "watch"), b.broker, fmt.Sprintf(`
 sensor "postgres-stderr" "db" {
   path            = %q
@@ -72,7 +94,14 @@ sensor "postgres-stderr" "db" {
 sensor "vault-audit" "vault" {
   path = %q
 }
-`, services.PG.Log, lab.LogLinePrefix, services.Vault.AuditLog)))(t)
+webhook "%s/bad?token=s3cret" {
+  key_file = %q
+}
+webhook "%s/good" {
+  key_file = %q
+  format   = "ocsf"
+}
+`, services.PG.Log, lab.LogLinePrefix, services.Vault.AuditLog, hook.URL, key, hook.URL, key)))(t)
 	t.Cleanup(func() {
 		_ = w.Stop()
 		if t.Failed() {
@@ -127,6 +156,17 @@ sensor "vault-audit" "vault" {
 				t.Errorf("evidence %s", e)
 			}
 		}
+	}
+	for told := false; !told; {
+		select {
+		case body := <-received:
+			told = strings.Contains(body, id) && strings.Contains(body, `"class_uid":2004`)
+		case <-time.After(30 * time.Second):
+			t.Fatal("the webhook wasn't told")
+		}
+	}
+	if text := check.Must(os.ReadFile(w.Log()))(t); strings.Contains(string(text), "s3cret") || !strings.Contains(string(text), "it answered 400") {
+		t.Errorf("the watch's log has the webhook's token, or nothing of its refusal")
 	}
 	// Somebody who reads the same path in Vault by himself.
 	client := check.Must(services.Vault.Client())(t)
