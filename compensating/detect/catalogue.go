@@ -64,7 +64,7 @@ type Entry struct {
 // Catalogue is all detectors, in the order in which they are documented.
 var Catalogue = []Entry{
 	{ForeignSource, High, "NHI2", "a completed login with a credential that was made for one program, from an address that was none of its host's while it lived, and none of a declared NAT or pooler",
-		"use on the host itself, or behind its NAT or pooler; a log without addresses; a login from the target's own machine", Revoke},
+		"use on the host itself, or behind its NAT or pooler; a log without addresses; a login from the target's own machine; who can write to the log, or has an SSH CA or a Windows domain of his own that a target trusts and uses the same names, can have the lease revoked", Revoke},
 	{UseAfterRevoke, High, "NHI1", "a completed login more than 45 s after the credential's confirmed end or its expiry, by the time of the login",
 		"a session that was opened before; clocks that are further apart than 45 s", Alert},
 	{UnmatchedLogin, High, "NHI2", "a completed login by an account that only the broker hands out (named as governed, or with a user name of a governed role of Vault's database engine) and that the ledger doesn't know",
@@ -72,7 +72,7 @@ var Catalogue = []Entry{
 	{SharedStaticAccount, Medium, "NHI9", "a completed login with an account whose password lies in Vault, while more than one program holds it, or from an address where none does",
 		"two programs on one host where only one of them asks the broker", Alert},
 	{OutOfBandRead, High, "NHI2", "an answer of Vault that gave a secret of a governed path to somebody who is not the broker",
-		"a reader with the broker's own identity; a path that no scope names", Alert},
+		"a reader with the broker's own identity; a path that no scope names; an answer that Vault wrapped", Alert},
 	{DuplicateInstance, High, "NHI9", "one host in two places: an invocation or boot that is issued to, or whose credentials are used from the host's addresses, after a later one was",
 		"clones that never run at the same time", Quarantine},
 	{SubjectDrift, Medium, "NHI5", "a credential issued to another exe, unit, user or parent than any before for this scope on this host, or to a digest that no release announced",
