@@ -7,7 +7,7 @@ import (
 )
 
 // Kinds of logs, by name.
-var Kinds = []string{"vault-audit", "postgres-stderr", "postgres-csv", "postgres-json", "sshd", "windows-json", "ocsf"}
+var Kinds = []string{"vault-audit", "postgres-stderr", "postgres-csv", "postgres-json", "postgres-activity", "sshd", "windows-json", "ocsf"}
 
 // Options are what readers have to be told.
 type Options struct {
@@ -26,6 +26,8 @@ func New(kind, source string, o Options) (Reader, error) {
 		return NewPostgresCSV(source), nil
 	case "postgres-json":
 		return NewPostgresJSON(source), nil
+	case "postgres-activity":
+		return NewActivity(source), nil
 	case "sshd":
 		return NewSshd(source, o.Now), nil
 	case "windows-json":

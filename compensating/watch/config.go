@@ -70,6 +70,9 @@ type Sensor struct {
 	// unix:///PATH, as Vault's socket audit device writes them, or http://HOST:PORT
 	// for JSON that is posted. In plain: on the machine, or behind what encrypts.
 	Listen string `hcl:"listen,optional"`
+	// DSNFile holds the connection string of a PostgreSQL, for kind postgres-activity:
+	// its sessions are asked for, by a role that has pg_read_all_stats.
+	DSNFile string `hcl:"dsn_file,optional"`
 	// TokenFile holds what has to come as a bearer token, for http.
 	TokenFile string `hcl:"token_file,optional"`
 	// LogLinePrefix is PostgreSQL's, for kind postgres-stderr. Default: one of the
@@ -212,7 +215,10 @@ func (c *Config) LogLinePrefix(kind string) string {
 
 // where says what is wrong with where a sensor's lines come from.
 func (s Sensor) where() (problems []string) {
-	if (s.Path == "") == (s.Listen == "") {
+	if (s.Kind == "postgres-activity") != (s.DSNFile != "") {
+		return []string{"postgres-activity comes with a dsn_file, and nothing else does"}
+	}
+	if (s.Path != "") == (s.Listen != "" || s.DSNFile != "") {
 		return []string{"one of path and listen"}
 	}
 	if s.Path != "" {
@@ -223,6 +229,9 @@ func (s Sensor) where() (problems []string) {
 	}
 	if !plainName.MatchString(s.Name) {
 		problems = append(problems, "a name of letters, digits, and . _ - for one that listens: files are named after it")
+	}
+	if s.DSNFile != "" {
+		return problems
 	}
 	u, err := url.Parse(s.Listen)
 	switch {

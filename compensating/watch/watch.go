@@ -201,7 +201,7 @@ func (w *Watch) openSensor(s Sensor) error {
 		}
 	}
 	var sent *spool
-	if s.Listen != "" {
+	if s.Path == "" {
 		if sent, err = openSpool(filepath.Join(w.config.StateDir, "spool", s.Name)); err != nil {
 			return err
 		}
@@ -249,6 +249,10 @@ func (w *Watch) Run(ctx context.Context) error {
 	defer stopMetrics()
 	for _, s := range w.sensors {
 		if s.spool == nil {
+			continue
+		}
+		if s.DSNFile != "" {
+			go s.ask(ctx, s.spool, w.log)
 			continue
 		}
 		if err := s.listen(ctx, s.spool, w.log); err != nil {

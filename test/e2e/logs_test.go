@@ -1,8 +1,10 @@
 package e2e_test
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -88,6 +90,49 @@ func TestRealLogs(t *testing.T) {
 		if !slices.Equal(found, []string{"foreign-source L2 2"}) {
 			text, _ := os.ReadFile(filepath.Join(logs, file))
 			t.Errorf("%s: found %v in\n%s", kind, found, text)
+		}
+	}
+}
+
+// TestActivity: of a PostgreSQL whose log nobody gets, its sessions tell; each once,
+// though the watch is killed while they live.
+func TestActivity(t *testing.T) {
+	ctx := check.Within(t, 2*time.Minute)
+	b := newBroker(t, fmt.Sprintf(billingScope, "/bin/true"), false)
+	check.Nil(t, services.PG.Exec(ctx, "postgres", `CREATE ROLE "svc-governed" LOGIN PASSWORD 'p'`))
+	t.Cleanup(func() { _ = services.PG.Exec(context.Background(), "postgres", `DROP ROLE "svc-governed"`) })
+	dsn := filepath.Join(b.dir, "dsn")
+	check.Nil(t, os.WriteFile(dsn, []byte(services.PG.DSN(services.PG.User, services.PG.Password, "postgres")), 0o600))
+	w := check.Must(lab.StartWatch(filepath.Join(b.dir, "watch"), b.broker, fmt.Sprintf(`
+governed = ["svc-*"]
+sensor "postgres-activity" "db" {
+  dsn_file = %q
+}
+`, dsn)))(t)
+	t.Cleanup(func() { _ = w.Stop() })
+	conn := check.Must(services.PG.ConnectBy(ctx, (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("127.0.0.9")}}).DialContext, "127.0.0.1", "svc-governed", "p", "postgres", "app"))(t)
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	found := func(want int) {
+		t.Helper()
+		check.Eventually(t, 30*time.Second, "the session is found", func() (bool, string) {
+			n := 0
+			for _, f := range b.findings(t, "") {
+				if f.Detector == "unmatched-login" && f.Account == "svc-governed" && strings.Contains(string(f.Evidence[0]), "127.0.0.9") {
+					n = f.Count
+				}
+			}
+			return n == want, fmt.Sprint(n)
+		})
+	}
+	found(1)
+	check.Nil(t, w.Kill())
+	check.Nil(t, w.Start())
+	again := check.Must(services.PG.ConnectBy(ctx, (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("127.0.0.9")}}).DialContext, "127.0.0.1", "svc-governed", "p", "postgres", "app"))(t)
+	t.Cleanup(func() { _ = again.Close(context.Background()) })
+	found(2)
+	for _, path := range []string{w.Log(), filepath.Join(w.Dir, "state", "state.json")} {
+		if text := check.Must(os.ReadFile(path))(t); strings.Contains(string(text), services.PG.Password) {
+			t.Errorf("%s holds the password", path)
 		}
 	}
 }
