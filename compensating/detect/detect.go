@@ -213,7 +213,8 @@ func (j *Judge) trap(s sightings.Sighting) (ledger.Entry, bool) {
 		names = []string{s.VaultPath}
 	}
 	for _, name := range names {
-		if e, ok := j.traps[name]; ok && name != "" && e.Holds(s.Time, 0) {
+		e, ok := j.traps[name]
+		if ok && name != "" && !s.Time.Before(e.Issued.Add(-Skew)) && (e.Revoked.IsZero() || s.Time.Before(e.Revoked)) {
 			return e, true
 		}
 	}

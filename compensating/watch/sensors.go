@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/compensating/detect"
+	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/sightings"
 	"github.com/countersign/countersign/compensating/tail"
 )
@@ -142,7 +143,33 @@ func (w *Watch) see(s sightings.Sighting) error {
 	}
 	found, err := w.judge.See(s)
 	w.add(found)
+	if s.Kind == sightings.Attempt && len(found) == 0 {
+		if len(w.kept.Attempts) >= maxAttempts {
+			w.kept.Attempts = slices.Clone(w.kept.Attempts[maxAttempts/2:])
+		}
+		w.kept.Attempts = append(w.kept.Attempts, s)
+	}
 	return err
+}
+
+// touched judges the last attempts again by a trap that is new.
+func (w *Watch) touched(e ledger.Entry) error {
+	if e.Kind != ledger.KindCanary {
+		return nil
+	}
+	left := w.kept.Attempts[:0]
+	for _, s := range w.kept.Attempts {
+		found, err := w.judge.See(s)
+		if err != nil {
+			return err
+		}
+		w.add(found)
+		if len(found) == 0 {
+			left = append(left, s)
+		}
+	}
+	w.kept.Attempts = left
+	return nil
 }
 
 // settled judges the sightings that the ledger has had the time to explain.

@@ -49,6 +49,9 @@ const (
 	silence = 30 * time.Minute
 	// maxHeld bounds the sightings that wait for the ledger.
 	maxHeld = 1 << 16
+	// maxAttempts bounds the failed logins that are remembered for a trap that the
+	// ledger hears of after it was touched.
+	maxAttempts = 1024
 )
 
 // A Watch is the service. Run uses it; it is not safe for concurrent use.
@@ -80,6 +83,7 @@ type state struct {
 	Sensors  map[string]sensorState `json:"sensors"`
 	Judge    detect.State           `json:"judge"`
 	Held     []held                 `json:"held,omitempty"`
+	Attempts []sightings.Sighting   `json:"attempts,omitempty"` // the last ones: of traps, it may be, that are heard of late
 	Findings []record               `json:"findings,omitempty"`
 }
 
@@ -262,6 +266,9 @@ func (w *Watch) apply(u update) error {
 		}
 		w.size += int64(len(line))
 		w.learn(e)
+		if err := w.touched(e); err != nil {
+			return err
+		}
 		if err := w.program(e); err != nil {
 			return err
 		}

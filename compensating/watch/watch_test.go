@@ -340,3 +340,34 @@ func TestBlind(t *testing.T) {
 		}
 	}
 }
+
+// A trap that is touched before the watch has heard of it.
+func TestTouchedEarly(t *testing.T) {
+	w, err := Open(&Config{StateDir: t.TempDir()}, away, slog.New(slog.DiscardHandler), func() time.Time { return noon })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	for i := range 2000 {
+		account := fmt.Sprint("other", i)
+		if i == 1990 {
+			account = "trap"
+		}
+		if err := w.see(sightings.Sighting{Time: noon.Add(time.Second), Kind: sightings.Attempt, Account: account, Source: "db"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 { // told anew with each connection
+		if err := w.apply(update{traps: true, entries: []ledger.Entry{{ID: "T", Scope: "s", Kind: ledger.KindCanary, Names: ledger.Names{DBUsername: "trap"}, Issued: noon}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(w.book) != 1 || len(w.kept.Attempts) > maxAttempts {
+		t.Fatalf("%v, and %d attempts are remembered", w.book, len(w.kept.Attempts))
+	}
+	for _, f := range w.book {
+		if f.Detector != detect.Canary || f.Count != 1 {
+			t.Errorf("%+v", f)
+		}
+	}
+}
