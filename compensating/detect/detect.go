@@ -35,9 +35,6 @@ type Config struct {
 	Governed []string
 	// Through are addresses of NATs and poolers, from which any host may come.
 	Through []netip.Prefix
-	// Announced says whether a program's digest belongs to a release that was
-	// announced; nil: none was.
-	Announced func(sha256 string) bool
 }
 
 // A Detection is one thing that a detector saw.
@@ -355,7 +352,7 @@ func (j *Judge) Reads() (out []Detection, err error) {
 		if ours || !j.paths[s.VaultPath] || s.Actor != "" && j.seen.Issued[s.Actor] {
 			continue
 		}
-		out = append(out, Detection{Detector: OutOfBandRead, Account: s.VaultPath, Time: s.Time, Cause: s.Actor,
+		out = append(out, Detection{Detector: OutOfBandRead, Account: s.VaultPath, Time: s.Time, Cause: s.VaultPath + " " + s.Actor,
 			Why: fmt.Sprintf("read by %q, who is not the broker", s.Actor), Sighting: &s})
 	}
 	j.seen.Reads = nil

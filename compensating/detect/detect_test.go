@@ -104,6 +104,7 @@ func TestDynamic(t *testing.T) {
 	}
 	boot2 := func(e *ledger.Entry) { e.Subject.Boot, e.Subject.Invocation = "b2", "i2" }
 	real := func(e *ledger.Entry) { e.Subject.Boot = "4d0c3f0e-7f4a-4f0a-9d2b-0e8a2f3b7c11" }
+	endless := func(e *ledger.Entry) { e.Expires = time.Time{} }
 	second := at("L2", 10*time.Minute, boot2)
 	moved := at("L2", 10*time.Minute, boot2, func(e *ledger.Entry) { e.Sources = []string{"10.0.0.2"} })
 	for name, c := range map[string]struct {
@@ -140,10 +141,12 @@ func TestDynamic(t *testing.T) {
 		"the invocation before comes back": {entries: []ledger.Entry{issued(), second, at("L3", 20*time.Minute)}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "duplicate-instance L3"},
 		"another path":                     {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.Exe = "/tmp/x" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},
 		"another digest":                   {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.SHA256 = "bb" }), at("L3", 2*time.Minute, func(e *ledger.Entry) { e.Subject.SHA256 = "bb" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},
-		"a digest that was announced":      {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.SHA256 = "bb" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, config: detect.Config{Announced: func(s string) bool { return s == "bb" }}},
+		"a digest that was announced":      {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.SHA256, e.Subject.Release = "bb", "billingd-2" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"a parent that couldn't be read":   {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.Parent = "" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"a program on another host":        {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Host, e.Subject.Exe = "h2", "/usr/bin/x" })}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(time.Minute, "10.0.0.1", of(at("L2", 0)))}},
 		"a machine copied while it ran": {entries: []ledger.Entry{issued(real), at("L2", 10*time.Minute, real, func(e *ledger.Entry) { e.Host, e.Sources = "h2", []string{"10.0.0.2"} })},
+			seen: []sightings.Sighting{login(0, "10.0.0.1"), login(11*time.Minute, "10.0.0.2", of(second))}, want: "duplicate-instance L2"},
+		"a machine copied while it ran, without ends": {entries: []ledger.Entry{issued(real, endless), at("L2", 10*time.Minute, real, endless, func(e *ledger.Entry) { e.Host, e.Sources = "h2", []string{"10.0.0.2"} })},
 			seen: []sightings.Sighting{login(0, "10.0.0.1"), login(11*time.Minute, "10.0.0.2", of(second))}, want: "duplicate-instance L2"},
 		"a machine that was enrolled anew": {entries: []ledger.Entry{issued(real, func(e *ledger.Entry) { e.Revoked = noon.Add(10 * time.Minute) }), at("L2", 10*time.Minute, real, func(e *ledger.Entry) { e.Host, e.Sources = "h2", []string{"10.0.0.2"} })},
 			seen: []sightings.Sighting{login(0, "10.0.0.1"), login(11*time.Minute, "10.0.0.2", of(second))}},
@@ -223,6 +226,39 @@ func TestReads(t *testing.T) {
 				t.Errorf("found %q, want %q", got, c.want)
 			}
 		})
+	}
+}
+
+// One who reads two paths past the broker is two findings.
+func TestEachPathIsACause(t *testing.T) {
+	other := issued(func(e *ledger.Entry) {
+		e.ID, e.Scope, e.Names = "L2", "other", ledger.Names{VaultPath: "secret/data/other"}
+	})
+	causes := map[string]bool{}
+	var b bytes.Buffer
+	for _, e := range []ledger.Entry{issued(), other} {
+		if err := json.NewEncoder(&b).Encode(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	x := ledger.NewIndex(bytes.NewReader(b.Bytes()))
+	if err := x.Load(int64(b.Len())); err != nil {
+		t.Fatal(err)
+	}
+	j := detect.NewJudge(x, detect.Config{})
+	j.Learn(issued())
+	j.Learn(other)
+	for _, path := range []string{"database/creds/billing-ro", "secret/data/other"} {
+		if _, err := j.See(sightings.Sighting{Time: noon, Kind: sightings.Read, VaultPath: path, Actor: "alice"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	found, err := j.Reads()
+	for _, d := range found {
+		causes[d.Cause] = true
+	}
+	if err != nil || len(causes) != 2 {
+		t.Errorf("%v, %v", found, err)
 	}
 }
 

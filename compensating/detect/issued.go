@@ -12,7 +12,7 @@ import (
 // Program judges the entries of one scope on one host, by the time of issue.
 func (j *Judge) Program(entries []ledger.Entry) ([]Detection, error) {
 	twins, err := j.twins(entries)
-	return slices.Concat(j.drift(entries), returned(entries), twins), err
+	return slices.Concat(drift(entries), returned(entries), twins), err
 }
 
 // bootID is how long the kernel's name of a boot is: what is shorter may not be random.
@@ -22,7 +22,7 @@ const bootID = 32
 // while it ran.
 func (j *Judge) twins(entries []ledger.Entry) ([]Detection, error) {
 	for _, e := range entries {
-		if len(e.Subject.Boot) < bootID || e.Kind == ledger.KindCanary {
+		if len(e.Subject.Boot) < bootID {
 			continue
 		}
 		first, seen := j.boots[e.Subject.Boot]
@@ -38,7 +38,7 @@ func (j *Judge) twins(entries []ledger.Entry) ([]Detection, error) {
 			return nil, err
 		}
 		for _, o := range others {
-			if o.Subject.Instance() == e.Subject.Instance() && o.Issued.Before(e.End().Add(-Skew)) && e.Issued.Before(o.End().Add(-Skew)) {
+			if o.Subject.Instance() == e.Subject.Instance() && o.Overlaps(e, Skew) {
 				return []Detection{{Detector: DuplicateInstance, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: e.Issued, Cause: e.Host + " " + first,
 					Why: fmt.Sprintf("the run of the program that host %s has credentials for (lease %s): the machine was copied while it ran", first, o.ID)}}, nil
 			}
@@ -49,12 +49,9 @@ func (j *Judge) twins(entries []ledger.Entry) ([]Detection, error) {
 
 // drift sees a program that is no longer what it was: another path, unit, user or
 // parent than any before, or another digest that no release announced.
-func (j *Judge) drift(entries []ledger.Entry) (out []Detection) {
+func drift(entries []ledger.Entry) (out []Detection) {
 	seen := map[string]map[string]bool{}
 	for _, e := range entries {
-		if e.Kind == ledger.KindCanary {
-			continue
-		}
 		var changes []string
 		for _, f := range []struct{ name, value string }{
 			{"exe", e.Subject.Exe}, {"unit", e.Subject.Unit}, {"user", e.Subject.User}, {"parent", string(e.Subject.Parent)}, {"sha256", e.Subject.SHA256},
@@ -67,7 +64,7 @@ func (j *Judge) drift(entries []ledger.Entry) (out []Detection) {
 				before = map[string]bool{}
 				seen[f.name] = before
 			}
-			announced := f.name == "sha256" && (e.Subject.Release != "" || j.config.Announced != nil && j.config.Announced(f.value))
+			announced := f.name == "sha256" && e.Subject.Release != ""
 			if len(before) > 0 && !before[f.value] && !announced {
 				changes = append(changes, fmt.Sprintf("%s is %s", f.name, f.value))
 			}
@@ -148,7 +145,7 @@ func (j *Judge) Unused(entries []ledger.Entry, databases, sshd Coverage) []Detec
 	}
 	for _, e := range entries {
 		told := e.Names.DBUsername != "" && databases.covers(e) || e.Names.SSHKeyID != "" && sshd.covers(e)
-		if e.Kind == ledger.KindCanary || !told || e.End().Sub(e.Issued) < shortest {
+		if !told || e.End().Sub(e.Issued) < shortest {
 			continue
 		}
 		return []Detection{{Detector: Dormant, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: e.End(),

@@ -131,11 +131,10 @@ func together(readers []ledger.Entry) (a, b ledger.Entry, ok bool) {
 	slices.SortFunc(readers, func(a, b ledger.Entry) int { return a.Issued.Compare(b.Issued) })
 	last := readers[0] // of those before, the one that holds longest
 	for _, e := range readers[1:] {
-		end := last.End()
-		if (e.Host != last.Host || e.Subject.Program() != last.Subject.Program()) && (end.IsZero() || e.Issued.Add(Skew).Before(end)) {
+		if (e.Host != last.Host || e.Subject.Program() != last.Subject.Program()) && last.Overlaps(e, Skew) {
 			return last, e, true
 		}
-		if !end.IsZero() && (e.End().IsZero() || e.End().After(end)) {
+		if end := last.End(); !end.IsZero() && (e.End().IsZero() || e.End().After(end)) {
 			last = e
 		}
 	}

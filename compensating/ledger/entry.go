@@ -184,6 +184,12 @@ func (e Entry) Holds(t time.Time, skew time.Duration) bool {
 	return !t.Before(e.Issued.Add(-skew)) && (end.IsZero() || !t.After(end.Add(skew)))
 }
 
+// Overlaps says whether both credentials could be used at once, for longer than skew.
+func (e Entry) Overlaps(o Entry, skew time.Duration) bool {
+	before := func(a, b Entry) bool { return b.End().IsZero() || a.Issued.Add(skew).Before(b.End()) }
+	return before(e, o) && before(o, e)
+}
+
 // Path is the place in Vault that the credential came from, without the mount's
 // trailing id of the lease; empty where it isn't known.
 func (n Names) Path() string {

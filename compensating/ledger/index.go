@@ -191,12 +191,14 @@ func (x *Index) Add(offset int64, size int, e Entry) error {
 		line.offset, line.size = offset, int32(size)
 	} else {
 		x.lines.add(place{offset: offset, size: int32(size)})
-		at, err := x.slot(byProgram, byProgram.of(&e))
-		if err != nil {
-			return err
+		if e.Kind != KindCanary { // a trap is no program's
+			at, err := x.slot(byProgram, byProgram.of(&e))
+			if err != nil {
+				return err
+			}
+			x.lines.at(n).before = at.entry
+			x.put(at, byProgram, byProgram.of(&e), n)
 		}
-		x.lines.at(n).before = at.entry
-		x.put(at, byProgram, byProgram.of(&e), n)
 	}
 	for f := ByID; f < byProgram; f++ {
 		delete(x.recent, nameKey{f, f.of(&e)})
@@ -288,7 +290,8 @@ func (x *Index) chain(n uint32) ([]Entry, error) {
 	return list, nil
 }
 
-// Programs calls f with what Program returns, for each scope on each host.
+// Programs calls f with what Program returns, for each scope on each host. Traps are
+// no program's.
 func (x *Index) Programs(f func([]Entry) error) error {
 	followed := make([]bool, x.lines.n+1)
 	for n := range x.lines.n {
@@ -299,7 +302,7 @@ func (x *Index) Programs(f func([]Entry) error) error {
 			continue
 		}
 		list, err := x.chain(uint32(n + 1))
-		if err == nil {
+		if err == nil && list[0].Kind != KindCanary {
 			err = f(list)
 		}
 		if err != nil {

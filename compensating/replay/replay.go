@@ -122,7 +122,7 @@ func silent(index *ledger.Index, sources []Source) (out []detect.Detection) {
 		case h.Last.IsZero() && index.Len() > 0:
 			out = append(out, detect.Detection{Detector: detect.SilentSensor, Account: s.Name, Time: newest,
 				Why: fmt.Sprintf("nothing in it could be read: %d lines, %d of them unreadable", h.Lines, h.Unreadable)})
-		case h.Lines >= 20 && newest.Sub(h.Last) > max(30*time.Minute, 10*h.Gap):
+		case h.Silent(newest.Sub(h.Last)):
 			out = append(out, detect.Detection{Detector: detect.SilentSensor, Account: s.Name, Time: h.Last,
 				Why: fmt.Sprintf("it ends at %s, %s before the newest log; it was never silent for more than %s before", h.Last.UTC().Format(time.RFC3339), newest.Sub(h.Last).Round(time.Second), h.Gap.Round(time.Second))})
 		}

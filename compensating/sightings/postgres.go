@@ -355,7 +355,7 @@ func pgHost(b []byte) (a netip.Addr, local bool) {
 	return a.Unmap().WithZone(""), false
 }
 
-// pgTime reads a time as PostgreSQL writes it: "2026-11-22 03:04:05.678 UTC". A
+// time reads a time as PostgreSQL writes it: "2026-11-22 03:04:05.678 UTC". A
 // zone is UTC, an offset, or a name that the machine's time zone table knows.
 func (p *postgres) time(b []byte) (time.Time, bool) {
 	const stamp = len("2026-11-22 03:04:05")

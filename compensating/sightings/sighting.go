@@ -89,7 +89,7 @@ func text(b []byte) string {
 }
 
 // A Reader turns a log's records into sightings. One reader reads one log, from
-// its start or from where a State was taken. It is not safe for concurrent use.
+// its start or from where Save was called. It is not safe for concurrent use.
 type Reader interface {
 	// Line takes the next line, without its end. What it sees it gives to emit,
 	// now or with a later line; a sighting is never given twice.
@@ -117,6 +117,14 @@ type Health struct {
 	Sample     string    `json:"sample,omitempty"`
 	// Gap is the longest time between one record and the next.
 	Gap time.Duration `json:"gap,omitempty"`
+}
+
+// silence is how long any log may say nothing.
+const silence = 30 * time.Minute
+
+// Silent says whether a log says nothing for much longer than it ever did.
+func (h Health) Silent(quiet time.Duration) bool {
+	return h.Lines >= 20 && quiet > max(silence, 10*h.Gap)
 }
 
 // A single is a reader whose lines each stand alone.

@@ -43,6 +43,8 @@ type follower struct {
 const (
 	again = 2 * time.Second // after the connection was lost
 	batch = 200 * time.Millisecond
+	// batchSize is how many leases are fetched for one update.
+	batchSize = 256
 	// behind is how long a record may lie in the broker before it is followed.
 	behind = time.Second
 )
@@ -119,6 +121,14 @@ func (f *follower) follow(ctx context.Context) error {
 	leases := map[string]bool{}
 	traps := false
 	next := f.next
+	var newest time.Time // of the records since the last update
+	take := func(r auditRecord) {
+		next, newest = r.Index+1, r.Time
+		if r.Lease != "" {
+			leases[r.Lease] = true
+		}
+		traps = traps || strings.HasPrefix(r.Kind, "canary.")
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -126,16 +136,25 @@ func (f *follower) follow(ctx context.Context) error {
 		case err := <-ended:
 			return err
 		case r := <-records:
-			next = r.Index + 1
-			if r.Lease != "" {
-				leases[r.Lease] = true
-			}
-			traps = traps || strings.HasPrefix(r.Kind, "canary.")
+			take(r)
 		case <-tick.C:
+			for more := true; more && len(leases) < batchSize; {
+				select {
+				case r := <-records:
+					take(r)
+				default:
+					more = false
+				}
+			}
 			u := update{next: next, epoch: f.epoch}
 			if next >= size { // what there was when this began is here
 				u.synced = f.now().Add(-behind)
+				// More may wait behind what came just now.
+				if before := newest.Add(-behind); !newest.IsZero() && before.Before(u.synced) {
+					u.synced = before
+				}
 			}
+			newest = time.Time{}
 			for id := range leases {
 				a, err := client.ListLeases(ctx, connect.NewRequest(&v1.ListLeasesRequest{Lease: id}))
 				if connect.CodeOf(err) == connect.CodeNotFound {
@@ -167,9 +186,10 @@ func (f *follower) follow(ctx context.Context) error {
 }
 
 type auditRecord struct {
-	Index int64  `json:"index"`
-	Kind  string `json:"kind"`
-	Lease string `json:"lease"`
+	Index int64     `json:"index"`
+	Time  time.Time `json:"time"`
+	Kind  string    `json:"kind"`
+	Lease string    `json:"lease"`
 }
 
 func (f *follower) give(ctx context.Context, u update) error {

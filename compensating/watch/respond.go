@@ -84,7 +84,7 @@ func (w *Watch) tell(ctx context.Context, s *speaker) {
 			if s.away(w.now(), err) {
 				break
 			}
-			r.Held = brief(err.Error())
+			r.Held, r.Waits = brief("it is tried again: "+err.Error()), true
 		}
 		if waited && r.Waits {
 			continue // nothing new
@@ -216,7 +216,6 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 		w.log.Warn("the brake held a response back", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
 		return nil
 	}
-	r.Held, r.Waits = "", false
 	reason := fmt.Sprintf("%s: %s", r.Finding.Detector, r.Finding.Why)
 	switch action {
 	case detect.Revoke:
@@ -227,11 +226,11 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 	switch connect.CodeOf(err) {
 	case connect.CodeNotFound, connect.CodeFailedPrecondition, connect.CodeInvalidArgument, connect.CodePermissionDenied:
 		// It is gone, or can't be done: trying again changes nothing.
-		r.Held, r.Action = fmt.Sprintf("%s failed: %v", action, err), detect.Alert
+		r.Held, r.Waits, r.Action = fmt.Sprintf("%s failed: %v", action, err), false, detect.Alert
 		return nil
 	}
 	if err == nil {
-		r.Action = action
+		r.Held, r.Waits, r.Action = "", false, action
 		w.brake.used = append(w.brake.used, use{action, w.now()})
 		w.log.Warn("responded", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
 	}

@@ -116,7 +116,7 @@ func (w *Watch) blind() {
 			why = fmt.Sprintf("nothing was ever read of it: is %s right?", cmp.Or(s.Listen, s.Path))
 		case s.failed != "" && w.now().Sub(s.since) > absent:
 			why = s.failed
-		case h.Lines >= 20 && quiet > max(silence, 10*h.Gap):
+		case h.Silent(quiet):
 			why = fmt.Sprintf("it says nothing since %s, and was never silent for more than %s before", s.last.UTC().Format(time.RFC3339), h.Gap.Round(time.Second))
 		}
 		if why != "" {

@@ -44,9 +44,8 @@ const (
 	// keep is how long a finding that nothing adds to is remembered here; the broker
 	// keeps it.
 	keep = 30 * 24 * time.Hour
-	// absent is how long a log may be missing, and silence how long any may say nothing.
-	absent  = 10 * time.Minute
-	silence = 30 * time.Minute
+	// absent is how long a log may be missing.
+	absent = 10 * time.Minute
 	// maxHeld bounds the sightings that wait for the ledger.
 	maxHeld = 1 << 16
 	// maxAttempts bounds the failed logins that are remembered for a trap that the
@@ -99,7 +98,7 @@ type record struct {
 	Told    int              `json:"told"`              // the count that the broker was told
 	Action  detect.Response  `json:"action,omitempty"`  // what was done
 	Held    string           `json:"held,omitempty"`    // why not more
-	Waits   bool             `json:"waits,omitempty"`   // for the brake
+	Waits   bool             `json:"waits,omitempty"`   // it is tried again, or waits for the brake
 	Notices []string         `json:"notices,omitempty"` // receivers that were told
 }
 
