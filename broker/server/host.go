@@ -37,6 +37,7 @@ type Hosts struct {
 
 	joins *sourceLimit
 	asks  *sourceLimit
+	opens *sourceLimit
 }
 
 // host is the connection of an admitted host, or a fault.
@@ -234,6 +235,32 @@ func (s *Hosts) Release(ctx context.Context, req *connect.Request[v1.ReleaseRequ
 		return nil, s.fault(ctx, err)
 	}
 	return connect.NewResponse(&v1.ReleaseResponse{Confirmed: confirmed}), nil
+}
+
+// maxOpens bounds one call.
+const maxOpens = 16
+
+// Witness takes what a host saw of its credentials' files.
+func (s *Hosts) Witness(ctx context.Context, req *connect.Request[v1.WitnessRequest]) (*connect.Response[v1.WitnessResponse], error) {
+	c, err := hostConn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	list := req.Msg.GetOpens()
+	if len(list) > maxOpens {
+		return nil, malformed(ctx, fmt.Errorf("%d opens; at most %d are taken", len(list), maxOpens))
+	}
+	if !s.opens.allow(c.challenge.Key().String()) {
+		return nil, (&wire.Error{Outcome: wire.Fault, Check: "witness-rate", Request: requestID(ctx), Message: "this host tells of too many opens; try again in a while"}).Connect()
+	}
+	opens := make([]credential.Open, len(list))
+	for i, o := range list {
+		opens[i] = credential.Open{Lease: o.GetLeaseId(), Time: moment(valid(o.GetTime())), Path: o.GetPath(), PID: o.GetPid(), Exe: o.GetExe(), User: o.GetUser(), Unit: o.GetUnit()}
+	}
+	if err := s.Credentials.Witness(ctx, c.challenge, opens, requestID(ctx)); err != nil {
+		return nil, s.fault(ctx, err)
+	}
+	return connect.NewResponse(&v1.WitnessResponse{}), nil
 }
 
 func stamp(t time.Time) *timestamppb.Timestamp {

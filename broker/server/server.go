@@ -45,6 +45,7 @@ type Server struct {
 func (s *Server) Run(ctx context.Context) error {
 	s.Hosts.joins = newSourceLimit(joinsPerSec, joinBurst, s.Door.Now)
 	s.Hosts.asks = newSourceLimit(asksPerSec, askBurst, s.Door.Now)
+	s.Hosts.opens = newSourceLimit(opensPerSec, opensBurst, s.Door.Now)
 	// Nothing is unpacked: bound counts what is sent.
 	opts := connect.WithHandlerOptions(connect.WithCompression("gzip", nil, nil), connect.WithReadMaxBytes(maxEvidence),
 		connect.WithInterceptors(s.observe()), connect.WithRecover(s.recovered))

@@ -155,7 +155,7 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 				return err
 			}
 		}
-		_, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: "host:" + p.host.ID, Host: p.host.ID, Scope: bounded(o.Scope), Request: request},
+		_, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: "host:" + p.host.ID, Host: p.host.ID, Scope: bounded(o.Scope, maxWord), Request: request},
 			map[string]any{"decision": result, "program": p.verified.Facts().Program})
 		return err
 	})
@@ -196,14 +196,17 @@ func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(j
 	return nil
 }
 
+// maxWord bounds a text that a host chooses, in the audit.
+const maxWord = 128
+
 // bounded keeps a host's word short in the audit, and of printable letters.
-func bounded(s string) string {
+func bounded(s string, most int) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
 			return r
 		}
 		return '\uFFFD'
-	}, s[:min(len(s), 128)])
+	}, s[:min(len(s), most)])
 }
 
 // Acknowledge makes a provisional grant live.
@@ -260,7 +263,7 @@ func (d *Desk) Release(ctx context.Context, conn *challenge.Conn, ids []string, 
 		if err != nil {
 			return confirmed, err
 		}
-		g, err = d.Leases.Event(ctx, id, journal.Revoke{Reason: "released by the host: " + bounded(reason)}, lease.Cause{Actor: "host:" + g.Host, Request: request})
+		g, err = d.Leases.Event(ctx, id, journal.Revoke{Reason: "released by the host: " + bounded(reason, maxWord)}, lease.Cause{Actor: "host:" + g.Host, Request: request})
 		if err != nil {
 			return confirmed, d.fault(request, err)
 		}

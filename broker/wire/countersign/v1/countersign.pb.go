@@ -1850,6 +1850,179 @@ func (x *ReleaseResponse) GetConfirmed() []string {
 	return nil
 }
 
+type WitnessRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Opens         []*FileOpen            `protobuf:"bytes,1,rep,name=opens,proto3" json:"opens,omitempty"` // at most 16
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WitnessRequest) Reset() {
+	*x = WitnessRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WitnessRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WitnessRequest) ProtoMessage() {}
+
+func (x *WitnessRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WitnessRequest.ProtoReflect.Descriptor instead.
+func (*WitnessRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *WitnessRequest) GetOpens() []*FileOpen {
+	if x != nil {
+		return x.Opens
+	}
+	return nil
+}
+
+// A FileOpen is the host's word, as the program's evidence is.
+type FileOpen struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	LeaseId       string                 `protobuf:"bytes,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"` // of the credential in the file
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`                      // of the file
+	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
+	Pid           uint32                 `protobuf:"varint,4,opt,name=pid,proto3" json:"pid,omitempty"`
+	Exe           string                 `protobuf:"bytes,5,opt,name=exe,proto3" json:"exe,omitempty"`
+	User          string                 `protobuf:"bytes,6,opt,name=user,proto3" json:"user,omitempty"`
+	Unit          string                 `protobuf:"bytes,7,opt,name=unit,proto3" json:"unit,omitempty"` // empty: of none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FileOpen) Reset() {
+	*x = FileOpen{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FileOpen) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FileOpen) ProtoMessage() {}
+
+func (x *FileOpen) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FileOpen.ProtoReflect.Descriptor instead.
+func (*FileOpen) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *FileOpen) GetLeaseId() string {
+	if x != nil {
+		return x.LeaseId
+	}
+	return ""
+}
+
+func (x *FileOpen) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *FileOpen) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *FileOpen) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *FileOpen) GetExe() string {
+	if x != nil {
+		return x.Exe
+	}
+	return ""
+}
+
+func (x *FileOpen) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *FileOpen) GetUnit() string {
+	if x != nil {
+		return x.Unit
+	}
+	return ""
+}
+
+type WitnessResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WitnessResponse) Reset() {
+	*x = WitnessResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WitnessResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WitnessResponse) ProtoMessage() {}
+
+func (x *WitnessResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WitnessResponse.ProtoReflect.Descriptor instead.
+func (*WitnessResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{31}
+}
+
 // ErrorDetail travels with every error of HostService.
 type ErrorDetail struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1864,7 +2037,7 @@ type ErrorDetail struct {
 
 func (x *ErrorDetail) Reset() {
 	*x = ErrorDetail{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +2049,7 @@ func (x *ErrorDetail) String() string {
 func (*ErrorDetail) ProtoMessage() {}
 
 func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +2062,7 @@ func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorDetail.ProtoReflect.Descriptor instead.
 func (*ErrorDetail) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{29}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ErrorDetail) GetOutcome() string {
@@ -1921,7 +2094,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1933,7 +2106,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1946,7 +2119,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{30}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{33}
 }
 
 type GetStatusResponse struct {
@@ -1959,13 +2132,14 @@ type GetStatusResponse struct {
 	Epoch         uint64                 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	Alarms        []string               `protobuf:"bytes,7,rep,name=alarms,proto3" json:"alarms,omitempty"`
 	Vault         string                 `protobuf:"bytes,8,opt,name=vault,proto3" json:"vault,omitempty"`
+	Findings      map[string]uint64      `protobuf:"bytes,9,rep,name=findings,proto3" json:"findings,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"` // that are open, by severity
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1977,7 +2151,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1990,7 +2164,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{31}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetStatusResponse) GetBrokerId() string {
@@ -2049,6 +2223,13 @@ func (x *GetStatusResponse) GetVault() string {
 	return ""
 }
 
+func (x *GetStatusResponse) GetFindings() map[string]uint64 {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
 type Host struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2070,7 +2251,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2082,7 +2263,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2095,7 +2276,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{32}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Host) GetId() string {
@@ -2200,7 +2381,7 @@ type ListHostsRequest struct {
 
 func (x *ListHostsRequest) Reset() {
 	*x = ListHostsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2212,7 +2393,7 @@ func (x *ListHostsRequest) String() string {
 func (*ListHostsRequest) ProtoMessage() {}
 
 func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2225,7 +2406,7 @@ func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsRequest.ProtoReflect.Descriptor instead.
 func (*ListHostsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{33}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListHostsRequest) GetSelector() string {
@@ -2258,7 +2439,7 @@ type ListHostsResponse struct {
 
 func (x *ListHostsResponse) Reset() {
 	*x = ListHostsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2270,7 +2451,7 @@ func (x *ListHostsResponse) String() string {
 func (*ListHostsResponse) ProtoMessage() {}
 
 func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2283,7 +2464,7 @@ func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsResponse.ProtoReflect.Descriptor instead.
 func (*ListHostsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{34}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListHostsResponse) GetHosts() []*Host {
@@ -2305,7 +2486,7 @@ type NewHost struct {
 
 func (x *NewHost) Reset() {
 	*x = NewHost{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2317,7 +2498,7 @@ func (x *NewHost) String() string {
 func (*NewHost) ProtoMessage() {}
 
 func (x *NewHost) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2330,7 +2511,7 @@ func (x *NewHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewHost.ProtoReflect.Descriptor instead.
 func (*NewHost) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{35}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NewHost) GetName() string {
@@ -2371,7 +2552,7 @@ type AddHostsRequest struct {
 
 func (x *AddHostsRequest) Reset() {
 	*x = AddHostsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2383,7 +2564,7 @@ func (x *AddHostsRequest) String() string {
 func (*AddHostsRequest) ProtoMessage() {}
 
 func (x *AddHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2396,7 +2577,7 @@ func (x *AddHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddHostsRequest.ProtoReflect.Descriptor instead.
 func (*AddHostsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{36}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AddHostsRequest) GetHosts() []*NewHost {
@@ -2423,7 +2604,7 @@ type AddHostsResponse struct {
 
 func (x *AddHostsResponse) Reset() {
 	*x = AddHostsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2435,7 +2616,7 @@ func (x *AddHostsResponse) String() string {
 func (*AddHostsResponse) ProtoMessage() {}
 
 func (x *AddHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2448,7 +2629,7 @@ func (x *AddHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddHostsResponse.ProtoReflect.Descriptor instead.
 func (*AddHostsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{37}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AddHostsResponse) GetIds() []string {
@@ -2480,7 +2661,7 @@ type ChangeHostRequest struct {
 
 func (x *ChangeHostRequest) Reset() {
 	*x = ChangeHostRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2492,7 +2673,7 @@ func (x *ChangeHostRequest) String() string {
 func (*ChangeHostRequest) ProtoMessage() {}
 
 func (x *ChangeHostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2505,7 +2686,7 @@ func (x *ChangeHostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeHostRequest.ProtoReflect.Descriptor instead.
 func (*ChangeHostRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{38}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ChangeHostRequest) GetHost() string {
@@ -2560,7 +2741,7 @@ type ChangeHostResponse struct {
 
 func (x *ChangeHostResponse) Reset() {
 	*x = ChangeHostResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2572,7 +2753,7 @@ func (x *ChangeHostResponse) String() string {
 func (*ChangeHostResponse) ProtoMessage() {}
 
 func (x *ChangeHostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2585,7 +2766,7 @@ func (x *ChangeHostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeHostResponse.ProtoReflect.Descriptor instead.
 func (*ChangeHostResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{39}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChangeHostResponse) GetHost() *Host {
@@ -2614,7 +2795,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2626,7 +2807,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2639,7 +2820,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{40}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CreateJoinTokenRequest) GetExpires() *timestamppb.Timestamp {
@@ -2680,7 +2861,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2692,7 +2873,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2705,7 +2886,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{41}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CreateJoinTokenResponse) GetToken() string {
@@ -2734,7 +2915,7 @@ type AddOperatorRequest struct {
 
 func (x *AddOperatorRequest) Reset() {
 	*x = AddOperatorRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2746,7 +2927,7 @@ func (x *AddOperatorRequest) String() string {
 func (*AddOperatorRequest) ProtoMessage() {}
 
 func (x *AddOperatorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2759,7 +2940,7 @@ func (x *AddOperatorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddOperatorRequest.ProtoReflect.Descriptor instead.
 func (*AddOperatorRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{42}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AddOperatorRequest) GetName() string {
@@ -2799,7 +2980,7 @@ type AddOperatorResponse struct {
 
 func (x *AddOperatorResponse) Reset() {
 	*x = AddOperatorResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2811,7 +2992,7 @@ func (x *AddOperatorResponse) String() string {
 func (*AddOperatorResponse) ProtoMessage() {}
 
 func (x *AddOperatorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2824,7 +3005,7 @@ func (x *AddOperatorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddOperatorResponse.ProtoReflect.Descriptor instead.
 func (*AddOperatorResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{43}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AddOperatorResponse) GetCertificate() [][]byte {
@@ -2842,7 +3023,7 @@ type ListOperatorsRequest struct {
 
 func (x *ListOperatorsRequest) Reset() {
 	*x = ListOperatorsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2854,7 +3035,7 @@ func (x *ListOperatorsRequest) String() string {
 func (*ListOperatorsRequest) ProtoMessage() {}
 
 func (x *ListOperatorsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2867,7 +3048,7 @@ func (x *ListOperatorsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperatorsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperatorsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{44}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{47}
 }
 
 type ListOperatorsResponse struct {
@@ -2879,7 +3060,7 @@ type ListOperatorsResponse struct {
 
 func (x *ListOperatorsResponse) Reset() {
 	*x = ListOperatorsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2891,7 +3072,7 @@ func (x *ListOperatorsResponse) String() string {
 func (*ListOperatorsResponse) ProtoMessage() {}
 
 func (x *ListOperatorsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2904,7 +3085,7 @@ func (x *ListOperatorsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperatorsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperatorsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{45}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListOperatorsResponse) GetOperators() []*Operator {
@@ -2927,7 +3108,7 @@ type Operator struct {
 
 func (x *Operator) Reset() {
 	*x = Operator{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2939,7 +3120,7 @@ func (x *Operator) String() string {
 func (*Operator) ProtoMessage() {}
 
 func (x *Operator) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2952,7 +3133,7 @@ func (x *Operator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operator.ProtoReflect.Descriptor instead.
 func (*Operator) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{46}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Operator) GetName() string {
@@ -2999,7 +3180,7 @@ type RemoveOperatorRequest struct {
 
 func (x *RemoveOperatorRequest) Reset() {
 	*x = RemoveOperatorRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3011,7 +3192,7 @@ func (x *RemoveOperatorRequest) String() string {
 func (*RemoveOperatorRequest) ProtoMessage() {}
 
 func (x *RemoveOperatorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3024,7 +3205,7 @@ func (x *RemoveOperatorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveOperatorRequest.ProtoReflect.Descriptor instead.
 func (*RemoveOperatorRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{47}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *RemoveOperatorRequest) GetName() string {
@@ -3042,7 +3223,7 @@ type RemoveOperatorResponse struct {
 
 func (x *RemoveOperatorResponse) Reset() {
 	*x = RemoveOperatorResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3054,7 +3235,7 @@ func (x *RemoveOperatorResponse) String() string {
 func (*RemoveOperatorResponse) ProtoMessage() {}
 
 func (x *RemoveOperatorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3067,7 +3248,7 @@ func (x *RemoveOperatorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveOperatorResponse.ProtoReflect.Descriptor instead.
 func (*RemoveOperatorResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{48}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
 }
 
 type LearnReferenceRequest struct {
@@ -3081,7 +3262,7 @@ type LearnReferenceRequest struct {
 
 func (x *LearnReferenceRequest) Reset() {
 	*x = LearnReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3093,7 +3274,7 @@ func (x *LearnReferenceRequest) String() string {
 func (*LearnReferenceRequest) ProtoMessage() {}
 
 func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3106,7 +3287,7 @@ func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceRequest.ProtoReflect.Descriptor instead.
 func (*LearnReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{49}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *LearnReferenceRequest) GetName() string {
@@ -3139,7 +3320,7 @@ type LearnReferenceResponse struct {
 
 func (x *LearnReferenceResponse) Reset() {
 	*x = LearnReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3151,7 +3332,7 @@ func (x *LearnReferenceResponse) String() string {
 func (*LearnReferenceResponse) ProtoMessage() {}
 
 func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3164,7 +3345,7 @@ func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceResponse.ProtoReflect.Descriptor instead.
 func (*LearnReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{50}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *LearnReferenceResponse) GetReference() *Reference {
@@ -3189,7 +3370,7 @@ type Reference struct {
 
 func (x *Reference) Reset() {
 	*x = Reference{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3201,7 +3382,7 @@ func (x *Reference) String() string {
 func (*Reference) ProtoMessage() {}
 
 func (x *Reference) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3214,7 +3395,7 @@ func (x *Reference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reference.ProtoReflect.Descriptor instead.
 func (*Reference) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Reference) GetName() string {
@@ -3275,7 +3456,7 @@ type ListReferencesRequest struct {
 
 func (x *ListReferencesRequest) Reset() {
 	*x = ListReferencesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3287,7 +3468,7 @@ func (x *ListReferencesRequest) String() string {
 func (*ListReferencesRequest) ProtoMessage() {}
 
 func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3300,7 +3481,7 @@ func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesRequest.ProtoReflect.Descriptor instead.
 func (*ListReferencesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ListReferencesRequest) GetName() string {
@@ -3319,7 +3500,7 @@ type ListReferencesResponse struct {
 
 func (x *ListReferencesResponse) Reset() {
 	*x = ListReferencesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3331,7 +3512,7 @@ func (x *ListReferencesResponse) String() string {
 func (*ListReferencesResponse) ProtoMessage() {}
 
 func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3344,7 +3525,7 @@ func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesResponse.ProtoReflect.Descriptor instead.
 func (*ListReferencesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ListReferencesResponse) GetReferences() []*Reference {
@@ -3364,7 +3545,7 @@ type AddReferenceRequest struct {
 
 func (x *AddReferenceRequest) Reset() {
 	*x = AddReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3376,7 +3557,7 @@ func (x *AddReferenceRequest) String() string {
 func (*AddReferenceRequest) ProtoMessage() {}
 
 func (x *AddReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3389,7 +3570,7 @@ func (x *AddReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReferenceRequest.ProtoReflect.Descriptor instead.
 func (*AddReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *AddReferenceRequest) GetName() string {
@@ -3415,7 +3596,7 @@ type AddReferenceResponse struct {
 
 func (x *AddReferenceResponse) Reset() {
 	*x = AddReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3427,7 +3608,7 @@ func (x *AddReferenceResponse) String() string {
 func (*AddReferenceResponse) ProtoMessage() {}
 
 func (x *AddReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3440,7 +3621,7 @@ func (x *AddReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReferenceResponse.ProtoReflect.Descriptor instead.
 func (*AddReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *AddReferenceResponse) GetReference() *Reference {
@@ -3461,7 +3642,7 @@ type ApproveReferenceRequest struct {
 
 func (x *ApproveReferenceRequest) Reset() {
 	*x = ApproveReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3473,7 +3654,7 @@ func (x *ApproveReferenceRequest) String() string {
 func (*ApproveReferenceRequest) ProtoMessage() {}
 
 func (x *ApproveReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3486,7 +3667,7 @@ func (x *ApproveReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveReferenceRequest.ProtoReflect.Descriptor instead.
 func (*ApproveReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ApproveReferenceRequest) GetName() string {
@@ -3519,7 +3700,7 @@ type ApproveReferenceResponse struct {
 
 func (x *ApproveReferenceResponse) Reset() {
 	*x = ApproveReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3531,7 +3712,7 @@ func (x *ApproveReferenceResponse) String() string {
 func (*ApproveReferenceResponse) ProtoMessage() {}
 
 func (x *ApproveReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3544,7 +3725,7 @@ func (x *ApproveReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveReferenceResponse.ProtoReflect.Descriptor instead.
 func (*ApproveReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ApproveReferenceResponse) GetReference() *Reference {
@@ -3564,7 +3745,7 @@ type MaintainReferenceRequest struct {
 
 func (x *MaintainReferenceRequest) Reset() {
 	*x = MaintainReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3576,7 +3757,7 @@ func (x *MaintainReferenceRequest) String() string {
 func (*MaintainReferenceRequest) ProtoMessage() {}
 
 func (x *MaintainReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3589,7 +3770,7 @@ func (x *MaintainReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MaintainReferenceRequest.ProtoReflect.Descriptor instead.
 func (*MaintainReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *MaintainReferenceRequest) GetName() string {
@@ -3614,7 +3795,7 @@ type MaintainReferenceResponse struct {
 
 func (x *MaintainReferenceResponse) Reset() {
 	*x = MaintainReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3626,7 +3807,7 @@ func (x *MaintainReferenceResponse) String() string {
 func (*MaintainReferenceResponse) ProtoMessage() {}
 
 func (x *MaintainReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3639,7 +3820,7 @@ func (x *MaintainReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MaintainReferenceResponse.ProtoReflect.Descriptor instead.
 func (*MaintainReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
 }
 
 type AddReleaseRequest struct {
@@ -3654,7 +3835,7 @@ type AddReleaseRequest struct {
 
 func (x *AddReleaseRequest) Reset() {
 	*x = AddReleaseRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3666,7 +3847,7 @@ func (x *AddReleaseRequest) String() string {
 func (*AddReleaseRequest) ProtoMessage() {}
 
 func (x *AddReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3679,7 +3860,7 @@ func (x *AddReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReleaseRequest.ProtoReflect.Descriptor instead.
 func (*AddReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *AddReleaseRequest) GetName() string {
@@ -3720,7 +3901,7 @@ type ReleaseFile struct {
 
 func (x *ReleaseFile) Reset() {
 	*x = ReleaseFile{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3732,7 +3913,7 @@ func (x *ReleaseFile) String() string {
 func (*ReleaseFile) ProtoMessage() {}
 
 func (x *ReleaseFile) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3745,7 +3926,7 @@ func (x *ReleaseFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseFile.ProtoReflect.Descriptor instead.
 func (*ReleaseFile) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ReleaseFile) GetPath() string {
@@ -3771,7 +3952,7 @@ type AddReleaseResponse struct {
 
 func (x *AddReleaseResponse) Reset() {
 	*x = AddReleaseResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3783,7 +3964,7 @@ func (x *AddReleaseResponse) String() string {
 func (*AddReleaseResponse) ProtoMessage() {}
 
 func (x *AddReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3796,7 +3977,7 @@ func (x *AddReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReleaseResponse.ProtoReflect.Descriptor instead.
 func (*AddReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *AddReleaseResponse) GetRelease() *Release {
@@ -3820,7 +4001,7 @@ type Release struct {
 
 func (x *Release) Reset() {
 	*x = Release{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3832,7 +4013,7 @@ func (x *Release) String() string {
 func (*Release) ProtoMessage() {}
 
 func (x *Release) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3845,7 +4026,7 @@ func (x *Release) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Release.ProtoReflect.Descriptor instead.
 func (*Release) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *Release) GetName() string {
@@ -3899,7 +4080,7 @@ type ListReleasesRequest struct {
 
 func (x *ListReleasesRequest) Reset() {
 	*x = ListReleasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3911,7 +4092,7 @@ func (x *ListReleasesRequest) String() string {
 func (*ListReleasesRequest) ProtoMessage() {}
 
 func (x *ListReleasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3924,7 +4105,7 @@ func (x *ListReleasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReleasesRequest.ProtoReflect.Descriptor instead.
 func (*ListReleasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ListReleasesRequest) GetName() string {
@@ -3943,7 +4124,7 @@ type ListReleasesResponse struct {
 
 func (x *ListReleasesResponse) Reset() {
 	*x = ListReleasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3955,7 +4136,7 @@ func (x *ListReleasesResponse) String() string {
 func (*ListReleasesResponse) ProtoMessage() {}
 
 func (x *ListReleasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3968,7 +4149,7 @@ func (x *ListReleasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReleasesResponse.ProtoReflect.Descriptor instead.
 func (*ListReleasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ListReleasesResponse) GetReleases() []*Release {
@@ -3988,7 +4169,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4000,7 +4181,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4013,7 +4194,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *File) GetName() string {
@@ -4040,7 +4221,7 @@ type ApplyScopesRequest struct {
 
 func (x *ApplyScopesRequest) Reset() {
 	*x = ApplyScopesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4052,7 +4233,7 @@ func (x *ApplyScopesRequest) String() string {
 func (*ApplyScopesRequest) ProtoMessage() {}
 
 func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4065,7 +4246,7 @@ func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesRequest.ProtoReflect.Descriptor instead.
 func (*ApplyScopesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ApplyScopesRequest) GetFiles() []*File {
@@ -4093,7 +4274,7 @@ type ApplyScopesResponse struct {
 
 func (x *ApplyScopesResponse) Reset() {
 	*x = ApplyScopesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4105,7 +4286,7 @@ func (x *ApplyScopesResponse) String() string {
 func (*ApplyScopesResponse) ProtoMessage() {}
 
 func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4118,7 +4299,7 @@ func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesResponse.ProtoReflect.Descriptor instead.
 func (*ApplyScopesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ApplyScopesResponse) GetVersion() uint64 {
@@ -4152,7 +4333,7 @@ type ScopeChange struct {
 
 func (x *ScopeChange) Reset() {
 	*x = ScopeChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4164,7 +4345,7 @@ func (x *ScopeChange) String() string {
 func (*ScopeChange) ProtoMessage() {}
 
 func (x *ScopeChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4177,7 +4358,7 @@ func (x *ScopeChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScopeChange.ProtoReflect.Descriptor instead.
 func (*ScopeChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ScopeChange) GetScope() string {
@@ -4207,7 +4388,7 @@ type LeaseChange struct {
 
 func (x *LeaseChange) Reset() {
 	*x = LeaseChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4219,7 +4400,7 @@ func (x *LeaseChange) String() string {
 func (*LeaseChange) ProtoMessage() {}
 
 func (x *LeaseChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4232,7 +4413,7 @@ func (x *LeaseChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseChange.ProtoReflect.Descriptor instead.
 func (*LeaseChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *LeaseChange) GetHost() string {
@@ -4280,7 +4461,7 @@ type FactsRequest struct {
 
 func (x *FactsRequest) Reset() {
 	*x = FactsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4292,7 +4473,7 @@ func (x *FactsRequest) String() string {
 func (*FactsRequest) ProtoMessage() {}
 
 func (x *FactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4305,7 +4486,7 @@ func (x *FactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
 func (*FactsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *FactsRequest) GetHost() string {
@@ -4331,7 +4512,7 @@ type FactsResponse struct {
 
 func (x *FactsResponse) Reset() {
 	*x = FactsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4343,7 +4524,7 @@ func (x *FactsResponse) String() string {
 func (*FactsResponse) ProtoMessage() {}
 
 func (x *FactsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4356,7 +4537,7 @@ func (x *FactsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsResponse.ProtoReflect.Descriptor instead.
 func (*FactsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *FactsResponse) GetJson() []byte {
@@ -4376,7 +4557,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4388,7 +4569,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4401,7 +4582,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{73}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *WhyRequest) GetHost() string {
@@ -4432,7 +4613,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4444,7 +4625,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4457,7 +4638,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{74}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *WhyResponse) GetAllowed() bool {
@@ -4514,7 +4695,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4526,7 +4707,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4539,7 +4720,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{75}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *Selector) GetName() string {
@@ -4596,7 +4777,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4608,7 +4789,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4621,7 +4802,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{76}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *Lease) GetId() string {
@@ -4764,7 +4945,7 @@ type ListLeasesRequest struct {
 
 func (x *ListLeasesRequest) Reset() {
 	*x = ListLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4776,7 +4957,7 @@ func (x *ListLeasesRequest) String() string {
 func (*ListLeasesRequest) ProtoMessage() {}
 
 func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4789,7 +4970,7 @@ func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ListLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{77}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ListLeasesRequest) GetHost() string {
@@ -4844,7 +5025,7 @@ type ListLeasesResponse struct {
 
 func (x *ListLeasesResponse) Reset() {
 	*x = ListLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4856,7 +5037,7 @@ func (x *ListLeasesResponse) String() string {
 func (*ListLeasesResponse) ProtoMessage() {}
 
 func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4869,7 +5050,7 @@ func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ListLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{78}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ListLeasesResponse) GetLeases() []*Lease {
@@ -4898,7 +5079,7 @@ type RevokeLeasesRequest struct {
 
 func (x *RevokeLeasesRequest) Reset() {
 	*x = RevokeLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4910,7 +5091,7 @@ func (x *RevokeLeasesRequest) String() string {
 func (*RevokeLeasesRequest) ProtoMessage() {}
 
 func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4923,7 +5104,7 @@ func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesRequest.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{79}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *RevokeLeasesRequest) GetLeases() []string {
@@ -4963,7 +5144,7 @@ type RevokeLeasesResponse struct {
 
 func (x *RevokeLeasesResponse) Reset() {
 	*x = RevokeLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4975,7 +5156,7 @@ func (x *RevokeLeasesResponse) String() string {
 func (*RevokeLeasesResponse) ProtoMessage() {}
 
 func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4988,7 +5169,7 @@ func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesResponse.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *RevokeLeasesResponse) GetRevoking() []string {
@@ -5014,19 +5195,20 @@ type Finding struct {
 	First         *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=first,proto3" json:"first,omitempty"` // sighting
 	Last          *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=last,proto3" json:"last,omitempty"`
 	Count         uint64                 `protobuf:"varint,12,opt,name=count,proto3" json:"count,omitempty"`
-	Evidence      [][]byte               `protobuf:"bytes,13,rep,name=evidence,proto3" json:"evidence,omitempty"` // JSON objects: at most 20, of at most 4 KiB each
-	Response      string                 `protobuf:"bytes,14,opt,name=response,proto3" json:"response,omitempty"` // what was done: alert, step-up, revoke, quarantine
-	Status        string                 `protobuf:"bytes,15,opt,name=status,proto3" json:"status,omitempty"`     // open, closed
-	Reason        string                 `protobuf:"bytes,16,opt,name=reason,proto3" json:"reason,omitempty"`     // of an operator who closed it
-	Until         *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=until,proto3" json:"until,omitempty"`       // closed until then
-	Opened        uint64                 `protobuf:"varint,18,opt,name=opened,proto3" json:"opened,omitempty"`    // its place in the order of opening
+	Evidence      [][]byte               `protobuf:"bytes,13,rep,name=evidence,proto3" json:"evidence,omitempty"`                 // JSON objects: at most 20, of at most 4 KiB each
+	Response      string                 `protobuf:"bytes,14,opt,name=response,proto3" json:"response,omitempty"`                 // what was done: alert, step-up, revoke, quarantine
+	Status        string                 `protobuf:"bytes,15,opt,name=status,proto3" json:"status,omitempty"`                     // open, closed
+	Reason        string                 `protobuf:"bytes,16,opt,name=reason,proto3" json:"reason,omitempty"`                     // for closing it
+	Until         *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=until,proto3" json:"until,omitempty"`                       // closed until then
+	Opened        uint64                 `protobuf:"varint,18,opt,name=opened,proto3" json:"opened,omitempty"`                    // its place in the order of opening
+	ClosedBy      string                 `protobuf:"bytes,19,opt,name=closed_by,json=closedBy,proto3" json:"closed_by,omitempty"` // an operator, or the watch where evidence shows that its cause is over
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5038,7 +5220,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5051,7 +5233,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *Finding) GetId() string {
@@ -5180,16 +5362,24 @@ func (x *Finding) GetOpened() uint64 {
 	return 0
 }
 
+func (x *Finding) GetClosedBy() string {
+	if x != nil {
+		return x.ClosedBy
+	}
+	return ""
+}
+
 type ReportFindingRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Finding       *Finding               `protobuf:"bytes,1,opt,name=finding,proto3" json:"finding,omitempty"` // what was reported before for its detector and cause is replaced
+	Over          string                 `protobuf:"bytes,2,opt,name=over,proto3" json:"over,omitempty"`       // how evidence shows that its cause is over, which closes it; empty: nothing does
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReportFindingRequest) Reset() {
 	*x = ReportFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5201,7 +5391,7 @@ func (x *ReportFindingRequest) String() string {
 func (*ReportFindingRequest) ProtoMessage() {}
 
 func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5214,7 +5404,7 @@ func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingRequest.ProtoReflect.Descriptor instead.
 func (*ReportFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ReportFindingRequest) GetFinding() *Finding {
@@ -5222,6 +5412,13 @@ func (x *ReportFindingRequest) GetFinding() *Finding {
 		return x.Finding
 	}
 	return nil
+}
+
+func (x *ReportFindingRequest) GetOver() string {
+	if x != nil {
+		return x.Over
+	}
+	return ""
 }
 
 type ReportFindingResponse struct {
@@ -5235,7 +5432,7 @@ type ReportFindingResponse struct {
 
 func (x *ReportFindingResponse) Reset() {
 	*x = ReportFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5247,7 +5444,7 @@ func (x *ReportFindingResponse) String() string {
 func (*ReportFindingResponse) ProtoMessage() {}
 
 func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5260,7 +5457,7 @@ func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingResponse.ProtoReflect.Descriptor instead.
 func (*ReportFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ReportFindingResponse) GetFinding() *Finding {
@@ -5298,7 +5495,7 @@ type ListFindingsRequest struct {
 
 func (x *ListFindingsRequest) Reset() {
 	*x = ListFindingsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5310,7 +5507,7 @@ func (x *ListFindingsRequest) String() string {
 func (*ListFindingsRequest) ProtoMessage() {}
 
 func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5323,7 +5520,7 @@ func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListFindingsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListFindingsRequest) GetStatus() string {
@@ -5379,7 +5576,7 @@ type ListFindingsResponse struct {
 
 func (x *ListFindingsResponse) Reset() {
 	*x = ListFindingsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5391,7 +5588,7 @@ func (x *ListFindingsResponse) String() string {
 func (*ListFindingsResponse) ProtoMessage() {}
 
 func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5404,7 +5601,7 @@ func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListFindingsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListFindingsResponse) GetFindings() []*Finding {
@@ -5441,7 +5638,7 @@ type CloseFindingRequest struct {
 
 func (x *CloseFindingRequest) Reset() {
 	*x = CloseFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5453,7 +5650,7 @@ func (x *CloseFindingRequest) String() string {
 func (*CloseFindingRequest) ProtoMessage() {}
 
 func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5466,7 +5663,7 @@ func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingRequest.ProtoReflect.Descriptor instead.
 func (*CloseFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *CloseFindingRequest) GetFinding() string {
@@ -5499,7 +5696,7 @@ type CloseFindingResponse struct {
 
 func (x *CloseFindingResponse) Reset() {
 	*x = CloseFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5511,7 +5708,7 @@ func (x *CloseFindingResponse) String() string {
 func (*CloseFindingResponse) ProtoMessage() {}
 
 func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5524,7 +5721,7 @@ func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingResponse.ProtoReflect.Descriptor instead.
 func (*CloseFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *CloseFindingResponse) GetFinding() *Finding {
@@ -5549,7 +5746,7 @@ type Canary struct {
 
 func (x *Canary) Reset() {
 	*x = Canary{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5561,7 +5758,7 @@ func (x *Canary) String() string {
 func (*Canary) ProtoMessage() {}
 
 func (x *Canary) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5574,7 +5771,7 @@ func (x *Canary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Canary.ProtoReflect.Descriptor instead.
 func (*Canary) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *Canary) GetId() string {
@@ -5629,7 +5826,7 @@ type IssueCanaryRequest struct {
 
 func (x *IssueCanaryRequest) Reset() {
 	*x = IssueCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5641,7 +5838,7 @@ func (x *IssueCanaryRequest) String() string {
 func (*IssueCanaryRequest) ProtoMessage() {}
 
 func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5654,7 +5851,7 @@ func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryRequest.ProtoReflect.Descriptor instead.
 func (*IssueCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *IssueCanaryRequest) GetScope() string {
@@ -5680,7 +5877,7 @@ type IssueCanaryResponse struct {
 
 func (x *IssueCanaryResponse) Reset() {
 	*x = IssueCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5692,7 +5889,7 @@ func (x *IssueCanaryResponse) String() string {
 func (*IssueCanaryResponse) ProtoMessage() {}
 
 func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5705,7 +5902,7 @@ func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryResponse.ProtoReflect.Descriptor instead.
 func (*IssueCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *IssueCanaryResponse) GetCanary() *Canary {
@@ -5724,7 +5921,7 @@ type ListCanariesRequest struct {
 
 func (x *ListCanariesRequest) Reset() {
 	*x = ListCanariesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5736,7 +5933,7 @@ func (x *ListCanariesRequest) String() string {
 func (*ListCanariesRequest) ProtoMessage() {}
 
 func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5749,7 +5946,7 @@ func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesRequest.ProtoReflect.Descriptor instead.
 func (*ListCanariesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ListCanariesRequest) GetScope() string {
@@ -5768,7 +5965,7 @@ type ListCanariesResponse struct {
 
 func (x *ListCanariesResponse) Reset() {
 	*x = ListCanariesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5780,7 +5977,7 @@ func (x *ListCanariesResponse) String() string {
 func (*ListCanariesResponse) ProtoMessage() {}
 
 func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5793,7 +5990,7 @@ func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesResponse.ProtoReflect.Descriptor instead.
 func (*ListCanariesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ListCanariesResponse) GetCanaries() []*Canary {
@@ -5812,7 +6009,7 @@ type RemoveCanaryRequest struct {
 
 func (x *RemoveCanaryRequest) Reset() {
 	*x = RemoveCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5824,7 +6021,7 @@ func (x *RemoveCanaryRequest) String() string {
 func (*RemoveCanaryRequest) ProtoMessage() {}
 
 func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5837,7 +6034,7 @@ func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *RemoveCanaryRequest) GetCanary() string {
@@ -5855,7 +6052,7 @@ type RemoveCanaryResponse struct {
 
 func (x *RemoveCanaryResponse) Reset() {
 	*x = RemoveCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5867,7 +6064,7 @@ func (x *RemoveCanaryResponse) String() string {
 func (*RemoveCanaryResponse) ProtoMessage() {}
 
 func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5880,7 +6077,7 @@ func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
 }
 
 type ReadAuditRequest struct {
@@ -5893,7 +6090,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5905,7 +6102,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5918,7 +6115,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -5945,7 +6142,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5957,7 +6154,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5970,7 +6167,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *AuditRecord) GetIndex() uint64 {
@@ -5996,7 +6193,7 @@ type AuditReceiptRequest struct {
 
 func (x *AuditReceiptRequest) Reset() {
 	*x = AuditReceiptRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6008,7 +6205,7 @@ func (x *AuditReceiptRequest) String() string {
 func (*AuditReceiptRequest) ProtoMessage() {}
 
 func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6021,7 +6218,7 @@ func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptRequest.ProtoReflect.Descriptor instead.
 func (*AuditReceiptRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *AuditReceiptRequest) GetIndex() uint64 {
@@ -6042,7 +6239,7 @@ type AuditReceiptResponse struct {
 
 func (x *AuditReceiptResponse) Reset() {
 	*x = AuditReceiptResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6054,7 +6251,7 @@ func (x *AuditReceiptResponse) String() string {
 func (*AuditReceiptResponse) ProtoMessage() {}
 
 func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6067,7 +6264,7 @@ func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptResponse.ProtoReflect.Descriptor instead.
 func (*AuditReceiptResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *AuditReceiptResponse) GetRecord() []byte {
@@ -6100,7 +6297,7 @@ type AuditCheckpointRequest struct {
 
 func (x *AuditCheckpointRequest) Reset() {
 	*x = AuditCheckpointRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6112,7 +6309,7 @@ func (x *AuditCheckpointRequest) String() string {
 func (*AuditCheckpointRequest) ProtoMessage() {}
 
 func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6125,7 +6322,7 @@ func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *AuditCheckpointRequest) GetConsistentWith() uint64 {
@@ -6146,7 +6343,7 @@ type AuditCheckpointResponse struct {
 
 func (x *AuditCheckpointResponse) Reset() {
 	*x = AuditCheckpointResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6158,7 +6355,7 @@ func (x *AuditCheckpointResponse) String() string {
 func (*AuditCheckpointResponse) ProtoMessage() {}
 
 func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6171,7 +6368,7 @@ func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *AuditCheckpointResponse) GetCheckpoint() []byte {
@@ -6340,13 +6537,24 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\tlease_ids\x18\x01 \x03(\tR\bleaseIds\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"/\n" +
 	"\x0fReleaseResponse\x12\x1c\n" +
-	"\tconfirmed\x18\x01 \x03(\tR\tconfirmed\"\\\n" +
+	"\tconfirmed\x18\x01 \x03(\tR\tconfirmed\"@\n" +
+	"\x0eWitnessRequest\x12.\n" +
+	"\x05opens\x18\x01 \x03(\v2\x18.countersign.v1.FileOpenR\x05opens\"\xb5\x01\n" +
+	"\bFileOpen\x12\x19\n" +
+	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12.\n" +
+	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x10\n" +
+	"\x03pid\x18\x04 \x01(\rR\x03pid\x12\x10\n" +
+	"\x03exe\x18\x05 \x01(\tR\x03exe\x12\x12\n" +
+	"\x04user\x18\x06 \x01(\tR\x04user\x12\x12\n" +
+	"\x04unit\x18\a \x01(\tR\x04unit\"\x11\n" +
+	"\x0fWitnessResponse\"\\\n" +
 	"\vErrorDetail\x12\x18\n" +
 	"\aoutcome\x18\x01 \x01(\tR\aoutcome\x12\x14\n" +
 	"\x05check\x18\x02 \x01(\tR\x05check\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x03 \x01(\tR\trequestId\"\x12\n" +
-	"\x10GetStatusRequest\"\xb5\x03\n" +
+	"\x10GetStatusRequest\"\xbf\x04\n" +
 	"\x11GetStatusResponse\x12\x1b\n" +
 	"\tbroker_id\x18\x01 \x01(\tR\bbrokerId\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12%\n" +
@@ -6355,12 +6563,16 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x06leases\x18\x05 \x03(\v2-.countersign.v1.GetStatusResponse.LeasesEntryR\x06leases\x12\x14\n" +
 	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\x12\x16\n" +
 	"\x06alarms\x18\a \x03(\tR\x06alarms\x12\x14\n" +
-	"\x05vault\x18\b \x01(\tR\x05vault\x1a8\n" +
+	"\x05vault\x18\b \x01(\tR\x05vault\x12K\n" +
+	"\bfindings\x18\t \x03(\v2/.countersign.v1.GetStatusResponse.FindingsEntryR\bfindings\x1a8\n" +
 	"\n" +
 	"HostsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\x1a9\n" +
 	"\vLeasesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\x1a;\n" +
+	"\rFindingsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xef\x03\n" +
 	"\x04Host\x12\x0e\n" +
@@ -6587,7 +6799,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05scope\x18\x03 \x01(\tR\x05scope\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\"2\n" +
 	"\x14RevokeLeasesResponse\x12\x1a\n" +
-	"\brevoking\x18\x01 \x03(\tR\brevoking\"\xf9\x03\n" +
+	"\brevoking\x18\x01 \x03(\tR\brevoking\"\x96\x04\n" +
 	"\aFinding\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05cause\x18\x02 \x01(\tR\x05cause\x12\x1a\n" +
@@ -6607,9 +6819,11 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x06status\x18\x0f \x01(\tR\x06status\x12\x16\n" +
 	"\x06reason\x18\x10 \x01(\tR\x06reason\x120\n" +
 	"\x05until\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x16\n" +
-	"\x06opened\x18\x12 \x01(\x04R\x06opened\"I\n" +
+	"\x06opened\x18\x12 \x01(\x04R\x06opened\x12\x1b\n" +
+	"\tclosed_by\x18\x13 \x01(\tR\bclosedBy\"]\n" +
 	"\x14ReportFindingRequest\x121\n" +
-	"\afinding\x18\x01 \x01(\v2\x17.countersign.v1.FindingR\afinding\"~\n" +
+	"\afinding\x18\x01 \x01(\v2\x17.countersign.v1.FindingR\afinding\x12\x12\n" +
+	"\x04over\x18\x02 \x01(\tR\x04over\"~\n" +
 	"\x15ReportFindingResponse\x121\n" +
 	"\afinding\x18\x01 \x01(\v2\x17.countersign.v1.FindingR\afinding\x12\x16\n" +
 	"\x06opened\x18\x02 \x01(\bR\x06opened\x12\x1a\n" +
@@ -6671,7 +6885,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"checkpoint\x18\x01 \x01(\fR\n" +
 	"checkpoint\x12 \n" +
 	"\vconsistency\x18\x02 \x03(\fR\vconsistency\x12!\n" +
-	"\fverifier_key\x18\x03 \x01(\tR\vverifierKey2\xa1\x04\n" +
+	"\fverifier_key\x18\x03 \x01(\tR\vverifierKey2\xed\x04\n" +
 	"\vHostService\x12A\n" +
 	"\x04Join\x12\x1b.countersign.v1.JoinRequest\x1a\x1c.countersign.v1.JoinResponse\x12M\n" +
 	"\bActivate\x12\x1f.countersign.v1.ActivateRequest\x1a .countersign.v1.ActivateResponse\x12P\n" +
@@ -6679,7 +6893,8 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05Prove\x12\x1c.countersign.v1.ProveRequest\x1a\x1d.countersign.v1.ProveResponse\x12D\n" +
 	"\x05Issue\x12\x1c.countersign.v1.IssueRequest\x1a\x1d.countersign.v1.IssueResponse\x12V\n" +
 	"\vAcknowledge\x12\".countersign.v1.AcknowledgeRequest\x1a#.countersign.v1.AcknowledgeResponse\x12J\n" +
-	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse2\xaf\x14\n" +
+	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse\x12J\n" +
+	"\aWitness\x12\x1e.countersign.v1.WitnessRequest\x1a\x1f.countersign.v1.WitnessResponse2\xaf\x14\n" +
 	"\x0fOperatorService\x12P\n" +
 	"\tGetStatus\x12 .countersign.v1.GetStatusRequest\x1a!.countersign.v1.GetStatusResponse\x12P\n" +
 	"\tListHosts\x12 .countersign.v1.ListHostsRequest\x1a!.countersign.v1.ListHostsResponse\x12M\n" +
@@ -6726,7 +6941,7 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 	return file_countersign_v1_countersign_proto_rawDescData
 }
 
-var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
+var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 112)
 var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: countersign.v1.JoinRequest
 	(*JoinBody)(nil),                  // 1: countersign.v1.JoinBody
@@ -6757,86 +6972,90 @@ var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*AcknowledgeResponse)(nil),       // 26: countersign.v1.AcknowledgeResponse
 	(*ReleaseRequest)(nil),            // 27: countersign.v1.ReleaseRequest
 	(*ReleaseResponse)(nil),           // 28: countersign.v1.ReleaseResponse
-	(*ErrorDetail)(nil),               // 29: countersign.v1.ErrorDetail
-	(*GetStatusRequest)(nil),          // 30: countersign.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),         // 31: countersign.v1.GetStatusResponse
-	(*Host)(nil),                      // 32: countersign.v1.Host
-	(*ListHostsRequest)(nil),          // 33: countersign.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),         // 34: countersign.v1.ListHostsResponse
-	(*NewHost)(nil),                   // 35: countersign.v1.NewHost
-	(*AddHostsRequest)(nil),           // 36: countersign.v1.AddHostsRequest
-	(*AddHostsResponse)(nil),          // 37: countersign.v1.AddHostsResponse
-	(*ChangeHostRequest)(nil),         // 38: countersign.v1.ChangeHostRequest
-	(*ChangeHostResponse)(nil),        // 39: countersign.v1.ChangeHostResponse
-	(*CreateJoinTokenRequest)(nil),    // 40: countersign.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil),   // 41: countersign.v1.CreateJoinTokenResponse
-	(*AddOperatorRequest)(nil),        // 42: countersign.v1.AddOperatorRequest
-	(*AddOperatorResponse)(nil),       // 43: countersign.v1.AddOperatorResponse
-	(*ListOperatorsRequest)(nil),      // 44: countersign.v1.ListOperatorsRequest
-	(*ListOperatorsResponse)(nil),     // 45: countersign.v1.ListOperatorsResponse
-	(*Operator)(nil),                  // 46: countersign.v1.Operator
-	(*RemoveOperatorRequest)(nil),     // 47: countersign.v1.RemoveOperatorRequest
-	(*RemoveOperatorResponse)(nil),    // 48: countersign.v1.RemoveOperatorResponse
-	(*LearnReferenceRequest)(nil),     // 49: countersign.v1.LearnReferenceRequest
-	(*LearnReferenceResponse)(nil),    // 50: countersign.v1.LearnReferenceResponse
-	(*Reference)(nil),                 // 51: countersign.v1.Reference
-	(*ListReferencesRequest)(nil),     // 52: countersign.v1.ListReferencesRequest
-	(*ListReferencesResponse)(nil),    // 53: countersign.v1.ListReferencesResponse
-	(*AddReferenceRequest)(nil),       // 54: countersign.v1.AddReferenceRequest
-	(*AddReferenceResponse)(nil),      // 55: countersign.v1.AddReferenceResponse
-	(*ApproveReferenceRequest)(nil),   // 56: countersign.v1.ApproveReferenceRequest
-	(*ApproveReferenceResponse)(nil),  // 57: countersign.v1.ApproveReferenceResponse
-	(*MaintainReferenceRequest)(nil),  // 58: countersign.v1.MaintainReferenceRequest
-	(*MaintainReferenceResponse)(nil), // 59: countersign.v1.MaintainReferenceResponse
-	(*AddReleaseRequest)(nil),         // 60: countersign.v1.AddReleaseRequest
-	(*ReleaseFile)(nil),               // 61: countersign.v1.ReleaseFile
-	(*AddReleaseResponse)(nil),        // 62: countersign.v1.AddReleaseResponse
-	(*Release)(nil),                   // 63: countersign.v1.Release
-	(*ListReleasesRequest)(nil),       // 64: countersign.v1.ListReleasesRequest
-	(*ListReleasesResponse)(nil),      // 65: countersign.v1.ListReleasesResponse
-	(*File)(nil),                      // 66: countersign.v1.File
-	(*ApplyScopesRequest)(nil),        // 67: countersign.v1.ApplyScopesRequest
-	(*ApplyScopesResponse)(nil),       // 68: countersign.v1.ApplyScopesResponse
-	(*ScopeChange)(nil),               // 69: countersign.v1.ScopeChange
-	(*LeaseChange)(nil),               // 70: countersign.v1.LeaseChange
-	(*FactsRequest)(nil),              // 71: countersign.v1.FactsRequest
-	(*FactsResponse)(nil),             // 72: countersign.v1.FactsResponse
-	(*WhyRequest)(nil),                // 73: countersign.v1.WhyRequest
-	(*WhyResponse)(nil),               // 74: countersign.v1.WhyResponse
-	(*Selector)(nil),                  // 75: countersign.v1.Selector
-	(*Lease)(nil),                     // 76: countersign.v1.Lease
-	(*ListLeasesRequest)(nil),         // 77: countersign.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),        // 78: countersign.v1.ListLeasesResponse
-	(*RevokeLeasesRequest)(nil),       // 79: countersign.v1.RevokeLeasesRequest
-	(*RevokeLeasesResponse)(nil),      // 80: countersign.v1.RevokeLeasesResponse
-	(*Finding)(nil),                   // 81: countersign.v1.Finding
-	(*ReportFindingRequest)(nil),      // 82: countersign.v1.ReportFindingRequest
-	(*ReportFindingResponse)(nil),     // 83: countersign.v1.ReportFindingResponse
-	(*ListFindingsRequest)(nil),       // 84: countersign.v1.ListFindingsRequest
-	(*ListFindingsResponse)(nil),      // 85: countersign.v1.ListFindingsResponse
-	(*CloseFindingRequest)(nil),       // 86: countersign.v1.CloseFindingRequest
-	(*CloseFindingResponse)(nil),      // 87: countersign.v1.CloseFindingResponse
-	(*Canary)(nil),                    // 88: countersign.v1.Canary
-	(*IssueCanaryRequest)(nil),        // 89: countersign.v1.IssueCanaryRequest
-	(*IssueCanaryResponse)(nil),       // 90: countersign.v1.IssueCanaryResponse
-	(*ListCanariesRequest)(nil),       // 91: countersign.v1.ListCanariesRequest
-	(*ListCanariesResponse)(nil),      // 92: countersign.v1.ListCanariesResponse
-	(*RemoveCanaryRequest)(nil),       // 93: countersign.v1.RemoveCanaryRequest
-	(*RemoveCanaryResponse)(nil),      // 94: countersign.v1.RemoveCanaryResponse
-	(*ReadAuditRequest)(nil),          // 95: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),               // 96: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),       // 97: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),      // 98: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),    // 99: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil),   // 100: countersign.v1.AuditCheckpointResponse
-	nil,                               // 101: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                               // 102: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                               // 103: countersign.v1.Host.LabelsEntry
-	nil,                               // 104: countersign.v1.NewHost.LabelsEntry
-	nil,                               // 105: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                               // 106: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 107: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),     // 108: google.protobuf.Timestamp
+	(*WitnessRequest)(nil),            // 29: countersign.v1.WitnessRequest
+	(*FileOpen)(nil),                  // 30: countersign.v1.FileOpen
+	(*WitnessResponse)(nil),           // 31: countersign.v1.WitnessResponse
+	(*ErrorDetail)(nil),               // 32: countersign.v1.ErrorDetail
+	(*GetStatusRequest)(nil),          // 33: countersign.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),         // 34: countersign.v1.GetStatusResponse
+	(*Host)(nil),                      // 35: countersign.v1.Host
+	(*ListHostsRequest)(nil),          // 36: countersign.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),         // 37: countersign.v1.ListHostsResponse
+	(*NewHost)(nil),                   // 38: countersign.v1.NewHost
+	(*AddHostsRequest)(nil),           // 39: countersign.v1.AddHostsRequest
+	(*AddHostsResponse)(nil),          // 40: countersign.v1.AddHostsResponse
+	(*ChangeHostRequest)(nil),         // 41: countersign.v1.ChangeHostRequest
+	(*ChangeHostResponse)(nil),        // 42: countersign.v1.ChangeHostResponse
+	(*CreateJoinTokenRequest)(nil),    // 43: countersign.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil),   // 44: countersign.v1.CreateJoinTokenResponse
+	(*AddOperatorRequest)(nil),        // 45: countersign.v1.AddOperatorRequest
+	(*AddOperatorResponse)(nil),       // 46: countersign.v1.AddOperatorResponse
+	(*ListOperatorsRequest)(nil),      // 47: countersign.v1.ListOperatorsRequest
+	(*ListOperatorsResponse)(nil),     // 48: countersign.v1.ListOperatorsResponse
+	(*Operator)(nil),                  // 49: countersign.v1.Operator
+	(*RemoveOperatorRequest)(nil),     // 50: countersign.v1.RemoveOperatorRequest
+	(*RemoveOperatorResponse)(nil),    // 51: countersign.v1.RemoveOperatorResponse
+	(*LearnReferenceRequest)(nil),     // 52: countersign.v1.LearnReferenceRequest
+	(*LearnReferenceResponse)(nil),    // 53: countersign.v1.LearnReferenceResponse
+	(*Reference)(nil),                 // 54: countersign.v1.Reference
+	(*ListReferencesRequest)(nil),     // 55: countersign.v1.ListReferencesRequest
+	(*ListReferencesResponse)(nil),    // 56: countersign.v1.ListReferencesResponse
+	(*AddReferenceRequest)(nil),       // 57: countersign.v1.AddReferenceRequest
+	(*AddReferenceResponse)(nil),      // 58: countersign.v1.AddReferenceResponse
+	(*ApproveReferenceRequest)(nil),   // 59: countersign.v1.ApproveReferenceRequest
+	(*ApproveReferenceResponse)(nil),  // 60: countersign.v1.ApproveReferenceResponse
+	(*MaintainReferenceRequest)(nil),  // 61: countersign.v1.MaintainReferenceRequest
+	(*MaintainReferenceResponse)(nil), // 62: countersign.v1.MaintainReferenceResponse
+	(*AddReleaseRequest)(nil),         // 63: countersign.v1.AddReleaseRequest
+	(*ReleaseFile)(nil),               // 64: countersign.v1.ReleaseFile
+	(*AddReleaseResponse)(nil),        // 65: countersign.v1.AddReleaseResponse
+	(*Release)(nil),                   // 66: countersign.v1.Release
+	(*ListReleasesRequest)(nil),       // 67: countersign.v1.ListReleasesRequest
+	(*ListReleasesResponse)(nil),      // 68: countersign.v1.ListReleasesResponse
+	(*File)(nil),                      // 69: countersign.v1.File
+	(*ApplyScopesRequest)(nil),        // 70: countersign.v1.ApplyScopesRequest
+	(*ApplyScopesResponse)(nil),       // 71: countersign.v1.ApplyScopesResponse
+	(*ScopeChange)(nil),               // 72: countersign.v1.ScopeChange
+	(*LeaseChange)(nil),               // 73: countersign.v1.LeaseChange
+	(*FactsRequest)(nil),              // 74: countersign.v1.FactsRequest
+	(*FactsResponse)(nil),             // 75: countersign.v1.FactsResponse
+	(*WhyRequest)(nil),                // 76: countersign.v1.WhyRequest
+	(*WhyResponse)(nil),               // 77: countersign.v1.WhyResponse
+	(*Selector)(nil),                  // 78: countersign.v1.Selector
+	(*Lease)(nil),                     // 79: countersign.v1.Lease
+	(*ListLeasesRequest)(nil),         // 80: countersign.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),        // 81: countersign.v1.ListLeasesResponse
+	(*RevokeLeasesRequest)(nil),       // 82: countersign.v1.RevokeLeasesRequest
+	(*RevokeLeasesResponse)(nil),      // 83: countersign.v1.RevokeLeasesResponse
+	(*Finding)(nil),                   // 84: countersign.v1.Finding
+	(*ReportFindingRequest)(nil),      // 85: countersign.v1.ReportFindingRequest
+	(*ReportFindingResponse)(nil),     // 86: countersign.v1.ReportFindingResponse
+	(*ListFindingsRequest)(nil),       // 87: countersign.v1.ListFindingsRequest
+	(*ListFindingsResponse)(nil),      // 88: countersign.v1.ListFindingsResponse
+	(*CloseFindingRequest)(nil),       // 89: countersign.v1.CloseFindingRequest
+	(*CloseFindingResponse)(nil),      // 90: countersign.v1.CloseFindingResponse
+	(*Canary)(nil),                    // 91: countersign.v1.Canary
+	(*IssueCanaryRequest)(nil),        // 92: countersign.v1.IssueCanaryRequest
+	(*IssueCanaryResponse)(nil),       // 93: countersign.v1.IssueCanaryResponse
+	(*ListCanariesRequest)(nil),       // 94: countersign.v1.ListCanariesRequest
+	(*ListCanariesResponse)(nil),      // 95: countersign.v1.ListCanariesResponse
+	(*RemoveCanaryRequest)(nil),       // 96: countersign.v1.RemoveCanaryRequest
+	(*RemoveCanaryResponse)(nil),      // 97: countersign.v1.RemoveCanaryResponse
+	(*ReadAuditRequest)(nil),          // 98: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),               // 99: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),       // 100: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),      // 101: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),    // 102: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil),   // 103: countersign.v1.AuditCheckpointResponse
+	nil,                               // 104: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                               // 105: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                               // 106: countersign.v1.GetStatusResponse.FindingsEntry
+	nil,                               // 107: countersign.v1.Host.LabelsEntry
+	nil,                               // 108: countersign.v1.NewHost.LabelsEntry
+	nil,                               // 109: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                               // 110: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 111: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),     // 112: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	2,   // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
@@ -6850,152 +7069,157 @@ var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	12,  // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
 	16,  // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
 	17,  // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	108, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	112, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
 	19,  // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
 	20,  // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	108, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
-	108, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	108, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	112, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	112, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	112, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
 	12,  // 17: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
 	16,  // 18: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
 	24,  // 19: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	108, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	108, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	108, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	108, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	108, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	108, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	108, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
-	101, // 27: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	102, // 28: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	103, // 29: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	108, // 30: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	108, // 31: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
-	32,  // 32: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	104, // 33: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
-	35,  // 34: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	105, // 35: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
-	32,  // 36: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	108, // 37: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	106, // 38: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	108, // 39: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	108, // 40: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
-	46,  // 41: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
-	108, // 42: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
-	108, // 43: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
-	51,  // 44: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	108, // 45: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	108, // 46: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
-	51,  // 47: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
-	51,  // 48: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
-	108, // 49: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
-	51,  // 50: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
-	108, // 51: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
-	61,  // 52: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
-	108, // 53: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
-	63,  // 54: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
-	108, // 55: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
-	108, // 56: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
-	63,  // 57: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
-	66,  // 58: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
-	69,  // 59: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
-	70,  // 60: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
-	75,  // 61: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	108, // 62: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	107, // 63: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	108, // 64: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	108, // 65: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	108, // 66: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	108, // 67: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	76,  // 68: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	108, // 69: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
-	108, // 70: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
-	108, // 71: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
-	81,  // 72: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
-	81,  // 73: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
-	81,  // 74: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
-	108, // 75: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
-	81,  // 76: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
-	108, // 77: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
-	88,  // 78: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
-	88,  // 79: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
-	0,   // 80: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
-	4,   // 81: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
-	9,   // 82: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
-	14,  // 83: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
-	21,  // 84: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
-	25,  // 85: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
-	27,  // 86: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
-	30,  // 87: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
-	33,  // 88: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
-	36,  // 89: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
-	38,  // 90: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
-	40,  // 91: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
-	42,  // 92: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
-	44,  // 93: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
-	47,  // 94: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
-	49,  // 95: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	52,  // 96: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	54,  // 97: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
-	56,  // 98: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
-	58,  // 99: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
-	60,  // 100: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
-	64,  // 101: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
-	67,  // 102: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	71,  // 103: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	73,  // 104: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	77,  // 105: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	79,  // 106: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	82,  // 107: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
-	84,  // 108: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
-	86,  // 109: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
-	89,  // 110: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
-	91,  // 111: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
-	93,  // 112: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
-	95,  // 113: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	97,  // 114: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	99,  // 115: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	3,   // 116: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	8,   // 117: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	10,  // 118: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	18,  // 119: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	23,  // 120: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	26,  // 121: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	28,  // 122: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	31,  // 123: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	34,  // 124: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	37,  // 125: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	39,  // 126: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	41,  // 127: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	43,  // 128: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	45,  // 129: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
-	48,  // 130: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
-	50,  // 131: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	53,  // 132: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	55,  // 133: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
-	57,  // 134: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
-	59,  // 135: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
-	62,  // 136: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
-	65,  // 137: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
-	68,  // 138: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	72,  // 139: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	74,  // 140: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	78,  // 141: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	80,  // 142: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	83,  // 143: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
-	85,  // 144: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
-	87,  // 145: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
-	90,  // 146: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
-	92,  // 147: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
-	94,  // 148: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
-	96,  // 149: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	98,  // 150: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	100, // 151: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	116, // [116:152] is the sub-list for method output_type
-	80,  // [80:116] is the sub-list for method input_type
-	80,  // [80:80] is the sub-list for extension type_name
-	80,  // [80:80] is the sub-list for extension extendee
-	0,   // [0:80] is the sub-list for field type_name
+	112, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	112, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	112, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	112, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	112, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	112, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	112, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	30,  // 27: countersign.v1.WitnessRequest.opens:type_name -> countersign.v1.FileOpen
+	112, // 28: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
+	104, // 29: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	105, // 30: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	106, // 31: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
+	107, // 32: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	112, // 33: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	112, // 34: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	35,  // 35: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
+	108, // 36: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	38,  // 37: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
+	109, // 38: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	35,  // 39: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
+	112, // 40: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	110, // 41: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	112, // 42: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	112, // 43: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	49,  // 44: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
+	112, // 45: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	112, // 46: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	54,  // 47: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
+	112, // 48: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	112, // 49: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
+	54,  // 50: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
+	54,  // 51: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
+	112, // 52: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
+	54,  // 53: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
+	112, // 54: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
+	64,  // 55: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
+	112, // 56: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
+	66,  // 57: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
+	112, // 58: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
+	112, // 59: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
+	66,  // 60: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
+	69,  // 61: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
+	72,  // 62: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
+	73,  // 63: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
+	78,  // 64: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	112, // 65: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	111, // 66: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	112, // 67: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	112, // 68: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	112, // 69: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	112, // 70: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	79,  // 71: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	112, // 72: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
+	112, // 73: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
+	112, // 74: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
+	84,  // 75: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
+	84,  // 76: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
+	84,  // 77: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
+	112, // 78: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
+	84,  // 79: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
+	112, // 80: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
+	91,  // 81: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
+	91,  // 82: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
+	0,   // 83: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
+	4,   // 84: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
+	9,   // 85: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
+	14,  // 86: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
+	21,  // 87: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
+	25,  // 88: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
+	27,  // 89: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
+	29,  // 90: countersign.v1.HostService.Witness:input_type -> countersign.v1.WitnessRequest
+	33,  // 91: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
+	36,  // 92: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
+	39,  // 93: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
+	41,  // 94: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
+	43,  // 95: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
+	45,  // 96: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
+	47,  // 97: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
+	50,  // 98: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
+	52,  // 99: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	55,  // 100: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	57,  // 101: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
+	59,  // 102: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
+	61,  // 103: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
+	63,  // 104: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
+	67,  // 105: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
+	70,  // 106: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	74,  // 107: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	76,  // 108: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	80,  // 109: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	82,  // 110: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	85,  // 111: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
+	87,  // 112: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
+	89,  // 113: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
+	92,  // 114: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
+	94,  // 115: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
+	96,  // 116: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
+	98,  // 117: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	100, // 118: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	102, // 119: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	3,   // 120: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	8,   // 121: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	10,  // 122: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	18,  // 123: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	23,  // 124: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	26,  // 125: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	28,  // 126: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	31,  // 127: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
+	34,  // 128: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	37,  // 129: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	40,  // 130: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	42,  // 131: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	44,  // 132: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	46,  // 133: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	48,  // 134: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	51,  // 135: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	53,  // 136: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	56,  // 137: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	58,  // 138: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
+	60,  // 139: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
+	62,  // 140: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
+	65,  // 141: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
+	68,  // 142: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
+	71,  // 143: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	75,  // 144: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	77,  // 145: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	81,  // 146: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	83,  // 147: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	86,  // 148: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
+	88,  // 149: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
+	90,  // 150: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
+	93,  // 151: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
+	95,  // 152: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
+	97,  // 153: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
+	99,  // 154: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	101, // 155: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	103, // 156: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	120, // [120:157] is the sub-list for method output_type
+	83,  // [83:120] is the sub-list for method input_type
+	83,  // [83:83] is the sub-list for extension type_name
+	83,  // [83:83] is the sub-list for extension extendee
+	0,   // [0:83] is the sub-list for field type_name
 }
 
 func init() { file_countersign_v1_countersign_proto_init() }
@@ -7009,7 +7233,7 @@ func file_countersign_v1_countersign_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   108,
+			NumMessages:   112,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

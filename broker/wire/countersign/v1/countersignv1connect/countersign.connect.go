@@ -54,6 +54,8 @@ const (
 	HostServiceAcknowledgeProcedure = "/countersign.v1.HostService/Acknowledge"
 	// HostServiceReleaseProcedure is the fully-qualified name of the HostService's Release RPC.
 	HostServiceReleaseProcedure = "/countersign.v1.HostService/Release"
+	// HostServiceWitnessProcedure is the fully-qualified name of the HostService's Witness RPC.
+	HostServiceWitnessProcedure = "/countersign.v1.HostService/Witness"
 	// OperatorServiceGetStatusProcedure is the fully-qualified name of the OperatorService's GetStatus
 	// RPC.
 	OperatorServiceGetStatusProcedure = "/countersign.v1.OperatorService/GetStatus"
@@ -157,6 +159,8 @@ type HostServiceClient interface {
 	Acknowledge(context.Context, *connect.Request[v1.AcknowledgeRequest]) (*connect.Response[v1.AcknowledgeResponse], error)
 	// Release gives leases back: their program ended or never took them.
 	Release(context.Context, *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error)
+	// Witness tells of programs that opened a credential's file and aren't its own.
+	Witness(context.Context, *connect.Request[v1.WitnessRequest]) (*connect.Response[v1.WitnessResponse], error)
 }
 
 // NewHostServiceClient constructs a client for the countersign.v1.HostService service. By default,
@@ -212,6 +216,12 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(hostServiceMethods.ByName("Release")),
 			connect.WithClientOptions(opts...),
 		),
+		witness: connect.NewClient[v1.WitnessRequest, v1.WitnessResponse](
+			httpClient,
+			baseURL+HostServiceWitnessProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("Witness")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -224,6 +234,7 @@ type hostServiceClient struct {
 	issue       *connect.Client[v1.IssueRequest, v1.IssueResponse]
 	acknowledge *connect.Client[v1.AcknowledgeRequest, v1.AcknowledgeResponse]
 	release     *connect.Client[v1.ReleaseRequest, v1.ReleaseResponse]
+	witness     *connect.Client[v1.WitnessRequest, v1.WitnessResponse]
 }
 
 // Join calls countersign.v1.HostService.Join.
@@ -261,6 +272,11 @@ func (c *hostServiceClient) Release(ctx context.Context, req *connect.Request[v1
 	return c.release.CallUnary(ctx, req)
 }
 
+// Witness calls countersign.v1.HostService.Witness.
+func (c *hostServiceClient) Witness(ctx context.Context, req *connect.Request[v1.WitnessRequest]) (*connect.Response[v1.WitnessResponse], error) {
+	return c.witness.CallUnary(ctx, req)
+}
+
 // HostServiceHandler is an implementation of the countersign.v1.HostService service.
 type HostServiceHandler interface {
 	// Join asks for admission; the answer challenges the TPM.
@@ -277,6 +293,8 @@ type HostServiceHandler interface {
 	Acknowledge(context.Context, *connect.Request[v1.AcknowledgeRequest]) (*connect.Response[v1.AcknowledgeResponse], error)
 	// Release gives leases back: their program ended or never took them.
 	Release(context.Context, *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error)
+	// Witness tells of programs that opened a credential's file and aren't its own.
+	Witness(context.Context, *connect.Request[v1.WitnessRequest]) (*connect.Response[v1.WitnessResponse], error)
 }
 
 // NewHostServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -328,6 +346,12 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(hostServiceMethods.ByName("Release")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostServiceWitnessHandler := connect.NewUnaryHandler(
+		HostServiceWitnessProcedure,
+		svc.Witness,
+		connect.WithSchema(hostServiceMethods.ByName("Witness")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/countersign.v1.HostService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case HostServiceJoinProcedure:
@@ -344,6 +368,8 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 			hostServiceAcknowledgeHandler.ServeHTTP(w, r)
 		case HostServiceReleaseProcedure:
 			hostServiceReleaseHandler.ServeHTTP(w, r)
+		case HostServiceWitnessProcedure:
+			hostServiceWitnessHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -379,6 +405,10 @@ func (UnimplementedHostServiceHandler) Acknowledge(context.Context, *connect.Req
 
 func (UnimplementedHostServiceHandler) Release(context.Context, *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.HostService.Release is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) Witness(context.Context, *connect.Request[v1.WitnessRequest]) (*connect.Response[v1.WitnessResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.HostService.Witness is not implemented"))
 }
 
 // OperatorServiceClient is a client for the countersign.v1.OperatorService service.
