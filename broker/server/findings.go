@@ -16,7 +16,7 @@ import (
 func findingMessage(f findings.Finding) *v1.Finding {
 	m := &v1.Finding{Id: f.ID, Cause: f.Cause, Detector: f.Detector, Severity: string(f.Severity), Nhi: f.NHI, Lease: f.Lease, Host: f.Host, Account: f.Account,
 		Why: f.Why, First: stamp(f.First), Last: stamp(f.Last), Count: uint64(f.Count), Response: f.Response, Status: string(f.Status), Reason: f.Reason,
-		Until: stamp(f.Until), Opened: uint64(f.Opened)}
+		Until: stamp(f.Until), ClosedBy: f.ClosedBy, Opened: uint64(f.Opened)}
 	for _, e := range f.Evidence {
 		m.Evidence = append(m.Evidence, e)
 	}
@@ -45,7 +45,7 @@ func valid(t *timestamppb.Timestamp) *timestamppb.Timestamp {
 // ReportFinding enters what the watch found.
 func (s *Operators) ReportFinding(ctx context.Context, req *connect.Request[v1.ReportFindingRequest]) (*connect.Response[v1.ReportFindingResponse], error) {
 	return serve(ctx, s, func(a operate.Actor) (*v1.ReportFindingResponse, error) {
-		f, outcome, err := s.Desk.Report(ctx, a, reported(req.Msg.GetFinding()))
+		f, outcome, err := s.Desk.Report(ctx, a, reported(req.Msg.GetFinding()), req.Msg.GetOver())
 		return &v1.ReportFindingResponse{Finding: findingMessage(f), Opened: outcome == findings.New, Reopened: outcome == findings.Reopened}, err
 	})
 }

@@ -90,7 +90,7 @@ func (s *Operators) GetStatus(ctx context.Context, _ *connect.Request[v1.GetStat
 	return serve(ctx, s, func(a operate.Actor) (*v1.GetStatusResponse, error) {
 		st, err := s.Desk.Status(ctx, a)
 		return &v1.GetStatusResponse{BrokerId: s.BrokerID, Version: s.Version, PolicyVersion: uint64(st.Policy), Epoch: uint64(st.Epoch),
-			Hosts: st.Hosts, Leases: st.Leases, Alarms: s.Alarms(), Vault: s.Vault()}, err
+			Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings, Alarms: s.Alarms(), Vault: s.Vault()}, err
 	})
 }
 

@@ -39,6 +39,7 @@ type findingLine struct {
 	Count    uint64            `json:"count"`
 	Evidence []json.RawMessage `json:"evidence"`
 	Response string            `json:"response,omitempty"`
+	ClosedBy string            `json:"closed_by,omitempty"`
 	Reason   string            `json:"reason,omitempty"`
 	Until    *time.Time        `json:"until,omitempty"`
 }
@@ -46,7 +47,7 @@ type findingLine struct {
 func lineOf(f *v1.Finding) findingLine {
 	l := findingLine{ID: f.GetId(), Status: f.GetStatus(), Detector: f.GetDetector(), Severity: f.GetSeverity(), NHI: f.GetNhi(), Lease: f.GetLease(), Host: f.GetHost(),
 		Account: f.GetAccount(), Why: f.GetWhy(), First: f.GetFirst().AsTime(), Last: f.GetLast().AsTime(), Count: f.GetCount(), Evidence: []json.RawMessage{},
-		Response: f.GetResponse(), Reason: f.GetReason()}
+		Response: f.GetResponse(), ClosedBy: f.GetClosedBy(), Reason: f.GetReason()}
 	for _, e := range f.GetEvidence() {
 		l.Evidence = append(l.Evidence, e)
 	}
@@ -123,21 +124,39 @@ func eachFinding(ctx context.Context, o *options, req *v1.ListFindingsRequest, f
 	}
 }
 
-// followFindings prints a line for each finding, until it is interrupted.
+// followFindings prints a line for each finding, until it is interrupted. A broker
+// that goes away is waited for.
 func followFindings(cmd *cobra.Command, o *options, req *v1.ListFindingsRequest) error {
 	ctx, w := cmd.Context(), cmd.OutOrStdout()
 	client, err := o.client(ctx)
 	if err != nil {
 		return err
 	}
+	away := false
 	for {
 		r, err := client.ListFindings(ctx, connect.NewRequest(req))
 		if ctx.Err() != nil {
 			return nil // interrupted
 		}
+		if connect.CodeOf(err) == connect.CodeUnavailable {
+			if !away {
+				away = true
+				fmt.Fprintln(cmd.ErrOrStderr(), "the broker is away; waiting for it")
+			}
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(2 * time.Second):
+			}
+			if again, err := o.client(ctx); err == nil {
+				client = again
+			}
+			continue
+		}
 		if err != nil {
 			return err
 		}
+		away = false
 		for _, f := range r.Msg.GetFindings() {
 			if o.output == "json" {
 				err = json.NewEncoder(w).Encode(lineOf(f))
@@ -165,7 +184,7 @@ func findingShowCommand(o *options) *cobra.Command {
 		return eachFinding(cmd.Context(), o, &v1.ListFindingsRequest{Finding: args[0]}, func(f *v1.Finding) error {
 			return o.print(cmd.OutOrStdout(), lineOf(f), func(w io.Writer) {
 				for _, line := range [][2]string{
-					{"id", f.GetId()}, {"status", f.GetStatus()}, {"reason", f.GetReason()}, {"until", stampText(f.GetUntil())},
+					{"id", f.GetId()}, {"status", f.GetStatus()}, {"closed by", f.GetClosedBy()}, {"reason", f.GetReason()}, {"until", stampText(f.GetUntil())},
 					{"detector", f.GetDetector()}, {"severity", f.GetSeverity()}, {"nhi", f.GetNhi()}, {"why", f.GetWhy()},
 					{"lease", f.GetLease()}, {"host", f.GetHost()}, {"account", f.GetAccount()},
 					{"first", stampText(f.GetFirst())}, {"last", stampText(f.GetLast())}, {"count", strconv.FormatUint(f.GetCount(), 10)}, {"response", f.GetResponse()},

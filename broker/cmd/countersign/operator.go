@@ -147,7 +147,7 @@ func statusCommand(o *options) *cobra.Command {
 		return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
 			m := r.Msg
 			fmt.Fprintf(w, "broker %s, version %s, epoch %d\npolicy version %d\nvault: %s\n", m.GetBrokerId(), m.GetVersion(), m.GetEpoch(), m.GetPolicyVersion(), m.GetVault())
-			fmt.Fprintf(w, "hosts: %s\nleases: %s\n", countsText(m.GetHosts()), countsText(m.GetLeases()))
+			fmt.Fprintf(w, "hosts: %s\nleases: %s\nopen findings: %s\n", countsText(m.GetHosts()), countsText(m.GetLeases()), countsText(m.GetFindings()))
 			for _, a := range m.GetAlarms() {
 				fmt.Fprintln(w, "ALARM:", a)
 			}

@@ -127,9 +127,9 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
 	root := operate.Actor{Name: "root", Role: operate.Viewer}
 	handler, requests := metrics.New(metrics.Source{
-		Counts: func(ctx context.Context) (map[string]uint64, map[string]uint64, error) {
+		Counts: func(ctx context.Context) (metrics.Counts, error) {
 			st, err := desk.Status(ctx, root)
-			return st.Hosts, st.Leases, err
+			return metrics.Counts{Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings}, err
 		},
 		Alarms: watch.Alarms,
 		Ready: func(context.Context) error {

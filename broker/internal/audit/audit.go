@@ -242,22 +242,14 @@ func CheckReceipt(verifier note.Verifier, record, signed []byte, rawProof [][]by
 
 // Read calls each with the records from index from on, at most limit of them.
 func Read(tx *store.Tx, from int64, limit int, each func(index int64, body []byte) error) error {
-	rows, err := tx.Query(`SELECT idx, body FROM audit_records WHERE idx >= ? ORDER BY idx LIMIT ?`, from, limit)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = rows.Close() }()
-	for rows.Next() {
+	return tx.Each(func(row store.Row) error {
 		var index int64
 		var body []byte
-		if err := rows.Scan(&index, &body); err != nil {
+		if err := row.Scan(&index, &body); err != nil {
 			return err
 		}
-		if err := each(index, body); err != nil {
-			return err
-		}
-	}
-	return rows.Err()
+		return each(index, body)
+	}, `SELECT idx, body FROM audit_records WHERE idx >= ? ORDER BY idx LIMIT ?`, from, limit)
 }
 
 // Verify recomputes the whole tree from the records and holds every stored

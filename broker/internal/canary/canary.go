@@ -120,26 +120,18 @@ func Add(tx *store.Tx, c Canary) error {
 
 // List reads the traps of a scope, or all, by age.
 func List(tx *store.Tx, scope string) ([]Canary, error) {
-	rows, err := tx.Query(`SELECT id, scope, username, audience, issued, issued_by FROM canaries WHERE ? = '' OR scope = ? ORDER BY issued, id`, scope, scope)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = rows.Close() }()
-	var list []Canary
-	for rows.Next() {
-		var c Canary
+	return store.Collect(tx, func(row store.Row) (c Canary, err error) {
 		var audience string
 		var issued int64
-		if err := rows.Scan(&c.ID, &c.Scope, &c.Username, &audience, &issued, &c.By); err != nil {
-			return nil, err
+		if err := row.Scan(&c.ID, &c.Scope, &c.Username, &audience, &issued, &c.By); err != nil {
+			return c, err
 		}
 		c.Issued = store.Time(issued)
 		if err := json.Unmarshal([]byte(audience), &c.Audience); err != nil {
-			return nil, fmt.Errorf("canary %s: %w", c.ID, err)
+			return c, fmt.Errorf("canary %s: %w", c.ID, err)
 		}
-		list = append(list, c)
-	}
-	return list, rows.Err()
+		return c, nil
+	}, `SELECT id, scope, username, audience, issued, issued_by FROM canaries WHERE ? = '' OR scope = ? ORDER BY issued, id`, scope, scope)
 }
 
 // Remove takes a trap away, and says of which scope it was.

@@ -1,5 +1,6 @@
 // Package findings keeps what the watch found: one finding for each cause, open
-// until an operator closes it, and open again when it happens again.
+// until an operator closes it or evidence shows that its cause is over, and open again
+// when it happens again.
 //
 // The watch is trusted for what a finding says, as far as its role reaches, and
 // not for being well made: what it sends is checked and bounded here. The broker
@@ -7,7 +8,8 @@
 //
 // Promise: a cause has one finding, and reporting it again changes no more than
 // what it says. What happened before a finding was closed, or before the end that
-// its closing has, never reopens it.
+// its closing has, never reopens it. The watch closes nothing that is critical or was
+// acted on, and nothing that it closed stays so over what it sees later.
 package findings
 
 import (
@@ -58,6 +60,7 @@ type Finding struct {
 	ClosedBy string            `json:"closed_by,omitempty"`
 	Reason   string            `json:"reason,omitempty"` // for closing it
 	Until    time.Time         `json:"until,omitzero"`   // closed until then
+	Over     bool              `json:"over,omitempty"`   // closed by evidence: of what was seen up to Last
 }
 
 // Bounds of what is kept.
@@ -125,7 +128,10 @@ func reported(f, r Finding, now time.Time) (Finding, bool) {
 		r.First = r.Last
 	}
 	end := f.Closed
-	if !f.Until.IsZero() {
+	switch {
+	case f.Over:
+		end = f.Last
+	case !f.Until.IsZero():
 		end = f.Until
 	}
 	again := f.Status == Closed && r.Last.After(f.Last) && r.Last.After(end)
@@ -133,9 +139,9 @@ func reported(f, r Finding, now time.Time) (Finding, bool) {
 		r = r.onTopOf(f)
 	}
 	r.ID, r.Status, r.Opened = f.ID, f.Status, f.Opened
-	r.Closed, r.ClosedBy, r.Reason, r.Until = f.Closed, f.ClosedBy, f.Reason, f.Until
+	r.Closed, r.ClosedBy, r.Reason, r.Until, r.Over = f.Closed, f.ClosedBy, f.Reason, f.Until, f.Over
 	if again {
-		r.Status, r.Closed, r.ClosedBy, r.Reason, r.Until = Open, time.Time{}, "", "", time.Time{}
+		r.Status, r.Closed, r.ClosedBy, r.Reason, r.Until, r.Over = Open, time.Time{}, "", "", time.Time{}, false
 	}
 	return r, again
 }
@@ -161,6 +167,12 @@ func (f Finding) onTopOf(before Finding) Finding {
 		f.Response = cmp.Or(before.Response, f.Response)
 	}
 	return f
+}
+
+// Settles says whether evidence may close f: not what is critical, nor what was acted
+// on, which is for somebody to look into.
+func (f Finding) Settles() bool {
+	return f.Status == Open && f.Severity != "critical" && (f.Response == "" || f.Response == "alert")
 }
 
 // A Risk is what a host's open findings mean for it, by scope; under "" for all.

@@ -298,3 +298,47 @@ func TestNothingIsMadeLess(t *testing.T) {
 		t.Errorf("%+v, want it worse", worse)
 	}
 }
+
+// Evidence closes what it shows to be over, and nothing that somebody has to look into.
+func TestOverByEvidence(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		edit func(*findings.Finding)
+		want bool
+	}{
+		{"an alert", func(f *findings.Finding) { f.Response = "alert" }, true},
+		{"critical", func(f *findings.Finding) { f.Response, f.Severity = "alert", "critical" }, false},
+		{"acted on", func(f *findings.Finding) { f.Response = "revoke" }, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := open(t)
+			f, _ := report(t, s, t0, c.edit)
+			if f.Settles() != c.want {
+				t.Fatalf("%+v settles: %v", f, f.Settles())
+			}
+			if !c.want {
+				return
+			}
+			check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) (err error) {
+				f, err = findings.Settle(tx, f, "watch", "it speaks again", t0.Add(time.Hour))
+				return err
+			}))
+			if got := list(t, s, findings.Filter{})[0]; got.Status != findings.Closed || got.ClosedBy != "watch" || got.Reason != "it speaks again" || got.Settles() {
+				t.Errorf("%+v", got)
+			}
+			if _, o := report(t, s, t0.Add(2*time.Hour), c.edit); o != findings.Known {
+				t.Errorf("said again: %v", o)
+			}
+			// It was over up to what was seen then: what came before the closing counts, too.
+			again, o := report(t, s, t0.Add(2*time.Hour), c.edit, last(t0.Add(time.Minute)))
+			if o != findings.Reopened || again.Reason != "" || again.ClosedBy != "" || !again.Settles() {
+				t.Errorf("seen later: %v %+v", o, again)
+			}
+			// An operator's closing is of the moment.
+			shut(t, s, again.ID, time.Time{}, t0.Add(3*time.Hour))
+			if _, o := report(t, s, t0.Add(4*time.Hour), c.edit, last(t0.Add(2*time.Hour))); o != findings.Known {
+				t.Errorf("after an operator closed it: %v", o)
+			}
+		})
+	}
+}

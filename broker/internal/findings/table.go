@@ -60,7 +60,13 @@ func Close(tx *store.Tx, id, by, reason string, until, now time.Time) (Finding, 
 	if err != nil {
 		return f, err
 	}
-	f.Status, f.Closed, f.ClosedBy, f.Reason, f.Until = Closed, now, by, reason, until
+	f.Status, f.Closed, f.ClosedBy, f.Reason, f.Until, f.Over = Closed, now, by, reason, until, false
+	return f, save(tx, f)
+}
+
+// Settle closes a finding by evidence: what was seen of it until now is over.
+func Settle(tx *store.Tx, f Finding, by, reason string, now time.Time) (Finding, error) {
+	f.Status, f.Closed, f.ClosedBy, f.Reason, f.Until, f.Over = Closed, now, by, reason, time.Time{}, true
 	return f, save(tx, f)
 }
 
@@ -89,7 +95,7 @@ func one(tx *store.Tx, where string, args ...any) (Finding, error) {
 	return f, err
 }
 
-func scan(row interface{ Scan(...any) error }) (Finding, error) {
+func scan(row store.Row) (Finding, error) {
 	var c Finding // the columns
 	var body string
 	var first, last int64
@@ -123,39 +129,20 @@ func List(tx *store.Tx, f Filter) ([]Finding, error) {
 			where, args = append(where, c.column+` = ?`), append(args, c.value)
 		}
 	}
-	rows, err := tx.Query(`SELECT `+columns+` FROM findings WHERE `+strings.Join(where, ` AND `)+` ORDER BY opened LIMIT ?`, append(args, f.Limit)...)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = rows.Close() }()
-	var list []Finding
-	for rows.Next() {
-		found, err := scan(rows)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, found)
-	}
-	return list, rows.Err()
+	return store.Collect(tx, scan, `SELECT `+columns+` FROM findings WHERE `+strings.Join(where, ` AND `)+` ORDER BY opened LIMIT ?`, append(args, f.Limit)...)
 }
 
 const riskQuery = `SELECT DISTINCT scope, severity FROM findings WHERE host_id = ? AND status = ?`
 
 // OfHost is the risk that a host's open findings make.
 func OfHost(tx *store.Tx, host string) (Risk, error) {
-	rows, err := tx.Query(riskQuery, host, string(Open))
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = rows.Close() }()
 	r := Risk{}
-	for rows.Next() {
+	err := tx.Each(func(row store.Row) error {
 		var scope string
 		var s Severity
-		if err := rows.Scan(&scope, &s); err != nil {
-			return nil, err
-		}
+		err := row.Scan(&scope, &s)
 		r[scope] = max(r[scope], risks[s])
-	}
-	return r, rows.Err()
+		return err
+	}, riskQuery, host, string(Open))
+	return r, err
 }

@@ -204,20 +204,8 @@ func one(tx *store.Tx, where string, arg any) (Host, error) {
 }
 
 func query(tx *store.Tx, where string, args ...any) ([]Host, error) {
-	rows, err := tx.Query(`SELECT `+columns+` FROM hosts WHERE `+where+` ORDER BY id`, args...)
+	list, err := store.Collect(tx, scan, `SELECT `+columns+` FROM hosts WHERE `+where+` ORDER BY id`, args...)
 	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = rows.Close() }()
-	var list []Host
-	for rows.Next() {
-		h, err := scan(rows)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, h)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, err
 	}
 	for i := range list {
@@ -228,12 +216,12 @@ func query(tx *store.Tx, where string, args ...any) ([]Host, error) {
 	return list, nil
 }
 
-func scan(rows *sql.Rows) (Host, error) {
+func scan(row store.Row) (Host, error) {
 	var h Host
 	var state, labels, counters, pcrs, facts string
 	var key sql.NullString
 	var created, proved, silent int64
-	err := rows.Scan(&h.ID, &h.Name, &state, &h.Reason, &h.Admitted, &h.Reenrolling, &h.Tier, &labels, &h.Reference, &h.Address,
+	err := row.Scan(&h.ID, &h.Name, &state, &h.Reason, &h.Admitted, &h.Reenrolling, &h.Tier, &labels, &h.Reference, &h.Address,
 		&h.AKPublic, &key, &counters, &pcrs, &facts, &created, &proved, &silent)
 	if err != nil {
 		return h, err
@@ -261,22 +249,11 @@ func scan(rows *sql.Rows) (Host, error) {
 }
 
 func eks(tx *store.Tx, id string) ([]evidence.Digest, error) {
-	rows, err := tx.Query(`SELECT ek_hash FROM host_eks WHERE host_id = ? ORDER BY ek_hash`, id)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = rows.Close() }()
-	var list []evidence.Digest
-	for rows.Next() {
+	return store.Collect(tx, func(row store.Row) (d evidence.Digest, err error) {
 		var text string
-		if err := rows.Scan(&text); err != nil {
-			return nil, err
+		if err := row.Scan(&text); err != nil {
+			return d, err
 		}
-		d, err := evidence.ParseDigest(text)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, d)
-	}
-	return list, rows.Err()
+		return evidence.ParseDigest(text)
+	}, `SELECT ek_hash FROM host_eks WHERE host_id = ? ORDER BY ek_hash`, id)
 }

@@ -81,30 +81,18 @@ func ApproveReference(tx *store.Tx, name string, version int64, now, olderEnd ti
 // References reads the versions of one set, newest first, or of all where name
 // is empty.
 func References(tx *store.Tx, name string) ([]Reference, error) {
-	rows, err := tx.Query(`SELECT name, version, content, learned_from, created, approved, ends FROM reference_sets
-		WHERE ? = '' OR name = ? ORDER BY name, version DESC`, name, name)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = rows.Close() }()
-	var list []Reference
-	for rows.Next() {
-		var r Reference
+	list, err := store.Collect(tx, func(row store.Row) (r Reference, err error) {
 		var content string
 		var created, approved, ends int64
-		if err := rows.Scan(&r.Name, &r.Version, &content, &r.LearnedFrom, &created, &approved, &ends); err != nil {
-			return nil, err
-		}
+		err = row.Scan(&r.Name, &r.Version, &content, &r.LearnedFrom, &created, &approved, &ends)
 		r.Content, r.Created, r.Approved, r.Ends = json.RawMessage(content), store.Time(created), timeOrZero(approved), timeOrZero(ends)
-		list = append(list, r)
+		return r, err
+	}, `SELECT name, version, content, learned_from, created, approved, ends FROM reference_sets
+		WHERE ? = '' OR name = ? ORDER BY name, version DESC`, name, name)
+	if err == nil && name != "" && len(list) == 0 {
+		err = fmt.Errorf("%w: %s; `countersign reference learn --host H %s` makes it", ErrNoReference, name, name)
 	}
-	if err := rows.Err(); err != nil {
-		return nil, err
-	}
-	if name != "" && len(list) == 0 {
-		return nil, fmt.Errorf("%w: %s; `countersign reference learn --host H %s` makes it", ErrNoReference, name, name)
-	}
-	return list, nil
+	return list, err
 }
 
 func timeOrZero(millis int64) time.Time {
@@ -161,24 +149,17 @@ func AddRelease(tx *store.Tx, r Release, olderEnd time.Time) (Release, error) {
 }
 
 // Releases reads the versions of one name, newest first, or of all.
-func Releases(tx *store.Tx, name string) (list []Release, err error) {
-	rows, err := tx.Query(`SELECT name, version, source, files, added, ends FROM releases WHERE ? = '' OR name = ? ORDER BY name, version DESC`, name, name)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = rows.Close() }()
-	for rows.Next() {
-		var r Release
+func Releases(tx *store.Tx, name string) ([]Release, error) {
+	return store.Collect(tx, func(row store.Row) (r Release, err error) {
 		var files string
 		var added, ends int64
-		if err := rows.Scan(&r.Name, &r.Version, &r.Source, &files, &added, &ends); err != nil {
-			return nil, err
+		if err := row.Scan(&r.Name, &r.Version, &r.Source, &files, &added, &ends); err != nil {
+			return r, err
 		}
 		if err := json.Unmarshal([]byte(files), &r.Files); err != nil {
-			return nil, fmt.Errorf("release %s version %d: %w", r.Name, r.Version, err)
+			return r, fmt.Errorf("release %s version %d: %w", r.Name, r.Version, err)
 		}
 		r.Added, r.Ends = store.Time(added), timeOrZero(ends)
-		list = append(list, r)
-	}
-	return list, rows.Err()
+		return r, nil
+	}, `SELECT name, version, source, files, added, ends FROM releases WHERE ? = '' OR name = ? ORDER BY name, version DESC`, name, name)
 }

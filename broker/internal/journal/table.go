@@ -39,7 +39,7 @@ func Load(tx *store.Tx, id string) (Grant, error) {
 	return g, err
 }
 
-func scan(row interface{ Scan(...any) error }) (Grant, error) {
+func scan(row store.Row) (Grant, error) {
 	var g Grant
 	var id, host, scope, kind, state, delivery, instance string
 	var due, issued, ended int64
@@ -118,20 +118,7 @@ func (f Filter) query() (query string, args []any) {
 // List reads grants by id, or by due time where DueBy is set.
 func List(tx *store.Tx, f Filter) ([]Grant, error) {
 	query, args := f.query()
-	rows, err := tx.Query(query, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = rows.Close() }()
-	var list []Grant
-	for rows.Next() {
-		g, err := scan(rows)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, g)
-	}
-	return list, rows.Err()
+	return store.Collect(tx, scan, query, args...)
 }
 
 // CountUnended is how many grants of a host may still work.

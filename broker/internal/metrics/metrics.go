@@ -14,11 +14,17 @@ import (
 
 // A Source answers what /metrics and /readyz ask.
 type Source struct {
-	Counts func(context.Context) (hosts, leases map[string]uint64, err error) // by state
+	Counts func(context.Context) (Counts, error)
 	Alarms func() []string
 	// Ready is nil while the broker can serve requests.
 	Ready func(context.Context) error
 	CRL   func() []byte // DER; nil while there is none
+}
+
+// Counts are what the store has.
+type Counts struct {
+	Hosts, Leases map[string]uint64 // by state
+	Findings      map[string]uint64 // that are open, by severity
 }
 
 // Requests counts answers by procedure and outcome.
@@ -30,15 +36,14 @@ func (r *Requests) Observe(procedure, outcome string, took time.Duration) {
 }
 
 type collector struct {
-	source Source
-	hosts  *prometheus.Desc
-	leases *prometheus.Desc
-	alarms *prometheus.Desc
+	source                          Source
+	hosts, leases, findings, alarms *prometheus.Desc
 }
 
 func (c collector) Describe(out chan<- *prometheus.Desc) {
 	out <- c.hosts
 	out <- c.leases
+	out <- c.findings
 	out <- c.alarms
 }
 
@@ -48,16 +53,18 @@ const collectTime = 5 * time.Second
 func (c collector) Collect(out chan<- prometheus.Metric) {
 	ctx, cancel := context.WithTimeout(context.Background(), collectTime)
 	defer cancel()
-	hosts, leases, err := c.source.Counts(ctx)
+	counts, err := c.source.Counts(ctx)
 	if err != nil {
 		out <- prometheus.NewInvalidMetric(c.hosts, err)
 		return
 	}
-	for state, n := range hosts {
-		out <- prometheus.MustNewConstMetric(c.hosts, prometheus.GaugeValue, float64(n), state)
-	}
-	for state, n := range leases {
-		out <- prometheus.MustNewConstMetric(c.leases, prometheus.GaugeValue, float64(n), state)
+	for _, m := range []struct {
+		desc   *prometheus.Desc
+		counts map[string]uint64
+	}{{c.hosts, counts.Hosts}, {c.leases, counts.Leases}, {c.findings, counts.Findings}} {
+		for word, n := range m.counts {
+			out <- prometheus.MustNewConstMetric(m.desc, prometheus.GaugeValue, float64(n), word)
+		}
 	}
 	out <- prometheus.MustNewConstMetric(c.alarms, prometheus.GaugeValue, float64(len(c.source.Alarms())))
 }
@@ -72,6 +79,7 @@ func New(source Source) (http.Handler, *Requests) {
 	registry.MustRegister(requests.seconds, collector{source,
 		prometheus.NewDesc("countersign_hosts", "Hosts by state.", []string{"state"}, nil),
 		prometheus.NewDesc("countersign_leases", "Leases whose end is not confirmed, by state.", []string{"state"}, nil),
+		prometheus.NewDesc("countersign_findings_open", "Findings of the watch that nobody closed, by severity.", []string{"severity"}, nil),
 		prometheus.NewDesc("countersign_alarms", "Things that wait for an operator.", nil, nil),
 	})
 	mux := http.NewServeMux()

@@ -20,14 +20,18 @@ func told(f findings.Finding) map[string]any {
 		"first": f.First, "last": f.Last, "count": f.Count}
 }
 
-// Report enters a finding. The log has a record where it is new or happened again,
-// and none for each further sighting.
-func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding) (findings.Finding, findings.Outcome, error) {
+// Report enters a finding, and closes it where over says how evidence shows that its
+// cause is. The log has a record where it is new, happened again or is closed, and none
+// for each further sighting.
+func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over string) (findings.Finding, findings.Outcome, error) {
 	if err := a.need(Responder); err != nil {
 		return f, findings.Known, err
 	}
 	if err := f.Check(); err != nil {
 		return f, findings.Known, invalid("%v", err)
+	}
+	if len(over) > maxReason {
+		return f, findings.Known, invalid("why it is over has %d bytes; at most %d are kept", len(over), maxReason)
 	}
 	outcome := findings.Known
 	detail := map[string]any{}
@@ -51,6 +55,12 @@ func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding) (finding
 			r.Kind = "finding.opened"
 		case findings.Reopened:
 			r.Kind = "finding.reopened"
+		}
+		if over != "" && f.Settles() {
+			if f, err = findings.Settle(tx, f, a.Name, over, d.Now()); err != nil {
+				return err
+			}
+			r.Kind, detail["reason"] = "finding.closed", over
 		}
 		r.Host, r.Scope, r.Lease = f.Host, f.Scope, f.Lease
 		for k, v := range told(f) {

@@ -121,12 +121,13 @@ func plainName(s string) bool {
 // Status is the broker in numbers.
 type Status struct {
 	Hosts, Leases map[string]uint64 // by state
+	Findings      map[string]uint64 // that are open, by severity
 	Policy, Epoch int64
 }
 
-// Status counts hosts and unended leases.
+// Status counts hosts, unended leases and open findings.
 func (d *Desk) Status(ctx context.Context, a Actor) (Status, error) {
-	s := Status{Hosts: map[string]uint64{}, Leases: map[string]uint64{}, Policy: d.Policy.Load().Version}
+	s := Status{Hosts: map[string]uint64{}, Leases: map[string]uint64{}, Findings: map[string]uint64{}, Policy: d.Policy.Load().Version}
 	if err := a.need(Viewer); err != nil {
 		return s, err
 	}
@@ -135,8 +136,9 @@ func (d *Desk) Status(ctx context.Context, a Actor) (Status, error) {
 			return err
 		}
 		for query, counts := range map[string]map[string]uint64{
-			`SELECT state, COUNT(*) FROM hosts GROUP BY state`:                        s.Hosts,
-			`SELECT state, COUNT(*) FROM grants WHERE state <> 'gone' GROUP BY state`: s.Leases,
+			`SELECT state, COUNT(*) FROM hosts GROUP BY state`:                                s.Hosts,
+			`SELECT state, COUNT(*) FROM grants WHERE state <> 'gone' GROUP BY state`:         s.Leases,
+			`SELECT severity, COUNT(*) FROM findings WHERE status = 'open' GROUP BY severity`: s.Findings,
 		} {
 			if err := tally(tx, query, counts); err != nil {
 				return err
@@ -148,18 +150,11 @@ func (d *Desk) Status(ctx context.Context, a Actor) (Status, error) {
 }
 
 func tally(tx *store.Tx, query string, counts map[string]uint64) error {
-	rows, err := tx.Query(query)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = rows.Close() }()
-	for rows.Next() {
+	return tx.Each(func(row store.Row) error {
 		var name string
 		var n uint64
-		if err := rows.Scan(&name, &n); err != nil {
-			return err
-		}
+		err := row.Scan(&name, &n)
 		counts[name] = n
-	}
-	return rows.Err()
+		return err
+	}, query)
 }

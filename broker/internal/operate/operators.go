@@ -78,21 +78,13 @@ func (d *Desk) Operators(ctx context.Context, a Actor) (list []OperatorKey, err 
 		return nil, err
 	}
 	err = d.Store.View(ctx, func(tx *store.Tx) error {
-		rows, err := tx.Query(`SELECT name, role, key_hash, created, expires FROM operators ORDER BY name, created`)
-		if err != nil {
-			return err
-		}
-		defer func() { _ = rows.Close() }()
-		for rows.Next() {
-			var o OperatorKey
+		list, err = store.Collect(tx, func(row store.Row) (o OperatorKey, err error) {
 			var created, expires int64
-			if err := rows.Scan(&o.Name, &o.Role, &o.Key, &created, &expires); err != nil {
-				return err
-			}
+			err = row.Scan(&o.Name, &o.Role, &o.Key, &created, &expires)
 			o.Created, o.Expires = store.Time(created), store.Time(expires)
-			list = append(list, o)
-		}
-		return rows.Err()
+			return o, err
+		}, `SELECT name, role, key_hash, created, expires FROM operators ORDER BY name, created`)
+		return err
 	})
 	return list, err
 }

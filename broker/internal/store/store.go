@@ -42,8 +42,38 @@ var migrations embed.FS
 type Tx struct{ tx *sql.Tx }
 
 func (t *Tx) Exec(query string, args ...any) (sql.Result, error) { return t.tx.Exec(query, args...) }
-func (t *Tx) Query(query string, args ...any) (*sql.Rows, error) { return t.tx.Query(query, args...) }
 func (t *Tx) QueryRow(query string, args ...any) *sql.Row        { return t.tx.QueryRow(query, args...) }
+
+// A Row is one that is being read: of a query, or of QueryRow.
+type Row interface{ Scan(...any) error }
+
+// Each reads every row of a query.
+func (t *Tx) Each(read func(Row) error, query string, args ...any) error {
+	rows, err := t.tx.Query(query, args...)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		if err := read(rows); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}
+
+// Collect reads the rows of a query into a list.
+func Collect[T any](t *Tx, read func(Row) (T, error), query string, args ...any) (list []T, err error) {
+	err = t.Each(func(r Row) error {
+		one, err := read(r)
+		list = append(list, one)
+		return err
+	}, query, args...)
+	if err != nil {
+		return nil, err
+	}
+	return list, nil
+}
 
 // A Store is safe for concurrent use.
 type Store struct {

@@ -102,26 +102,19 @@ func (d *database) lastCRL(ctx context.Context) (*crl, error) {
 
 // revocations are all that is recorded.
 func (d *database) revocations(ctx context.Context) (all []db.RevokedCertificateInfo, err error) {
-	err = d.store.View(ctx, func(tx *store.Tx) error {
-		all = nil
-		rows, err := tx.Query(`SELECT name, value FROM ca_values WHERE bucket = ? ORDER BY name`, revokedBucket)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
+	err = d.store.View(ctx, func(tx *store.Tx) (err error) {
+		all, err = store.Collect(tx, func(row store.Row) (info db.RevokedCertificateInfo, err error) {
 			var serial string
 			var value []byte
-			if err := rows.Scan(&serial, &value); err != nil {
-				return err
+			if err := row.Scan(&serial, &value); err != nil {
+				return info, err
 			}
-			var info db.RevokedCertificateInfo
 			if err := json.Unmarshal(value, &info); err != nil {
-				return fmt.Errorf("revocation of %s: %w", serial, err)
+				return info, fmt.Errorf("revocation of %s: %w", serial, err)
 			}
-			all = append(all, info)
-		}
-		return rows.Err()
+			return info, nil
+		}, `SELECT name, value FROM ca_values WHERE bucket = ? ORDER BY name`, revokedBucket)
+		return err
 	})
 	return all, err
 }
