@@ -203,6 +203,19 @@ func (j *Judge) Known(s sightings.Sighting) (bool, error) {
 	return true, nil
 }
 
+// Explains says whether the ledger has what a sighting shows, by the time of it: a
+// login with a credential that was issued by then, or a read of the broker's.
+func (j *Judge) Explains(s sightings.Sighting) (bool, error) {
+	if s.Kind == sightings.Read {
+		return j.ours(s)
+	}
+	entries, err := j.entries(s)
+	return slices.ContainsFunc(entries, func(e ledger.Entry) bool { return !e.Issued.After(s.Time.Add(Skew)) }), err
+}
+
+// Uses says whether a program was seen to use what it was issued in a scope.
+func (j *Judge) Uses(host, scope string) bool { return j.used[program{host, scope}] }
+
 // trap is the canary that a sighting touches.
 func (j *Judge) trap(s sightings.Sighting) (ledger.Entry, bool) {
 	names := []string{s.Account, s.SSHKeyID}

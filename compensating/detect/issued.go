@@ -140,7 +140,7 @@ func (c Coverage) covers(e ledger.Entry) bool {
 // told of logins: a program that never used what it got, for the whole life of at
 // least one credential.
 func (j *Judge) Unused(entries []ledger.Entry, databases, sshd Coverage) []Detection {
-	if j.used[program{entries[0].Host, entries[0].Scope}] {
+	if j.Uses(entries[0].Host, entries[0].Scope) {
 		return nil
 	}
 	for _, e := range entries {

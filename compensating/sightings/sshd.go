@@ -2,6 +2,7 @@ package sightings
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -18,13 +19,33 @@ import (
 // client sends, and a user name can't begin a message.
 type Sshd struct {
 	single
-	now func() time.Time // for times without a year
+	now    func() time.Time // for times without a year
+	cursor string           // of the journal's last record
 }
 
 // NewSshd makes a reader. The old form of syslog's times has no year: such a line
 // is of the year that makes it the newest before now, a day later at the most.
 func NewSshd(source string, now func() time.Time) *Sshd {
-	return &Sshd{single{source: source}, now}
+	return &Sshd{single: single{source: source}, now: now}
+}
+
+// Cursor is the journal's name of the last record that was read; empty of other logs.
+func (s *Sshd) Cursor() string { return s.cursor }
+
+type sshdState struct {
+	Health
+	Cursor string `json:"cursor,omitempty"`
+}
+
+// Save is what Restore takes.
+func (s *Sshd) Save() ([]byte, error) { return json.Marshal(sshdState{s.health, s.cursor}) }
+
+// Restore goes on from where Save was called.
+func (s *Sshd) Restore(b []byte) error {
+	var kept sshdState
+	err := json.Unmarshal(b, &kept)
+	s.health, s.cursor = kept.Health, kept.Cursor
+	return err
 }
 
 // Line takes one line.
@@ -41,7 +62,7 @@ func (s *Sshd) Line(number int64, line []byte, emit func(Sighting)) {
 	var target, program, message []byte
 	var ok bool
 	if line[0] == '{' {
-		t, target, program, message, ok = journal(line)
+		t, target, program, message, ok = s.journal(line)
 	} else {
 		t, target, program, message, ok = s.syslog(line)
 	}
@@ -65,8 +86,9 @@ func (s *Sshd) Line(number int64, line []byte, emit func(Sighting)) {
 	}
 }
 
-func journal(line []byte) (t time.Time, host, program, message []byte, ok bool) {
+func (s *Sshd) journal(line []byte) (t time.Time, host, program, message []byte, ok bool) {
 	var r struct {
+		Cursor  string         `json:"__CURSOR"`
 		Time    string         `json:"__REALTIME_TIMESTAMP"`
 		Source  string         `json:"_SOURCE_REALTIME_TIMESTAMP"`
 		Host    string         `json:"_HOSTNAME"`
@@ -78,13 +100,14 @@ func journal(line []byte) (t time.Time, host, program, message []byte, ok bool) 
 	if parse(line, &r) != nil {
 		return t, nil, nil, nil, false
 	}
+	s.cursor = text([]byte(r.Cursor))
 	micros, err := strconv.ParseInt(r.Time, 10, 64)
 	if err != nil {
 		return t, nil, nil, nil, false
 	}
-	var text string
+	var words string
 	if len(r.Message) > 0 && r.Message[0] == '"' {
-		if parse(r.Message, &text) != nil {
+		if parse(r.Message, &words) != nil {
 			return t, nil, nil, nil, false
 		}
 	} // else bytes that are no text: nothing that sshd says of a login
@@ -94,7 +117,7 @@ func journal(line []byte) (t time.Time, host, program, message []byte, ok bool) 
 			r.Program = ""
 		}
 	}
-	return time.UnixMicro(micros).UTC(), []byte(r.Host), []byte(r.Program), []byte(text), true
+	return time.UnixMicro(micros).UTC(), []byte(r.Host), []byte(r.Program), []byte(words), true
 }
 
 // syslog takes "Nov 22 03:04:05 host sshd[17]: text", or a time of RFC 3339 in the

@@ -70,6 +70,9 @@ type Sensor struct {
 	// unix:///PATH, as Vault's socket audit device writes them, or http://HOST:PORT
 	// for JSON that is posted. In plain: on the machine, or behind what encrypts.
 	Listen string `hcl:"listen,optional"`
+	// Journal is a folder of systemd's journal, as /var/log/journal, in the place of Path,
+	// for kind sshd. It may be of another machine, as journal-remote writes it.
+	Journal string `hcl:"journal,optional"`
 	// DSNFile holds the connection string of a PostgreSQL, for kind postgres-activity:
 	// its sessions are asked for, by a role that has pg_read_all_stats.
 	DSNFile string `hcl:"dsn_file,optional"`
@@ -218,8 +221,14 @@ func (s Sensor) where() (problems []string) {
 	if (s.Kind == "postgres-activity") != (s.DSNFile != "") {
 		return []string{"postgres-activity comes with a dsn_file, and nothing else does"}
 	}
-	if (s.Path != "") == (s.Listen != "" || s.DSNFile != "") {
-		return []string{"one of path and listen"}
+	n := 0
+	for _, from := range []string{s.Path, s.Listen, s.Journal, s.DSNFile} {
+		if from != "" {
+			n++
+		}
+	}
+	if n != 1 {
+		return []string{"one of path, listen and journal"}
 	}
 	if s.Path != "" {
 		if _, err := filepath.Match(s.Path, ""); err != nil || !filepath.IsAbs(s.Path) {
@@ -230,7 +239,12 @@ func (s Sensor) where() (problems []string) {
 	if !plainName.MatchString(s.Name) {
 		problems = append(problems, "a name of letters, digits, and . _ - for one that listens: files are named after it")
 	}
-	if s.DSNFile != "" {
+	switch {
+	case s.DSNFile != "":
+		return problems
+	case s.Journal != "" && (s.Kind != "sshd" || !filepath.IsAbs(s.Journal)):
+		return append(problems, "journal is an absolute path, of kind sshd")
+	case s.Journal != "":
 		return problems
 	}
 	u, err := url.Parse(s.Listen)

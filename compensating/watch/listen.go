@@ -195,7 +195,7 @@ func (i idler) Read(b []byte) (int, error) {
 
 // receive writes the whole lines of a stream as they come, as many at once as there
 // are.
-func receive(from io.Reader, to *spool) error {
+func receive(from io.Reader, to interface{ write([]byte) error }) error {
 	r := bufio.NewReaderSize(from, 256<<10)
 	var lines []byte
 	for {

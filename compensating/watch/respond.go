@@ -62,7 +62,7 @@ func (s *speaker) lost(now time.Time, err error) {
 func (w *Watch) tell(ctx context.Context, s *speaker) {
 	var list []*record
 	for i := range w.kept.Findings {
-		if r := &w.kept.Findings[i]; r.Told != r.Finding.Count || r.Waits {
+		if r := &w.kept.Findings[i]; r.Told != r.Finding.Count || r.Waits || r.over() && r.Closed != r.Finding.Count {
 			list = append(list, r)
 		}
 	}
@@ -101,6 +101,9 @@ func (w *Watch) tell(ctx context.Context, s *speaker) {
 			r.Notices = nil
 		}
 		r.Told, w.changed = count, true
+		if r.over() {
+			r.Closed = count
+		}
 	}
 	for _, h := range s.hooks {
 		if w.now().Before(s.quiet[h.id()]) {
@@ -151,7 +154,11 @@ func report(ctx context.Context, client countersignv1connect.OperatorServiceClie
 			m.Evidence = append(m.Evidence, b)
 		}
 	}
-	a, err := client.ReportFinding(ctx, connect.NewRequest(&v1.ReportFindingRequest{Finding: m}))
+	over := ""
+	if r.over() {
+		over = brief(r.Over)
+	}
+	a, err := client.ReportFinding(ctx, connect.NewRequest(&v1.ReportFindingRequest{Finding: m, Over: over}))
 	if err != nil {
 		return false, err
 	}
@@ -182,6 +189,10 @@ func cause(k finding.Key) string {
 // act does what the operator chose, once for a finding. More than an alert needs a
 // completed login; what the brake holds back is left to the operator, and said.
 func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorServiceClient, r *record) error {
+	if r.over() {
+		r.Waits = false
+		return nil
+	}
 	if r.Action != "" && r.Action != detect.Alert || r.Held != "" && !r.Waits {
 		return nil
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -20,6 +21,7 @@ type sensor struct {
 	spool  *spool // of one that listens
 	reader sightings.Reader
 	last   time.Time // when a line came
+	spoke  bool      // some came since this run began
 	flush  bool      // what waits was not yet given
 	failed string
 	since  time.Time // it failed so
@@ -44,7 +46,14 @@ func (w *Watch) openSensor(s Sensor) error {
 	}
 	var sent *spool
 	if s.Path == "" {
-		if sent, err = openSpool(filepath.Join(w.config.StateDir, "spool", s.Name)); err != nil {
+		dir := filepath.Join(w.config.StateDir, "spool", s.Name)
+		if s.Journal != "" {
+			kept.Places = nil
+			if err := os.RemoveAll(dir); err != nil { // the journal has it
+				return err
+			}
+		}
+		if sent, err = openSpool(dir); err != nil {
 			return err
 		}
 		s.Path = sent.pattern
@@ -96,7 +105,7 @@ func (w *Watch) poll() error {
 			s.failed = ""
 		}
 		if some {
-			s.last, s.flush, w.changed = w.now(), true, true
+			s.last, s.spoke, s.flush, w.changed = w.now(), true, true, true
 		} else if s.flush && w.now().Sub(s.last) > idle {
 			s.reader.Flush(emit)
 			s.flush, w.changed = false, true
@@ -113,7 +122,7 @@ func (w *Watch) blind() {
 		why := ""
 		switch {
 		case h.Lines == 0 && quiet > absent:
-			why = fmt.Sprintf("nothing was ever read of it: is %s right?", cmp.Or(s.Listen, s.Path))
+			why = fmt.Sprintf("nothing was ever read of it: is %s right?", cmp.Or(s.Listen, s.Journal, s.Path))
 		case s.failed != "" && w.now().Sub(s.since) > absent:
 			why = s.failed
 		case h.Silent(quiet):

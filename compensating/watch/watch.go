@@ -100,6 +100,9 @@ type record struct {
 	Held    string           `json:"held,omitempty"`    // why not more
 	Waits   bool             `json:"waits,omitempty"`   // it is tried again, or waits for the brake
 	Notices []string         `json:"notices,omitempty"` // receivers that were told
+	Over    string           `json:"over,omitempty"`    // how evidence shows that the cause is over
+	OverAt  int              `json:"over_at,omitempty"` // of what was seen up to this count
+	Closed  int              `json:"closed,omitempty"`  // the count up to which the broker was told so
 }
 
 // Open takes up the state in the config's folder.
@@ -201,17 +204,21 @@ func (w *Watch) Run(ctx context.Context) error {
 		if s.spool == nil {
 			continue
 		}
-		if s.DSNFile != "" {
+		switch r, _ := s.reader.(*sightings.Sshd); {
+		case s.DSNFile != "":
 			go s.ask(ctx, s.spool, w.log)
-			continue
-		}
-		if err := s.listen(ctx, s.spool, w.log); err != nil {
-			return fmt.Errorf("sensor %q: %w", s.Name, err)
+		case s.Journal != "":
+			go s.Sensor.journal(ctx, r.Cursor(), s.spool, w.log)
+		default:
+			if err := s.listen(ctx, s.spool, w.log); err != nil {
+				return fmt.Errorf("sensor %q: %w", s.Name, err)
+			}
 		}
 	}
 	poll, save := time.NewTicker(pollEvery), time.NewTicker(saveEvery)
 	defer poll.Stop()
 	defer save.Stop()
+	var looked time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -232,6 +239,12 @@ func (w *Watch) Run(ctx context.Context) error {
 				return err
 			}
 			w.blind()
+			if now := w.now(); now.Sub(looked) >= lookEvery {
+				looked = now
+				if err := w.settleFindings(); err != nil {
+					return err
+				}
+			}
 			if w.changed {
 				if err := w.save(); err != nil {
 					return err

@@ -23,7 +23,7 @@ sensor "vault-audit" "vault" {
 }
 
 sensor "sshd" "jump" {
-  path = "/var/log/auth.log"
+  journal = "/var/log/journal"
 }
 
 sensor "ocsf" "siem" {

@@ -181,6 +181,21 @@ func TestWhoReportsAndWhoCloses(t *testing.T) {
 	_, err = viewer.ListCanaries(ctx, connect.NewRequest(&v1.ListCanariesRequest{}))
 	denied("a viewer lists canaries", err)
 	check.Must(operator.CloseFinding(ctx, shut))(t)
+	// By evidence it may, where nothing was done about it.
+	acted, alert := seen(), seen()
+	acted.Cause, acted.Response = "acted on", "revoke"
+	alert.Cause, alert.Response = "an alert", "alert"
+	for _, c := range []struct {
+		finding *v1.Finding
+		want    string
+	}{{acted, "open  "}, {alert, "closed it is over responder"}} {
+		check.Must(responder.ReportFinding(ctx, connect.NewRequest(&v1.ReportFindingRequest{Finding: c.finding})))(t)
+		over := check.Must(responder.ReportFinding(ctx, connect.NewRequest(&v1.ReportFindingRequest{Finding: c.finding, Over: "it is over"})))(t)
+		f := over.Msg.GetFinding()
+		if got := fmt.Sprint(f.GetStatus(), " ", f.GetReason(), " ", f.GetClosedBy()); got != c.want {
+			t.Errorf("%s: %q, want %q", c.finding.GetCause(), got, c.want)
+		}
+	}
 	_, err = responder.ReportFinding(ctx, connect.NewRequest(&v1.ReportFindingRequest{}))
 	if connect.CodeOf(err) != connect.CodeInvalidArgument {
 		t.Errorf("a report of nothing: %v", err)
