@@ -323,7 +323,8 @@ func leaseMessage(g journal.Grant, hostName string) *v1.Lease {
 	}
 	return &v1.Lease{Id: g.ID, Host: g.Host, HostName: hostName, Scope: g.Scope, Kind: g.Kind, State: string(g.State), Reason: g.Reason, Subject: g.Subject,
 		Names: names, Sources: g.Sources, Audience: g.Audience, Issued: stamp(g.Issued), Expires: stamp(g.Expires), Revoked: stamp(g.Ended), ProveBy: stamp(g.ProveBy),
-		LastError: g.LastError, Attempts: uint32(g.Attempts), Release: g.Release}
+		LastError: g.LastError, Attempts: uint32(g.Attempts), Release: g.Release,
+		Machine: &v1.Machine{SecureBoot: g.Machine.SecureBoot, KernelCommandLine: g.Machine.CommandLine, Reference: g.Machine.Reference}}
 }
 
 // leasePage is how many leases one answer has.

@@ -40,6 +40,23 @@ func login(after time.Duration, from string, change ...func(*sightings.Sighting)
 	return s
 }
 
+// booted are two credentials of one program, on a machine as it booted first and then:
+// Secure Boot, command line and reference set of each.
+func booted(as ...string) (out []ledger.Entry) {
+	for i, id := range []string{"L1", "L2"} {
+		out = append(out, issued(func(e *ledger.Entry) {
+			e.ID, e.Issued = id, noon.Add(time.Duration(i)*time.Minute)
+			m := as[3*i : 3*i+3]
+			if m[0] != "" {
+				on := m[0] == "on"
+				e.Machine.SecureBoot = &on
+			}
+			e.Machine.CommandLine, e.Machine.Reference = m[1], m[2]
+		}))
+	}
+	return out
+}
+
 // judge runs all there is over entries and sightings, and says what was found.
 func judge(t *testing.T, c detect.Config, entries []ledger.Entry, seen ...sightings.Sighting) string {
 	t.Helper()
@@ -140,6 +157,13 @@ func TestDynamic(t *testing.T) {
 		"the boot before lives on":         {entries: []ledger.Entry{issued(), second}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(20*time.Minute, "10.0.0.1"), login(11*time.Minute, "10.0.0.1", of(second))}, want: "duplicate-instance L1"},
 		"the invocation before comes back": {entries: []ledger.Entry{issued(), second, at("L3", 20*time.Minute)}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "duplicate-instance L3"},
 		"another path":                     {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.Exe = "/tmp/x" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},
+		"Secure Boot goes off":             {entries: booted("on", "/vmlinuz-1 ro quiet", "", "off", "/vmlinuz-1 ro quiet", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},
+		"Secure Boot goes on":              {entries: booted("off", "", "", "on", "", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
+		"another kernel command line":      {entries: booted("on", "/vmlinuz-1 ro quiet", "", "on", "/vmlinuz-1 ro init=/bin/sh", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},
+		"a kernel that was updated":        {entries: booted("on", "BOOT_IMAGE=/vmlinuz-1 ro initrd=/initrd-1", "", "on", "BOOT_IMAGE=/vmlinuz-2 ro initrd=/initrd-2", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
+		"one that GRUB measured":           {entries: booted("on", "/vmlinuz-1 ro quiet", "", "on", "/vmlinuz-2 ro quiet", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
+		"a boot that was approved":         {entries: booted("on", "/vmlinuz-1 ro quiet", "", "off", "/vmlinuz-1 ro", "debian12"), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
+		"a boot without a log":             {entries: booted("on", "/vmlinuz-1 ro quiet", "", "", "", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"another digest":                   {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.SHA256 = "bb" }), at("L3", 2*time.Minute, func(e *ledger.Entry) { e.Subject.SHA256 = "bb" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},
 		"a digest that was announced":      {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.SHA256, e.Subject.Release = "bb", "billingd-2" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"a parent that couldn't be read":   {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.Parent = "" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}},

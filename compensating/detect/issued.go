@@ -48,13 +48,15 @@ func (j *Judge) twins(entries []ledger.Entry) ([]Detection, error) {
 }
 
 // drift sees a program that is no longer what it was: another path, unit, user or
-// parent than any before, or another digest that no release announced.
+// parent than any before, or another digest that no release announced; and a machine
+// that booted otherwise, into what no approved set has.
 func drift(entries []ledger.Entry) (out []Detection) {
 	seen := map[string]map[string]bool{}
 	for _, e := range entries {
 		var changes []string
 		for _, f := range []struct{ name, value string }{
 			{"exe", e.Subject.Exe}, {"unit", e.Subject.Unit}, {"user", e.Subject.User}, {"parent", string(e.Subject.Parent)}, {"sha256", e.Subject.SHA256},
+			{"secure boot", onOff(e.Machine.SecureBoot)}, {"kernel command line", bootOptions(e.Machine.CommandLine)},
 		} {
 			if f.value == "" {
 				continue
@@ -64,7 +66,15 @@ func drift(entries []ledger.Entry) (out []Detection) {
 				before = map[string]bool{}
 				seen[f.name] = before
 			}
-			announced := f.name == "sha256" && e.Subject.Release != ""
+			var announced bool
+			switch f.name {
+			case "sha256":
+				announced = e.Subject.Release != ""
+			case "secure boot":
+				announced = e.Machine.Reference != "" || f.value == "on"
+			case "kernel command line":
+				announced = e.Machine.Reference != ""
+			}
 			if len(before) > 0 && !before[f.value] && !announced {
 				changes = append(changes, fmt.Sprintf("%s is %s", f.name, f.value))
 			}
@@ -76,6 +86,26 @@ func drift(entries []ledger.Entry) (out []Detection) {
 		}
 	}
 	return out
+}
+
+// bootOptions is a kernel command line without the names of kernel and initrd, which
+// each update changes.
+func bootOptions(line string) string {
+	words := strings.Fields(line)
+	if len(words) > 0 && strings.HasPrefix(words[0], "/") {
+		words = words[1:] // as GRUB measures it
+	}
+	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return strings.HasPrefix(w, "BOOT_IMAGE=") || strings.HasPrefix(w, "initrd=") }), " ")
+}
+
+func onOff(b *bool) string {
+	switch {
+	case b == nil:
+		return ""
+	case *b:
+		return "on"
+	}
+	return "off"
 }
 
 // returned sees an invocation of a unit, or a boot, that is issued to again after

@@ -32,6 +32,7 @@ type Entry struct {
 	Scope    string    `json:"scope"`
 	Host     string    `json:"host"`
 	Subject  Subject   `json:"subject"`
+	Machine  Machine   `json:"machine,omitzero"`
 	Kind     string    `json:"kind"`
 	Names    Names     `json:"names"`
 	Sources  []string  `json:"sources"`  // addresses or prefixes of the host, as the broker saw them
@@ -49,8 +50,9 @@ type Names struct {
 	VaultPath         string `json:"vault_path,omitempty"` // where it was read, for what Vault makes no lease
 	CertificateSerial string `json:"certificate_serial,omitempty"`
 	SSHKeyID          string `json:"ssh_key_id,omitempty"`
-	SSHSerial         string `json:"ssh_serial,omitempty"`  // decimal
-	SecretHMAC        string `json:"secret_hmac,omitempty"` // by a key that stays in the broker
+	SSHSerial         string `json:"ssh_serial,omitempty"`     // decimal
+	SecretHMAC        string `json:"secret_hmac,omitempty"`    // by a key that stays in the broker
+	SecretVersion     string `json:"secret_version,omitempty"` // of a static account's password
 }
 
 // A Subject is the attested program that a credential was issued to.
@@ -65,6 +67,14 @@ type Subject struct {
 	Exe        string `json:"exe"`
 	SHA256     string `json:"sha256"`
 	Release    string `json:"release,omitempty"` // the announced release that its digest is of
+}
+
+// A Machine is how the host had booted when the credential was issued; what wasn't
+// proven is left out.
+type Machine struct {
+	SecureBoot  *bool  `json:"secure_boot,omitempty"`
+	CommandLine string `json:"kernel_command_line,omitempty"`
+	Reference   string `json:"reference,omitempty"` // the approved set that the boot matched
 }
 
 // A Word is a JSON string or number, as text.

@@ -16,11 +16,14 @@ func OfLease(l *v1.Lease) (Entry, error) {
 	e := Entry{ID: l.GetId(), Scope: l.GetScope(), Host: l.GetHost(), Kind: l.GetKind(), Sources: l.GetSources(), Audience: l.GetAudience(),
 		Issued: moment(l.GetIssued()), Expires: moment(l.GetExpires()), Revoked: moment(l.GetRevoked()),
 		Names: Names{DBUsername: n["db_username"], VaultLease: n["vault_lease"], VaultAccessor: n["vault_accessor"], VaultPath: n["vault_path"],
-			CertificateSerial: n["certificate_serial"], SSHKeyID: n["ssh_key_id"], SSHSerial: n["ssh_serial"], SecretHMAC: n["secret_hmac"]}}
+			CertificateSerial: n["certificate_serial"], SSHKeyID: n["ssh_key_id"], SSHSerial: n["ssh_serial"], SecretHMAC: n["secret_hmac"], SecretVersion: n["secret_version"]}}
 	if err := json.Unmarshal(l.GetSubject(), &e.Subject); err != nil {
 		return e, fmt.Errorf("lease %s: its subject: %w", l.GetId(), err)
 	}
 	e.Subject.Release = l.GetRelease()
+	if m := l.GetMachine(); m != nil {
+		e.Machine = Machine{SecureBoot: m.SecureBoot, CommandLine: m.GetKernelCommandLine(), Reference: m.GetReference()}
+	}
 	return e, nil
 }
 

@@ -57,6 +57,7 @@ type Grant struct {
 	Facts    json.RawMessage `json:"facts"`   // what the last decision was made on
 	Policy   int64           `json:"policy"`
 	Release  string          `json:"release,omitempty"` // one that announced the program's digest
+	Machine  Machine         `json:"machine,omitzero"`
 	Audience []string        `json:"audience,omitempty"`
 	Sources  []string        `json:"sources,omitempty"`
 
@@ -78,6 +79,14 @@ type Grant struct {
 	Reason    string `json:"reason,omitempty"`    // why it ends
 	Attempts  int    `json:"attempts,omitempty"`  // of revoking it
 	LastError string `json:"last_error,omitempty"`
+}
+
+// A Machine is how the host had booted, as the decision knew it that a grant was made
+// on; what wasn't proven is left out.
+type Machine struct {
+	SecureBoot  *bool  `json:"secure_boot,omitempty"`
+	CommandLine string `json:"kernel_command_line,omitempty"` // a long one as sha256:HEX
+	Reference   string `json:"reference,omitempty"`           // the set that the boot matched
 }
 
 // An Event is something that happened to a grant.

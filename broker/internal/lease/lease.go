@@ -11,6 +11,7 @@ package lease
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/issue"
@@ -121,6 +123,19 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 	return g, c, nil
 }
 
+// maxLine bounds a kernel command line as a grant keeps it.
+const maxLine = 1 << 10
+
+func machine(h appraise.Host) journal.Machine {
+	m := journal.Machine{SecureBoot: h.SecureBoot, Reference: h.Reference}
+	if h.EventLog != nil && h.EventLog.KernelCommandLine != nil {
+		if m.CommandLine = *h.EventLog.KernelCommandLine; len(m.CommandLine) > maxLine {
+			m.CommandLine = fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(m.CommandLine)))
+		}
+	}
+	return m
+}
+
 // intend writes the allow record and the intent in one transaction, and gives
 // up what an earlier try of the same delivery made.
 func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (journal.Grant, error) {
@@ -138,7 +153,7 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 	g := journal.Intend(journal.Grant{
 		ID: inventory.NewID(), Host: facts.Host.ID, Scope: scope.Name, Kind: scope.Kind(),
 		DeliveryID: r.DeliveryID, Unit: facts.Program.Unit, Boot: facts.Program.Boot, SHA256: facts.Program.SHA256.String(),
-		Subject: subject, Facts: factsJSON, Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
+		Subject: subject, Facts: factsJSON, Machine: machine(facts.Host), Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
 		TTL: scope.TTL(), Overlap: scope.Overlap(), Grace: scope.Grace, ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
 	}, now)
 	if len(facts.Releases) > 0 {

@@ -49,6 +49,9 @@ func fill(c *issue.Credential, scope *policy.Scope, answer *api.Secret, now time
 		return nil
 	}
 	c.Names["vault_path"] = scope.Vault.Path
+	if v := version(answer.Data); v != "" {
+		c.Names["secret_version"] = v
+	}
 	c.Static = scope.Vault.Method != "write"
 	c.Expires = now.Add(scope.Vault.TTL)
 	// What is signed has a time of its own.
@@ -71,6 +74,24 @@ func versioned(data map[string]any) bool {
 	_, inner := data["data"]
 	_, version := metadata["version"]
 	return ok && inner && version && len(data) == 2
+}
+
+// version tells one password of a static account from the next: of KV version 2 the
+// secret's number, of the database engine's static roles the time of the last rotation.
+func version(data map[string]any) string {
+	var v any = data["last_vault_rotation"]
+	if versioned(data) {
+		v = data["metadata"].(map[string]any)["version"]
+	}
+	switch v := v.(type) {
+	case json.Number:
+		return v.String()
+	case string:
+		if at, err := time.Parse(time.RFC3339Nano, v); err == nil {
+			return at.UTC().Format(time.RFC3339Nano)
+		}
+	}
+	return ""
 }
 
 // names are by what others know the credential; none of them is secret.

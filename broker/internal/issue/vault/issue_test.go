@@ -139,6 +139,9 @@ func TestKV(t *testing.T) {
 	if !c.Static || c.VaultLease != "" || time.Until(c.Expires) < 59*time.Minute {
 		t.Errorf("credential %+v, static %v", c.Handle, c.Static)
 	}
+	if c.Names["secret_version"] != "1" {
+		t.Errorf("names %v, want the secret's version", c.Names)
+	}
 	if tokenLives(t, c.Accessor) {
 		t.Error("the token that read it lives on")
 	}
@@ -164,6 +167,16 @@ func TestStaticRole(t *testing.T) {
 	}
 	if !c.Static || c.Names["db_username"] != "batch" {
 		t.Errorf("static %v, names %v", c.Static, c.Names)
+	}
+	before := c.Names["secret_version"]
+	if at, err := time.Parse(time.RFC3339Nano, before); err != nil || time.Since(at) > time.Hour {
+		t.Errorf("version %q: %v", before, err)
+	}
+	if _, err := root.Logical().WriteWithContext(within(t, time.Minute), "database/rotate-role/billing-batch", nil); err != nil {
+		t.Fatal(err)
+	}
+	if after := mustIssue(t, i, "billing-static", "static2").Names["secret_version"]; after == "" || after == before {
+		t.Errorf("version %q after a rotation, and %q before it", after, before)
 	}
 }
 

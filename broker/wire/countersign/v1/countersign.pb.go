@@ -4771,6 +4771,7 @@ type Lease struct {
 	LastError     string                 `protobuf:"bytes,16,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
 	Attempts      uint32                 `protobuf:"varint,17,opt,name=attempts,proto3" json:"attempts,omitempty"`
 	Release       string                 `protobuf:"bytes,18,opt,name=release,proto3" json:"release,omitempty"` // one that announced the program's digest
+	Machine       *Machine               `protobuf:"bytes,19,opt,name=machine,proto3" json:"machine,omitempty"` // as the decision knew it that the lease was issued on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4931,6 +4932,74 @@ func (x *Lease) GetRelease() string {
 	return ""
 }
 
+func (x *Lease) GetMachine() *Machine {
+	if x != nil {
+		return x.Machine
+	}
+	return nil
+}
+
+// A Machine is how a host had booted; what wasn't proven is left out.
+type Machine struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	SecureBoot        *bool                  `protobuf:"varint,1,opt,name=secure_boot,json=secureBoot,proto3,oneof" json:"secure_boot,omitempty"`
+	KernelCommandLine string                 `protobuf:"bytes,2,opt,name=kernel_command_line,json=kernelCommandLine,proto3" json:"kernel_command_line,omitempty"` // a long one as sha256:HEX
+	Reference         string                 `protobuf:"bytes,3,opt,name=reference,proto3" json:"reference,omitempty"`                                            // the set that the boot matched
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *Machine) Reset() {
+	*x = Machine{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Machine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Machine) ProtoMessage() {}
+
+func (x *Machine) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Machine.ProtoReflect.Descriptor instead.
+func (*Machine) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *Machine) GetSecureBoot() bool {
+	if x != nil && x.SecureBoot != nil {
+		return *x.SecureBoot
+	}
+	return false
+}
+
+func (x *Machine) GetKernelCommandLine() string {
+	if x != nil {
+		return x.KernelCommandLine
+	}
+	return ""
+}
+
+func (x *Machine) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
 type ListLeasesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
@@ -4945,7 +5014,7 @@ type ListLeasesRequest struct {
 
 func (x *ListLeasesRequest) Reset() {
 	*x = ListLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4957,7 +5026,7 @@ func (x *ListLeasesRequest) String() string {
 func (*ListLeasesRequest) ProtoMessage() {}
 
 func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4970,7 +5039,7 @@ func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ListLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ListLeasesRequest) GetHost() string {
@@ -5025,7 +5094,7 @@ type ListLeasesResponse struct {
 
 func (x *ListLeasesResponse) Reset() {
 	*x = ListLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5037,7 +5106,7 @@ func (x *ListLeasesResponse) String() string {
 func (*ListLeasesResponse) ProtoMessage() {}
 
 func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5050,7 +5119,7 @@ func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ListLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ListLeasesResponse) GetLeases() []*Lease {
@@ -5079,7 +5148,7 @@ type RevokeLeasesRequest struct {
 
 func (x *RevokeLeasesRequest) Reset() {
 	*x = RevokeLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5091,7 +5160,7 @@ func (x *RevokeLeasesRequest) String() string {
 func (*RevokeLeasesRequest) ProtoMessage() {}
 
 func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5104,7 +5173,7 @@ func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesRequest.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *RevokeLeasesRequest) GetLeases() []string {
@@ -5144,7 +5213,7 @@ type RevokeLeasesResponse struct {
 
 func (x *RevokeLeasesResponse) Reset() {
 	*x = RevokeLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5156,7 +5225,7 @@ func (x *RevokeLeasesResponse) String() string {
 func (*RevokeLeasesResponse) ProtoMessage() {}
 
 func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5169,7 +5238,7 @@ func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesResponse.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *RevokeLeasesResponse) GetRevoking() []string {
@@ -5208,7 +5277,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5220,7 +5289,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5233,7 +5302,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *Finding) GetId() string {
@@ -5379,7 +5448,7 @@ type ReportFindingRequest struct {
 
 func (x *ReportFindingRequest) Reset() {
 	*x = ReportFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5391,7 +5460,7 @@ func (x *ReportFindingRequest) String() string {
 func (*ReportFindingRequest) ProtoMessage() {}
 
 func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5404,7 +5473,7 @@ func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingRequest.ProtoReflect.Descriptor instead.
 func (*ReportFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ReportFindingRequest) GetFinding() *Finding {
@@ -5432,7 +5501,7 @@ type ReportFindingResponse struct {
 
 func (x *ReportFindingResponse) Reset() {
 	*x = ReportFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5444,7 +5513,7 @@ func (x *ReportFindingResponse) String() string {
 func (*ReportFindingResponse) ProtoMessage() {}
 
 func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5457,7 +5526,7 @@ func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingResponse.ProtoReflect.Descriptor instead.
 func (*ReportFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ReportFindingResponse) GetFinding() *Finding {
@@ -5495,7 +5564,7 @@ type ListFindingsRequest struct {
 
 func (x *ListFindingsRequest) Reset() {
 	*x = ListFindingsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5507,7 +5576,7 @@ func (x *ListFindingsRequest) String() string {
 func (*ListFindingsRequest) ProtoMessage() {}
 
 func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5520,7 +5589,7 @@ func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListFindingsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListFindingsRequest) GetStatus() string {
@@ -5576,7 +5645,7 @@ type ListFindingsResponse struct {
 
 func (x *ListFindingsResponse) Reset() {
 	*x = ListFindingsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5588,7 +5657,7 @@ func (x *ListFindingsResponse) String() string {
 func (*ListFindingsResponse) ProtoMessage() {}
 
 func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5601,7 +5670,7 @@ func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListFindingsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ListFindingsResponse) GetFindings() []*Finding {
@@ -5638,7 +5707,7 @@ type CloseFindingRequest struct {
 
 func (x *CloseFindingRequest) Reset() {
 	*x = CloseFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5650,7 +5719,7 @@ func (x *CloseFindingRequest) String() string {
 func (*CloseFindingRequest) ProtoMessage() {}
 
 func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5663,7 +5732,7 @@ func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingRequest.ProtoReflect.Descriptor instead.
 func (*CloseFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *CloseFindingRequest) GetFinding() string {
@@ -5696,7 +5765,7 @@ type CloseFindingResponse struct {
 
 func (x *CloseFindingResponse) Reset() {
 	*x = CloseFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5708,7 +5777,7 @@ func (x *CloseFindingResponse) String() string {
 func (*CloseFindingResponse) ProtoMessage() {}
 
 func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5721,7 +5790,7 @@ func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingResponse.ProtoReflect.Descriptor instead.
 func (*CloseFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *CloseFindingResponse) GetFinding() *Finding {
@@ -5746,7 +5815,7 @@ type Canary struct {
 
 func (x *Canary) Reset() {
 	*x = Canary{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5758,7 +5827,7 @@ func (x *Canary) String() string {
 func (*Canary) ProtoMessage() {}
 
 func (x *Canary) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5771,7 +5840,7 @@ func (x *Canary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Canary.ProtoReflect.Descriptor instead.
 func (*Canary) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *Canary) GetId() string {
@@ -5826,7 +5895,7 @@ type IssueCanaryRequest struct {
 
 func (x *IssueCanaryRequest) Reset() {
 	*x = IssueCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5838,7 +5907,7 @@ func (x *IssueCanaryRequest) String() string {
 func (*IssueCanaryRequest) ProtoMessage() {}
 
 func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5851,7 +5920,7 @@ func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryRequest.ProtoReflect.Descriptor instead.
 func (*IssueCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *IssueCanaryRequest) GetScope() string {
@@ -5877,7 +5946,7 @@ type IssueCanaryResponse struct {
 
 func (x *IssueCanaryResponse) Reset() {
 	*x = IssueCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5889,7 +5958,7 @@ func (x *IssueCanaryResponse) String() string {
 func (*IssueCanaryResponse) ProtoMessage() {}
 
 func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5902,7 +5971,7 @@ func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryResponse.ProtoReflect.Descriptor instead.
 func (*IssueCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *IssueCanaryResponse) GetCanary() *Canary {
@@ -5921,7 +5990,7 @@ type ListCanariesRequest struct {
 
 func (x *ListCanariesRequest) Reset() {
 	*x = ListCanariesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5933,7 +6002,7 @@ func (x *ListCanariesRequest) String() string {
 func (*ListCanariesRequest) ProtoMessage() {}
 
 func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5946,7 +6015,7 @@ func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesRequest.ProtoReflect.Descriptor instead.
 func (*ListCanariesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ListCanariesRequest) GetScope() string {
@@ -5965,7 +6034,7 @@ type ListCanariesResponse struct {
 
 func (x *ListCanariesResponse) Reset() {
 	*x = ListCanariesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5977,7 +6046,7 @@ func (x *ListCanariesResponse) String() string {
 func (*ListCanariesResponse) ProtoMessage() {}
 
 func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5990,7 +6059,7 @@ func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesResponse.ProtoReflect.Descriptor instead.
 func (*ListCanariesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ListCanariesResponse) GetCanaries() []*Canary {
@@ -6009,7 +6078,7 @@ type RemoveCanaryRequest struct {
 
 func (x *RemoveCanaryRequest) Reset() {
 	*x = RemoveCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6021,7 +6090,7 @@ func (x *RemoveCanaryRequest) String() string {
 func (*RemoveCanaryRequest) ProtoMessage() {}
 
 func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6034,7 +6103,7 @@ func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *RemoveCanaryRequest) GetCanary() string {
@@ -6052,7 +6121,7 @@ type RemoveCanaryResponse struct {
 
 func (x *RemoveCanaryResponse) Reset() {
 	*x = RemoveCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6064,7 +6133,7 @@ func (x *RemoveCanaryResponse) String() string {
 func (*RemoveCanaryResponse) ProtoMessage() {}
 
 func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6077,7 +6146,7 @@ func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
 }
 
 type ReadAuditRequest struct {
@@ -6090,7 +6159,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6102,7 +6171,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6115,7 +6184,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -6142,7 +6211,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6154,7 +6223,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6167,7 +6236,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *AuditRecord) GetIndex() uint64 {
@@ -6193,7 +6262,7 @@ type AuditReceiptRequest struct {
 
 func (x *AuditReceiptRequest) Reset() {
 	*x = AuditReceiptRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6205,7 +6274,7 @@ func (x *AuditReceiptRequest) String() string {
 func (*AuditReceiptRequest) ProtoMessage() {}
 
 func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6218,7 +6287,7 @@ func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptRequest.ProtoReflect.Descriptor instead.
 func (*AuditReceiptRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *AuditReceiptRequest) GetIndex() uint64 {
@@ -6239,7 +6308,7 @@ type AuditReceiptResponse struct {
 
 func (x *AuditReceiptResponse) Reset() {
 	*x = AuditReceiptResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6251,7 +6320,7 @@ func (x *AuditReceiptResponse) String() string {
 func (*AuditReceiptResponse) ProtoMessage() {}
 
 func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6264,7 +6333,7 @@ func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptResponse.ProtoReflect.Descriptor instead.
 func (*AuditReceiptResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *AuditReceiptResponse) GetRecord() []byte {
@@ -6297,7 +6366,7 @@ type AuditCheckpointRequest struct {
 
 func (x *AuditCheckpointRequest) Reset() {
 	*x = AuditCheckpointRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6309,7 +6378,7 @@ func (x *AuditCheckpointRequest) String() string {
 func (*AuditCheckpointRequest) ProtoMessage() {}
 
 func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6322,7 +6391,7 @@ func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *AuditCheckpointRequest) GetConsistentWith() uint64 {
@@ -6343,7 +6412,7 @@ type AuditCheckpointResponse struct {
 
 func (x *AuditCheckpointResponse) Reset() {
 	*x = AuditCheckpointResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6355,7 +6424,7 @@ func (x *AuditCheckpointResponse) String() string {
 func (*AuditCheckpointResponse) ProtoMessage() {}
 
 func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6368,7 +6437,7 @@ func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *AuditCheckpointResponse) GetCheckpoint() []byte {
@@ -6757,7 +6826,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06wanted\x18\x02 \x01(\tR\x06wanted\x12\x10\n" +
 	"\x03saw\x18\x03 \x01(\tR\x03saw\x12\x16\n" +
-	"\x06result\x18\x04 \x01(\tR\x06result\"\x8e\x05\n" +
+	"\x06result\x18\x04 \x01(\tR\x06result\"\xc1\x05\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x1b\n" +
@@ -6778,11 +6847,18 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\n" +
 	"last_error\x18\x10 \x01(\tR\tlastError\x12\x1a\n" +
 	"\battempts\x18\x11 \x01(\rR\battempts\x12\x18\n" +
-	"\arelease\x18\x12 \x01(\tR\arelease\x1a8\n" +
+	"\arelease\x18\x12 \x01(\tR\arelease\x121\n" +
+	"\amachine\x18\x13 \x01(\v2\x17.countersign.v1.MachineR\amachine\x1a8\n" +
 	"\n" +
 	"NamesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x95\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8d\x01\n" +
+	"\aMachine\x12$\n" +
+	"\vsecure_boot\x18\x01 \x01(\bH\x00R\n" +
+	"secureBoot\x88\x01\x01\x12.\n" +
+	"\x13kernel_command_line\x18\x02 \x01(\tR\x11kernelCommandLine\x12\x1c\n" +
+	"\treference\x18\x03 \x01(\tR\treferenceB\x0e\n" +
+	"\f_secure_boot\"\x95\x01\n" +
 	"\x11ListLeasesRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
 	"\x05scope\x18\x02 \x01(\tR\x05scope\x12\x14\n" +
@@ -6941,7 +7017,7 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 	return file_countersign_v1_countersign_proto_rawDescData
 }
 
-var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 112)
+var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 113)
 var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: countersign.v1.JoinRequest
 	(*JoinBody)(nil),                  // 1: countersign.v1.JoinBody
@@ -7023,39 +7099,40 @@ var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*WhyResponse)(nil),               // 77: countersign.v1.WhyResponse
 	(*Selector)(nil),                  // 78: countersign.v1.Selector
 	(*Lease)(nil),                     // 79: countersign.v1.Lease
-	(*ListLeasesRequest)(nil),         // 80: countersign.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),        // 81: countersign.v1.ListLeasesResponse
-	(*RevokeLeasesRequest)(nil),       // 82: countersign.v1.RevokeLeasesRequest
-	(*RevokeLeasesResponse)(nil),      // 83: countersign.v1.RevokeLeasesResponse
-	(*Finding)(nil),                   // 84: countersign.v1.Finding
-	(*ReportFindingRequest)(nil),      // 85: countersign.v1.ReportFindingRequest
-	(*ReportFindingResponse)(nil),     // 86: countersign.v1.ReportFindingResponse
-	(*ListFindingsRequest)(nil),       // 87: countersign.v1.ListFindingsRequest
-	(*ListFindingsResponse)(nil),      // 88: countersign.v1.ListFindingsResponse
-	(*CloseFindingRequest)(nil),       // 89: countersign.v1.CloseFindingRequest
-	(*CloseFindingResponse)(nil),      // 90: countersign.v1.CloseFindingResponse
-	(*Canary)(nil),                    // 91: countersign.v1.Canary
-	(*IssueCanaryRequest)(nil),        // 92: countersign.v1.IssueCanaryRequest
-	(*IssueCanaryResponse)(nil),       // 93: countersign.v1.IssueCanaryResponse
-	(*ListCanariesRequest)(nil),       // 94: countersign.v1.ListCanariesRequest
-	(*ListCanariesResponse)(nil),      // 95: countersign.v1.ListCanariesResponse
-	(*RemoveCanaryRequest)(nil),       // 96: countersign.v1.RemoveCanaryRequest
-	(*RemoveCanaryResponse)(nil),      // 97: countersign.v1.RemoveCanaryResponse
-	(*ReadAuditRequest)(nil),          // 98: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),               // 99: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),       // 100: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),      // 101: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),    // 102: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil),   // 103: countersign.v1.AuditCheckpointResponse
-	nil,                               // 104: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                               // 105: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                               // 106: countersign.v1.GetStatusResponse.FindingsEntry
-	nil,                               // 107: countersign.v1.Host.LabelsEntry
-	nil,                               // 108: countersign.v1.NewHost.LabelsEntry
-	nil,                               // 109: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                               // 110: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 111: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),     // 112: google.protobuf.Timestamp
+	(*Machine)(nil),                   // 80: countersign.v1.Machine
+	(*ListLeasesRequest)(nil),         // 81: countersign.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),        // 82: countersign.v1.ListLeasesResponse
+	(*RevokeLeasesRequest)(nil),       // 83: countersign.v1.RevokeLeasesRequest
+	(*RevokeLeasesResponse)(nil),      // 84: countersign.v1.RevokeLeasesResponse
+	(*Finding)(nil),                   // 85: countersign.v1.Finding
+	(*ReportFindingRequest)(nil),      // 86: countersign.v1.ReportFindingRequest
+	(*ReportFindingResponse)(nil),     // 87: countersign.v1.ReportFindingResponse
+	(*ListFindingsRequest)(nil),       // 88: countersign.v1.ListFindingsRequest
+	(*ListFindingsResponse)(nil),      // 89: countersign.v1.ListFindingsResponse
+	(*CloseFindingRequest)(nil),       // 90: countersign.v1.CloseFindingRequest
+	(*CloseFindingResponse)(nil),      // 91: countersign.v1.CloseFindingResponse
+	(*Canary)(nil),                    // 92: countersign.v1.Canary
+	(*IssueCanaryRequest)(nil),        // 93: countersign.v1.IssueCanaryRequest
+	(*IssueCanaryResponse)(nil),       // 94: countersign.v1.IssueCanaryResponse
+	(*ListCanariesRequest)(nil),       // 95: countersign.v1.ListCanariesRequest
+	(*ListCanariesResponse)(nil),      // 96: countersign.v1.ListCanariesResponse
+	(*RemoveCanaryRequest)(nil),       // 97: countersign.v1.RemoveCanaryRequest
+	(*RemoveCanaryResponse)(nil),      // 98: countersign.v1.RemoveCanaryResponse
+	(*ReadAuditRequest)(nil),          // 99: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),               // 100: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),       // 101: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),      // 102: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),    // 103: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil),   // 104: countersign.v1.AuditCheckpointResponse
+	nil,                               // 105: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                               // 106: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                               // 107: countersign.v1.GetStatusResponse.FindingsEntry
+	nil,                               // 108: countersign.v1.Host.LabelsEntry
+	nil,                               // 109: countersign.v1.NewHost.LabelsEntry
+	nil,                               // 110: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                               // 111: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 112: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),     // 113: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	2,   // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
@@ -7069,157 +7146,158 @@ var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	12,  // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
 	16,  // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
 	17,  // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	112, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	113, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
 	19,  // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
 	20,  // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	112, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
-	112, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	112, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	113, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	113, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	113, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
 	12,  // 17: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
 	16,  // 18: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
 	24,  // 19: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	112, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	112, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	112, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	112, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	112, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	112, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	112, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	113, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	113, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	113, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	113, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	113, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	113, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	113, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
 	30,  // 27: countersign.v1.WitnessRequest.opens:type_name -> countersign.v1.FileOpen
-	112, // 28: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
-	104, // 29: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	105, // 30: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	106, // 31: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
-	107, // 32: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	112, // 33: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	112, // 34: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	113, // 28: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
+	105, // 29: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	106, // 30: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	107, // 31: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
+	108, // 32: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	113, // 33: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	113, // 34: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
 	35,  // 35: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	108, // 36: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	109, // 36: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
 	38,  // 37: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	109, // 38: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	110, // 38: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
 	35,  // 39: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	112, // 40: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	110, // 41: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	112, // 42: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	112, // 43: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	113, // 40: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	111, // 41: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	113, // 42: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	113, // 43: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
 	49,  // 44: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
-	112, // 45: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
-	112, // 46: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	113, // 45: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	113, // 46: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
 	54,  // 47: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	112, // 48: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	112, // 49: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
+	113, // 48: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	113, // 49: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
 	54,  // 50: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
 	54,  // 51: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
-	112, // 52: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
+	113, // 52: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
 	54,  // 53: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
-	112, // 54: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
+	113, // 54: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
 	64,  // 55: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
-	112, // 56: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
+	113, // 56: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
 	66,  // 57: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
-	112, // 58: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
-	112, // 59: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
+	113, // 58: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
+	113, // 59: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
 	66,  // 60: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
 	69,  // 61: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
 	72,  // 62: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
 	73,  // 63: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
 	78,  // 64: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	112, // 65: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	111, // 66: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	112, // 67: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	112, // 68: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	112, // 69: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	112, // 70: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	79,  // 71: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	112, // 72: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
-	112, // 73: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
-	112, // 74: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
-	84,  // 75: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
-	84,  // 76: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
-	84,  // 77: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
-	112, // 78: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
-	84,  // 79: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
-	112, // 80: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
-	91,  // 81: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
-	91,  // 82: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
-	0,   // 83: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
-	4,   // 84: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
-	9,   // 85: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
-	14,  // 86: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
-	21,  // 87: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
-	25,  // 88: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
-	27,  // 89: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
-	29,  // 90: countersign.v1.HostService.Witness:input_type -> countersign.v1.WitnessRequest
-	33,  // 91: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
-	36,  // 92: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
-	39,  // 93: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
-	41,  // 94: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
-	43,  // 95: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
-	45,  // 96: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
-	47,  // 97: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
-	50,  // 98: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
-	52,  // 99: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	55,  // 100: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	57,  // 101: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
-	59,  // 102: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
-	61,  // 103: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
-	63,  // 104: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
-	67,  // 105: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
-	70,  // 106: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	74,  // 107: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	76,  // 108: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	80,  // 109: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	82,  // 110: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	85,  // 111: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
-	87,  // 112: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
-	89,  // 113: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
-	92,  // 114: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
-	94,  // 115: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
-	96,  // 116: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
-	98,  // 117: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	100, // 118: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	102, // 119: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	3,   // 120: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	8,   // 121: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	10,  // 122: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	18,  // 123: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	23,  // 124: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	26,  // 125: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	28,  // 126: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	31,  // 127: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
-	34,  // 128: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	37,  // 129: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	40,  // 130: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	42,  // 131: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	44,  // 132: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	46,  // 133: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	48,  // 134: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
-	51,  // 135: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
-	53,  // 136: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	56,  // 137: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	58,  // 138: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
-	60,  // 139: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
-	62,  // 140: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
-	65,  // 141: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
-	68,  // 142: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
-	71,  // 143: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	75,  // 144: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	77,  // 145: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	81,  // 146: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	83,  // 147: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	86,  // 148: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
-	88,  // 149: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
-	90,  // 150: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
-	93,  // 151: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
-	95,  // 152: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
-	97,  // 153: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
-	99,  // 154: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	101, // 155: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	103, // 156: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	120, // [120:157] is the sub-list for method output_type
-	83,  // [83:120] is the sub-list for method input_type
-	83,  // [83:83] is the sub-list for extension type_name
-	83,  // [83:83] is the sub-list for extension extendee
-	0,   // [0:83] is the sub-list for field type_name
+	113, // 65: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	112, // 66: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	113, // 67: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	113, // 68: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	113, // 69: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	113, // 70: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	80,  // 71: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
+	79,  // 72: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	113, // 73: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
+	113, // 74: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
+	113, // 75: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
+	85,  // 76: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
+	85,  // 77: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
+	85,  // 78: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
+	113, // 79: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
+	85,  // 80: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
+	113, // 81: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
+	92,  // 82: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
+	92,  // 83: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
+	0,   // 84: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
+	4,   // 85: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
+	9,   // 86: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
+	14,  // 87: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
+	21,  // 88: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
+	25,  // 89: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
+	27,  // 90: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
+	29,  // 91: countersign.v1.HostService.Witness:input_type -> countersign.v1.WitnessRequest
+	33,  // 92: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
+	36,  // 93: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
+	39,  // 94: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
+	41,  // 95: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
+	43,  // 96: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
+	45,  // 97: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
+	47,  // 98: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
+	50,  // 99: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
+	52,  // 100: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	55,  // 101: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	57,  // 102: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
+	59,  // 103: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
+	61,  // 104: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
+	63,  // 105: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
+	67,  // 106: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
+	70,  // 107: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	74,  // 108: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	76,  // 109: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	81,  // 110: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	83,  // 111: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	86,  // 112: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
+	88,  // 113: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
+	90,  // 114: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
+	93,  // 115: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
+	95,  // 116: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
+	97,  // 117: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
+	99,  // 118: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	101, // 119: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	103, // 120: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	3,   // 121: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	8,   // 122: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	10,  // 123: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	18,  // 124: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	23,  // 125: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	26,  // 126: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	28,  // 127: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	31,  // 128: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
+	34,  // 129: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	37,  // 130: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	40,  // 131: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	42,  // 132: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	44,  // 133: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	46,  // 134: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	48,  // 135: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	51,  // 136: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	53,  // 137: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	56,  // 138: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	58,  // 139: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
+	60,  // 140: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
+	62,  // 141: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
+	65,  // 142: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
+	68,  // 143: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
+	71,  // 144: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	75,  // 145: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	77,  // 146: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	82,  // 147: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	84,  // 148: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	87,  // 149: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
+	89,  // 150: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
+	91,  // 151: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
+	94,  // 152: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
+	96,  // 153: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
+	98,  // 154: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
+	100, // 155: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	102, // 156: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	104, // 157: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	121, // [121:158] is the sub-list for method output_type
+	84,  // [84:121] is the sub-list for method input_type
+	84,  // [84:84] is the sub-list for extension type_name
+	84,  // [84:84] is the sub-list for extension extendee
+	0,   // [0:84] is the sub-list for field type_name
 }
 
 func init() { file_countersign_v1_countersign_proto_init() }
@@ -7227,13 +7305,14 @@ func file_countersign_v1_countersign_proto_init() {
 	if File_countersign_v1_countersign_proto != nil {
 		return
 	}
+	file_countersign_v1_countersign_proto_msgTypes[80].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   112,
+			NumMessages:   113,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
