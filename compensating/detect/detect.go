@@ -303,6 +303,13 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 	if len(entries) == 0 {
 		return nil, nil // a trap that was taken away
 	}
+	if static(entries) {
+		// Other databases may have an account of that name.
+		entries = slices.DeleteFunc(entries, func(e ledger.Entry) bool { return !aimed(e.Audience, s.Target) })
+		if len(entries) == 0 {
+			return nil, nil
+		}
+	}
 	for _, e := range entries {
 		j.used[program{e.Host, e.Scope}] = true
 	}

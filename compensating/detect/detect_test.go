@@ -204,6 +204,7 @@ func TestStatic(t *testing.T) {
 	used := func(after time.Duration, from string) sightings.Sighting {
 		return login(after, from, func(s *sightings.Sighting) { s.Account = "svc-old" })
 	}
+	aim := func(e *ledger.Entry) { e.Audience = []string{"postgres://db1:5432/billing"} }
 	later := func(e *ledger.Entry) {
 		e.Issued, e.Expires, e.Subject.Boot, e.Subject.Invocation = noon.Add(time.Hour), noon.Add(2*time.Hour), "b2", "i2"
 	}
@@ -217,6 +218,8 @@ func TestStatic(t *testing.T) {
 		"two hosts at once":           {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2")}, []sightings.Sighting{used(0, "10.0.0.1")}, "shared-static-account"},
 		"one host, then another":      {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2", later)}, []sightings.Sighting{used(0, "10.0.0.1"), used(90*time.Minute, "10.0.0.2")}, ""},
 		"where nobody was given it":   {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1"), used(0, "10.0.0.9")}, "shared-static-account"},
+		"of another database":         {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "reports" })}, ""},
+		"of its database":             {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "billing" })}, "shared-static-account"},
 		"after its lease":             {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(2*time.Hour, "10.0.0.1")}, "use-after-revoke 1"},
 		"one secret for two accounts": {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later, func(e *ledger.Entry) { e.Scope, e.Names.DBUsername = "other", "svc-new" })}, []sightings.Sighting{used(0, "10.0.0.1"), login(61*time.Minute, "10.0.0.1", func(s *sightings.Sighting) { s.Account = "svc-new" })}, "same-secret 2"},
 	} {

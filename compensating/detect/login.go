@@ -3,6 +3,7 @@ package detect
 import (
 	"fmt"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -16,6 +17,19 @@ func static(entries []ledger.Entry) bool {
 	e := entries[0]
 	_, made := madeFor(e.Names.DBUsername)
 	return e.Names.DBUsername != "" && e.Names.VaultLease == "" && !made
+}
+
+// aimed says whether an audience has a database or machine, as a log names it. An
+// audience that isn't stated, and a log that names none, have all.
+func aimed(audience []string, target string) bool {
+	return len(audience) == 0 || target == "" || slices.ContainsFunc(audience, func(place string) bool {
+		u, err := url.Parse(place)
+		if err != nil {
+			return true
+		}
+		database := strings.Trim(u.Path, "/")
+		return database == "" || database == target || u.Hostname() == target
+	})
 }
 
 // dynamic judges a login with a credential that was made for one program.

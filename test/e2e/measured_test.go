@@ -176,6 +176,9 @@ func TestMeasuredHost(t *testing.T) {
 	for _, fact := range []string{`"kernel_command_line":"/vmlinuz root=/dev/nvme0n1p2`, `"ima":"verified"`, `"proven":44`, `"reference":"prod"`} {
 		h.proven(t, fact)
 	}
+	if out := h.cli(t, "lease", "export"); !strings.Contains(out, `"machine":{"secure_boot":true,"kernel_command_line":"/vmlinuz root=/dev/nvme0n1p2`) || !strings.Contains(out, `"reference":"prod"}`) {
+		t.Errorf("the ledger doesn't tell how the host booted:\n%s", out)
+	}
 	// What releases announce is expected.
 	id := h.leases(t)[0].ID
 	manifest := filepath.Join(h.dir, "manifest")

@@ -312,8 +312,8 @@ func TestLedger(t *testing.T) {
 	if sum(first) == sum(rotated) || sum(dynamic) == sum(another) || sum(dynamic) == sum(first) {
 		t.Error("two passwords have one fingerprint")
 	}
-	if got := all[first].Names["vault_path"]; got != "kv-risk/billing" {
-		t.Errorf("the static secret was read at %q", got)
+	if names := all[first].Names; names["vault_path"] != "kv-risk/billing" || names["db_username"] != "billing" {
+		t.Errorf("the static secret's names are %v", names)
 	}
 	if got, ok := all[dynamic].Names["vault_path"]; ok {
 		t.Errorf("a lease's path is named beside it: %q", got)

@@ -94,13 +94,20 @@ func version(data map[string]any) string {
 	return ""
 }
 
+// maxAccount bounds a user name that isn't Vault's own.
+const maxAccount = 256
+
 // names are by what others know the credential; none of them is secret.
 func names(scope *policy.Scope, answer *api.Secret, data map[string]any) map[string]string {
 	out := map[string]string{}
 	parts := strings.Split(scope.Vault.Path, "/")
 	database := answer.MountType == "database" || answer.MountType == "" && len(parts) > 2 &&
 		strings.HasSuffix(parts[len(parts)-2], "creds")
-	if user, ok := data["username"].(string); ok && database {
+	// A static account lies in KV, or in another engine's static roles, as a user name
+	// beside its password.
+	_, password := data["password"]
+	static := answer.LeaseID == "" && scope.Vault.Method != "write" && password
+	if user, ok := data["username"].(string); ok && (database || static && len(user) <= maxAccount) {
 		out["db_username"] = user
 	}
 	serial, numbered := data["serial_number"].(string)
