@@ -168,7 +168,8 @@ func madeFor(user string) (string, bool) {
 }
 
 // governed says whether only the broker hands out an account of this name.
-func (j *Judge) governed(account string) bool {
+func (j *Judge) governed(s sightings.Sighting) bool {
+	account := s.Account
 	if made, ok := madeFor(account); ok {
 		if j.made[made] {
 			return true
@@ -181,6 +182,9 @@ func (j *Judge) governed(account string) bool {
 		}
 	}
 	return slices.ContainsFunc(j.config.Governed, func(glob string) bool {
+		if s.Windows {
+			glob, account = strings.ToLower(glob), strings.ToLower(account)
+		}
 		ok, err := path.Match(glob, account)
 		return ok && err == nil
 	})
@@ -224,6 +228,13 @@ func (j *Judge) trap(s sightings.Sighting) (ledger.Entry, bool) {
 	}
 	for _, name := range names {
 		e, ok := j.traps[name]
+		if s.Windows {
+			for trap, entry := range j.traps {
+				if strings.EqualFold(trap, name) {
+					e, ok = entry, true
+				}
+			}
+		}
 		if ok && name != "" && !s.Time.Before(e.Issued.Add(-Skew)) && (e.Revoked.IsZero() || s.Time.Before(e.Revoked)) {
 			return e, true
 		}
@@ -258,7 +269,8 @@ func (j *Judge) entries(s sightings.Sighting) ([]ledger.Entry, error) {
 	case s.CertSerial != "":
 		return j.ledger.Find(ledger.BySerial, s.CertSerial)
 	case s.Account != "" && !s.SSH:
-		return j.ledger.Find(ledger.ByDBUsername, s.Account)
+		found, err := j.ledger.Find(ledger.ByDBUsername, strings.ToLower(s.Account))
+		return slices.DeleteFunc(found, func(e ledger.Entry) bool { return !s.Windows && e.Names.DBUsername != s.Account }), err
 	}
 	return nil, nil
 }
@@ -294,7 +306,7 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 		return nil, err
 	}
 	if len(entries) == 0 {
-		if s.Kind == sightings.Login && j.governed(s.Account) {
+		if s.Kind == sightings.Login && j.governed(s) {
 			return []Detection{detection(UnmatchedLogin, nil, s, "the account is governed, and was not issued by the broker")}, nil
 		}
 		return nil, nil
@@ -303,7 +315,7 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 	if len(entries) == 0 {
 		return nil, nil // a trap that was taken away
 	}
-	if static(entries) {
+	if static(entries) && !s.Windows {
 		// Other databases may have an account of that name.
 		entries = slices.DeleteFunc(entries, func(e ledger.Entry) bool { return !aimed(e.Audience, s.Target) })
 		if len(entries) == 0 {

@@ -144,6 +144,8 @@ func TestDynamic(t *testing.T) {
 		"a session that outlives it":       {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(2*time.Hour, "10.0.0.1", func(s *sightings.Sighting) { s.Kind = sightings.Session })}},
 		"an account that nobody issued":    {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Account = strings.Replace(user, "abc", "xyz", 1) })}, want: "unmatched-login"},
 		"an account of another role":       {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Account = strings.Replace(user, "billing-", "reports", 1) })}},
+		"a governed one of Windows":        {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Account, s.Windows = "SVC-X", true })}, config: detect.Config{Governed: []string{"svc-*"}}, want: "unmatched-login"},
+		"a trap in Windows' letters":       {entries: []ledger.Entry{issued(func(e *ledger.Entry) { e.Kind, e.Scope, e.Names.DBUsername = ledger.KindCanary, "", "svc-trap" })}, seen: []sightings.Sighting{login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Account, s.Windows = "SVC-Trap", true })}, want: "canary L1"},
 		"an account named as governed":     {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Account = "svc-x" })}, config: detect.Config{Governed: []string{"svc-*"}}, want: "unmatched-login"},
 		"a name with another's in it":      {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account = "x" + user })}},
 		"by a person":                      {entries: []ledger.Entry{issued()}, seen: []sightings.Sighting{login(0, "10.0.0.1", func(s *sightings.Sighting) { s.Program = "psql" })}, want: "human-use L1"},
@@ -213,15 +215,17 @@ func TestStatic(t *testing.T) {
 		seen    []sightings.Sighting
 		want    string
 	}{
-		"one reader":                  {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1")}, ""},
-		"the same program, again":     {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later)}, []sightings.Sighting{used(0, "10.0.0.1"), used(61*time.Minute, "10.0.0.1")}, ""},
-		"two hosts at once":           {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2")}, []sightings.Sighting{used(0, "10.0.0.1")}, "shared-static-account"},
-		"one host, then another":      {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2", later)}, []sightings.Sighting{used(0, "10.0.0.1"), used(90*time.Minute, "10.0.0.2")}, ""},
-		"where nobody was given it":   {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1"), used(0, "10.0.0.9")}, "shared-static-account"},
-		"of another database":         {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "reports" })}, ""},
-		"of its database":             {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "billing" })}, "shared-static-account"},
-		"after its lease":             {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(2*time.Hour, "10.0.0.1")}, "use-after-revoke 1"},
-		"one secret for two accounts": {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later, func(e *ledger.Entry) { e.Scope, e.Names.DBUsername = "other", "svc-new" })}, []sightings.Sighting{used(0, "10.0.0.1"), login(61*time.Minute, "10.0.0.1", func(s *sightings.Sighting) { s.Account = "svc-new" })}, "same-secret 2"},
+		"one reader":                   {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1")}, ""},
+		"the same program, again":      {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later)}, []sightings.Sighting{used(0, "10.0.0.1"), used(61*time.Minute, "10.0.0.1")}, ""},
+		"two hosts at once":            {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2")}, []sightings.Sighting{used(0, "10.0.0.1")}, "shared-static-account"},
+		"one host, then another":       {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2", later)}, []sightings.Sighting{used(0, "10.0.0.1"), used(90*time.Minute, "10.0.0.2")}, ""},
+		"where nobody was given it":    {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1"), used(0, "10.0.0.9")}, "shared-static-account"},
+		"in other letters, at Windows": {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Windows, s.Target = "SVC-Old", true, "SRV1" })}, "shared-static-account"},
+		"another account in them":      {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account = "SVC-Old" })}, ""},
+		"of another database":          {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "reports" })}, ""},
+		"of its database":              {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "billing" })}, "shared-static-account"},
+		"after its lease":              {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(2*time.Hour, "10.0.0.1")}, "use-after-revoke 1"},
+		"one secret for two accounts":  {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later, func(e *ledger.Entry) { e.Scope, e.Names.DBUsername = "other", "svc-new" })}, []sightings.Sighting{used(0, "10.0.0.1"), login(61*time.Minute, "10.0.0.1", func(s *sightings.Sighting) { s.Account = "svc-new" })}, "same-secret 2"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := judge(t, detect.Config{}, c.entries, c.seen...); got != c.want {

@@ -9,6 +9,7 @@ import (
 	"math"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -17,8 +18,8 @@ type Field byte
 
 // Fields that are indexed.
 const (
-	ByID Field = iota
-	ByDBUsername
+	ByID         Field = iota
+	ByDBUsername       // in lower case: who asks tells those apart that differ in it
 	ByVaultLease
 	BySerial // of an X.509 certificate
 	BySSHKeyID
@@ -33,7 +34,7 @@ func (f Field) of(e *Entry) string {
 	case ByID:
 		return e.ID
 	case ByDBUsername:
-		return e.Names.DBUsername
+		return strings.ToLower(e.Names.DBUsername)
 	case ByVaultLease:
 		return e.Names.VaultLease
 	case BySerial:
@@ -170,6 +171,15 @@ func (x *Index) Load(size int64) error {
 // Len is how many entries there are.
 func (x *Index) Len() int { return x.lines.n }
 
+// Size is how many bytes of the file its entries take, without lines that later ones
+// took the place of.
+func (x *Index) Size() (n int64) {
+	for i := range x.lines.n {
+		n += int64(x.lines.at(uint32(i)).size)
+	}
+	return n
+}
+
 // Add indexes e, which lies at offset in the file. An entry whose id is known takes
 // the place of the earlier one.
 func (x *Index) Add(offset int64, size int, e Entry) error {
@@ -267,19 +277,23 @@ func (x *Index) Find(f Field, name string) ([]Entry, error) {
 	return list, err
 }
 
-// Program returns the entries of one scope on one host, by the time of issue.
+// maxProgram bounds what is read of one program's entries for each that comes.
+const maxProgram = 500
+
+// Program returns the entries of one scope on one host, by the time of issue: the 500
+// that came last.
 func (x *Index) Program(hostID, scope string) ([]Entry, error) {
 	at, err := x.slot(byProgram, hostID+"\x00"+scope)
 	if err != nil {
 		return nil, err
 	}
-	return x.chain(at.entry)
+	return x.chain(at.entry, maxProgram)
 }
 
-// chain reads an entry, counted from 1, and those of its program before it.
-func (x *Index) chain(n uint32) ([]Entry, error) {
+// chain reads an entry, counted from 1, and those of its program before it, so many.
+func (x *Index) chain(n uint32, most int) ([]Entry, error) {
 	var list []Entry
-	for ; n != 0; n = x.lines.at(n - 1).before {
+	for ; n != 0 && len(list) < most; n = x.lines.at(n - 1).before {
 		e, err := x.entry(n - 1)
 		if err != nil {
 			return nil, err
@@ -290,7 +304,8 @@ func (x *Index) chain(n uint32) ([]Entry, error) {
 	return list, nil
 }
 
-// Programs calls f with what Program returns, for each scope on each host. Traps are
+// Programs calls f with all entries of a program, as Program has them, for each scope on
+// each host. Traps are
 // no program's.
 func (x *Index) Programs(f func([]Entry) error) error {
 	followed := make([]bool, x.lines.n+1)
@@ -301,7 +316,7 @@ func (x *Index) Programs(f func([]Entry) error) error {
 		if followed[n+1] {
 			continue
 		}
-		list, err := x.chain(uint32(n + 1))
+		list, err := x.chain(uint32(n+1), math.MaxInt)
 		if err == nil && list[0].Kind != KindCanary {
 			err = f(list)
 		}

@@ -117,7 +117,7 @@ func TestIndex(t *testing.T) {
 	want := map[string][]string{} // by field and name
 	programs := map[string]int{}
 	for id, e := range now {
-		for f, name := range map[ledger.Field]string{ledger.ByID: id, ledger.ByDBUsername: e.Names.DBUsername, ledger.ByVaultLease: e.Names.VaultLease,
+		for f, name := range map[ledger.Field]string{ledger.ByID: id, ledger.ByDBUsername: strings.ToLower(e.Names.DBUsername), ledger.ByVaultLease: e.Names.VaultLease,
 			ledger.BySSHKeyID: e.Names.SSHKeyID, ledger.BySecret: e.Names.SecretHMAC} {
 			if name != "" {
 				key := fmt.Sprint(f, " ", name)

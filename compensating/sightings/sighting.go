@@ -60,6 +60,7 @@ type Sighting struct {
 	Line   int64  `json:"line,omitempty"`
 
 	SSH     bool       `json:"ssh,omitempty"`     // the account is one of a machine's, not of a database
+	Windows bool       `json:"windows,omitempty"` // it is Windows', where upper and lower case are one, and good at any machine
 	Account string     `json:"account,omitempty"` // user name at the target
 	From    netip.Addr `json:"from,omitzero"`     // where the client is; invalid: the target itself, or not known
 	Local   bool       `json:"local,omitempty"`   // over a socket of the target's own machine

@@ -114,7 +114,7 @@ func (w *Windows) event(number int64, f fields, emit func(Sighting)) bool {
 		return false
 	}
 	w.health.saw(t)
-	seen := Sighting{Time: t, Source: w.source, Line: number, Account: account(f.data("TargetUserName")),
+	seen := Sighting{Time: t, Source: w.source, Line: number, Windows: true, Account: account(f.data("TargetUserName")),
 		Target: f.text("Event/System/Computer", "winlog/computer_name", "Computer", "Hostname", "host/name", "MachineName")}
 	seen.From, seen.Local = eventAddress(f.data("IpAddress"))
 	done := f.data("Status") == "0x0" || f.data("Status") == "0"

@@ -129,12 +129,10 @@ func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watc
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%s: %w (without it every log is read again from its start; move it away for that)", w.stateFile(), err)
 	}
-	if err := w.openLedger(); err != nil {
+	if err := w.load(w.kept.Judge); err != nil {
 		return nil, err
 	}
-	w.judge = detect.NewJudge(w.index, c.World())
-	w.judge.Restore(w.kept.Judge)
-	if err := w.index.Each(func(e ledger.Entry) error { w.learn(e); return nil }); err != nil {
+	if err := w.compact(); err != nil {
 		return nil, err
 	}
 	for i := range w.kept.Findings {
@@ -150,10 +148,21 @@ func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watc
 
 func (w *Watch) stateFile() string { return filepath.Join(w.config.StateDir, "state.json") }
 
+// load reads the ledger, and makes the judge that holds sightings against it, who goes
+// on from what is kept.
+func (w *Watch) load(kept detect.State) error {
+	if err := w.openLedger(); err != nil {
+		return err
+	}
+	w.judge = detect.NewJudge(w.index, w.config.World())
+	w.judge.Restore(kept)
+	return w.index.Each(func(e ledger.Entry) error { w.learn(e); return nil })
+}
+
 // openLedger reads the ledger. A last line that isn't whole was being written when
 // the watch was killed; the broker's log tells of it again.
 func (w *Watch) openLedger() (err error) {
-	if w.file, err = os.OpenFile(filepath.Join(w.config.StateDir, "ledger.jsonl"), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+	if w.file, err = os.OpenFile(w.ledgerFile(), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return err
 	}
 	info, err := w.file.Stat()
@@ -219,6 +228,7 @@ func (w *Watch) Run(ctx context.Context) error {
 	defer poll.Stop()
 	defer save.Stop()
 	var looked time.Time
+	compacted := w.now()
 	for {
 		select {
 		case <-ctx.Done():
@@ -242,6 +252,12 @@ func (w *Watch) Run(ctx context.Context) error {
 			if now := w.now(); now.Sub(looked) >= lookEvery {
 				looked = now
 				if err := w.settleFindings(); err != nil {
+					return err
+				}
+			}
+			if now := w.now(); now.Sub(compacted) >= compactEach {
+				compacted = now
+				if err := w.compact(); err != nil {
 					return err
 				}
 			}

@@ -1,0 +1,75 @@
+package watch
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/compensating/ledger"
+)
+
+const (
+	// keepEnded is how long an entry stays in the ledger after its credential's end: a
+	// use of it later is one of an account that nobody issued.
+	keepEnded = 90 * 24 * time.Hour
+	// compactFrom is the size of a ledger below which nothing is gained.
+	compactFrom = 1 << 20
+	compactEach = time.Hour
+)
+
+// compact writes the ledger anew once most of it was replaced by later lines: each
+// entry once, and without those that ended long ago. Of each program the newest stays,
+// for what is unlike it. A ledger that can't be written anew serves as it is.
+func (w *Watch) compact() error {
+	if w.size < compactFrom || w.size < 2*w.index.Size() {
+		return nil
+	}
+	before, entries := w.size, w.index.Len()
+	if err := w.rewrite(); err != nil {
+		w.log.Warn("the ledger can't be written anew, and grows", "err", err)
+		return nil
+	}
+	if err := w.file.Close(); err != nil {
+		return err
+	}
+	if err := w.load(w.judge.Save()); err != nil {
+		return err
+	}
+	w.log.Info("the ledger was written anew", "bytes", w.size, "before", before, "entries", w.index.Len(), "entries_before", entries)
+	return nil
+}
+
+func (w *Watch) rewrite() error {
+	newest := map[string]bool{}
+	if err := w.index.Programs(func(list []ledger.Entry) error {
+		newest[list[len(list)-1].ID] = true
+		return nil
+	}); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(w.config.StateDir, "ledger-*.new")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		_ = f.Close()
+		_ = os.Remove(f.Name()) // it has the ledger's name, or was given up
+	}()
+	out := bufio.NewWriterSize(f, 1<<20)
+	err = w.index.Each(func(e ledger.Entry) error {
+		if end := e.End(); !newest[e.ID] && !end.IsZero() && w.now().Sub(end) > keepEnded {
+			return nil
+		}
+		return json.NewEncoder(out).Encode(e)
+	})
+	if err := errors.Join(err, out.Flush(), f.Sync()); err != nil {
+		return err
+	}
+	return errors.Join(os.Rename(f.Name(), w.ledgerFile()), durable.SyncDir(w.config.StateDir))
+}
+
+func (w *Watch) ledgerFile() string { return filepath.Join(w.config.StateDir, "ledger.jsonl") }
