@@ -146,13 +146,11 @@ func report(ctx context.Context, client countersignv1connect.OperatorServiceClie
 	m := &v1.Finding{Cause: cause(r.Key), Detector: string(f.Detector), Severity: string(f.Severity), Nhi: f.NHI, Lease: brief(f.Lease), Host: brief(f.Host),
 		Account: brief(f.Account), Why: brief(why), First: timestamppb.New(f.First), Last: timestamppb.New(f.Last), Count: uint64(f.Count), Response: string(r.Action)}
 	for _, s := range f.Evidence {
-		b, err := json.Marshal(s)
+		b, err := shown(s)
 		if err != nil {
 			return false, err
 		}
-		if len(b) <= maxEvidence {
-			m.Evidence = append(m.Evidence, b)
-		}
+		m.Evidence = append(m.Evidence, b)
 	}
 	over := ""
 	if r.over() {
@@ -163,6 +161,20 @@ func report(ctx context.Context, client countersignv1connect.OperatorServiceClie
 		return false, err
 	}
 	return a.Msg.GetReopened(), nil
+}
+
+// shown is a sighting as the broker takes it: texts that make it too long, which those
+// with control characters do, are cut.
+func shown(s sightings.Sighting) ([]byte, error) {
+	for most := maxText; ; most /= 2 {
+		for _, text := range []*string{&s.Account, &s.Target, &s.Program, &s.SSHKeyID, &s.VaultLease, &s.VaultPath, &s.Grant, &s.Actor} {
+			*text = (*text)[:min(len(*text), most)]
+		}
+		b, err := json.Marshal(s)
+		if err != nil || len(b) <= maxEvidence || most == 0 {
+			return b, err
+		}
+	}
 }
 
 // maxText bounds a text as the broker takes it.
@@ -207,15 +219,15 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 		}
 	}
 	action := w.config.response(r.Finding.Detector, scope)
-	shown := slices.ContainsFunc(r.Finding.Evidence, func(s sightings.Sighting) bool { return s.Kind == sightings.Login })
+	completed := slices.ContainsFunc(r.Finding.Evidence, func(s sightings.Sighting) bool { return s.Kind == sightings.Login })
 	switch {
-	case action == detect.Alert, !shown, action == detect.Revoke && r.Finding.Lease == "", action != detect.Revoke && r.Finding.Host == "":
+	case action == detect.Alert, !completed, action == detect.Revoke && r.Finding.Lease == "", action != detect.Revoke && r.Finding.Host == "":
 		r.Action = detect.Alert
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	free, err := w.brake.free(ctx, client, action, w.config.BrakeShare, w.now())
+	free, err := w.kept.Brake.free(ctx, client, action, w.config.BrakeShare, w.now())
 	if err != nil {
 		return err
 	}
@@ -242,7 +254,7 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 	}
 	if err == nil {
 		r.Held, r.Waits, r.Action = "", false, action
-		w.brake.used = append(w.brake.used, use{action, w.now()})
+		w.kept.Brake.Used, w.changed = append(w.kept.Brake.Used, use{action, w.now()}), true
 		w.log.Warn("responded", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
 	}
 	return err
@@ -250,21 +262,21 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 
 // A brake bounds what is done in a minute.
 type brake struct {
-	used []use
+	Used []use `json:"used,omitempty"`
 }
 
 type use struct {
-	action detect.Response
-	at     time.Time
+	Action detect.Response `json:"action"`
+	At     time.Time       `json:"at"`
 }
 
 // free says whether one more may be done: of leases for revoking them, of hosts for
 // the rest.
 func (b *brake) free(ctx context.Context, client countersignv1connect.OperatorServiceClient, action detect.Response, share float64, now time.Time) (bool, error) {
-	b.used = slices.DeleteFunc(b.used, func(u use) bool { return now.Sub(u.at) > time.Minute })
+	b.Used = slices.DeleteFunc(b.Used, func(u use) bool { return now.Sub(u.At) > time.Minute })
 	n := 0
-	for _, u := range b.used {
-		if (u.action == detect.Revoke) == (action == detect.Revoke) {
+	for _, u := range b.Used {
+		if (u.Action == detect.Revoke) == (action == detect.Revoke) {
 			n++
 		}
 	}

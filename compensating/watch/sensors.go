@@ -74,7 +74,9 @@ func (w *Watch) openSensor(s Sensor) error {
 	return nil
 }
 
-// covered is the time of which all logs of some kinds tell.
+// covered is the time of which all logs of some kinds tell: which of them a credential
+// would show in isn't known. A replay takes what any tells of, since there one file after
+// the other is often of one log.
 func (w *Watch) covered(of func(kind string) bool) (c detect.Coverage) {
 	for _, s := range w.sensors {
 		h := s.reader.Health()

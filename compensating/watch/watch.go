@@ -72,7 +72,6 @@ type Watch struct {
 	kept    state
 	synced  time.Time // the ledger is no older
 	changed bool
-	brake   brake
 }
 
 // state is the file that is written whole.
@@ -84,6 +83,7 @@ type state struct {
 	Held     []held                 `json:"held,omitempty"`
 	Attempts []sightings.Sighting   `json:"attempts,omitempty"` // the last ones: of traps, it may be, that are heard of late
 	Findings []record               `json:"findings,omitempty"`
+	Brake    brake                  `json:"brake,omitzero"`
 }
 
 type sensorState struct {

@@ -279,6 +279,21 @@ func TestBrief(t *testing.T) {
 	}
 }
 
+// Evidence reaches the broker however its texts are written down.
+func TestShown(t *testing.T) {
+	bad := strings.Repeat("\x01", 512)
+	s := sightings.Sighting{Time: noon, Kind: sightings.Login, Source: "db", Line: 7, Account: bad, Target: bad, Program: bad, SSHKeyID: bad, VaultLease: bad, VaultPath: bad, Grant: bad, Actor: bad}
+	b, err := shown(s)
+	var back sightings.Sighting
+	if err != nil || len(b) > maxEvidence || json.Unmarshal(b, &back) != nil || back.Line != 7 || !strings.HasPrefix(bad, back.Account) || len(back.Account) < 32 {
+		t.Errorf("%v: %d bytes, %+v", err, len(b), back)
+	}
+	s = sightings.Sighting{Time: noon, Kind: sightings.Login, Account: "svc-x"}
+	if b, err := shown(s); err != nil || !strings.Contains(string(b), `"account":"svc-x"`) {
+		t.Errorf("%v: %s", err, b)
+	}
+}
+
 func TestBrake(t *testing.T) {
 	for _, c := range []struct {
 		n     int

@@ -3,6 +3,7 @@ package operate
 import (
 	"context"
 	"crypto/x509"
+	"database/sql"
 	"errors"
 	"fmt"
 	"time"
@@ -43,6 +44,13 @@ func (d *Desk) AddOperator(ctx context.Context, a Actor, name string, role Role,
 		}
 		if taken > 0 {
 			return invalid("operator %s exists; `countersign operator remove %s` first", name, name)
+		}
+		var owner string
+		switch err := tx.QueryRow(`SELECT name FROM operators WHERE key_hash = ?`, evidence.Sum(spki).String()).Scan(&owner); {
+		case err == nil:
+			return invalid("this key is operator %s's; make another, or `countersign operator remove %s` first", owner, owner)
+		case !errors.Is(err, sql.ErrNoRows):
+			return err
 		}
 		_, err := tx.Exec(`INSERT INTO operators (key_hash, name, role, created, expires) VALUES (?, ?, ?, ?, ?)`,
 			evidence.Sum(spki).String(), name, role.String(), store.Millis(now), store.Millis(until))
