@@ -300,6 +300,8 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 		return j.read(s)
 	case sightings.Attempt:
 		return nil, nil // anybody may try
+	case sightings.Open:
+		return j.opened(s)
 	}
 	entries, err := j.entries(s)
 	if err != nil {
@@ -371,6 +373,18 @@ func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
 		j.seen.Reads = append(j.seen.Reads, s)
 	}
 	return nil, nil
+}
+
+// opened judges that a credential's file was opened by a program that isn't its own, by
+// the word of its host's agent.
+func (j *Judge) opened(s sightings.Sighting) ([]Detection, error) {
+	found, err := j.ledger.Find(ledger.ByID, s.Grant)
+	if err != nil || len(found) == 0 {
+		return nil, err
+	}
+	e := found[0]
+	return []Detection{{Detector: OutOfBandRead, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: s.Time, Cause: strings.Join([]string{e.Host, e.Scope, s.Program, s.Actor}, " "),
+		Why: fmt.Sprintf("its file %s was opened by %s (%s), which isn't the program it was made for", s.Target, s.Program, s.Actor), Sighting: &s}}, nil
 }
 
 // Reads judges the reads of governed paths that were seen: after the ledger had the

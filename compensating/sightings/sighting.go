@@ -29,9 +29,10 @@ const (
 	Session                 // an account is at work in a session that began earlier
 	Read                    // a secret was read from Vault
 	Issue                   // a credential was issued: what the ledger alone shows
+	Open                    // a credential's file was opened on its host
 )
 
-var kinds = map[Kind]string{Login: "login", Attempt: "attempt", Session: "session", Read: "read", Issue: "issue"}
+var kinds = map[Kind]string{Login: "login", Attempt: "attempt", Session: "session", Read: "read", Issue: "issue", Open: "open"}
 
 func (k Kind) String() string { return kinds[k] }
 
@@ -64,8 +65,8 @@ type Sighting struct {
 	Account string     `json:"account,omitempty"` // user name at the target
 	From    netip.Addr `json:"from,omitzero"`     // where the client is; invalid: the target itself, or not known
 	Local   bool       `json:"local,omitempty"`   // over a socket of the target's own machine
-	Target  string     `json:"target,omitempty"`  // database or machine
-	Program string     `json:"program,omitempty"` // what the client says that it is
+	Target  string     `json:"target,omitempty"`  // database, machine or file
+	Program string     `json:"program,omitempty"` // what the client says that it is; of a file, who opened it
 	// Interactive is a logon by keyboard or remote desktop, by the target's word.
 	Interactive bool `json:"interactive,omitempty"`
 
@@ -76,7 +77,7 @@ type Sighting struct {
 	VaultLease string `json:"vault_lease,omitempty"`
 	VaultPath  string `json:"vault_path,omitempty"` // as it was asked for
 	Grant      string `json:"grant,omitempty"`      // the broker's own name for its request, from the token's metadata
-	Actor      string `json:"actor,omitempty"`      // who read, in Vault's words
+	Actor      string `json:"actor,omitempty"`      // who read, in Vault's words or the agent's
 }
 
 // maxText bounds a text of a sighting.

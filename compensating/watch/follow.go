@@ -15,6 +15,7 @@ import (
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/compensating/ledger"
+	"github.com/countersign/countersign/compensating/sightings"
 )
 
 // A Dial connects to the broker. The second result ends the connection.
@@ -23,6 +24,7 @@ type Dial func(context.Context) (countersignv1connect.OperatorServiceClient, fun
 // An update is what the broker's log says is new.
 type update struct {
 	entries []ledger.Entry
+	opens   []sightings.Sighting
 	traps   bool      // the entries are all of the broker's canaries
 	next    int64     // the record to go on from
 	epoch   uint64    // of the log that it is in
@@ -119,15 +121,22 @@ func (f *follower) follow(ctx context.Context) error {
 	tick := time.NewTicker(batch)
 	defer tick.Stop()
 	leases := map[string]bool{}
+	var opens []sightings.Sighting
 	traps := false
 	next := f.next
 	var newest time.Time // of the records since the last update
-	take := func(r auditRecord) {
+	take := func(r auditRecord) error {
 		next, newest = r.Index+1, r.Time
 		if r.Lease != "" {
 			leases[r.Lease] = true
 		}
 		traps = traps || strings.HasPrefix(r.Kind, "canary.")
+		if r.Kind != "credential.opened" {
+			return nil
+		}
+		s, err := r.opened()
+		opens = append(opens, s)
+		return err
 	}
 	for {
 		select {
@@ -136,17 +145,22 @@ func (f *follower) follow(ctx context.Context) error {
 		case err := <-ended:
 			return err
 		case r := <-records:
-			take(r)
+			if err := take(r); err != nil {
+				return err
+			}
 		case <-tick.C:
 			for more := true; more && len(leases) < batchSize; {
 				select {
 				case r := <-records:
-					take(r)
+					if err := take(r); err != nil {
+						return err
+					}
 				default:
 					more = false
 				}
 			}
-			u := update{next: next, epoch: f.epoch}
+			u := update{next: next, epoch: f.epoch, opens: opens}
+			opens = nil
 			if next >= size { // what there was when this began is here
 				u.synced = f.now().Add(-behind)
 				// More may wait behind what came just now.
@@ -190,6 +204,27 @@ type auditRecord struct {
 	Time  time.Time `json:"time"`
 	Kind  string    `json:"kind"`
 	Lease string    `json:"lease"`
+
+	Detail json.RawMessage `json:"detail"`
+}
+
+// opened is what an agent saw of a credential's file.
+func (r auditRecord) opened() (sightings.Sighting, error) {
+	var d struct {
+		Time time.Time `json:"time"`
+		Path string    `json:"path"`
+		Exe  string    `json:"exe"`
+		User string    `json:"user"`
+		Unit string    `json:"unit"`
+	}
+	if err := json.Unmarshal(r.Detail, &d); err != nil {
+		return sightings.Sighting{}, fmt.Errorf("audit record %d: %w", r.Index, err)
+	}
+	who := "user " + d.User
+	if d.Unit != "" {
+		who += ", unit " + d.Unit
+	}
+	return sightings.Sighting{Time: d.Time.UTC(), Kind: sightings.Open, Source: "agent", Line: r.Index, Target: d.Path, Program: d.Exe, Grant: r.Lease, Actor: who}, nil
 }
 
 func (f *follower) give(ctx context.Context, u update) error {

@@ -301,6 +301,11 @@ func (w *Watch) apply(u update) error {
 			return err
 		}
 	}
+	for _, s := range u.opens {
+		if err := w.see(s); err != nil {
+			return err
+		}
+	}
 	if len(u.entries) > 0 || u.next != w.kept.Audit || u.epoch != w.kept.Epoch {
 		w.kept.Audit, w.kept.Epoch, w.changed = u.next, u.epoch, true
 	}
