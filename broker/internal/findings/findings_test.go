@@ -342,3 +342,22 @@ func TestOverByEvidence(t *testing.T) {
 		})
 	}
 }
+
+// Closed findings don't fill the store: the oldest are forgotten, but for those that an
+// operator closed until later.
+func TestOldOnesAreForgotten(t *testing.T) {
+	s := open(t)
+	findings.LowerMaxOpen(t, 3)
+	for i, until := range []time.Time{{}, t0.Add(48 * time.Hour), {}} {
+		f, _ := report(t, s, t0, func(f *findings.Finding) { f.Cause = fmt.Sprint(i) })
+		shut(t, s, f.ID, until, t0)
+	}
+	report(t, s, t0.Add(time.Hour), func(f *findings.Finding) { f.Cause = "new" })
+	var left []string
+	for _, f := range list(t, s, findings.Filter{}) {
+		left = append(left, f.Cause)
+	}
+	if got := strings.Join(left, " "); got != "1 new" {
+		t.Errorf("kept %q", got)
+	}
+}

@@ -47,11 +47,33 @@ func Report(tx *store.Tx, r Finding, now time.Time) (Finding, Outcome, error) {
 		if n >= maxOpen {
 			return f, Known, ErrFull
 		}
+		if err := prune(tx, now); err != nil {
+			return f, Known, err
+		}
 		if err := tx.QueryRow(`SELECT COALESCE(MAX(opened), 0) + 1 FROM findings`).Scan(&f.Opened); err != nil {
 			return f, Known, err
 		}
 	}
 	return f, outcome, save(tx, f)
+}
+
+// pruned is how many findings are looked at for room.
+const pruned = 100
+
+// prune forgets closed findings, the oldest first, once as many are kept as may be open;
+// the audit log has them. One that is closed until a time to come stays.
+func prune(tx *store.Tx, now time.Time) error {
+	var n int
+	if err := tx.QueryRow(`SELECT COUNT(*) FROM findings WHERE status = ?`, string(Closed)).Scan(&n); err != nil || n < maxOpen {
+		return err
+	}
+	old, err := List(tx, Filter{Status: Closed, Limit: pruned})
+	for _, f := range old {
+		if err == nil && !f.Until.After(now) {
+			_, err = tx.Exec(`DELETE FROM findings WHERE id = ?`, f.ID)
+		}
+	}
+	return err
 }
 
 // Close closes a finding, or says anew why it is closed.
