@@ -70,7 +70,7 @@ var Catalogue = []Entry{
 	{UnmatchedLogin, High, "NHI2", "a completed login by an account that only the broker hands out (named as governed, or with a user name of a governed role of Vault's database engine) and that the ledger doesn't know",
 		"accounts that nobody named; a ledger that is behind: it is judged when the ledger has caught up", Alert},
 	{SharedStaticAccount, Medium, "NHI9", "a completed login with an account whose password lies in Vault, while more than one program holds it, or from an address where none does",
-		"two programs on one host where only one of them asks the broker; a database that its scope's audience doesn't name", Alert},
+		"two programs on one host where only one of them asks the broker; with an account of KV, a database that its scope's audience doesn't name", Alert},
 	{OutOfBandRead, High, "NHI2", "an answer of Vault that gave a secret of a governed path to somebody who is not the broker; a credential's file that another program than its own opened, where the agent is told to look",
 		"a reader with the broker's own identity; a path that no scope names; an answer that Vault wrapped; root on the host", Alert},
 	{DuplicateInstance, High, "NHI9", "one host in two places: an invocation or boot that is issued to, or whose credentials are used from the host's addresses, after a later one was",

@@ -318,8 +318,8 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 		return nil, nil // a trap that was taken away
 	}
 	if static(entries) && !s.Windows {
-		// Other databases may have an account of that name.
-		entries = slices.DeleteFunc(entries, func(e ledger.Entry) bool { return !aimed(e.Audience, s.Target) })
+		// Others have accounts of that name, too.
+		entries = slices.DeleteFunc(entries, func(e ledger.Entry) bool { return e.Names.Stored() && !aimed(e.Audience, s.Target) })
 		if len(entries) == 0 {
 			return nil, nil
 		}
@@ -350,6 +350,9 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 
 func detection(name Name, e *ledger.Entry, s sightings.Sighting, why string) Detection {
 	d := Detection{Detector: name, Account: s.Account, Time: s.Time, Why: why, Sighting: &s}
+	if s.Windows {
+		d.Account = strings.ToLower(s.Account) // one account has one cause
+	}
 	if e != nil {
 		d.Lease, d.Host = e.ID, e.Host
 	}

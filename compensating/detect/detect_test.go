@@ -206,7 +206,9 @@ func TestStatic(t *testing.T) {
 	used := func(after time.Duration, from string) sightings.Sighting {
 		return login(after, from, func(s *sightings.Sighting) { s.Account = "svc-old" })
 	}
-	aim := func(e *ledger.Entry) { e.Audience = []string{"postgres://db1:5432/billing"} }
+	aim := func(e *ledger.Entry) {
+		e.Audience, e.Names.VaultPath = []string{"postgres://db1:5432/billing"}, "kv/data/old"
+	}
 	later := func(e *ledger.Entry) {
 		e.Issued, e.Expires, e.Subject.Boot, e.Subject.Invocation = noon.Add(time.Hour), noon.Add(2*time.Hour), "b2", "i2"
 	}
@@ -223,6 +225,7 @@ func TestStatic(t *testing.T) {
 		"in other letters, at Windows": {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Windows, s.Target = "SVC-Old", true, "SRV1" })}, "shared-static-account"},
 		"another account in them":      {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account = "SVC-Old" })}, ""},
 		"of another database":          {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "reports" })}, ""},
+		"of a static role anywhere":    {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim, func(e *ledger.Entry) { e.Names.VaultPath = "database/static-creds/old" })}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "reports" })}, "shared-static-account"},
 		"of its database":              {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "billing" })}, "shared-static-account"},
 		"after its lease":              {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(2*time.Hour, "10.0.0.1")}, "use-after-revoke 1"},
 		"one secret for two accounts":  {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later, func(e *ledger.Entry) { e.Scope, e.Names.DBUsername = "other", "svc-new" })}, []sightings.Sighting{used(0, "10.0.0.1"), login(61*time.Minute, "10.0.0.1", func(s *sightings.Sighting) { s.Account = "svc-new" })}, "same-secret 2"},

@@ -174,7 +174,7 @@ func (j *Judge) Unused(entries []ledger.Entry, databases, sshd Coverage) []Detec
 		return nil
 	}
 	for _, e := range entries {
-		told := e.Names.DBUsername != "" && databases.covers(e) || e.Names.SSHKeyID != "" && sshd.covers(e)
+		told := e.Names.DBUsername != "" && databases.covers(e) && (!e.Names.Stored() || database(e.Audience)) || e.Names.SSHKeyID != "" && sshd.covers(e)
 		if !told || e.End().Sub(e.Issued) < shortest {
 			continue
 		}
@@ -182,6 +182,13 @@ func (j *Judge) Unused(entries []ledger.Entry, databases, sshd Coverage) []Detec
 			Why: fmt.Sprintf("issued at %s, and never used to its end", e.Issued.UTC().Format(time.RFC3339))}}
 	}
 	return nil
+}
+
+// database says whether an audience has a database whose logs are read.
+func database(audience []string) bool {
+	return slices.ContainsFunc(audience, func(place string) bool {
+		return strings.HasPrefix(place, "postgres://") || strings.HasPrefix(place, "postgresql://")
+	})
 }
 
 // shortest is the life of a credential below which it says nothing that nobody used it.

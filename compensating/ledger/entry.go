@@ -212,6 +212,12 @@ func (n Names) Path() string {
 	return ""
 }
 
+// Stored says whether the account is one that somebody wrote into Vault, as KV has
+// them: nothing but its scope's audience says of which server it is.
+func (n Names) Stored() bool {
+	return n.DBUsername != "" && n.VaultLease == "" && !strings.Contains(n.VaultPath, "/static-creds/")
+}
+
 // Program is the subject without what differs from one start to the next.
 func (s Subject) Program() string {
 	if s.Unit != "" {

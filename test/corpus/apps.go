@@ -2,8 +2,10 @@ package main
 
 import (
 	"fmt"
+	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -40,8 +42,14 @@ func (w *world) newApp(kinds ...string) *app {
 		a.path = "database/creds/" + a.role
 	case "static", "windows":
 		a.path, a.account, a.secret = "database/static-creds/"+a.role, fmt.Sprintf("svc_%s%d", word, w.apps), w.hex(32)
+		if w.chance(40) { // one that somebody wrote down
+			a.path = fmt.Sprintf("kv/data/%s/%d", word, w.apps)
+		}
 	case "kv":
 		a.path, a.secret = fmt.Sprintf("kv/data/%s/%d", word, w.apps), w.hex(32)
+		if w.chance(50) { // of what none of these logs tells
+			a.account = fmt.Sprintf("api_%s%d", word, w.apps)
+		}
 	case "ssh":
 		a.path = "ssh/sign/" + a.role
 	case "tls":
@@ -79,8 +87,16 @@ func (w *world) grant(a *app, h *host, issued time.Time, ttl time.Duration) *lea
 		}
 	case "static", "windows":
 		l.Names.DBUsername, l.Names.VaultPath, l.Names.SecretHMAC = a.account, a.path, a.secret
+		if a.kind == "windows" {
+			l.Audience = []string{"sqlserver://mssql1.example.com:1433"}
+		} else if strings.HasPrefix(a.path, "kv/") {
+			l.Audience = []string{fmt.Sprintf("postgres://%s.example.com:5432/%s", a.server.file[:3], url.PathEscape(a.db))}
+		}
 	case "kv":
 		l.Names.VaultPath, l.Names.SecretHMAC, l.Audience = a.path, a.secret, nil
+		if l.Names.DBUsername = a.account; a.account != "" && w.chance(50) {
+			l.Audience = []string{"https://api.example.com"}
+		}
 	case "ssh":
 		l.Names.SSHKeyID = "vault-token-countersign-" + l.ID + "-" + w.hex(32)
 		l.Names.SSHSerial = strconv.FormatUint(w.rng.Uint64(), 10)
@@ -126,7 +142,7 @@ func (w *world) useBy(l *lease, at time.Time, from, program string) *session {
 	case "ocsf":
 		w.authentication(at, l.Names.DBUsername, from, 3, true)
 	case "windows":
-		w.windowsLogon(at, l.Names.DBUsername, from, 3, "SRV1.example.com")
+		w.windowsLogon(at, pick(w, l.Names.DBUsername, strings.ToUpper(l.Names.DBUsername)), from, 3, "SRV1.example.com")
 	}
 	return nil
 }

@@ -164,7 +164,7 @@ func subjectDrift(w *world) label {
 	next := w.grant(a, l.host, l.Revoked.Add(w.span(time.Second, time.Hour)), 6*time.Hour)
 	w.work(next, 2)
 	story := "exe"
-	switch s := next.Subject; w.rng.IntN(4) {
+	switch s := next.Subject; w.rng.IntN(6) {
 	case 0:
 		s.Exe, s.SHA256 = pick(w, "/tmp/.x/worker", "/usr/bin/python3.11", "/home/eve/"+a.user+"d"), w.hex(32)
 	case 1:
@@ -173,6 +173,11 @@ func subjectDrift(w *world) label {
 		story, s.Unit = "unit", pick(w, "run-r4f2.service", "helper.service")
 	case 3:
 		story, s.Parent = "parent", &parent{PID: 4000 + w.rng.IntN(9000), Start: 77000, Exe: pick(w, "/usr/bin/bash", "/usr/sbin/sshd", "/usr/bin/gdb")}
+	case 4:
+		story, l.Machine, next.Machine = "secure boot", &machine{SecureBoot: true, Reference: pick(w, "", "debian12")}, &machine{}
+	case 5:
+		story, l.Machine = "command line", &machine{true, "BOOT_IMAGE=/vmlinuz-6.1.0-13-amd64 root=/dev/vda1 ro quiet", ""}
+		next.Machine = &machine{true, "BOOT_IMAGE=/vmlinuz-6.1.0-13-amd64 root=/dev/vda1 ro quiet " + pick(w, "init=/bin/sh", "lockdown=none", "ima_appraise=off"), ""}
 	}
 	return label{Story: "drift/" + story, Wants: []string{"subject-drift"}, Targets: []string{next.ID}, Owns: owned(l, next)}
 }

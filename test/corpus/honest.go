@@ -10,7 +10,7 @@ import (
 var honestStories = []func(*world) label{
 	rotatedPool, rotatedPool, reconnects, renewed, lastMinute, firstSecond, rebooted, restarted, stolenName, wrongPassword, pooler, ownAccounts, otherRoles,
 	noSuchRole, staticReader, windowsService, otherCertificates, unseenKinds, untouchedCanary, goldenImage, rollout, beforeTheLog, deniedReads, backup, justIssued,
-	neighbours, hostilePostgres, hostilePostgres, hostileSSH, hostileJSON,
+	neighbours, namesake, updatedKernel, hostilePostgres, hostilePostgres, hostileSSH, hostileJSON,
 }
 
 // rotatedPool keeps its sessions over rotations: each lease is replaced, lives on
@@ -157,6 +157,35 @@ func staticReader(w *world) label {
 	again := w.grant(a, l.host, l.until(), 4*time.Hour)
 	w.work(again, 1)
 	return honest("static reader", l, again)
+}
+
+// namesake is an account of another database that is called like one of KV's.
+func namesake(w *world) label {
+	a := w.newApp("static")
+	a.path = fmt.Sprintf("kv/data/namesake/%d", w.apps)
+	l := w.lasting(a)
+	w.work(l, 2)
+	for range 1 + w.rng.IntN(4) {
+		w.useBy(l, w.during(l), w.address(3), "other").db = "elsewhere"
+	}
+	return honest("namesake", l)
+}
+
+// updatedKernel is a host that boots a newer kernel, and one that boots what was
+// approved.
+func updatedKernel(w *world) label {
+	l := w.lasting(w.newApp("postgres", "ssh"))
+	l.revoke(w.between(l.Issued.Add(30*time.Minute), l.Expires))
+	w.work(l, 2)
+	l.Machine = &machine{true, "BOOT_IMAGE=/vmlinuz-6.1.0-13-amd64 root=/dev/vda1 ro quiet", ""}
+	l.host.boot = w.uuid()
+	next := w.grant(l.app, l.host, l.Revoked.Add(w.span(10*time.Minute, time.Hour)), 6*time.Hour)
+	w.work(next, 2)
+	next.Machine = &machine{true, "BOOT_IMAGE=/vmlinuz-6.1.0-18-amd64 root=/dev/vda1 ro quiet", ""}
+	if w.chance(50) {
+		next.Machine = &machine{w.chance(50), "BOOT_IMAGE=/vmlinuz-6.1.0-18-amd64 root=/dev/vda1 ro", "debian12"}
+	}
+	return honest("kernel", l, next)
 }
 
 // windowsService is a service's account: logons of its service, by its own address

@@ -28,6 +28,7 @@ type lease struct {
 	Scope    string    `json:"scope"`
 	Host     string    `json:"host"`
 	Subject  *subject  `json:"subject,omitempty"`
+	Machine  *machine  `json:"machine,omitempty"`
 	Kind     string    `json:"kind"`
 	Names    names     `json:"names"`
 	Sources  []string  `json:"sources,omitempty"`
@@ -46,6 +47,13 @@ func (l *lease) until() time.Time {
 		return l.Revoked
 	}
 	return l.Expires
+}
+
+// A machine is how a host had booted.
+type machine struct {
+	SecureBoot  bool   `json:"secure_boot"`
+	CommandLine string `json:"kernel_command_line,omitempty"`
+	Reference   string `json:"reference,omitempty"`
 }
 
 type names struct {
