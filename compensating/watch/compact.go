@@ -17,8 +17,8 @@ const (
 	// use of it later is one of an account that nobody issued.
 	keepEnded = 90 * 24 * time.Hour
 	// compactFrom is the size of a ledger below which nothing is gained.
-	compactFrom = 1 << 20
-	compactEach = time.Hour
+	compactFrom  = 1 << 20
+	compactEvery = time.Hour
 )
 
 // compact writes the ledger anew once most of it was replaced by later lines: each

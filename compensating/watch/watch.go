@@ -213,22 +213,21 @@ func (w *Watch) Run(ctx context.Context) error {
 		if s.spool == nil {
 			continue
 		}
-		switch r, _ := s.reader.(*sightings.Sshd); {
+		switch {
 		case s.DSNFile != "":
 			go s.ask(ctx, s.spool, w.log)
 		case s.Journal != "":
-			go s.Sensor.journal(ctx, r.Cursor(), s.spool, w.log)
+			go s.journal(ctx, s.reader.(*sightings.Sshd).Cursor(), s.spool, w.log)
 		default:
 			if err := s.listen(ctx, s.spool, w.log); err != nil {
 				return fmt.Errorf("sensor %q: %w", s.Name, err)
 			}
 		}
 	}
-	poll, save := time.NewTicker(pollEvery), time.NewTicker(saveEvery)
-	defer poll.Stop()
-	defer save.Stop()
-	var looked time.Time
-	compacted := w.now()
+	poll, save, look, tidy := time.NewTicker(pollEvery), time.NewTicker(saveEvery), time.NewTicker(lookEvery), time.NewTicker(compactEvery)
+	for _, t := range []*time.Ticker{poll, save, look, tidy} {
+		defer t.Stop()
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -249,18 +248,6 @@ func (w *Watch) Run(ctx context.Context) error {
 				return err
 			}
 			w.blind()
-			if now := w.now(); now.Sub(looked) >= lookEvery {
-				looked = now
-				if err := w.settleFindings(); err != nil {
-					return err
-				}
-			}
-			if now := w.now(); now.Sub(compacted) >= compactEach {
-				compacted = now
-				if err := w.compact(); err != nil {
-					return err
-				}
-			}
 			if w.changed {
 				if err := w.save(); err != nil {
 					return err
@@ -268,6 +255,14 @@ func (w *Watch) Run(ctx context.Context) error {
 			}
 			w.tell(ctx, speak)
 			w.meter.update(w)
+		case <-look.C:
+			if err := w.settleFindings(); err != nil {
+				return err
+			}
+		case <-tidy.C:
+			if err := w.compact(); err != nil {
+				return err
+			}
 		}
 	}
 }
