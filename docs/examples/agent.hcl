@@ -3,6 +3,8 @@ broker {
   ca_sha256 = "0000000000000000000000000000000000000000000000000000000000000000" # `countersign broker init` prints it
 }
 
+# witness = true # tell the broker which other programs open the files; needs the drop-in witness.conf
+
 credential "billing-db" {
   process { unit = "billing.service" }
 

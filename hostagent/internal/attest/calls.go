@@ -104,6 +104,27 @@ func (c *Client) Release(ctx context.Context, leases []string, reason string) (c
 	return confirmed, err
 }
 
+// A FileOpen is that another program opened a credential's file.
+type FileOpen struct {
+	Lease, Path string
+	Time        time.Time
+	PID         int
+	Exe, User   string
+	Unit        string // empty: of none
+}
+
+// Witness tells of programs that opened credentials' files, at most 16 a call.
+func (c *Client) Witness(ctx context.Context, opens []FileOpen) error {
+	m := &v1.WitnessRequest{}
+	for _, o := range opens {
+		m.Opens = append(m.Opens, &v1.FileOpen{LeaseId: o.Lease, Path: o.Path, Time: timestamppb.New(o.Time), Pid: uint32(o.PID), Exe: o.Exe, User: o.User, Unit: o.Unit})
+	}
+	return c.plain(ctx, func(s *wire.Session) error {
+		_, err := s.Hosts.Witness(ctx, request(m))
+		return err
+	})
+}
+
 // plain sends a request that needs no quote, once more if the connection was
 // lost.
 func (c *Client) plain(ctx context.Context, send func(*wire.Session) error) error {

@@ -43,6 +43,11 @@ type Agent struct {
 	EventLog string `hcl:"event_log,optional"`
 	IMAList  string `hcl:"ima_list,optional"`
 
+	// Witness tells the broker of programs that open a credential's file and
+	// aren't its own. It needs CAP_SYS_ADMIN, and each open of these files waits
+	// until the agent has looked. Default false.
+	Witness bool `hcl:"witness,optional"`
+
 	Credentials []*Credential `hcl:"credential,block"`
 
 	warnings Problems

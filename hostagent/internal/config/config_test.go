@@ -31,7 +31,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := a.Credentials[0]
-	if a.TPM != "/dev/tpmrm0" || a.Key != "p256" || c.Scope != "billing-db" || c.Files[0].Owner != "root" || c.Files[0].FileMode() != 0o400 || c.OnChange.Limit() != 5*time.Second {
+	if a.TPM != "/dev/tpmrm0" || a.Key != "p256" || c.Scope != "billing-db" || c.Files[0].Owner != "root" || c.Files[0].FileMode() != 0o400 || c.OnChange.Limit() != 5*time.Second || a.Witness {
 		t.Errorf("%+v %+v %+v", a, c, c.Files[0])
 	}
 }

@@ -46,17 +46,37 @@ func withdraw(f *config.File) error {
 // Standing says whether all files are there.
 func Standing(files []*config.File) bool {
 	for _, f := range files {
-		t, err := openTarget(f)
+		file, err := Place(f)
 		if err != nil {
 			return false
 		}
-		st, err := lstat(t.fd(), t.name)
-		_ = t.dir.Close()
-		if err != nil || regular(st) != nil {
-			return false
-		}
+		_ = file.Close()
 	}
 	return true
+}
+
+// Place is the regular file that stands in a file's place, as a mere handle
+// (O_PATH), which is neither read nor waited for.
+func Place(f *config.File) (*os.File, error) {
+	t, err := openTarget(f)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = t.dir.Close() }()
+	fd, err := openat(t.fd(), t.name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, explain(f.Path, err)
+	}
+	file := os.NewFile(uintptr(fd), f.Path)
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil {
+		err = regular(st)
+	}
+	if err != nil {
+		_ = file.Close()
+		return nil, explain(f.Path, err)
+	}
+	return file, nil
 }
 
 // ReadBack is what stands in the files; nil unless all are there and still are

@@ -26,6 +26,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/hostagent/internal/witness"
 )
 
 // Results of a check.
@@ -78,6 +79,9 @@ func Examine(ctx context.Context, file string) Report {
 	r.measurements(attest.Logs(c.EventLog, c.IMAList))
 	r.clock()
 	r.network(ctx, c.Broker)
+	if c.Witness {
+		r.witness()
+	}
 	r.programs(ctx, c.Credentials)
 	return *r
 }
@@ -231,6 +235,16 @@ func throwAway() (*tls.Certificate, error) {
 		return nil, err
 	}
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
+}
+
+// witness can only say what this process may; the service's log says what the
+// service may.
+func (r *Report) witness() {
+	if err := witness.Available(); err != nil {
+		r.add("witness", Warning, err.Error(), "credentials work without it; what other programs open is not seen")
+		return
+	}
+	r.add("witness", OK, "this kernel says who opens a file; the service needs its drop-in witness.conf for it", "")
 }
 
 func (r *Report) programs(ctx context.Context, credentials []*config.Credential) {

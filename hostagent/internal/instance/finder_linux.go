@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -126,6 +127,22 @@ func serviceOf(cgroup string) (string, bool) {
 		return "", false
 	}
 	return name, true
+}
+
+// UnitOf is the system manager's unit, a service's or a scope's, say, that a
+// control group is of or lies in: the first name that is no slice. What a unit
+// or a user's manager makes below its own group doesn't change it.
+func UnitOf(cgroup string) string {
+	for name := range strings.SplitSeq(cgroup, "/") {
+		if name == "" || strings.HasSuffix(name, ".slice") {
+			continue
+		}
+		if i := strings.LastIndexByte(name, '.'); i > 0 {
+			return strings.TrimPrefix(name, "_") // the manager's escape
+		}
+		return ""
+	}
+	return ""
 }
 
 func notRunning(err error) error {
@@ -304,25 +321,27 @@ func answers(pid int, p config.Process) bool {
 
 // descends says whether pid is a child of ancestor, at any depth: workers of a
 // program that forks are not programs of their own.
-func descends(pid, ancestor int) bool {
-	for range 64 {
+func descends(pid, ancestor int) bool { return slices.Contains(Ancestors(pid, 64), ancestor) }
+
+// Ancestors are a process's parent, its parent's parent and so on up to init,
+// which is left out; most bounds how many.
+func Ancestors(pid, most int) (line []int) {
+	for len(line) < most {
 		b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 		if err != nil {
-			return false
+			break
 		}
 		i := strings.LastIndexByte(string(b), ')')
 		f := strings.Fields(string(b[i+1:]))
 		if len(f) < 2 {
-			return false
+			break
 		}
 		if pid, err = strconv.Atoi(f[1]); err != nil || pid <= 1 {
-			return false
+			break
 		}
-		if pid == ancestor {
-			return true
-		}
+		line = append(line, pid)
 	}
-	return false
+	return line
 }
 
 func readPIDFile(path string) (int, error) {

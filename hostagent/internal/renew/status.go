@@ -1,6 +1,10 @@
 package renew
 
-import "time"
+import (
+	"time"
+
+	"github.com/countersign/countersign/attestors/process"
+)
 
 // Status is one credential, as `countersign-agent status` shows it.
 type Status struct {
@@ -40,4 +44,19 @@ func (r *Runner) Status() Status {
 		s.State = "failing"
 	}
 	return s
+}
+
+// Held is the lease whose credential stands in the files, "" for none, and the
+// program as it was last seen, nil for none. A credential that is just being
+// delivered counts when there is no other.
+func (r *Runner) Held() (lease string, program *process.Program) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.lease.holds():
+		lease = r.lease.ID
+	case r.pending != nil:
+		lease = r.pending.ID
+	}
+	return lease, r.program
 }

@@ -16,12 +16,14 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/renew"
+	"github.com/countersign/countersign/hostagent/internal/witness"
 )
 
 // Broker is what a Service needs of a broker.
 type Broker interface {
 	renew.Broker
 	Prove(context.Context, []attest.LeaseProof) (attest.Proven, error)
+	Witness(context.Context, []attest.FileOpen) error
 	Host() string
 }
 
@@ -70,6 +72,10 @@ func (s *Service) Run(ctx context.Context) error {
 		wg.Go(func() { r.Run(ctx) })
 	}
 	wg.Go(func() { s.proveLoop(ctx) })
+	wg.Go(func() { alive(ctx) })
+	if s.cfg.Witness {
+		wg.Go(func() { witness.Run(ctx, s.watched()) })
+	}
 	serveErr := make(chan error, 1)
 	go func() { serveErr <- s.serve(ctx, socket) }()
 	select {
@@ -79,6 +85,15 @@ func (s *Service) Run(ctx context.Context) error {
 	}
 	wg.Wait()
 	return err
+}
+
+// watched is what the witness looks after.
+func (s *Service) watched() witness.Options {
+	o := witness.Options{Tell: s.broker.Witness, Log: s.log, Now: s.now}
+	for i, c := range s.cfg.Credentials {
+		o.Credentials = append(o.Credentials, witness.Credential{Config: c, Held: s.runners[i].Held})
+	}
+	return o
 }
 
 func (s *Service) proveNow() {

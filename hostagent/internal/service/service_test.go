@@ -40,6 +40,8 @@ func (b *broker) Prove(_ context.Context, p []attest.LeaseProof) (attest.Proven,
 	return attest.Proven{ProveBy: time.Now().Add(time.Hour)}, b.prove
 }
 
+func (b *broker) Witness(context.Context, []attest.FileOpen) error { return nil }
+
 // programs all run; the one of the exe hangs can't be looked at.
 type programs struct{ hangs string }
 
