@@ -156,6 +156,7 @@ func TestDynamic(t *testing.T) {
 		"a pool that keeps its sessions":   {entries: []ledger.Entry{issued(), at("L2", 50*time.Minute)}, seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"a reboot":                         {entries: []ledger.Entry{issued(), second}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(9*time.Minute, "10.0.0.1"), login(11*time.Minute, "10.0.0.1", of(second))}},
 		"a reboot to another address":      {entries: []ledger.Entry{issued(), moved}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(11*time.Minute, "10.0.0.2", of(moved)), login(12*time.Minute, "10.0.0.1", of(moved))}},
+		"a reboot in two logs' times":      {entries: []ledger.Entry{issued(), second}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(11*time.Minute+40*time.Second, "10.0.0.1"), login(10*time.Minute+40*time.Second, "10.0.0.1", of(second))}},
 		"the boot before lives on":         {entries: []ledger.Entry{issued(), second}, seen: []sightings.Sighting{login(0, "10.0.0.1"), login(20*time.Minute, "10.0.0.1"), login(11*time.Minute, "10.0.0.1", of(second))}, want: "duplicate-instance L1"},
 		"the invocation before comes back": {entries: []ledger.Entry{issued(), second, at("L3", 20*time.Minute)}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "duplicate-instance L3"},
 		"another path":                     {entries: []ledger.Entry{issued(), at("L2", time.Minute, func(e *ledger.Entry) { e.Subject.Exe = "/tmp/x" })}, seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},

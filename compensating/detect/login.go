@@ -105,7 +105,8 @@ func (j *Judge) twice(e ledger.Entry, s sightings.Sighting) (Detection, bool) {
 		if other.First.Before(at.First) {
 			older, newer = other, at
 		}
-		if older.Last.After(newer.First.Add(Skew)) {
+		// Two logs may be off in two directions.
+		if older.Last.After(newer.First.Add(2 * Skew)) {
 			return Detection{Detector: DuplicateInstance, Lease: older.Lease, Host: e.Host, Account: older.Evidence.Account, Time: older.Last, Cause: e.Host,
 				Why: "credentials of an earlier boot are in use beside those of a later one: the host runs twice", Sighting: &older.Evidence}, true
 		}
