@@ -313,7 +313,7 @@ func TestImportTenThousandHosts(t *testing.T) {
 
 // With a dead address first and the live one on IPv6, a host is served.
 func TestSeveralAddressesAndIPv6(t *testing.T) {
-	b := newBrokerWith(t, shortScope, lab.BrokerOptions{IPv6: true})
+	b := newBrokerWith(t, shortScope, lab.BrokerOptions{Listen: "::1"})
 	ctx := check.Within(t, time.Minute)
 	b.agent = check.Must(lab.NewAgent(filepath.Join(b.dir, "agent"), b.broker, b.tpm.Path(), "", false))(t)
 	config := lab.AgentConfig([]string{"https://127.0.0.1:1", "https://" + b.broker.Addr}, b.broker.CASHA256, b.tpm.Path(), b.agent.Dir, "")

@@ -237,11 +237,12 @@ func TestStepUp(t *testing.T) {
 	}
 }
 
-// An entry of the ledger, as far as this test reads it.
+// An entry of the ledger, as far as tests read it.
 type exported struct {
-	ID, Scope, Kind string
-	Names           map[string]string
-	Sources         []string
+	ID, Scope, Host, Kind string
+	Subject               struct{ Boot string }
+	Names                 map[string]string
+	Sources               []string
 }
 
 func (b *bench) exported(t *testing.T) map[string]exported {

@@ -52,6 +52,45 @@ func (b *bench) findings(t *testing.T, lease string) (out []reported) {
 
 var inFile = regexp.MustCompile(`user=(\S+)\npassword=(\S+)`)
 
+// getsIn waits until the program that reads file is in, and gives what it is in by.
+func (l *legacy) getsIn(t *testing.T, file string) (user, password string) {
+	t.Helper()
+	check.Eventually(t, 30*time.Second, "the program gets in", func() (bool, string) {
+		st := l.last(t)
+		text, _ := os.ReadFile(file)
+		if m := inFile.FindSubmatch(text); m != nil {
+			user, password = string(m[1]), string(m[2])
+		}
+		return st.Queries > 10 && user != "" && st.User == user, fmt.Sprintf("%+v", st)
+	})
+	return user, password
+}
+
+// leaseOf is the lease of a database user.
+func (b *bench) leaseOf(t *testing.T, user string) (found lease) {
+	t.Helper()
+	for _, l := range b.leases(t) {
+		if l.Names["db_username"] == user {
+			found = l
+		}
+	}
+	return found
+}
+
+// startWatch is lab.StartWatch beside the broker, until the test ends.
+func (b *bench) startWatch(t *testing.T, config string) *lab.Watch {
+	t.Helper()
+	w := check.Must(lab.StartWatch(filepath.Join(b.dir, "watch"), b.broker, config))(t)
+	t.Cleanup(func() {
+		_ = w.Stop()
+		if t.Failed() {
+			text, _ := os.ReadFile(w.Log())
+			t.Logf("watch.log:\n%s", text)
+		}
+	})
+	return w
+}
+
 // A credential that was copied and is used from another address is found, and its
 // lease revoked; the program it was issued to raises nothing. The watch is killed on
 // the way.
@@ -59,17 +98,7 @@ func TestCopiedCredential(t *testing.T) {
 	dir := folder(t)
 	exe := copyExe(t, dir, "billingd")
 	file := filepath.Join(dir, "db.properties")
-	b := newBench(t, fmt.Sprintf(billingScope, exe), fmt.Sprintf(`
-credential "billing-db" {
-  process { exe = %q }
-  file %q {
-    template = "user={{ .username | properties }}\npassword={{ .password | properties }}\n"
-    owner    = "nobody"
-    group    = "nogroup"
-    mode     = "0400"
-  }
-  on_change { signal = "SIGHUP" }
-}`, exe, file), false)
+	b := newBench(t, fmt.Sprintf(billingScope, exe), fileCredential("billing-db", exe, file, ""), false)
 	// One receiver refuses everything, which holds up nothing; the other checks what
 	// it gets.
 	key := filepath.Join(b.dir, "webhook-key")
@@ -86,7 +115,7 @@ credential "billing-db" {
 		received <- string(body)
 	}))
 	t.Cleanup(hook.Close)
-	w := check.Must(lab.StartWatch(filepath.Join(b.dir, "watch"), b.broker, fmt.Sprintf(`
+	w := b.startWatch(t, fmt.Sprintf(`
 sensor "postgres-stderr" "db" {
   path            = %q
   log_line_prefix = %q
@@ -101,30 +130,9 @@ webhook "%s/good" {
   key_file = %q
   format   = "ocsf"
 }
-`, services.PG.Log, lab.LogLinePrefix, services.Vault.AuditLog, hook.URL, key, hook.URL, key)))(t)
-	t.Cleanup(func() {
-		_ = w.Stop()
-		if t.Failed() {
-			text, _ := os.ReadFile(w.Log())
-			t.Logf("watch.log:\n%s", text)
-		}
-	})
-	l := startLegacy(t, exe, file)
-	var user, password string
-	check.Eventually(t, 20*time.Second, "the program gets in", func() (bool, string) {
-		st := l.last(t)
-		text, _ := os.ReadFile(file)
-		if m := inFile.FindSubmatch(text); m != nil {
-			user, password = string(m[1]), string(m[2])
-		}
-		return st.Queries > 10 && user != "" && st.User == user, fmt.Sprintf("%+v", st)
-	})
-	var id string
-	for _, l := range b.leases(t) {
-		if l.Names["db_username"] == user {
-			id = l.ID
-		}
-	}
+`, services.PG.Log, lab.LogLinePrefix, services.Vault.AuditLog, hook.URL, key, hook.URL, key))
+	user, password := startLegacy(t, exe, file).getsIn(t, file)
+	id := b.leaseOf(t, user).ID
 	// A wrong password, from elsewhere: user names are no secret.
 	if err := services.PG.LoginFrom(check.Within(t, 10*time.Second), "127.0.0.9", user, "wrong", "billing"); err == nil {
 		t.Fatal("a wrong password gets in")

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -68,9 +69,16 @@ func newBrokerWith(t *testing.T, scopes string, o lab.BrokerOptions) *bench {
 // newBench is newBroker with an agent on this machine that has joined.
 func newBench(t *testing.T, scopes, credentials string, faults bool) *bench {
 	t.Helper()
-	ctx := check.Within(t, 2*time.Minute)
 	b := newBroker(t, scopes, faults)
 	b.agent = check.Must(lab.NewAgent(filepath.Join(b.dir, "agent"), b.broker, b.tpm.Path(), credentials, faults))(t)
+	b.join(t)
+	return b
+}
+
+// join has the agent join, and starts it.
+func (b *bench) join(t *testing.T) {
+	t.Helper()
+	ctx := check.Within(t, 2*time.Minute)
 	token := check.Must(b.broker.JoinToken(ctx, "role=billing"))(t)
 	var joined struct {
 		HostID string `json:"host_id"`
@@ -85,7 +93,24 @@ func newBench(t *testing.T, scopes, credentials string, faults bool) *bench {
 			t.Logf("agent.log:\n%s", text)
 		}
 	})
-	return b
+}
+
+// fileCredential is a credential's block for the program exe, with a file that
+// startLegacy's program reads; more are further parts of it.
+func fileCredential(scope, exe, file, more string) string {
+	return fmt.Sprintf(`
+credential %q {
+  process { exe = %q }
+  file %q {
+    template = "user={{ .username | properties }}\npassword={{ .password | properties }}\n"
+    owner    = "nobody"
+    group    = "nogroup"
+    mode     = "0400"
+  }
+  on_change { signal = "SIGHUP" }
+  %s
+}
+`, scope, exe, file, more)
 }
 
 // A lease as `lease list -o json` shows it.
@@ -114,14 +139,22 @@ type legacy struct {
 
 func startLegacy(t *testing.T, exe, file string) *legacy {
 	t.Helper()
+	return startLegacyAt(t, nil, exe, file, "127.0.0.1", services.PG.Port, "billing")
+}
+
+// startLegacyAt has it started by what enter is, as lab.Namespace.Enter, and use
+// another database.
+func startLegacyAt(t *testing.T, enter []string, exe, file, host string, port int, database string) *legacy {
+	t.Helper()
 	u := check.Must(user.Lookup("nobody"))(t)
 	uid, _ := strconv.Atoi(u.Uid)
 	gid, _ := strconv.Atoi(u.Gid)
 	dir := folder(t)
 	check.Nil(t, os.Chown(dir, uid, gid))
 	l := &legacy{status: filepath.Join(dir, "status")}
-	l.cmd = exec.Command(exe, "-file", file, "-port", strconv.Itoa(services.PG.Port), "-database", "billing", "-status", l.status)
-	l.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
+	line := append(slices.Clone(enter), "setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups",
+		exe, "-file", file, "-host", host, "-port", strconv.Itoa(port), "-database", database, "-status", l.status)
+	l.cmd = exec.Command(line[0], line[1:]...)
 	var stderr bytes.Buffer
 	l.cmd.Stderr = &stderr
 	check.Nil(t, l.cmd.Start())
@@ -155,7 +188,12 @@ func (l *legacy) last(t *testing.T) legacyStatus {
 
 func roleExists(t *testing.T, name string) bool {
 	t.Helper()
-	rows := check.Must(services.PG.Query(context.Background(), "postgres", "SELECT rolname FROM pg_roles WHERE rolname = $1", name))(t)
+	return roleExistsIn(t, services.PG, name)
+}
+
+func roleExistsIn(t *testing.T, pg *lab.Postgres, name string) bool {
+	t.Helper()
+	rows := check.Must(pg.Query(context.Background(), "postgres", "SELECT rolname FROM pg_roles WHERE rolname = $1", name))(t)
 	return len(rows) == 1
 }
 
@@ -173,17 +211,7 @@ func TestWholePath(t *testing.T) {
 	dir := folder(t)
 	exe := copyExe(t, dir, "billingd")
 	file := filepath.Join(dir, "db.properties")
-	b := newBench(t, fmt.Sprintf(billingScope, exe), fmt.Sprintf(`
-credential "billing-db" {
-  process { exe = %q }
-  file %q {
-    template = "user={{ .username | properties }}\npassword={{ .password | properties }}\n"
-    owner    = "nobody"
-    group    = "nogroup"
-    mode     = "0400"
-  }
-  on_change { signal = "SIGHUP" }
-}`, exe, file), false)
+	b := newBench(t, fmt.Sprintf(billingScope, exe), fileCredential("billing-db", exe, file, ""), false)
 	l := startLegacy(t, exe, file)
 	var user string
 	check.Eventually(t, 20*time.Second, "the program gets in", func() (bool, string) {

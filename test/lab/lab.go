@@ -1,11 +1,11 @@
 // Package lab starts the real parts that the tests and the demo run against, and
 // stops them: software TPMs, Vault, PostgreSQL, and a systemd of its own.
 //
-// Everything listens on loopback, keeps its files in the directory that it is
-// given, and takes its secrets from crypto/rand. Nothing outlives the process
-// that started it: each child is told to end when its parent does, even by
-// SIGKILL. The lab never skips: where a part can't be had, starting it is an
-// error that says what to install.
+// Everything listens on loopback, or on a link to a namespace of its own, keeps
+// its files in the directory that it is given, and takes its secrets from
+// crypto/rand. Nothing outlives the process that started it: each child is told
+// to end when its parent does, even by SIGKILL. The lab never skips: where a part
+// can't be had, starting it is an error that says what to install.
 //
 // It protects nothing. Vault's unseal key lies beside its storage, PostgreSQL
 // doesn't flush to disk, and the systemd container can see the machine's files.

@@ -19,6 +19,14 @@ type Namespace struct {
 	name    string
 }
 
+// ip runs ip(8).
+func ip(ctx context.Context, args ...string) error {
+	if out, err := exec.CommandContext(ctx, "ip", args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("ip %v: %w: %s", args, err, out)
+	}
+	return nil
+}
+
 // NewNamespace makes one in the network 10.213.N.0/24. Close removes it.
 func NewNamespace(ctx context.Context, n byte) (*Namespace, error) {
 	s := &Namespace{Address: fmt.Sprintf("10.213.%d.2", n), Here: fmt.Sprintf("10.213.%d.1", n), name: fmt.Sprintf("countersign-%d-%d", os.Getpid(), n)}
@@ -30,14 +38,41 @@ func NewNamespace(ctx context.Context, n byte) (*Namespace, error) {
 		{"link", "set", link, "up"},
 		{"-n", s.name, "addr", "add", s.Address + "/24", "dev", "eth0"},
 		{"-n", s.name, "link", "set", "eth0", "up"},
+		{"-n", s.name, "link", "set", "lo", "up"},
+		// All addresses of this machine are reached over the link, and nothing beyond it.
+		{"-n", s.name, "route", "add", "default", "via", s.Here},
 	} {
-		if out, err := exec.CommandContext(ctx, "ip", args...).CombinedOutput(); err != nil {
+		if err := ip(ctx, args...); err != nil {
 			_ = s.Close()
-			return nil, fmt.Errorf("ip %v: %w: %s", args, err, out)
+			return nil, err
 		}
 	}
 	return s, nil
 }
+
+// Link joins the namespace to another, as network 10.213.N.0/24, and gives the
+// other's address there.
+func (s *Namespace) Link(ctx context.Context, to *Namespace, n byte) (string, error) {
+	link, address := fmt.Sprintf("eth%d", n), fmt.Sprintf("10.213.%d.2", n)
+	for _, args := range [][]string{
+		{"link", "add", link, "netns", s.name, "type", "veth", "peer", "name", link, "netns", to.name},
+		{"-n", s.name, "addr", "add", fmt.Sprintf("10.213.%d.1/24", n), "dev", link},
+		{"-n", s.name, "link", "set", link, "up"},
+		{"-n", to.name, "addr", "add", address + "/24", "dev", link},
+		{"-n", to.name, "link", "set", link, "up"},
+	} {
+		if err := ip(ctx, args...); err != nil {
+			return "", err
+		}
+	}
+	return address, nil
+}
+
+// Enter is what the command line of a program that is to run in the namespace
+// begins with.
+func (s *Namespace) Enter() []string { return []string{"nsenter", "--net=" + s.path()} }
+
+func (s *Namespace) path() string { return "/run/netns/" + s.name }
 
 // Close removes the namespace, and with it the link.
 func (s *Namespace) Close() error {
@@ -54,7 +89,7 @@ func (s *Namespace) DialContext(ctx context.Context, network, address string) (n
 	go func() {
 		// The thread is the namespace's from here on; it ends with this goroutine.
 		runtime.LockOSThread()
-		f, err := os.Open("/run/netns/" + s.name)
+		f, err := os.Open(s.path())
 		if err == nil {
 			err = unix.Setns(int(f.Fd()), unix.CLONE_NEWNET)
 			_ = f.Close()

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -30,6 +31,7 @@ type Postgres struct {
 
 	bin, data string
 	settings  []string
+	env       []string
 	process   *process
 }
 
@@ -138,7 +140,7 @@ func (pg *Postgres) Start(ctx context.Context) error {
 		args = append(args, "-c", setting)
 	}
 	cmd := exec.Command(filepath.Join(pg.bin, "postgres"), args...)
-	cmd.Dir, cmd.Env = "/", append(os.Environ(), "LC_ALL=C")
+	cmd.Dir, cmd.Env = "/", append(append(os.Environ(), "LC_ALL=C"), pg.env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: cred}
 	if pg.process, err = startProcess(cmd, pg.Log, syscall.SIGQUIT); err != nil {
 		return err
@@ -154,6 +156,19 @@ func (pg *Postgres) Start(ctx context.Context) error {
 		return errors.Join(err, pg.Stop())
 	}
 	return nil
+}
+
+// SetClockOff starts it again on a machine whose clock is off by d.
+func (pg *Postgres) SetClockOff(ctx context.Context, d time.Duration) error {
+	library, err := filepath.Glob("/usr/lib/*/faketime/libfaketime.so.1")
+	if err != nil || len(library) != 1 {
+		return errors.New("no libfaketime: install libfaketime, or run test/setup.sh")
+	}
+	pg.env = []string{"LD_PRELOAD=" + library[0], fmt.Sprintf("FAKETIME=%+ds", int(d.Seconds())), "FAKETIME_DONT_FAKE_MONOTONIC=1"}
+	if err := pg.Stop(); err != nil {
+		return err
+	}
+	return pg.Start(ctx)
 }
 
 // Stop ends it, with its sessions; the data stays. Stopping twice is no error.

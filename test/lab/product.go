@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -35,8 +36,8 @@ type BrokerOptions struct {
 	Front   *Front   // what stands between NewBrokerFor's broker and its Vault
 	CA      string   // the body of the ca block; empty: none
 	Extra   string   // more lines of config
-	Names   []string // beside localhost, 127.0.0.1 and ::1
-	IPv6    bool     // listen on ::1
+	Names   []string // beside localhost, 127.0.0.1, ::1 and Listen
+	Listen  string   // the address to listen on; empty: 127.0.0.1
 }
 
 // Program is the path of one of the product's programs, as `make build` or the
@@ -72,18 +73,19 @@ func NewBroker(ctx context.Context, dir string, o BrokerOptions) (*Broker, error
 	if b.Addr, err = freeAddr(); err != nil {
 		return nil, err
 	}
-	if o.IPv6 {
+	names := append([]string{"localhost", "127.0.0.1", "::1"}, o.Names...)
+	if o.Listen != "" {
 		_, port, err := net.SplitHostPort(b.Addr)
 		if err != nil {
 			return nil, err
 		}
-		b.Addr = net.JoinHostPort("::1", port)
+		b.Addr, names = net.JoinHostPort(o.Listen, port), append(names, o.Listen)
 	}
 	if b.Metrics, err = freeAddr(); err != nil {
 		return nil, err
 	}
 	config := fmt.Sprintf("state_dir = %q\nlisten = %q\nnames = %s\ntrust_domain = \"lab.example\"\nmetrics_listen = %q\nek_roots = %s\n%s\n",
-		b.State(), b.Addr, hclList(append([]string{"localhost", "127.0.0.1", "::1"}, o.Names...)), b.Metrics, hclList(o.EKRoots), o.Extra)
+		b.State(), b.Addr, hclList(names), b.Metrics, hclList(o.EKRoots), o.Extra)
 	if o.Vault != "" {
 		config += "vault {\n" + o.Vault + "\n}\n"
 	}
@@ -204,7 +206,8 @@ func (b *Broker) JoinToken(ctx context.Context, args ...string) (string, error) 
 
 // An Agent is the real program on this machine, with a TPM of the lab's.
 type Agent struct {
-	Dir string
+	Dir   string
+	Enter []string // what its command lines begin with, as Namespace.Enter has it
 
 	bin     string
 	process *process
@@ -242,12 +245,17 @@ func (a *Agent) Log() string { return filepath.Join(a.Dir, "agent.log") }
 
 // CLI runs one of the agent's verbs.
 func (a *Agent) CLI(ctx context.Context, args ...string) ([]byte, error) {
-	return output(exec.CommandContext(ctx, a.bin, append(args, "-c", a.Config())...))
+	return output(a.command(ctx, append(args, "-c", a.Config())...))
+}
+
+func (a *Agent) command(ctx context.Context, args ...string) *exec.Cmd {
+	line := slices.Concat(a.Enter, []string{a.bin}, args)
+	return exec.CommandContext(ctx, line[0], line[1:]...)
 }
 
 // Join asks the broker to admit the host, by a token unless it is empty.
 func (a *Agent) Join(ctx context.Context, token string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, a.bin, "join", "-c", a.Config(), "-o", "json")
+	cmd := a.command(ctx, "join", "-c", a.Config(), "-o", "json")
 	if token != "" {
 		cmd.Args = append(cmd.Args, "--token-file", "-")
 		cmd.Stdin = strings.NewReader(token)
@@ -257,7 +265,7 @@ func (a *Agent) Join(ctx context.Context, token string) ([]byte, error) {
 
 // Start runs the agent.
 func (a *Agent) Start(ctx context.Context, env ...string) error {
-	cmd := exec.Command(a.bin, "serve", "-c", a.Config())
+	cmd := a.command(context.Background(), "serve", "-c", a.Config())
 	cmd.Env = append(os.Environ(), env...)
 	var err error
 	if a.process, err = startProcess(cmd, a.Log(), syscall.SIGKILL); err != nil {
