@@ -72,6 +72,7 @@ type Watch struct {
 	kept    state
 	synced  time.Time // the ledger is no older
 	changed bool
+	fresh   bool // there is a finding that wasn't there at the last round
 }
 
 // state is the file that is written whole.
@@ -243,18 +244,15 @@ func (w *Watch) Run(ctx context.Context) error {
 			if err := w.poll(); err != nil {
 				return err
 			}
-		case <-save.C:
-			if err := w.settled(); err != nil {
-				return err
-			}
-			w.blind()
-			if w.changed {
-				if err := w.save(); err != nil {
+			if w.fresh { // nobody waits for what is new
+				if err := w.round(ctx, speak); err != nil {
 					return err
 				}
 			}
-			w.tell(ctx, speak)
-			w.meter.update(w)
+		case <-save.C:
+			if err := w.round(ctx, speak); err != nil {
+				return err
+			}
 		case <-look.C:
 			if err := w.settleFindings(); err != nil {
 				return err
@@ -265,6 +263,23 @@ func (w *Watch) Run(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// round judges what has waited long enough, writes down what is new, and tells of it.
+func (w *Watch) round(ctx context.Context, s *speaker) error {
+	if err := w.settled(); err != nil {
+		return err
+	}
+	w.blind()
+	if w.changed {
+		if err := w.save(); err != nil {
+			return err
+		}
+	}
+	w.fresh = false
+	w.tell(ctx, s)
+	w.meter.update(w)
+	return nil
 }
 
 // apply takes what the broker's log says is new.
@@ -374,7 +389,7 @@ func (w *Watch) add(list []detect.Detection) {
 		}
 		f, fresh := w.book.Add(d)
 		if fresh {
-			w.kept.Findings = append(w.kept.Findings, record{Key: key, Finding: f})
+			w.kept.Findings, w.fresh = append(w.kept.Findings, record{Key: key, Finding: f}), true
 			w.log.Warn("finding", "detector", f.Detector, "severity", f.Severity, "lease", f.Lease, "host", f.Host, "account", f.Account, "why", f.Why)
 		}
 		w.changed = w.changed || f.Count != known
