@@ -25,7 +25,7 @@ const (
 	joinBurst   = 20
 	asksPerSec  = 10 // for credentials and proofs, by one host, after askBurst: what comes of them is kept
 	askBurst    = 1000
-	opensPerSec = 1.0 / 60 // that one host tells of files that were opened, after opensBurst: it stands in the audit log
+	opensPerSec = 1.0 / 300 // that one host tells of files that were opened, after opensBurst: it stands in the audit log
 	opensBurst  = 10
 	maxFact     = 256   // bytes of a host's word about itself; it is kept with each decision
 	maxSources  = 65536 // sources that the join limit remembers

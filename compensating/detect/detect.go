@@ -68,6 +68,7 @@ type State struct {
 	Used   map[string][]string         `json:"used,omitempty"`   // scopes of hosts whose credentials were seen
 	Issued map[string]bool             `json:"issued,omitempty"` // Vault's names of who reads for the broker
 	Reads  []sightings.Sighting        `json:"reads,omitempty"`  // of leases that the ledger doesn't know yet
+	Opened map[string][]string         `json:"opened,omitempty"` // by host and scope: who opened a file, the first ones
 }
 
 // A Span is between the first and the last login with one boot's credentials.
@@ -82,6 +83,9 @@ type program struct{ host, scope string }
 
 // maxReads bounds the reads that wait for judgement.
 const maxReads = 1 << 16
+
+// maxOpeners bounds the programs that opened a credential's file and have a finding each.
+const maxOpeners = 16
 
 // maxActors bounds the names by which Vault knows who reads for the broker.
 const maxActors = 1024
@@ -109,6 +113,9 @@ func (j *Judge) Restore(s State) {
 	}
 	if s.Issued == nil {
 		s.Issued = map[string]bool{}
+	}
+	if s.Opened == nil {
+		s.Opened = map[string][]string{}
 	}
 	j.seen, j.used = s, map[program]bool{}
 	for host, scopes := range s.Used {
@@ -269,8 +276,11 @@ func (j *Judge) entries(s sightings.Sighting) ([]ledger.Entry, error) {
 	case s.CertSerial != "":
 		return j.ledger.Find(ledger.BySerial, s.CertSerial)
 	case s.Account != "" && !s.SSH:
-		found, err := j.ledger.Find(ledger.ByDBUsername, strings.ToLower(s.Account))
-		return slices.DeleteFunc(found, func(e ledger.Entry) bool { return !s.Windows && e.Names.DBUsername != s.Account }), err
+		found, err := j.ledger.Find(ledger.ByDBUsername, ledger.AccountKey(s.Account))
+		return slices.DeleteFunc(found, func(e ledger.Entry) bool {
+			// Others have accounts of KV's names, too.
+			return !s.Windows && e.Names.DBUsername != s.Account || e.Names.Stored() && e.Kind != ledger.KindCanary && !aimed(e.Audience, s)
+		}), err
 	}
 	return nil, nil
 }
@@ -316,13 +326,6 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 	entries = slices.DeleteFunc(entries, func(e ledger.Entry) bool { return e.Kind == ledger.KindCanary })
 	if len(entries) == 0 {
 		return nil, nil // a trap that was taken away
-	}
-	if static(entries) && !s.Windows {
-		// Others have accounts of that name, too.
-		entries = slices.DeleteFunc(entries, func(e ledger.Entry) bool { return e.Names.Stored() && !aimed(e.Audience, s.Target) })
-		if len(entries) == 0 {
-			return nil, nil
-		}
 	}
 	for _, e := range entries {
 		j.used[program{e.Host, e.Scope}] = true
@@ -386,7 +389,15 @@ func (j *Judge) opened(s sightings.Sighting) ([]Detection, error) {
 		return nil, err
 	}
 	e := found[0]
-	return []Detection{{Detector: OutOfBandRead, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: s.Time, Cause: strings.Join([]string{e.Host, e.Scope, s.Program, s.Actor}, " "),
+	of, who := e.Host+" "+e.Scope, s.Program+" "+s.Actor
+	if !slices.Contains(j.seen.Opened[of], who) {
+		if len(j.seen.Opened[of]) >= maxOpeners {
+			who = "and others" // a host can name any number
+		} else {
+			j.seen.Opened[of] = append(j.seen.Opened[of], who)
+		}
+	}
+	return []Detection{{Detector: OutOfBandRead, Lease: e.ID, Host: e.Host, Account: e.Names.DBUsername, Time: s.Time, Cause: of + " " + who,
 		Why: fmt.Sprintf("its file %s was opened by %s (%s), which isn't the program it was made for", s.Target, s.Program, s.Actor), Sighting: &s}}, nil
 }
 

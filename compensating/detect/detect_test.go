@@ -164,6 +164,8 @@ func TestDynamic(t *testing.T) {
 		"Secure Boot goes on":              {entries: booted("off", "", "", "on", "", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"another kernel command line":      {entries: booted("on", "/vmlinuz-1 ro quiet", "", "on", "/vmlinuz-1 ro init=/bin/sh", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}, want: "subject-drift L2"},
 		"a kernel that was updated":        {entries: booted("on", "BOOT_IMAGE=/vmlinuz-1 ro initrd=/initrd-1", "", "on", "BOOT_IMAGE=/vmlinuz-2 ro initrd=/initrd-2", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
+		"one of Fedora's":                  {entries: booted("on", "(hd0,gpt2)/vmlinuz-1 ro quiet", "", "on", "(hd0,gpt2)/vmlinuz-2 ro quiet", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
+		"one of an ostree's":               {entries: booted("on", "BOOT_IMAGE=(hd0)/a/vmlinuz ostree=/ostree/boot.1/a rw", "", "on", "BOOT_IMAGE=(hd0)/b/vmlinuz ostree=/ostree/boot.0/b rw", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"one that GRUB measured":           {entries: booted("on", "/vmlinuz-1 ro quiet", "", "on", "/vmlinuz-2 ro quiet", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"a boot that was approved":         {entries: booted("on", "/vmlinuz-1 ro quiet", "", "off", "/vmlinuz-1 ro", "debian12"), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
 		"a boot without a log":             {entries: booted("on", "/vmlinuz-1 ro quiet", "", "", "", ""), seen: []sightings.Sighting{login(0, "10.0.0.1")}},
@@ -210,6 +212,15 @@ func TestStatic(t *testing.T) {
 	aim := func(e *ledger.Entry) {
 		e.Audience, e.Names.VaultPath = []string{"postgres://db1:5432/billing"}, "kv/data/old"
 	}
+	windows := func(e *ledger.Entry) {
+		e.Audience, e.Names.VaultPath, e.Names.DBUsername = []string{"sqlserver://mssql1"}, "kv/data/old", `CORP\svc-old`
+	}
+	mail := func(e *ledger.Entry) { e.Audience, e.Names.VaultPath = []string{"smtp://mail:25"}, "kv/data/mail" }
+	at := func(database string, change ...func(*sightings.Sighting)) sightings.Sighting {
+		return login(0, "10.0.0.9", append([]func(*sightings.Sighting){func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", database }}, change...)...)
+	}
+	machine := func(s *sightings.Sighting) { s.Windows = true }
+	svc := detect.Config{Governed: []string{"svc-*"}}
 	later := func(e *ledger.Entry) {
 		e.Issued, e.Expires, e.Subject.Boot, e.Subject.Invocation = noon.Add(time.Hour), noon.Add(2*time.Hour), "b2", "i2"
 	}
@@ -217,22 +228,28 @@ func TestStatic(t *testing.T) {
 		entries []ledger.Entry
 		seen    []sightings.Sighting
 		want    string
+		config  detect.Config
 	}{
-		"one reader":                   {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1")}, ""},
-		"the same program, again":      {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later)}, []sightings.Sighting{used(0, "10.0.0.1"), used(61*time.Minute, "10.0.0.1")}, ""},
-		"two hosts at once":            {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2")}, []sightings.Sighting{used(0, "10.0.0.1")}, "shared-static-account"},
-		"one host, then another":       {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2", later)}, []sightings.Sighting{used(0, "10.0.0.1"), used(90*time.Minute, "10.0.0.2")}, ""},
-		"where nobody was given it":    {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1"), used(0, "10.0.0.9")}, "shared-static-account"},
-		"in other letters, at Windows": {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Windows, s.Target = "SVC-Old", true, "SRV1" })}, "shared-static-account"},
-		"another account in them":      {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account = "SVC-Old" })}, ""},
-		"of another database":          {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "reports" })}, ""},
-		"of a static role anywhere":    {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim, func(e *ledger.Entry) { e.Names.VaultPath = "database/static-creds/old" })}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "reports" })}, "shared-static-account"},
-		"of its database":              {[]ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "billing" })}, "shared-static-account"},
-		"after its lease":              {[]ledger.Entry{reader("1", "h1", "10.0.0.1")}, []sightings.Sighting{used(2*time.Hour, "10.0.0.1")}, "use-after-revoke 1"},
-		"one secret for two accounts":  {[]ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later, func(e *ledger.Entry) { e.Scope, e.Names.DBUsername = "other", "svc-new" })}, []sightings.Sighting{used(0, "10.0.0.1"), login(61*time.Minute, "10.0.0.1", func(s *sightings.Sighting) { s.Account = "svc-new" })}, "same-secret 2"},
+		"one reader":                    {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1")}, seen: []sightings.Sighting{used(0, "10.0.0.1")}, want: ""},
+		"the same program, again":       {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later)}, seen: []sightings.Sighting{used(0, "10.0.0.1"), used(61*time.Minute, "10.0.0.1")}, want: ""},
+		"two hosts at once":             {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2")}, seen: []sightings.Sighting{used(0, "10.0.0.1")}, want: "shared-static-account"},
+		"one host, then another":        {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h2", "10.0.0.2", later)}, seen: []sightings.Sighting{used(0, "10.0.0.1"), used(90*time.Minute, "10.0.0.2")}, want: ""},
+		"where nobody was given it":     {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1")}, seen: []sightings.Sighting{used(0, "10.0.0.1"), used(0, "10.0.0.9")}, want: "shared-static-account"},
+		"in other letters, at Windows":  {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1", windows)}, seen: []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Windows, s.Target = "SVC-Old", true, "SRV1" })}, want: "shared-static-account"},
+		"another account in them":       {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1")}, seen: []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account = "SVC-Old" })}, want: ""},
+		"of another database":           {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, seen: []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "reports" })}, want: ""},
+		"of a static role anywhere":     {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1", aim, func(e *ledger.Entry) { e.Names.VaultPath = "database/static-creds/old" })}, seen: []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "reports" })}, want: "shared-static-account"},
+		"of its database":               {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, seen: []sightings.Sighting{used(0, "10.0.0.1"), login(0, "10.0.0.9", func(s *sightings.Sighting) { s.Account, s.Target = "svc-old", "billing" })}, want: "shared-static-account"},
+		"after its lease":               {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1")}, seen: []sightings.Sighting{used(2*time.Hour, "10.0.0.1")}, want: "use-after-revoke 1"},
+		"one secret for two accounts":   {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1"), reader("2", "h1", "10.0.0.1", later, func(e *ledger.Entry) { e.Scope, e.Names.DBUsername = "other", "svc-new" })}, seen: []sightings.Sighting{used(0, "10.0.0.1"), login(61*time.Minute, "10.0.0.1", func(s *sightings.Sighting) { s.Account = "svc-new" })}, want: "same-secret 2"},
+		"at what every server has":      {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, seen: []sightings.Sighting{used(0, "10.0.0.1"), at("postgres")}, want: "shared-static-account"},
+		"one of mail's":                 {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1", mail)}, seen: []sightings.Sighting{at("billing")}},
+		"a machine's, not a database's": {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, seen: []sightings.Sighting{used(0, "10.0.0.1"), at("WS-77", machine)}},
+		"governed, at another":          {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1", aim)}, seen: []sightings.Sighting{used(0, "10.0.0.1"), at("payroll")}, want: "unmatched-login", config: svc},
+		"two of one name":               {entries: []ledger.Entry{reader("1", "h1", "10.0.0.1", aim), reader("2", "h1", "10.0.0.1", aim, func(e *ledger.Entry) { e.Scope, e.Names.VaultPath = "other", "kv/data/hr" })}, seen: []sightings.Sighting{used(0, "10.0.0.1")}, want: "same-secret 2"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if got := judge(t, detect.Config{}, c.entries, c.seen...); got != c.want {
+			if got := judge(t, c.config, c.entries, c.seen...); got != c.want {
 				t.Errorf("found %q, want %q", got, c.want)
 			}
 		})

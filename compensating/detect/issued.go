@@ -88,14 +88,19 @@ func drift(entries []ledger.Entry) (out []Detection) {
 	return out
 }
 
-// bootOptions is a kernel command line without the names of kernel and initrd, which
-// each update changes.
+// bootOptions is a kernel command line without the names of kernel, initrd and
+// deployment, which each update changes.
 func bootOptions(line string) string {
 	words := strings.Fields(line)
-	if len(words) > 0 && strings.HasPrefix(words[0], "/") {
-		words = words[1:] // as GRUB measures it
+	if len(words) > 0 {
+		if name, _, _ := strings.Cut(words[0], "="); strings.Contains(name, "/") {
+			words = words[1:] // as GRUB measures it: /vmlinuz-6.1, (hd0,gpt2)/vmlinuz-6.1
+		}
 	}
-	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return strings.HasPrefix(w, "BOOT_IMAGE=") || strings.HasPrefix(w, "initrd=") }), " ")
+	return strings.Join(slices.DeleteFunc(words, func(w string) bool {
+		name, _, _ := strings.Cut(w, "=")
+		return slices.Contains([]string{"BOOT_IMAGE", "initrd", "ostree"}, name)
+	}), " ")
 }
 
 func onOff(b *bool) string {
@@ -139,7 +144,7 @@ func returned(entries []ledger.Entry) []Detection {
 func Equal(entries []ledger.Entry) []Detection {
 	slices.SortFunc(entries, func(a, b ledger.Entry) int { return a.Issued.Compare(b.Issued) })
 	account := func(e ledger.Entry) string {
-		if e.Names.DBUsername != "" {
+		if e.Names.DBUsername != "" && !e.Names.Stored() {
 			return e.Names.DBUsername
 		}
 		if p := e.Names.Path(); p != "" {

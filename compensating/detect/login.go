@@ -19,16 +19,28 @@ func static(entries []ledger.Entry) bool {
 	return e.Names.DBUsername != "" && e.Names.VaultLease == "" && !made
 }
 
-// aimed says whether an audience has a database or machine, as a log names it. An
-// audience that isn't stated, and a log that names none, have all.
-func aimed(audience []string, target string) bool {
-	return len(audience) == 0 || target == "" || slices.ContainsFunc(audience, func(place string) bool {
+// aimed says whether a login is at a place of an audience: at one of its databases or
+// at those that every server has; of Windows' accounts, at anything of Windows'.
+func aimed(audience []string, s sightings.Sighting) bool {
+	return slices.ContainsFunc(audience, func(place string) bool {
 		u, err := url.Parse(place)
 		if err != nil {
-			return true
+			return false
+		}
+		switch u.Scheme {
+		case "sqlserver", "mssql":
+			if s.Windows {
+				return true
+			}
+		case "postgres", "postgresql", "mysql", "mariadb", "oracle":
+			if s.Windows {
+				return false
+			}
+		default:
+			return false
 		}
 		database := strings.Trim(u.Path, "/")
-		return database == "" || database == target || u.Hostname() == target
+		return database == "" || s.Target == "" || s.Target == database || s.Target == u.Hostname() || s.Target == "postgres" || s.Target == "template1"
 	})
 }
 

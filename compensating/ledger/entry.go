@@ -212,10 +212,20 @@ func (n Names) Path() string {
 	return ""
 }
 
+// AccountKey is a user name by which an account is looked for: as Windows compares
+// them, without a domain and in lower case. Elsewhere names that differ in these are two.
+func AccountKey(name string) string {
+	if _, user, ok := strings.Cut(name, `\`); ok {
+		name = user
+	}
+	user, _, _ := strings.Cut(name, "@")
+	return strings.ToLower(user)
+}
+
 // Stored says whether the account is one that somebody wrote into Vault, as KV has
 // them: nothing but its scope's audience says of which server it is.
 func (n Names) Stored() bool {
-	return n.DBUsername != "" && n.VaultLease == "" && !strings.Contains(n.VaultPath, "/static-creds/")
+	return n.DBUsername != "" && n.VaultLease == "" && n.VaultPath != "" && !strings.Contains(n.VaultPath, "/static-creds/")
 }
 
 // Program is the subject without what differs from one start to the next.

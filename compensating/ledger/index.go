@@ -9,7 +9,6 @@ import (
 	"math"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -19,7 +18,7 @@ type Field byte
 // Fields that are indexed.
 const (
 	ByID         Field = iota
-	ByDBUsername       // in lower case: who asks tells those apart that differ in it
+	ByDBUsername       // by AccountKey
 	ByVaultLease
 	BySerial // of an X.509 certificate
 	BySSHKeyID
@@ -34,7 +33,7 @@ func (f Field) of(e *Entry) string {
 	case ByID:
 		return e.ID
 	case ByDBUsername:
-		return strings.ToLower(e.Names.DBUsername)
+		return AccountKey(e.Names.DBUsername)
 	case ByVaultLease:
 		return e.Names.VaultLease
 	case BySerial:
@@ -277,7 +276,7 @@ func (x *Index) Find(f Field, name string) ([]Entry, error) {
 	return list, err
 }
 
-// maxProgram bounds what is read of one program's entries for each that comes.
+// maxProgram bounds what is read at once of one program's entries, or one name's.
 const maxProgram = 500
 
 // Program returns the entries of one scope on one host, by the time of issue: the 500
@@ -288,6 +287,15 @@ func (x *Index) Program(hostID, scope string) ([]Entry, error) {
 		return nil, err
 	}
 	return x.chain(at.entry, maxProgram)
+}
+
+// History is Program, without its bound.
+func (x *Index) History(hostID, scope string) ([]Entry, error) {
+	at, err := x.slot(byProgram, hostID+"\x00"+scope)
+	if err != nil {
+		return nil, err
+	}
+	return x.chain(at.entry, math.MaxInt)
 }
 
 // chain reads an entry, counted from 1, and those of its program before it, so many.
@@ -355,8 +363,10 @@ func (x *Index) Shared(f func(Field, []Entry) error) error {
 	return nil
 }
 
-// entries reads those of the list that still bear the name.
+// entries reads those of the list that still bear the name: the 500 that came last, where
+// there are more.
 func (x *Index) entries(f Field, name string, list []uint32) ([]Entry, error) {
+	list = list[max(0, len(list)-maxProgram):]
 	out := make([]Entry, 0, len(list))
 	for _, n := range list {
 		e, err := x.entry(n)

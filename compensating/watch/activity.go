@@ -33,6 +33,7 @@ func (s Sensor) ask(ctx context.Context, to *spool, log *slog.Logger) {
 			return
 		}
 		// An error of the driver's can hold the connection string.
+		to.fails(errors.New(plain(err)))
 		if words := plain(err); words != said {
 			said = words
 			log.Warn("sessions can't be asked for", "sensor", s.Name, "err", words)
@@ -67,6 +68,7 @@ func (s Sensor) askOn(ctx context.Context, to *spool, known map[session]bool) er
 		if err := once(ctx, conn, to, known); err != nil {
 			return err
 		}
+		to.works()
 		select {
 		case <-ctx.Done():
 			return nil

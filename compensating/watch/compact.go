@@ -17,8 +17,9 @@ const (
 	// use of it later is one of an account that nobody issued.
 	keepEnded = 90 * 24 * time.Hour
 	// compactFrom is the size of a ledger below which nothing is gained.
-	compactFrom  = 1 << 20
-	compactEvery = time.Hour
+	compactFrom = 1 << 20
+	// compactEvery is seldom: nothing is read meanwhile, for seconds with 100,000 entries.
+	compactEvery = 24 * time.Hour
 )
 
 // compact writes the ledger anew once most of it was replaced by later lines: each
@@ -29,36 +30,39 @@ func (w *Watch) compact() error {
 		return nil
 	}
 	before, entries := w.size, w.index.Len()
-	if err := w.rewrite(); err != nil {
+	name, err := w.rewrite()
+	if err != nil {
 		w.log.Warn("the ledger can't be written anew, and grows", "err", err)
 		return nil
 	}
-	if err := w.file.Close(); err != nil {
+	// From here on the old one has no name: what fails, fails the watch, which begins
+	// with the new one.
+	kept := w.judge.Save()
+	w.index, w.judge = nil, nil // there is no memory for two
+	if err := errors.Join(os.Rename(name, w.ledgerFile()), durable.SyncDir(w.config.StateDir), w.file.Close()); err != nil {
 		return err
 	}
-	if err := w.load(w.judge.Save()); err != nil {
+	if err := w.load(kept); err != nil {
 		return err
 	}
 	w.log.Info("the ledger was written anew", "bytes", w.size, "before", before, "entries", w.index.Len(), "entries_before", entries)
 	return nil
 }
 
-func (w *Watch) rewrite() error {
+// rewrite makes the new file, and gives its name.
+func (w *Watch) rewrite() (name string, err error) {
 	newest := map[string]bool{}
 	if err := w.index.Programs(func(list []ledger.Entry) error {
 		newest[list[len(list)-1].ID] = true
 		return nil
 	}); err != nil {
-		return err
+		return "", err
 	}
-	f, err := os.CreateTemp(w.config.StateDir, "ledger-*.new")
+	name = w.ledgerFile() + ".new"
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return err
+		return "", err
 	}
-	defer func() {
-		_ = f.Close()
-		_ = os.Remove(f.Name()) // it has the ledger's name, or was given up
-	}()
 	out := bufio.NewWriterSize(f, 1<<20)
 	err = w.index.Each(func(e ledger.Entry) error {
 		if end := e.End(); !newest[e.ID] && !end.IsZero() && w.now().Sub(end) > keepEnded {
@@ -66,10 +70,10 @@ func (w *Watch) rewrite() error {
 		}
 		return json.NewEncoder(out).Encode(e)
 	})
-	if err := errors.Join(err, out.Flush(), f.Sync()); err != nil {
-		return err
+	if err := errors.Join(err, out.Flush(), f.Sync(), f.Close()); err != nil {
+		return "", errors.Join(err, os.Remove(name))
 	}
-	return errors.Join(os.Rename(f.Name(), w.ledgerFile()), durable.SyncDir(w.config.StateDir))
+	return name, nil
 }
 
 func (w *Watch) ledgerFile() string { return filepath.Join(w.config.StateDir, "ledger.jsonl") }

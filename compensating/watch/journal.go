@@ -25,6 +25,7 @@ func (s Sensor) journal(ctx context.Context, cursor string, to *spool, log *slog
 		if ctx.Err() != nil {
 			return
 		}
+		to.fails(err)
 		if err.Error() != said {
 			said = err.Error()
 			log.Warn("the journal can't be read", "sensor", s.Name, "err", err)
@@ -37,7 +38,7 @@ func (s Sensor) journal(ctx context.Context, cursor string, to *spool, log *slog
 }
 
 func (s Sensor) journalOnce(ctx context.Context, cursor *string, to *spool) error {
-	args := []string{"--directory=" + s.Journal, "--output=json", "--output-fields=MESSAGE,SYSLOG_IDENTIFIER,_HOSTNAME,_UID,_COMM", "--quiet", "--follow", "--no-tail"}
+	args := []string{"--directory=" + s.Journal, "--output=json", "--output-fields=MESSAGE,SYSLOG_IDENTIFIER,_HOSTNAME,_UID,_COMM", "--quiet", "--follow", "--no-tail", "--merge"}
 	if *cursor != "" {
 		args = append(args, "--after-cursor="+*cursor)
 	}
@@ -59,7 +60,9 @@ func (s Sensor) journalOnce(ctx context.Context, cursor *string, to *spool) erro
 	if err != nil {
 		return err
 	}
+	running := time.AfterFunc(later, to.works)
 	err = receive(out, marking{to, cursor})
+	running.Stop()
 	cancel()
 	_ = cmd.Wait()
 	said, _, _ := strings.Cut(strings.TrimSpace(words.String()), "\n")

@@ -48,6 +48,32 @@ type spool struct {
 	f       *os.File
 	size    int64
 	waiting int64
+	failed  string // why nothing comes
+	since   time.Time
+}
+
+// fails notes why nothing comes, until something does.
+func (s *spool) fails(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.failed == "" {
+		s.since = time.Now()
+	}
+	s.failed = err.Error()
+}
+
+// works notes that something comes, or would.
+func (s *spool) works() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failed = ""
+}
+
+// failing is why nothing comes since when; empty: it does, or may.
+func (s *spool) failing() (string, time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failed, s.since
 }
 
 func openSpool(dir string) (*spool, error) {
@@ -194,21 +220,28 @@ func (i idler) Read(b []byte) (int, error) {
 }
 
 // receive writes the whole lines of a stream as they come, as many at once as there
-// are.
+// are. Of a line that no reader takes the beginning is written.
 func receive(from io.Reader, to interface{ write([]byte) error }) error {
 	r := bufio.NewReaderSize(from, 256<<10)
 	var lines []byte
+	start := 0 // of the last one
 	for {
 		part, err := r.ReadSlice('\n')
-		lines = append(lines, part...)
-		if len(lines) > tail.MaxLine+r.Size() {
-			return fmt.Errorf("a line of more than %d bytes", tail.MaxLine)
+		if room := tail.MaxLine - (len(lines) - start); len(part) > room {
+			part = part[:max(room, 0)]
+			if err == nil {
+				part = append(slices.Clip(part), '\n')
+			}
 		}
-		if err == nil && r.Buffered() == 0 || len(lines) > 64<<10 && err == nil {
+		lines = append(lines, part...)
+		if err == nil {
+			start = len(lines)
+		}
+		if err == nil && (r.Buffered() == 0 || len(lines) > 64<<10) {
 			if err := to.write(lines); err != nil {
 				return err
 			}
-			lines = lines[:0]
+			lines, start = lines[:0], 0
 		}
 		switch {
 		case errors.Is(err, io.EOF) && len(lines) == 0:

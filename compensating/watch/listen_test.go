@@ -16,6 +16,7 @@ import (
 
 	"github.com/countersign/countersign/compensating/detect"
 	"github.com/countersign/countersign/compensating/sightings"
+	"github.com/countersign/countersign/compensating/tail"
 )
 
 func freeAddress(t *testing.T) string {
@@ -137,5 +138,33 @@ func TestASpoolIsBounded(t *testing.T) {
 	}
 	if err := s.write([]byte("c\n")); !errors.Is(err, errSpoolFull) {
 		t.Errorf("%v, want %v", err, errSpoolFull)
+	}
+}
+
+// A line that is too long ends no stream: what comes after it is there.
+func TestReceiveLongLine(t *testing.T) {
+	dir := t.TempDir()
+	to, err := openSpool(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	long := strings.Repeat("x", tail.MaxLine+700_000)
+	if err := receive(strings.NewReader("first\n"+long+"\nsecond\n"+long), to); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(to.pattern)
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	text, err := os.ReadFile(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for line := range strings.Lines(string(text)) {
+		got = append(got, fmt.Sprint(len(line), line[:min(len(line), 7)]))
+	}
+	if want := fmt.Sprintf("[6first\n %dxxxxxxx 7second\n %dxxxxxxx]", tail.MaxLine+1, tail.MaxLine+1); fmt.Sprint(got) != want {
+		t.Errorf("%q, want %q", got, want)
 	}
 }

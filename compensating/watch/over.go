@@ -16,6 +16,7 @@ const lookEvery = 10 * time.Second
 // settleFindings notes which findings' causes are over. What is seen of one later
 // makes it one that isn't.
 func (w *Watch) settleFindings() error {
+	var late []sightings.Sighting // that the ledger has now, and are to be judged by it
 	for i := range w.kept.Findings {
 		r := &w.kept.Findings[i]
 		if r.over() {
@@ -25,10 +26,21 @@ func (w *Watch) settleFindings() error {
 		if err != nil {
 			return err
 		}
-		if why != "" {
-			r.Over, r.OverAt, w.changed = why, r.Finding.Count, true
-			w.log.Info("a finding is over", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "account", r.Finding.Account, "why", why)
+		if why == "" {
+			continue
 		}
+		r.Over, r.OverAt, w.changed = why, r.Finding.Count, true
+		w.log.Info("a finding is over", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "account", r.Finding.Account, "why", why)
+		if d := r.Finding.Detector; d == detect.UnmatchedLogin || d == detect.OutOfBandRead {
+			late = append(late, r.Finding.Evidence...)
+		}
+	}
+	for _, s := range late {
+		found, err := w.judge.See(s)
+		if err != nil {
+			return err
+		}
+		w.add(found)
 	}
 	return nil
 }
@@ -42,7 +54,7 @@ func (w *Watch) over(k finding.Key, f *finding.Finding) (string, error) {
 	switch f.Detector {
 	case detect.SilentSensor:
 		if slices.ContainsFunc(w.sensors, func(s *sensor) bool { return k.Cause == "silent "+s.Name && s.spoke && s.last.After(f.Last) }) {
-			return "the log speaks again, and was read on from where it was", nil
+			return "the log speaks again", nil
 		}
 	case detect.Dormant:
 		entries, err := w.index.Find(ledger.ByID, f.Lease)
@@ -59,19 +71,7 @@ func (w *Watch) over(k finding.Key, f *finding.Finding) (string, error) {
 				return "", err
 			}
 		}
-		return "the ledger has it now", w.judgeAgain(f.Evidence)
+		return "the ledger has it now", nil
 	}
 	return "", nil
-}
-
-// judgeAgain holds sightings against what the ledger says of them now.
-func (w *Watch) judgeAgain(list []sightings.Sighting) error {
-	for _, s := range list {
-		found, err := w.judge.See(s)
-		if err != nil {
-			return err
-		}
-		w.add(found)
-	}
-	return nil
 }

@@ -3,6 +3,7 @@ package watch
 import (
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
@@ -91,10 +92,34 @@ func TestOver(t *testing.T) {
 		login(t, w, "svc-x", *now)
 		want(t, w, "unmatched-login false ")
 		// Somebody got it afterwards: that explains nothing of before.
-		issue(t, w, ledger.Entry{ID: "L1", Scope: "s", Host: "h", Names: ledger.Names{DBUsername: "svc-x", VaultPath: "kv/x"}, Issued: now.Add(time.Hour)})
+		issue(t, w, ledger.Entry{ID: "L1", Scope: "s", Host: "h", Names: ledger.Names{DBUsername: "svc-x", VaultPath: "database/static-creds/x"}, Issued: now.Add(time.Hour)})
 		want(t, w, "unmatched-login false ")
-		issue(t, w, ledger.Entry{ID: "L2", Scope: "s", Host: "h", Names: ledger.Names{DBUsername: "svc-x", VaultPath: "kv/x"}, Issued: now.Add(-time.Minute)})
+		issue(t, w, ledger.Entry{ID: "L2", Scope: "s", Host: "h", Names: ledger.Names{DBUsername: "svc-x", VaultPath: "database/static-creds/x"}, Issued: now.Add(-time.Minute)})
 		want(t, w, "unmatched-login true ")
+	})
+	t.Run("a login that is another finding by what the ledger has late", func(t *testing.T) {
+		w, now, _ := open(t)
+		found, err := w.judge.See(sightings.Sighting{Time: *now, Kind: sightings.Login, Account: "svc-x", Source: "db", From: netip.MustParseAddr("10.0.0.9")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.add(found)
+		issue(t, w, ledger.Entry{ID: "L", Scope: "s", Host: "h", Sources: []string{"10.0.0.1"}, Names: ledger.Names{DBUsername: "svc-x", VaultPath: "database/static-creds/x"}, Issued: now.Add(-time.Minute)})
+		want(t, w, "unmatched-login true shared-static-account false ")
+		want(t, w, "unmatched-login true shared-static-account false ")
+		if n := w.kept.Findings[1].Finding.Count; n != 1 {
+			t.Errorf("one login counts as %d", n)
+		}
+	})
+	t.Run("an account of another database", func(t *testing.T) {
+		w, now, _ := open(t)
+		found, err := w.judge.See(sightings.Sighting{Time: *now, Kind: sightings.Login, Account: "svc-x", Source: "db", Target: "payroll"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.add(found)
+		issue(t, w, ledger.Entry{ID: "L", Scope: "s", Host: "h", Names: ledger.Names{DBUsername: "svc-x", VaultPath: "kv/x"}, Audience: []string{"postgres://db1/billing"}, Issued: now.Add(-time.Minute)})
+		want(t, w, "unmatched-login false ")
 	})
 	t.Run("a program that uses it at last", func(t *testing.T) {
 		w, now, _ := open(t)
@@ -106,7 +131,7 @@ func TestOver(t *testing.T) {
 	})
 	t.Run("what somebody did", func(t *testing.T) {
 		w, now, _ := open(t)
-		issue(t, w, ledger.Entry{ID: "L", Scope: "s", Host: "h", Names: ledger.Names{DBUsername: "svc-x", VaultPath: "kv/x"}, Issued: *now, Expires: now.Add(time.Minute)})
+		issue(t, w, ledger.Entry{ID: "L", Scope: "s", Host: "h", Names: ledger.Names{DBUsername: "svc-x", VaultPath: "database/static-creds/x"}, Issued: *now, Expires: now.Add(time.Minute)})
 		s := sightings.Sighting{Time: *now, Kind: sightings.Login}
 		for _, e := range detect.Catalogue {
 			switch e.Name {

@@ -40,6 +40,7 @@ type speaker struct {
 	client countersignv1connect.OperatorServiceClient
 	hangUp func()
 	until  time.Time // the broker isn't told anything before
+	full   time.Time // the broker takes nothing new before
 	hooks  []receiver
 	quiet  map[string]time.Time // receivers that aren't told anything before
 }
@@ -89,6 +90,9 @@ func (w *Watch) tell(ctx context.Context, s *speaker) {
 		if waited && r.Waits {
 			continue // nothing new
 		}
+		if r.Told == 0 && w.now().Before(s.full) {
+			continue
+		}
 		count := r.Finding.Count
 		reopened, err := report(ctx, s.client, r)
 		if err != nil {
@@ -96,6 +100,10 @@ func (w *Watch) tell(ctx context.Context, s *speaker) {
 				break
 			}
 			s.log.Error("the broker doesn't take a finding", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "err", err)
+			if connect.CodeOf(err) == connect.CodeResourceExhausted {
+				s.full = w.now().Add(time.Minute) // it is told when there is room
+				continue
+			}
 		}
 		if reopened {
 			r.Notices = nil
@@ -273,7 +281,7 @@ type use struct {
 // free says whether one more may be done: of leases for revoking them, of hosts for
 // the rest.
 func (b *brake) free(ctx context.Context, client countersignv1connect.OperatorServiceClient, action detect.Response, share float64, now time.Time) (bool, error) {
-	b.Used = slices.DeleteFunc(b.Used, func(u use) bool { return now.Sub(u.At) > time.Minute })
+	b.Used = slices.DeleteFunc(b.Used, func(u use) bool { return now.Sub(u.At) > time.Minute || u.At.After(now) })
 	n := 0
 	for _, u := range b.Used {
 		if (u.Action == detect.Revoke) == (action == detect.Revoke) {

@@ -121,12 +121,16 @@ func (w *Watch) poll() error {
 func (w *Watch) blind() {
 	for _, s := range w.sensors {
 		h, quiet := s.reader.Health(), w.now().Sub(s.last)
+		failed, since := s.failed, s.since
+		if failed == "" && s.spool != nil {
+			failed, since = s.spool.failing()
+		}
 		why := ""
 		switch {
 		case h.Lines == 0 && quiet > absent:
 			why = fmt.Sprintf("nothing was ever read of it: is %s right?", cmp.Or(s.Listen, s.Journal, s.Path))
-		case s.failed != "" && w.now().Sub(s.since) > absent:
-			why = s.failed
+		case failed != "" && w.now().Sub(since) > absent:
+			why = failed
 		case h.Silent(quiet):
 			why = fmt.Sprintf("it says nothing since %s, and was never silent for more than %s before", s.last.UTC().Format(time.RFC3339), h.Gap.Round(time.Second))
 		}

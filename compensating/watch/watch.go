@@ -362,6 +362,12 @@ func (w *Watch) program(e ledger.Entry) error {
 		return err
 	}
 	found, err := w.judge.Program(list)
+	if err == nil && len(found) > 0 {
+		// What is new beside the last ones may be old.
+		if list, err = w.index.History(e.Host, e.Scope); err == nil {
+			found, err = w.judge.Program(list)
+		}
+	}
 	if err != nil {
 		return err
 	}

@@ -356,6 +356,44 @@ func TestBlind(t *testing.T) {
 	}
 }
 
+// What a program was long ago, it may be again; and what opens a file under ever other
+// names is one finding in the end.
+func TestManyAndLongAgo(t *testing.T) {
+	w, err := Open(&Config{StateDir: t.TempDir()}, away, slog.New(slog.DiscardHandler), func() time.Time { return noon })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	give := func(exe string, i int) {
+		at := noon.Add(time.Duration(i) * time.Minute)
+		e := ledger.Entry{ID: fmt.Sprint("L", i), Scope: "s", Host: "h", Issued: at, Expires: at.Add(time.Hour), Subject: ledger.Subject{Exe: exe}}
+		if err := w.apply(update{entries: []ledger.Entry{e}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	i := 0
+	for range 3 {
+		give("/opt/nightly", i)
+		i++
+		for range 600 {
+			give("/opt/daily", i)
+			i++
+		}
+	}
+	if len(w.kept.Findings) != 1 || w.kept.Findings[0].Finding.Count != 1 {
+		t.Errorf("%d findings: %+v", len(w.kept.Findings), w.kept.Findings)
+	}
+	for i := range 500 {
+		s := sightings.Sighting{Time: noon.Add(time.Duration(i) * time.Second), Kind: sightings.Open, Source: "agent", Line: int64(i), Grant: "L7", Program: fmt.Sprint("/tmp/", i)}
+		if err := w.apply(update{opens: []sightings.Sighting{s}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(w.kept.Findings); n != 1+17 {
+		t.Errorf("%d findings of 500 programs", n-1)
+	}
+}
+
 // A trap that is touched before the watch has heard of it.
 func TestTouchedEarly(t *testing.T) {
 	w, err := Open(&Config{StateDir: t.TempDir()}, away, slog.New(slog.DiscardHandler), func() time.Time { return noon })

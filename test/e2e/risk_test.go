@@ -183,8 +183,8 @@ func TestWhoReportsAndWhoCloses(t *testing.T) {
 	check.Must(operator.CloseFinding(ctx, shut))(t)
 	// By evidence it may, where nothing was done about it.
 	acted, alert := seen(), seen()
-	acted.Cause, acted.Response = "acted on", "revoke"
-	alert.Cause, alert.Response = "an alert", "alert"
+	acted.Cause, acted.Detector, acted.Response = "acted on", "unmatched-login", "quarantine"
+	alert.Cause, alert.Detector, alert.Response = "an alert", "unmatched-login", "alert"
 	for _, c := range []struct {
 		finding *v1.Finding
 		want    string
@@ -264,6 +264,7 @@ scope "static" {
     exe  = "/opt/billing/bin/billingd"
     user = "billing"
   }
+  audience = ["postgres://db1.example.com/billing"]
   vault {
     path = "kv-risk/billing"
     ttl  = "30m"

@@ -80,10 +80,15 @@ sensor "sshd" "jump" {
 	login()
 	check.Nil(t, w.Start())
 	found(3)
+	// Another boot.
+	check.Nil(t, m.Poweroff(ctx))
+	m = startSshd(ctx, t, journal+":/var/log/journal")
+	check.Must(m.Run(ctx, "journalctl", "--flush"))(t)
+	found(4)
 	// Anybody may say in the journal that somebody logged in.
 	check.Must(m.Run(ctx, "runuser", "-u", "deploy", "--", "logger", "-t", "sshd", "Accepted password for deploy from 10.0.0.1 port 1 ssh2"))(t)
 	login()
-	found(4)
+	found(5)
 }
 
 // TestRealSshd: a real sshd in a systemd of its own logs what certificates log in

@@ -8,8 +8,8 @@
 //
 // Promise: a cause has one finding, and reporting it again changes no more than
 // what it says. What happened before a finding was closed, or before the end that
-// its closing has, never reopens it. The watch closes nothing that is critical or was
-// acted on, and nothing that it closed stays so over what it sees later.
+// its closing has, never reopens it. The watch closes only what can be over by itself
+// and was not acted on, and nothing that it closed stays so over more that it sees.
 package findings
 
 import (
@@ -134,7 +134,7 @@ func reported(f, r Finding, now time.Time) (Finding, bool) {
 	case !f.Until.IsZero():
 		end = f.Until
 	}
-	again := f.Status == Closed && r.Last.After(f.Last) && r.Last.After(end)
+	again := f.Status == Closed && r.Last.After(f.Last) && r.Last.After(end) || f.Over && r.Count > f.Count
 	if f.Detector != "" {
 		r = r.onTopOf(f)
 	}
@@ -169,10 +169,13 @@ func (f Finding) onTopOf(before Finding) Finding {
 	return f
 }
 
-// Settles says whether evidence may close f: not what is critical, nor what was acted
-// on, which is for somebody to look into.
+// passing are the detectors of what can be over: a state, or something that the ledger
+// had late. What somebody did is for somebody to look into.
+var passing = map[string]bool{"silent-sensor": true, "dormant": true, "unmatched-login": true, "out-of-band-read": true}
+
+// Settles says whether evidence may close f: nothing that was acted on.
 func (f Finding) Settles() bool {
-	return f.Status == Open && f.Severity != "critical" && (f.Response == "" || f.Response == "alert")
+	return f.Status == Open && passing[f.Detector] && f.Severity != "critical" && (f.Response == "" || f.Response == "alert")
 }
 
 // A Risk is what a host's open findings mean for it, by scope; under "" for all.

@@ -306,9 +306,10 @@ func TestOverByEvidence(t *testing.T) {
 		edit func(*findings.Finding)
 		want bool
 	}{
-		{"an alert", func(f *findings.Finding) { f.Response = "alert" }, true},
-		{"critical", func(f *findings.Finding) { f.Response, f.Severity = "alert", "critical" }, false},
-		{"acted on", func(f *findings.Finding) { f.Response = "revoke" }, false},
+		{"an alert", func(f *findings.Finding) { f.Detector, f.Response = "unmatched-login", "alert" }, true},
+		{"critical", func(f *findings.Finding) { f.Detector, f.Response, f.Severity = "unmatched-login", "alert", "critical" }, false},
+		{"acted on", func(f *findings.Finding) { f.Detector, f.Response = "unmatched-login", "quarantine" }, false},
+		{"what somebody did", func(f *findings.Finding) { f.Response = "alert" }, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := open(t)
@@ -329,8 +330,18 @@ func TestOverByEvidence(t *testing.T) {
 			if _, o := report(t, s, t0.Add(2*time.Hour), c.edit); o != findings.Known {
 				t.Errorf("said again: %v", o)
 			}
+			if _, o := report(t, s, t0.Add(2*time.Hour), c.edit, func(f *findings.Finding) { f.Count = 2 }); o != findings.Reopened {
+				t.Errorf("more of it, seen no later: %v", o)
+			}
+			check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) (err error) {
+				f, err = findings.Load(tx, f.ID)
+				if err == nil {
+					f, err = findings.Settle(tx, f, "watch", "it speaks again", t0.Add(time.Hour))
+				}
+				return err
+			}))
 			// It was over up to what was seen then: what came before the closing counts, too.
-			again, o := report(t, s, t0.Add(2*time.Hour), c.edit, last(t0.Add(time.Minute)))
+			again, o := report(t, s, t0.Add(2*time.Hour), c.edit, last(t0.Add(time.Minute)), func(f *findings.Finding) { f.Count = 2 })
 			if o != findings.Reopened || again.Reason != "" || again.ClosedBy != "" || !again.Settles() {
 				t.Errorf("seen later: %v %+v", o, again)
 			}

@@ -67,13 +67,23 @@ func prune(tx *store.Tx, now time.Time) error {
 	if err := tx.QueryRow(`SELECT COUNT(*) FROM findings WHERE status = ?`, string(Closed)).Scan(&n); err != nil || n < maxOpen {
 		return err
 	}
-	old, err := List(tx, Filter{Status: Closed, Limit: pruned})
-	for _, f := range old {
-		if err == nil && !f.Until.After(now) {
-			_, err = tx.Exec(`DELETE FROM findings WHERE id = ?`, f.ID)
+	after := int64(0)
+	for gone := 0; gone == 0; {
+		old, err := List(tx, Filter{Status: Closed, After: after, Limit: pruned})
+		if err != nil || len(old) == 0 {
+			return err
+		}
+		for _, f := range old {
+			if after = f.Opened; f.Until.After(now) {
+				continue
+			}
+			if _, err := tx.Exec(`DELETE FROM findings WHERE id = ?`, f.ID); err != nil {
+				return err
+			}
+			gone++
 		}
 	}
-	return err
+	return nil
 }
 
 // Close closes a finding, or says anew why it is closed.

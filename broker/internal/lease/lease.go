@@ -124,7 +124,7 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 }
 
 // maxLine bounds a kernel command line as a grant keeps it.
-const maxLine = 1 << 10
+const maxLine = 4 << 10 // of most kernels
 
 func machine(h appraise.Host) journal.Machine {
 	m := journal.Machine{SecureBoot: h.SecureBoot, Reference: h.Reference}

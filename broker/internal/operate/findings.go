@@ -20,8 +20,8 @@ func told(f findings.Finding) map[string]any {
 		"first": f.First, "last": f.Last, "count": f.Count}
 }
 
-// Report enters a finding, and closes it where over says how evidence shows that its
-// cause is. The log has a record where it is new, happened again or is closed, and none
+// Report enters a finding, and closes one that is known where over says how evidence
+// shows that its cause is. The log has a record where it is new, happened again or is closed, and none
 // for each further sighting.
 func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over string) (findings.Finding, findings.Outcome, error) {
 	if err := a.need(Responder); err != nil {
@@ -56,7 +56,7 @@ func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over str
 		case findings.Reopened:
 			r.Kind = "finding.reopened"
 		}
-		if over != "" && f.Settles() {
+		if over != "" && outcome == findings.Known && f.Settles() {
 			if f, err = findings.Settle(tx, f, a.Name, over, d.Now()); err != nil {
 				return err
 			}

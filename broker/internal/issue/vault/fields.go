@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -94,6 +95,12 @@ func version(data map[string]any) string {
 	return ""
 }
 
+// forDatabase says whether a place of an audience is a database.
+func forDatabase(place string) bool {
+	scheme, _, _ := strings.Cut(place, "://")
+	return slices.Contains([]string{"postgres", "postgresql", "mysql", "mariadb", "sqlserver", "mssql", "oracle"}, scheme)
+}
+
 // maxAccount bounds a user name that isn't Vault's own.
 const maxAccount = 256
 
@@ -104,9 +111,10 @@ func names(scope *policy.Scope, answer *api.Secret, data map[string]any) map[str
 	database := answer.MountType == "database" || answer.MountType == "" && len(parts) > 2 &&
 		strings.HasSuffix(parts[len(parts)-2], "creds")
 	// A static account lies in KV, or in another engine's static roles, as a user name
-	// beside its password.
+	// beside its password. Of what isn't said to be for a database, a "username" may be
+	// anything, a token too.
 	_, password := data["password"]
-	static := answer.LeaseID == "" && scope.Vault.Method != "write" && password
+	static := answer.LeaseID == "" && scope.Vault.Method != "write" && password && slices.ContainsFunc(scope.Audience, forDatabase)
 	if user, ok := data["username"].(string); ok && (database || static && len(user) <= maxAccount) {
 		out["db_username"] = user
 	}
