@@ -108,10 +108,10 @@ func (w *Watch) tell(ctx context.Context, s *speaker) {
 		if reopened {
 			r.Notices = nil
 		}
-		r.Told, w.changed = count, true
-		if r.over() {
+		if r.over() && r.Told > 0 {
 			r.Closed = count
 		}
+		r.Told, w.changed = count, true
 	}
 	for _, h := range s.hooks {
 		if w.now().Before(s.quiet[h.id()]) {
@@ -161,7 +161,7 @@ func report(ctx context.Context, client countersignv1connect.OperatorServiceClie
 		m.Evidence = append(m.Evidence, b)
 	}
 	over := ""
-	if r.over() {
+	if r.over() && r.Told > 0 { // what was never told isn't closed before it is
 		over = brief(r.Over)
 	}
 	a, err := client.ReportFinding(ctx, connect.NewRequest(&v1.ReportFindingRequest{Finding: m, Over: over}))
