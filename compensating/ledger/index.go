@@ -277,9 +277,9 @@ func (x *Index) Find(f Field, name string) ([]Entry, error) {
 }
 
 // maxProgram bounds what is read at once of one program's entries, or one name's.
-const maxProgram = 500
+const maxProgram = 200
 
-// Program returns the entries of one scope on one host, by the time of issue: the 500
+// Program returns the entries of one scope on one host, by the time of issue: the 200
 // that came last.
 func (x *Index) Program(hostID, scope string) ([]Entry, error) {
 	at, err := x.slot(byProgram, hostID+"\x00"+scope)
@@ -363,7 +363,7 @@ func (x *Index) Shared(f func(Field, []Entry) error) error {
 	return nil
 }
 
-// entries reads those of the list that still bear the name: the 500 that came last, where
+// entries reads those of the list that still bear the name: the 200 that came last, where
 // there are more.
 func (x *Index) entries(f Field, name string, list []uint32) ([]Entry, error) {
 	list = list[max(0, len(list)-maxProgram):]

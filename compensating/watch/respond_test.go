@@ -40,7 +40,9 @@ func TestToldWhenThereIsRoom(t *testing.T) {
 	}
 	defer w.Close()
 	b := &limited{}
-	s := newSpeaker(w.config, func(context.Context) (countersignv1connect.OperatorServiceClient, func(), error) { return b, func() {}, nil }, w.log)
+	s := newSpeaker(w.config, func(context.Context) (countersignv1connect.OperatorServiceClient, func(), error) {
+		return b, func() {}, nil
+	}, w.log)
 	w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: "db", Time: now, Cause: "silent db", Why: "it says nothing"}})
 	w.tell(t.Context(), s)
 	b.room = 10

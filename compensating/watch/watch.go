@@ -307,7 +307,19 @@ func (w *Watch) apply(u update) error {
 		if err := w.touched(e); err != nil {
 			return err
 		}
-		if err := w.program(e); err != nil {
+	}
+	judged := map[string]bool{} // an update may have many of one program
+	for _, e := range u.entries {
+		if e.Kind == ledger.KindCanary {
+			continue
+		}
+		if program := e.Host + " " + e.Scope; !judged[program] {
+			judged[program] = true
+			if err := w.program(e.Host, e.Scope); err != nil {
+				return err
+			}
+		}
+		if err := w.entered(e); err != nil {
 			return err
 		}
 	}
@@ -352,27 +364,30 @@ func (w *Watch) changedTraps(now []ledger.Entry) (out []ledger.Entry) {
 	return out
 }
 
-// program judges what an entry changes of its program, and of its secret.
-func (w *Watch) program(e ledger.Entry) error {
-	if e.Kind == ledger.KindCanary {
-		return nil
-	}
-	list, err := w.index.Program(e.Host, e.Scope)
+// program judges a program's entries, of which there are new ones.
+func (w *Watch) program(host, scope string) error {
+	list, err := w.index.Program(host, scope)
 	if err != nil {
 		return err
 	}
 	found, err := w.judge.Program(list)
 	if err == nil && len(found) > 0 {
 		// What is new beside the last ones may be old.
-		if list, err = w.index.History(e.Host, e.Scope); err == nil {
+		if list, err = w.index.History(host, scope); err == nil {
 			found, err = w.judge.Program(list)
 		}
 	}
-	if err != nil {
-		return err
-	}
 	w.add(found)
-	if !e.Revoked.IsZero() {
+	return err
+}
+
+// entered judges an entry by its secret, and by its end.
+func (w *Watch) entered(e ledger.Entry) error {
+	if !e.Revoked.IsZero() && !w.judge.Uses(e.Host, e.Scope) {
+		list, err := w.index.Program(e.Host, e.Scope)
+		if err != nil {
+			return err
+		}
 		w.add(w.judge.Unused(list, w.covered(sightings.Databases), w.covered(func(kind string) bool { return kind == "sshd" })))
 	}
 	if e.Names.SecretHMAC != "" {

@@ -375,7 +375,7 @@ func TestManyAndLongAgo(t *testing.T) {
 	for range 3 {
 		give("/opt/nightly", i)
 		i++
-		for range 600 {
+		for range 250 {
 			give("/opt/daily", i)
 			i++
 		}
