@@ -52,7 +52,9 @@ func TestOpenedByAnother(t *testing.T) {
 	dir := folder(t)
 	exe := copyExe(t, dir, "billingd")
 	file := filepath.Join(dir, "db.properties")
-	b := newBench(t, fmt.Sprintf(billingScope, exe), "witness = true\n"+fileCredential("billing-db", exe, file, ""), false)
+	checked := filepath.Join(dir, "checked")
+	credential := strings.Replace(fileCredential("billing-db", exe, file, ""), `{ signal = "SIGHUP" }`, fmt.Sprintf("{\n  signal = \"SIGHUP\"\n  check = [\"/usr/bin/touch\", %q]\n}", checked), 1)
+	b := newBench(t, fmt.Sprintf(billingScope, exe), "witness = true\n"+credential, false)
 	b.startWatch(t, fmt.Sprintf("sensor \"vault-audit\" \"vault\" {\n  path = %q\n}\n", services.Vault.AuditLog))
 	l := startLegacy(t, exe, file)
 	// Not getsIn, which opens the file, too, and isn't the program.
@@ -60,6 +62,7 @@ func TestOpenedByAnother(t *testing.T) {
 		st := l.last(t)
 		return st.Queries > 10 && strings.HasPrefix(st.User, "v-"), fmt.Sprintf("%+v", st)
 	})
+	check.Must(os.Stat(checked))(t) // the agent ran its command
 	user := l.last(t).User
 	time.Sleep(time.Second) // the file is marked
 	pools := l.last(t).Pools

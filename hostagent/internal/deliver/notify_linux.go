@@ -6,10 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"strconv"
-	"syscall"
-	"time"
 
 	"github.com/coreos/go-systemd/v22/dbus"
 	"golang.org/x/sys/unix"
@@ -51,40 +48,6 @@ func Notify(ctx context.Context, o *config.OnChange, p process.Program) error {
 		if err := command(ctx, o.Exec, []string{commandPath}, o.Limit()); err != nil {
 			return fmt.Errorf("exec: %w", err)
 		}
-	}
-	return nil
-}
-
-// command runs argv in a process group of its own, which is killed at the
-// limit. What it prints goes nowhere: a check reads the secret.
-func command(ctx context.Context, argv, env []string, limit time.Duration) error {
-	cmd := &exec.Cmd{Path: argv[0], Args: argv, Env: env, Dir: "/", SysProcAttr: &syscall.SysProcAttr{Setpgid: true}}
-	if err := cmd.Start(); err != nil {
-		return err // names the command alone
-	}
-	bounded, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	pid := cmd.Process.Pid
-	exited := make(chan struct{})
-	go func() {
-		// Without reaping it, so that its number stays its own until the kill.
-		for unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
-		}
-		close(exited)
-	}()
-	select {
-	case <-exited:
-	case <-bounded.Done():
-		_ = unix.Kill(-pid, unix.SIGKILL) // it is there: not reaped
-		<-exited
-		_ = cmd.Wait()
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		return fmt.Errorf("%s was not done after %v, and was killed: make it faster, or set on_change's timeout", argv[0], limit)
-	}
-	if err := cmd.Wait(); err != nil {
-		return fmt.Errorf("%s: %w; run it by hand to see what it says", argv[0], err)
 	}
 	return nil
 }

@@ -47,7 +47,7 @@ func TestCheck(t *testing.T) {
 	must(t, files, "old")
 	ctx := context.Background()
 	seen := filepath.Join(t.TempDir(), "seen")
-	ok := script(t, `grep -q u-new "$COUNTERSIGN_FILE_0" && grep -q u-new "$COUNTERSIGN_FILE_1" || exit 9; tr '\0' '\n' </proc/self/environ >`+seen+"; pwd >>"+seen)
+	ok := script(t, `grep -q u-new "$COUNTERSIGN_FILE_0" && grep -q u-new "$COUNTERSIGN_FILE_1" || exit 9; ls /proc/$$/fd | grep -x 3 && exit 8; tr '\0' '\n' </proc/self/environ >`+seen+"; pwd >>"+seen)
 	s, err := Prepare(files, fields("new"))
 	check(t, err)
 	check(t, Check(ctx, nil, s.Paths()))
@@ -66,7 +66,13 @@ func TestCheck(t *testing.T) {
 
 	bad := script(t, `cat "$COUNTERSIGN_FILE_0"; cat "$COUNTERSIGN_FILE_0" >&2; exit 3`)
 	silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), s.Paths()), bad, "exit status 3", "the old credential stays")
-	silent(t, Check(ctx, onChange(t, `check = ["/no/such/check"]`), s.Paths()), "/no/such/check", "no such file")
+	missing := Check(ctx, onChange(t, `check = ["/no/such/check"]`), s.Paths())
+	silent(t, missing, "check: exec /no/such/check: no such file", "the old credential stays")
+	if !errors.Is(missing, os.ErrNotExist) {
+		t.Errorf("%v", missing)
+	}
+	check(t, os.Chmod(bad, 0o600))
+	silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), s.Paths()), "exec "+bad+": permission denied")
 	s.Discard()
 	stands(t, files, "old")
 }

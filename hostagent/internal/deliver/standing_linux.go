@@ -79,9 +79,29 @@ func Place(f *config.File) (*os.File, error) {
 	return file, nil
 }
 
+// Delivered says what keeps an open file from being what was delivered: it is
+// another's than the owner's, or has a second name, by which a folder's owner
+// could have put any file here.
+func Delivered(f *config.File, file *os.File) error {
+	uid, err := uidOf(f.Owner)
+	if err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
+		return err
+	}
+	if err := regular(st); err != nil {
+		return err
+	}
+	if int(st.Uid) != uid || st.Nlink != 1 {
+		return fmt.Errorf("belongs to uid %d and has %d names; as it is delivered it belongs to %s and has one: look who put it there", st.Uid, st.Nlink, f.Owner)
+	}
+	return nil
+}
+
 // ReadBack is what stands in the files; nil unless all are there and still are
-// what was delivered: the owner's, and with no second name, by which a folder's
-// owner could have put another file here to be read.
+// what was delivered.
 func ReadBack(files []*config.File) []Content {
 	var out []Content
 	for _, f := range files {
@@ -103,22 +123,14 @@ func readBack(f *config.File) (secret.Bytes, error) {
 		return secret.Bytes{}, err
 	}
 	defer func() { _ = t.dir.Close() }()
-	uid, err := uidOf(f.Owner)
-	if err != nil {
-		return secret.Bytes{}, err
-	}
 	fd, err := openat(t.fd(), t.name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return secret.Bytes{}, err
 	}
 	file := os.NewFile(uintptr(fd), f.Path)
 	defer func() { _ = file.Close() }()
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
+	if err := Delivered(f, file); err != nil {
 		return secret.Bytes{}, err
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 || int(st.Uid) != uid {
-		return secret.Bytes{}, errNotRegular
 	}
 	b, err := io.ReadAll(io.LimitReader(file, maxContent+1))
 	if err == nil && len(b) > maxContent {

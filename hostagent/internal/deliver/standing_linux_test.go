@@ -11,6 +11,46 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/config"
 )
 
+// What was delivered is the owner's alone, under one name.
+func TestDelivered(t *testing.T) {
+	for name, tt := range map[string]struct {
+		change func(path string) error
+		owner  string
+		words  string
+	}{
+		"as it was":       {func(string) error { return nil }, "nobody", ""},
+		"another owner's": {func(path string) error { return os.Chown(path, 0, 0) }, "nobody", "belongs to uid 0 and has 1 names"},
+		"a second name":   {func(path string) error { return os.Link(path, path+".2") }, "nobody", "has 2 names"},
+		"a pipe": {func(path string) error {
+			return errors.Join(os.Remove(path), unix.Mkfifo(path, 0o600), os.Chown(path, 65534, 65534))
+		}, "nobody", "not a regular file"},
+		"no such owner": {func(string) error { return nil }, "no-such-user", "no-such-user"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "file")
+			if err := errors.Join(os.WriteFile(path, []byte("x"), 0o600), os.Chown(path, 65534, 65534), tt.change(path)); err != nil {
+				t.Fatal(err)
+			}
+			fd, err := unix.Open(path, unix.O_PATH, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := os.NewFile(uintptr(fd), path)
+			defer func() { _ = file.Close() }()
+			f := &config.File{Path: path, Owner: tt.owner}
+			back := ReadBack([]*config.File{f})
+			if err := Delivered(f, file); tt.words != "" {
+				silent(t, err, tt.words)
+			} else if err != nil || len(back) != 1 {
+				t.Errorf("%v, %d read back", err, len(back))
+			}
+			if tt.words != "" && back != nil {
+				t.Error("it is read back")
+			}
+		})
+	}
+}
+
 // What stands in a file's place is a regular file, reached over no symlink.
 func TestPlace(t *testing.T) {
 	dir := t.TempDir()

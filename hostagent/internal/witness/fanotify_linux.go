@@ -78,22 +78,28 @@ type place struct {
 type group struct {
 	o      Options
 	queue  *queue
-	visits chan visit
+	visits []chan visit // of each credential
 
 	mu     sync.Mutex // guards what follows
 	fd     int        // -1 after the end
 	places map[inode]place
-	inodes map[place]inode
+}
+
+// A marked is the file that has a place's mark, nil for none. Its handle keeps
+// the inode from being used for another file.
+type marked struct {
+	file  *os.File
+	inode inode
 }
 
 // A visit is an open that was let through, and is to be judged.
 type visit struct {
-	at  place
-	who visitor
+	path string
+	who  visitor
 }
 
-// maxVisits bounds those that wait for their judgement.
-const maxVisits = 256
+// maxVisits bounds those of a credential that wait for their judgement.
+const maxVisits = 64
 
 // watch marks files and answers for them until ctx ends or the kernel says what
 // isn't understood. When it returns, all opens go through.
@@ -102,7 +108,7 @@ func watch(ctx context.Context, o Options, q *queue) error {
 	if err != nil {
 		return err
 	}
-	g := &group{o: o, queue: q, visits: make(chan visit, maxVisits), fd: fd, places: map[inode]place{}, inodes: map[place]inode{}}
+	g := &group{o: o, queue: q, fd: fd, places: map[inode]place{}}
 	defer g.close()
 	wake, stop, err := os.Pipe()
 	if err != nil {
@@ -115,11 +121,13 @@ func watch(ctx context.Context, o Options, q *queue) error {
 	// when it comes back and the group is closed.
 	marking, cancel := context.WithCancel(ctx)
 	defer cancel()
-	for i := range o.Credentials {
+	for i, c := range o.Credentials {
+		visits := make(chan visit, maxVisits)
+		g.visits = append(g.visits, visits)
+		defer close(visits)
+		go g.judge(c, visits)
 		go g.keepMarked(marking, i)
 	}
-	go g.judge()
-	defer close(g.visits)
 	return g.answer(fd, int(wake.Fd()))
 }
 
@@ -131,27 +139,34 @@ func (g *group) close() {
 	g.fd = -1
 }
 
-// keepMarked marks a credential's files anew and anew.
+// keepMarked looks a credential's files up anew and anew.
 func (g *group) keepMarked(ctx context.Context, i int) {
 	c := g.o.Credentials[i]
+	marks := make([]marked, len(c.Config.Files))
+	defer func() {
+		for j, f := range c.Config.Files {
+			g.unmark(place{i, f.Path}, &marks[j])
+		}
+	}()
 	ticker := time.NewTicker(markEvery)
 	defer ticker.Stop()
-	problem := ""
+	problem, next := "", time.Time{}
 	for {
-		if lease, _ := c.Held(); lease != "" {
-			var errs []error
-			for _, f := range c.Config.Files {
-				if err := g.mark(i, f); err != nil {
-					errs = append(errs, err)
-				}
+		lease, _ := c.Held()
+		var errs []error
+		for j, f := range c.Config.Files {
+			if err := g.follow(place{i, f.Path}, f, lease != "", &marks[j]); err != nil {
+				errs = append(errs, err)
 			}
-			err := errors.Join(errs...)
-			if err != nil && err.Error() != problem && ctx.Err() == nil {
-				g.o.Log.Warn("who opens a credential's file is not seen", "credential", c.Config.Name, "err", err)
-			}
-			if problem = ""; err != nil {
-				problem = err.Error()
-			}
+		}
+		err := errors.Join(errs...)
+		switch now := time.Now(); {
+		case err == nil:
+			problem = ""
+		case err.Error() != problem && now.After(next) && ctx.Err() == nil:
+			// Not at every change: it is the folder's owner who makes them.
+			problem, next = err.Error(), now.Add(retryAfter)
+			g.o.Log.Warn("who opens a credential's file is not seen", "credential", c.Config.Name, "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -161,59 +176,96 @@ func (g *group) keepMarked(ctx context.Context, i int) {
 	}
 }
 
-// mark sets the mark of what stands in a file's place; it changes nothing where
-// it is set already.
-func (g *group) mark(credential int, f *config.File) error {
-	at := place{credential, f.Path}
-	file, err := deliver.Place(f)
-	if errors.Is(err, unix.ENOENT) {
-		return nil // not delivered yet, or withdrawn
+// follow has the mark of a place be on what stands there, if that was delivered
+// and a lease is held, and on nothing else.
+func (g *group) follow(at place, f *config.File, held bool, m *marked) error {
+	if !held {
+		g.unmark(at, m)
+		return nil
 	}
+	file, err := deliver.Place(f)
 	if err != nil {
+		g.unmark(at, m)
+		if errors.Is(err, unix.ENOENT) {
+			return nil // not delivered yet, or withdrawn
+		}
 		return err
 	}
-	defer func() { _ = file.Close() }()
 	var st unix.Stat_t
-	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
-		return &os.PathError{Op: "stat", Path: f.Path, Err: err}
-	}
+	err = unix.Fstat(int(file.Fd()), &st)
 	now := inode{st.Dev, st.Ino}
-	// By the descriptor: what is looked at and what is marked is one file.
-	self := "/proc/self/fd/" + strconv.Itoa(int(file.Fd()))
-	g.mu.Lock()
-	before, known := g.inodes[at]
-	g.mu.Unlock()
-	if !known || before != now {
-		if err := watchable(self); err != nil {
-			return fmt.Errorf("%s: not watched: %w", f.Path, err)
-		}
+	if err == nil && m.file != nil && m.inode == now {
+		return file.Close() // marked while it had one name, it stays so with any number
 	}
+	g.unmark(at, m)
+	if err == nil {
+		err = deliver.Delivered(f, file)
+	}
+	if err == nil {
+		err = watchable(self(file))
+	}
+	if err == nil {
+		err = g.mark(at, file, now)
+	}
+	if err != nil {
+		_ = file.Close()
+		return fmt.Errorf("%s: not watched: %w", f.Path, err)
+	}
+	*m = marked{file, now}
+	return nil
+}
+
+// self is a path of what is open: what is looked at and what is marked is one file.
+func self(file *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(file.Fd())) }
+
+func (g *group) mark(at place, file *os.File, now inode) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.fd < 0 {
 		return nil
 	}
-	if err := unix.FanotifyMark(g.fd, unix.FAN_MARK_ADD, unix.FAN_OPEN_PERM, unix.AT_FDCWD, self); err != nil {
-		return &os.PathError{Op: "mark", Path: f.Path, Err: err}
+	if err := unix.FanotifyMark(g.fd, unix.FAN_MARK_ADD, unix.FAN_OPEN_PERM, unix.AT_FDCWD, self(file)); err != nil {
+		return fmt.Errorf("fanotify: mark: %w", err)
 	}
-	if known && before != now && g.places[before] == at {
-		delete(g.places, before)
-	}
-	g.places[now], g.inodes[at] = at, now
+	g.places[now] = at
 	return nil
+}
+
+// unmark removes a place's mark, unless another place has it by now.
+func (g *group) unmark(at place, m *marked) {
+	if m.file == nil {
+		return
+	}
+	g.mu.Lock()
+	if g.fd >= 0 && g.places[m.inode] == at {
+		delete(g.places, m.inode)
+		_ = unix.FanotifyMark(g.fd, unix.FAN_MARK_REMOVE, unix.FAN_OPEN_PERM, unix.AT_FDCWD, self(m.file))
+	}
+	g.mu.Unlock()
+	_ = m.file.Close()
+	*m = marked{}
 }
 
 // local are file systems that open a file without a word from a network's or a
 // user's program. On any other, one open that hangs would keep the agent from
-// answering for all credentials.
+// answering for all credentials. Of an overlay it is a guess: what its layers lie
+// on doesn't show.
 var local = []int64{unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, zfsMagic,
 	unix.OVERLAYFS_SUPER_MAGIC, unix.TMPFS_MAGIC, unix.RAMFS_MAGIC}
 
 const zfsMagic = 0x2fc12fc1
 
 // watchable says what keeps a file from being marked. For each event the kernel
-// opens the file for the agent, and where that fails it refuses the opener.
+// opens the file for the agent, and where that fails it refuses the opener. The
+// agent's own program is never marked: while it starts that it can't answer.
 func watchable(path string) error {
+	var st, own unix.Stat_t
+	if err := errors.Join(unix.Stat(path, &st), unix.Stat("/proc/self/exe", &own)); err != nil {
+		return fmt.Errorf("whether it is the agent's own program: %w", err)
+	}
+	if st.Dev == own.Dev && st.Ino == own.Ino {
+		return errors.New("it is the agent's own program")
+	}
 	var fs unix.Statfs_t
 	if err := unix.Statfs(path, &fs); err != nil {
 		return fmt.Errorf("its file system: %w", err)
@@ -313,22 +365,21 @@ func (g *group) event(fd int, e event) error {
 		return nil // was replaced in this moment
 	}
 	select {
-	case g.visits <- visit{at, v}:
+	case g.visits[at.credential] <- visit{at.path, v}:
 	default: // it is so many at once that this one is missed
 	}
 	return nil
 }
 
-// judge enters the visits of strangers. It is not done by who answers: it asks
-// the Runners, who may be opening a file of theirs just now.
-func (g *group) judge() {
-	for v := range g.visits {
-		c := g.o.Credentials[v.at.credential]
+// judge enters a credential's visits of strangers. It is not done by who answers:
+// it asks the Runner, which may be opening a file of its own just now.
+func (g *group) judge(c Credential, visits <-chan visit) {
+	for v := range visits {
 		lease, program := c.Held()
 		if lease == "" || owns(c.Config.Process, program, os.Getpid(), v.who) {
 			continue
 		}
 		k := kind{credential: c.Config.Name, exe: text(v.who.exe), uid: v.who.uid, unit: text(v.who.unit)}
-		g.queue.enter(&seen{k, attest.FileOpen{Lease: lease, Path: text(v.at.path), PID: v.who.pid, Exe: k.exe, Unit: k.unit}})
+		g.queue.enter(&seen{k, attest.FileOpen{Lease: lease, Path: text(v.path), PID: v.who.pid, Exe: k.exe, Unit: k.unit}})
 	}
 }

@@ -3,6 +3,7 @@ package witness
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"os/user"
 	"slices"
 	"strconv"
@@ -15,11 +16,10 @@ import (
 
 const (
 	again      = time.Hour // one Open of the same kind in this time
-	maxTold    = 1024      // kinds that are remembered
-	maxPending = 64        // Opens that wait for the broker
+	maxKinds   = 16        // of a credential's Opens in this time, and one that says that there are more
 	maxCall    = 16        // Opens of one call
 	callEvery  = 10 * time.Second
-	retryAfter = time.Minute // the broker takes one call a minute of who tells it much
+	retryAfter = time.Minute // the broker takes one call in five minutes of who tells it much
 	callTime   = 30 * time.Second
 )
 
@@ -36,21 +36,42 @@ type seen struct {
 	open attest.FileOpen // without its user's name
 }
 
-// A queue is what was seen and is to be told. It is bounded, whatever is done
-// to the files: when Opens come faster than they can be told, the first ones
-// stay and later ones are lost.
+// others stands in the executable's place, which is a path, for all after maxKinds.
+const others = "others: more than 16 within an hour"
+
+// A line is what is to be told of one credential.
+type line struct {
+	credential string
+	told       map[kind]time.Time // when it was entered
+	pending    []*seen
+}
+
+// A queue is what was seen and is to be told. It is bounded for each credential,
+// whatever is done to its files: when Opens come faster than they can be told,
+// the first ones stay and later ones are lost. Credentials take turns.
 type queue struct {
 	log  *slog.Logger
 	now  func() time.Time
 	wake chan struct{} // capacity 1: something is pending
 
-	mu      sync.Mutex
-	told    map[kind]time.Time // guarded by mu; when it was entered
-	pending []*seen            // guarded by mu
+	mu    sync.Mutex
+	lines []*line // guarded by mu; the first one's turn is next
 }
 
 func newQueue(log *slog.Logger, now func() time.Time) *queue {
-	return &queue{log: log, now: now, wake: make(chan struct{}, 1), told: map[kind]time.Time{}}
+	return &queue{log: log, now: now, wake: make(chan struct{}, 1)}
+}
+
+// line is a credential's; q.mu is held.
+func (q *queue) line(credential string) *line {
+	for _, l := range q.lines {
+		if l.credential == credential {
+			return l
+		}
+	}
+	l := &line{credential: credential, told: map[kind]time.Time{}}
+	q.lines = append(q.lines, l)
+	return l
 }
 
 // enter takes an open, unless it was told of or there is no room.
@@ -58,31 +79,21 @@ func (q *queue) enter(s *seen) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	now := q.now()
-	if at, ok := q.told[s.kind]; ok && now.Sub(at) < again || len(q.pending) == maxPending {
+	l := q.line(s.kind.credential)
+	maps.DeleteFunc(l.told, func(_ kind, at time.Time) bool { return now.Sub(at) >= again })
+	if _, ok := l.told[s.kind]; !ok && len(l.told) >= maxKinds {
+		s = &seen{kind{credential: s.kind.credential, exe: others, uid: -1}, attest.FileOpen{Lease: s.open.Lease, Path: s.open.Path, Exe: others}}
+	}
+	if _, ok := l.told[s.kind]; ok || len(l.pending) > maxKinds {
 		return
 	}
-	if len(q.told) >= maxTold {
-		q.forgetOldest()
-	}
 	s.open.Time = now
-	q.told[s.kind] = now
-	q.pending = append(q.pending, s)
+	l.told[s.kind] = now
+	l.pending = append(l.pending, s)
 	select {
 	case q.wake <- struct{}{}:
 	default:
 	}
-}
-
-// forgetOldest makes room; q.mu is held.
-func (q *queue) forgetOldest() {
-	var oldest kind
-	var since time.Time
-	for k, at := range q.told {
-		if since.IsZero() || at.Before(since) {
-			oldest, since = k, at
-		}
-	}
-	delete(q.told, oldest)
 }
 
 // next is what one call tells: of one lease, so that the broker's word about a
@@ -90,9 +101,16 @@ func (q *queue) forgetOldest() {
 func (q *queue) next() (batch []*seen) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for _, s := range q.pending {
-		if s.open.Lease == q.pending[0].open.Lease && len(batch) < maxCall {
-			batch = append(batch, s)
+	for range q.lines {
+		l := q.lines[0]
+		q.lines = append(q.lines[1:], l)
+		for _, s := range l.pending {
+			if s.open.Lease == l.pending[0].open.Lease && len(batch) < maxCall {
+				batch = append(batch, s)
+			}
+		}
+		if len(batch) > 0 {
+			break
 		}
 	}
 	return batch
@@ -102,10 +120,11 @@ func (q *queue) next() (batch []*seen) {
 func (q *queue) settle(batch []*seen, told bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.pending = slices.DeleteFunc(q.pending, func(s *seen) bool { return slices.Contains(batch, s) })
+	l := q.line(batch[0].kind.credential)
+	l.pending = slices.DeleteFunc(l.pending, func(s *seen) bool { return slices.Contains(batch, s) })
 	for _, s := range batch {
 		if !told {
-			delete(q.told, s.kind) // of the next lease it is told
+			delete(l.told, s.kind) // of the next lease it is told
 		}
 	}
 }

@@ -32,6 +32,7 @@ func told(t *testing.T, enter func(q *queue), answer func(n int) error, d time.D
 	q := newQueue(slog.New(slog.DiscardHandler), time.Now)
 	begin := time.Now()
 	go enter(q)
+	synctest.Wait() // for what is entered at once
 	q.tell(ctx, func(_ context.Context, opens []attest.FileOpen) error {
 		calls = append(calls, call{time.Since(begin), slices.Clone(opens)})
 		return answer(len(calls))
@@ -39,8 +40,10 @@ func told(t *testing.T, enter func(q *queue), answer func(n int) error, d time.D
 	return calls
 }
 
-func sight(q *queue, lease, exe string) {
-	q.enter(&seen{kind{credential: "c", exe: exe}, attest.FileOpen{Lease: lease, Exe: exe}})
+func sight(q *queue, lease, exe string) { sightOf(q, "c", lease, exe) }
+
+func sightOf(q *queue, credential, lease, exe string) {
+	q.enter(&seen{kind{credential: credential, exe: exe}, attest.FileOpen{Lease: lease, Exe: exe}})
 }
 
 func fine(int) error { return nil }
@@ -64,7 +67,7 @@ func TestThePace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		calls := told(t, func(q *queue) {
 			for i := range 40 {
-				sight(q, fmt.Sprint("l", i%2), fmt.Sprint("/bin/", i))
+				sightOf(q, fmt.Sprint("c", i/14), fmt.Sprint("l", i%4), fmt.Sprint("/bin/", i))
 			}
 		}, fine, time.Hour)
 		var sizes []int
@@ -79,8 +82,8 @@ func TestThePace(t *testing.T) {
 				}
 			}
 		}
-		if !slices.Equal(sizes, []int{16, 16, 4, 4}) {
-			t.Errorf("%v", sizes)
+		if want := []int{4, 4, 3, 4, 4, 3, 3, 3, 3, 3, 3, 3}; !slices.Equal(sizes, want) {
+			t.Errorf("%v, want %v", sizes, want)
 		}
 	})
 }
@@ -90,7 +93,7 @@ func TestThePace(t *testing.T) {
 func TestTheBrokerIsAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		calls := told(t, func(q *queue) {
-			for i := range 2 * maxPending {
+			for i := range 2 * maxKinds {
 				sight(q, "l", fmt.Sprint("/bin/", i))
 			}
 		}, func(n int) error {
@@ -99,17 +102,71 @@ func TestTheBrokerIsAway(t *testing.T) {
 			}
 			return nil
 		}, time.Hour)
-		if len(calls) != 3+maxPending/maxCall || calls[3].after != 3*retryAfter {
-			t.Fatalf("%d calls", len(calls))
+		if len(calls) != 5 || calls[3].after != 3*retryAfter || len(calls[3].opens) != maxKinds || calls[3].opens[0].Exe != "/bin/0" ||
+			calls[3].opens[maxKinds-1].Exe != fmt.Sprint("/bin/", maxKinds-1) {
+			t.Fatalf("%+v", calls)
 		}
-		var all []string
-		for _, c := range calls[3:] {
+		if o := calls[4].opens; len(o) != 1 || o[0] != (attest.FileOpen{Lease: "l", Exe: others, Time: o[0].Time}) {
+			t.Errorf("%+v", o)
+		}
+	})
+}
+
+// A flood of one credential's kinds is told of as such, hour by hour, and keeps
+// no other credential's out.
+func TestAFlood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n, since := 0, time.Now()
+		calls := told(t, func(q *queue) {
+			for range 3*3600 - 1 {
+				for range 10 {
+					sightOf(q, "flooded", "f", fmt.Sprint("/tmp/", n))
+					n++
+				}
+				if time.Since(since) == 10*time.Minute {
+					sightOf(q, "quiet", "q", "/bin/cat")
+				}
+				time.Sleep(time.Second)
+			}
+		}, fine, 3*time.Hour)
+		of := map[string]int{}
+		for _, c := range calls {
 			for _, o := range c.opens {
-				all = append(all, o.Exe)
+				switch {
+				case o.Lease == "q":
+					of["quiet"]++
+					if c.after > 10*time.Minute+callEvery {
+						t.Errorf("told after %v", c.after)
+					}
+				case o.Exe == others:
+					of["others"]++
+				default:
+					of["flooded"]++
+				}
 			}
 		}
-		if len(all) != maxPending || all[0] != "/bin/0" || all[maxPending-1] != fmt.Sprint("/bin/", maxPending-1) {
-			t.Errorf("%v", all)
+		if of["quiet"] != 1 || of["flooded"] != 3*maxKinds || of["others"] != 3 {
+			t.Errorf("%v", of)
+		}
+	})
+}
+
+// However much waits of one credential, or isn't taken, the next call is another's.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		calls := told(t, func(q *queue) {
+			for i := range 100 {
+				sightOf(q, "flooded", fmt.Sprint("f", i), fmt.Sprint("/bin/", i))
+			}
+			sightOf(q, "quiet", "q", "/bin/cat")
+		}, func(n int) error {
+			if n == 1 {
+				return errors.New("not this one")
+			}
+			return nil
+		}, time.Hour)
+		if len(calls) < 2 || calls[0].opens[0].Lease != "f0" || calls[1].opens[0].Lease != "q" {
+			t.Errorf("%+v", calls)
 		}
 	})
 }
@@ -133,22 +190,18 @@ func TestALeaseThatIsOver(t *testing.T) {
 	})
 }
 
+// What is remembered and what waits is bounded, also when hours go by without a broker.
 func TestTheMemoryIsBounded(t *testing.T) {
 	now := time.Now()
-	q := newQueue(slog.New(slog.DiscardHandler), func() time.Time { now = now.Add(time.Millisecond); return now })
-	enters := func(exe string) bool {
-		sight(q, "l", exe)
-		n := len(q.pending)
-		q.settle(q.next(), true)
-		return n == 1
-	}
-	for i := range maxTold {
-		if !enters(fmt.Sprint("/bin/", i)) {
-			t.Fatalf("%d is not entered", i)
+	q := newQueue(slog.New(slog.DiscardHandler), func() time.Time { return now })
+	for hour := range 3 {
+		for i := range 1000 {
+			sight(q, "l", fmt.Sprint("/bin/", hour, i))
 		}
-	}
-	if enters("/bin/0") || !enters("/bin/another") || len(q.told) != maxTold || enters("/bin/1") || !enters("/bin/0") {
-		t.Errorf("%d are remembered, and the oldest is not what is forgotten", len(q.told))
+		if l := q.line("c"); len(l.told) > maxKinds+1 || len(l.pending) != maxKinds+1 || len(q.lines) != 1 {
+			t.Errorf("hour %d: %d are remembered, %d wait", hour, len(l.told), len(l.pending))
+		}
+		now = now.Add(again)
 	}
 }
 

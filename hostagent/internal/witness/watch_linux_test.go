@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -21,6 +22,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -48,7 +50,7 @@ func start(t *testing.T, p config.Process) *bench {
 	b := &bench{dir: dir, file: filepath.Join(dir, "credential")}
 	b.write(t, b.file)
 	b.held.lease = "lease-1"
-	c := Credential{Config: &config.Credential{Name: "billing-db", Process: p, Files: []*config.File{{Path: b.file}}}, Held: func() (string, *process.Program) {
+	c := Credential{Config: &config.Credential{Name: "billing-db", Process: p, Files: []*config.File{{Path: b.file, Owner: "root"}}}, Held: func() (string, *process.Program) {
 		b.held.Lock()
 		defer b.held.Unlock()
 		return b.held.lease, b.held.program
@@ -181,6 +183,7 @@ func TestForeignOpener(t *testing.T) {
 	// By another name of the same file.
 	linked := b.copyOf(t, "/bin/cat", "by-a-link")
 	check.Nil(t, os.Link(b.file, filepath.Join(b.dir, "link")))
+	time.Sleep(2 * markEvery)
 	b.orphan(t, linked+" "+filepath.Join(b.dir, "link"))
 	if o := b.seen(t, linked); o.Path != b.file {
 		t.Errorf("%+v", o)
@@ -303,6 +306,123 @@ func TestReplaced(t *testing.T) {
 	b.seen(t, third)
 }
 
+// marks are those that the kernel has of this process.
+func marks(t *testing.T) (n int) {
+	t.Helper()
+	for _, d := range check.Must(os.ReadDir("/proc/self/fdinfo"))(t) {
+		text, _ := os.ReadFile("/proc/self/fdinfo/" + d.Name()) // some are closed by now
+		n += strings.Count(string(text), "fanotify ino:")
+	}
+	return n
+}
+
+func (b *bench) put(t *testing.T, path string) {
+	t.Helper()
+	check.Nil(t, os.Rename(path, b.file))
+	time.Sleep(2 * markEvery)
+}
+
+func (b *bench) marks(t *testing.T, when string, want int) {
+	t.Helper()
+	time.Sleep(2 * markEvery)
+	if got := marks(t); got != want {
+		t.Errorf("%s: %d marks, want %d", when, got, want)
+	}
+}
+
+// There is one mark while the credential stands in its place, and none else.
+func TestMarksComeAndGo(t *testing.T) {
+	b := start(t, config.Process{Exe: "/x"})
+	b.marks(t, "delivered", 1)
+	for i := range 3 { // what was there lives on
+		kept, next := filepath.Join(b.dir, "kept"+strconv.Itoa(i)), filepath.Join(b.dir, "next")
+		check.Nil(t, os.Rename(b.file, kept))
+		b.write(t, next)
+		b.put(t, next)
+	}
+	b.marks(t, "replaced", 1)
+	hold := func(lease string) { b.held.Lock(); b.held.lease = lease; b.held.Unlock() }
+	hold("")
+	b.marks(t, "without a lease", 0)
+	hold("lease-2")
+	b.marks(t, "with the next", 1)
+	check.Nil(t, os.Rename(b.file, b.file+".gone"))
+	b.marks(t, "withdrawn", 0)
+	b.put(t, b.file+".gone")
+	b.marks(t, "back", 1)
+	copied := b.copyOf(t, "/bin/cat", "helper")
+	b.orphan(t, copied+" "+b.file)
+	if o := b.seen(t, copied); o.Lease != "lease-2" {
+		t.Errorf("%+v", o)
+	}
+}
+
+// Who puts another's file in the credential's place has its opens neither held up
+// nor told of; his own file there is watched.
+func TestAnotherFileInItsPlace(t *testing.T) {
+	for name, change := range map[string]func(t *testing.T, path string){
+		"what was delivered": func(*testing.T, string) {},
+		"a link":             func(t *testing.T, path string) { check.Nil(t, os.Link(path, path+".2")) },
+		"another owner's":    func(t *testing.T, path string) { check.Nil(t, os.Chown(path, 65534, 65534)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := start(t, config.Process{Exe: "/x"})
+			other, helper := filepath.Join(b.dir, "other"), b.copyOf(t, "/bin/cat", "helper")
+			b.write(t, other)
+			change(t, other)
+			b.put(t, other)
+			b.orphan(t, helper+" "+b.file)
+			want := []string{helper}
+			if name != "what was delivered" {
+				b.marks(t, name, 0)
+				want = nil
+			}
+			b.write(t, b.file+".new")
+			b.put(t, b.file+".new")
+			b.only(t, want...)
+		})
+	}
+}
+
+// A credential's owner may give it the name of a command that the agent runs. The
+// agent waits for no answer of its own then: here it has one thread of Go's to do
+// both, and in its own process, which can be killed.
+func TestItsCommandIsTheFile(t *testing.T) {
+	const inside = "WITNESS_TEST_COMMAND"
+	if os.Getenv(inside) == "" {
+		ctx := check.Within(t, time.Minute)
+		cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
+		cmd.Env = append(os.Environ(), inside+"=1", "GOMAXPROCS=1")
+		if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	b := start(t, config.Process{Exe: "/x"})
+	b.put(t, b.copyOf(t, "/bin/true", "true"))
+	reload := filepath.Join(b.dir, "reload")
+	check.Nil(t, os.Link(b.file, reload))
+	b.marks(t, "linked", 1)
+	agent := check.Must(config.Parse("agent.hcl", fmt.Appendf(nil, `
+broker {
+  addresses = ["https://b:1"]
+  ca_sha256 = "%064d"
+}
+credential "c" {
+  process { unit = "x.service" }
+  file %q { template = "" }
+  on_change {
+    check = [%q]
+    exec  = [%q]
+  }
+}`, 0, b.file, b.file, reload)))(t)
+	o := agent.Credentials[0].OnChange
+	for range 3 {
+		check.Nil(t, errors.Join(deliver.Check(t.Context(), o, nil), deliver.Notify(t.Context(), o, process.Program{})))
+	}
+	b.only(t)
+}
+
 func descriptors(t *testing.T) int {
 	t.Helper()
 	return len(check.Must(os.ReadDir("/proc/self/fd"))(t))
@@ -371,6 +491,9 @@ func TestNotWatchable(t *testing.T) {
 	if err := watchable(b.file); err != nil {
 		t.Error(err)
 	}
+	if err := watchable("/proc/self/exe"); err == nil || !strings.Contains(err.Error(), "own program") {
+		t.Errorf("the agent's: %v", err)
+	}
 	if err := watchable("/proc/version"); err == nil || !strings.Contains(err.Error(), "file system") {
 		t.Errorf("on a file system of another kind: %v", err)
 	}
@@ -415,7 +538,7 @@ func BenchmarkOpen(b *testing.B) {
 		}
 	}
 	b.Run("plain", open)
-	c := Credential{Config: &config.Credential{Name: "x", Process: config.Process{Exe: "/x"}, Files: []*config.File{{Path: file}}}, Held: func() (string, *process.Program) { return "lease", nil }}
+	c := Credential{Config: &config.Credential{Name: "x", Process: config.Process{Exe: "/x"}, Files: []*config.File{{Path: file, Owner: "root"}}}, Held: func() (string, *process.Program) { return "lease", nil }}
 	ctx, cancel := context.WithCancel(b.Context())
 	done := make(chan error, 1)
 	go func() {

@@ -17,10 +17,16 @@
 // otherwise those that run its executable, the process that was attested, and
 // what descends from either. The agent's own are the agent and its commands.
 //
+// A folder's owner may put any file in a credential's place. What isn't as it was
+// delivered is never marked, so that nobody's opens of another's file wait or are
+// told, and a mark goes when its file leaves the place. Nothing that the agent
+// itself waits for while it can't answer may be marked: it starts no program but
+// its own (package deliver's command).
+//
 // What it doesn't see: what root hides, a descriptor that was opened before the
-// mark was set or handed on, and an open in the moment after a file was
-// replaced (markEvery at most). A hard link is the same file and is seen; a copy
-// is another.
+// mark was set or handed on, an open in the moment after a file was replaced
+// (markEvery at most), and a file that was moved out of its place. A hard link
+// made after the mark is the same file and is seen; a copy is another.
 package witness
 
 import (
