@@ -51,8 +51,8 @@ func (s Sensor) journalOnce(ctx context.Context, cursor *string, to *spool) erro
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "journalctl", args...)
-	var words bytes.Buffer
-	cmd.Stderr = &words
+	var said firstWords
+	cmd.Stderr = &said
 	out, err := cmd.StdoutPipe()
 	if err == nil {
 		err = cmd.Start()
@@ -65,8 +65,17 @@ func (s Sensor) journalOnce(ctx context.Context, cursor *string, to *spool) erro
 	running.Stop()
 	cancel()
 	_ = cmd.Wait()
-	said, _, _ := strings.Cut(strings.TrimSpace(words.String()), "\n")
-	return errors.Join(err, fmt.Errorf("journalctl ended: %.200s", said))
+	words, _, _ := strings.Cut(strings.TrimSpace(string(said)), "\n")
+	return errors.Join(err, fmt.Errorf("journalctl ended: %s", words))
+}
+
+// firstWords keep the beginning of what is written.
+type firstWords []byte
+
+func (f *firstWords) Write(p []byte) (int, error) {
+	const most = 200
+	*f = append(*f, p[:min(len(p), most-len(*f))]...)
+	return len(p), nil
 }
 
 // A marking is a spool that notes the cursor of the last line it has.
