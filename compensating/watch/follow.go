@@ -45,7 +45,7 @@ type follower struct {
 const (
 	again = 2 * time.Second // after the connection was lost
 	batch = 200 * time.Millisecond
-	// batchSize is how many leases are fetched for one update.
+	// batchSize is how many leases are fetched for one update, or opens told.
 	batchSize = 256
 	// behind is how long a record may lie in the broker before it is followed.
 	behind = time.Second
@@ -149,7 +149,7 @@ func (f *follower) follow(ctx context.Context) error {
 				return err
 			}
 		case <-tick.C:
-			for more := true; more && len(leases) < batchSize; {
+			for more := true; more && len(leases)+len(opens) < batchSize; {
 				select {
 				case r := <-records:
 					if err := take(r); err != nil {

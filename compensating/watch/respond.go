@@ -108,7 +108,7 @@ func (w *Watch) tell(ctx context.Context, s *speaker) {
 		if reopened {
 			r.Notices = nil
 		}
-		if r.over() && r.Told > 0 {
+		if r.over() && r.Told == count {
 			r.Closed = count
 		}
 		r.Told, w.changed = count, true
@@ -161,7 +161,7 @@ func report(ctx context.Context, client countersignv1connect.OperatorServiceClie
 		m.Evidence = append(m.Evidence, b)
 	}
 	over := ""
-	if r.over() && r.Told > 0 { // what was never told isn't closed before it is
+	if r.over() && r.Told == f.Count { // what wasn't told yet isn't closed before it is
 		over = brief(r.Over)
 	}
 	a, err := client.ReportFinding(ctx, connect.NewRequest(&v1.ReportFindingRequest{Finding: m, Over: over}))

@@ -3,6 +3,7 @@ package watch
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"testing"
 	"time"
@@ -56,7 +57,13 @@ func TestToldWhenThereIsRoom(t *testing.T) {
 		now = now.Add(2 * time.Minute)
 		w.tell(t.Context(), s)
 	}
-	if len(b.over) != 2 || b.over[0] != "" || b.over[1] != "it speaks again" {
-		t.Errorf("told %q", b.over)
+	// It happens again, and is over before that was told.
+	w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: "db", Time: now, Cause: "silent db", Why: "it says nothing"}})
+	r.OverAt = 2
+	for range 3 {
+		w.tell(t.Context(), s)
+	}
+	if got, want := fmt.Sprintf("%q", b.over), `["" "it speaks again" "" "it speaks again"]`; got != want {
+		t.Errorf("told %s, want %s", got, want)
 	}
 }

@@ -22,8 +22,8 @@ type Open struct {
 	Unit  string    `json:"unit,omitempty"`
 }
 
-// OpenedKind is what an audit record of an Open is called.
-const OpenedKind = "credential.opened"
+// openedKind is what an audit record of an Open is called.
+const openedKind = "credential.opened"
 
 // maxSeen bounds a text of an Open as it is kept.
 const maxSeen = 512
@@ -46,7 +46,7 @@ func (d *Desk) Witness(ctx context.Context, conn *challenge.Conn, opens []Open, 
 				o.Time = now // no clock of a host's moves it to another lease's time
 			}
 			o.Path, o.Exe, o.User, o.Unit = bounded(o.Path, maxSeen), bounded(o.Exe, maxSeen), bounded(o.User, maxSeen), bounded(o.Unit, maxSeen)
-			r := audit.Record{Time: now, Kind: OpenedKind, Actor: "host:" + grants[i].Host, Host: grants[i].Host, Scope: grants[i].Scope, Lease: grants[i].ID, Request: request}
+			r := audit.Record{Time: now, Kind: openedKind, Actor: "host:" + grants[i].Host, Host: grants[i].Host, Scope: grants[i].Scope, Lease: grants[i].ID, Request: request}
 			if _, err := audit.Append(tx, r, o); err != nil {
 				return err
 			}

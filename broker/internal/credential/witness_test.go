@@ -46,7 +46,7 @@ func entered(t *testing.T, d *Desk) (records []audit.Record, opens []Open) {
 		return audit.Read(tx, 0, 100, func(_ int64, body []byte) error {
 			var r audit.Record
 			var o Open
-			if err := json.Unmarshal(body, &r); err != nil || r.Kind != OpenedKind {
+			if err := json.Unmarshal(body, &r); err != nil || r.Kind != openedKind {
 				return err
 			}
 			records = append(records, r)

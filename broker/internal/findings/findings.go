@@ -146,8 +146,8 @@ func reported(f, r Finding, now time.Time) (Finding, bool) {
 	return r, again
 }
 
-// onTopOf is a report with what was known before. Whoever may report may not close,
-// and so can't make less of a finding either.
+// onTopOf is a report with what was known before. Whoever reports makes nothing less of
+// a finding: evidence closes what passes (Settles), and all else is an operator's.
 func (f Finding) onTopOf(before Finding) Finding {
 	f.NHI, f.Lease, f.Host, f.Scope, f.Account = before.NHI, before.Lease, before.Host, before.Scope, before.Account
 	if risks[f.Severity] < risks[before.Severity] {

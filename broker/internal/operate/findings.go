@@ -21,8 +21,8 @@ func told(f findings.Finding) map[string]any {
 }
 
 // Report enters a finding, and closes one that is known where over says how evidence
-// shows that its cause is. The log has a record where it is new, happened again or is closed, and none
-// for each further sighting.
+// shows that its cause is. The log has a record where it is new, happened again or is
+// closed, and none for each further sighting.
 func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over string) (findings.Finding, findings.Outcome, error) {
 	if err := a.need(Responder); err != nil {
 		return f, findings.Known, err
