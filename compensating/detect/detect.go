@@ -81,7 +81,7 @@ type Span struct {
 
 type program struct{ host, scope string }
 
-// maxReads bounds the reads that wait for judgement.
+// maxReads bounds the reads that wait for judgement: so many are judged at once.
 const maxReads = 1 << 16
 
 // maxOpeners bounds the programs that opened a credential's file and have a finding each.
@@ -102,6 +102,9 @@ func (j *Judge) Save() State {
 	j.seen.Used = map[string][]string{}
 	for p := range j.used {
 		j.seen.Used[p.host] = append(j.seen.Used[p.host], p.scope)
+	}
+	for _, scopes := range j.seen.Used {
+		slices.Sort(scopes)
 	}
 	return j.seen
 }
@@ -197,21 +200,20 @@ func (j *Judge) governed(s sightings.Sighting) bool {
 	})
 }
 
-// Known says whether the ledger explains a sighting, or never will. One that it
-// doesn't may be of what it hears of later.
+// Known reports whether the ledger has what a sighting is of. Otherwise it may hear of
+// it later: of the credential, or of a trap that a failed login touched.
 func (j *Judge) Known(s sightings.Sighting) (bool, error) {
 	if _, trap := j.trap(s); trap {
 		return true, nil
 	}
 	switch s.Kind {
 	case sightings.Read:
-		known, err := j.ours(s)
-		return known, err
-	case sightings.Login:
-		entries, err := j.entries(s)
-		return len(entries) > 0, err
+		return j.ours(s)
+	case sightings.Open:
+		return true, nil // the broker's log has it, behind what it is of
 	}
-	return true, nil
+	entries, err := j.entries(s)
+	return len(entries) > 0, err
 }
 
 // Explains says whether the ledger has what a sighting shows, by the time of it: a
@@ -375,10 +377,13 @@ func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
 		}
 		return nil, nil
 	}
-	if j.paths[s.VaultPath] && len(j.seen.Reads) < maxReads {
-		j.seen.Reads = append(j.seen.Reads, s)
+	if !j.paths[s.VaultPath] {
+		return nil, nil
 	}
-	return nil, nil
+	if j.seen.Reads = append(j.seen.Reads, s); len(j.seen.Reads) < maxReads {
+		return nil, nil
+	}
+	return j.Reads() // who reads for the broker may show later, but what was seen isn't let go
 }
 
 // opened judges that a credential's file was opened by a program that isn't its own, by

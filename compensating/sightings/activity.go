@@ -1,9 +1,12 @@
 package sightings
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -24,6 +27,8 @@ type Activity struct {
 	single
 	seen  map[string]bool
 	order []string // of seen, oldest first
+
+	forgotten int // sessions before order
 }
 
 // NewActivity makes a reader.
@@ -32,12 +37,18 @@ func NewActivity(source string) *Activity {
 }
 
 type activityState struct {
-	Health Health   `json:"health"`
-	Seen   []string `json:"seen,omitempty"`
+	Health Health         `json:"health"`
+	Seen   map[string]int `json:"sessions,omitempty"` // with the number that each has in their order
 }
 
 // Save is what Restore takes.
-func (a *Activity) Save() ([]byte, error) { return json.Marshal(activityState{a.health, a.order}) }
+func (a *Activity) Save() ([]byte, error) {
+	s := activityState{a.health, make(map[string]int, len(a.order))}
+	for i, key := range a.order {
+		s.Seen[key] = a.forgotten + i
+	}
+	return json.Marshal(s)
+}
 
 // Restore goes on from where Save was called.
 func (a *Activity) Restore(b []byte) error {
@@ -45,9 +56,13 @@ func (a *Activity) Restore(b []byte) error {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return err
 	}
-	a.health, a.order = s.Health, s.Seen
-	for _, key := range s.Seen {
+	a.health = s.Health
+	a.order = slices.SortedFunc(maps.Keys(s.Seen), func(x, y string) int { return cmp.Compare(s.Seen[x], s.Seen[y]) })
+	for _, key := range a.order {
 		a.seen[key] = true
+	}
+	if len(a.order) > 0 {
+		a.forgotten = s.Seen[a.order[0]]
 	}
 	return nil
 }
@@ -76,7 +91,7 @@ func (a *Activity) Line(number int64, line []byte, emit func(Sighting)) {
 	a.seen[key], a.order = true, append(a.order, key)
 	if len(a.order) > maxSessions {
 		delete(a.seen, a.order[0])
-		a.order = a.order[1:]
+		a.order, a.forgotten = a.order[1:], a.forgotten+1
 	}
 	emit(Sighting{Time: start, Kind: Login, Source: a.source, Line: number, Account: bounded(l.User), Target: bounded(l.Database), From: l.From.Unmap().WithZone(""),
 		Local: !l.From.IsValid(), Program: bounded(l.Program)})

@@ -7,10 +7,14 @@
 // before a place are kept, too: where they aren't there any more the file was
 // written anew, and is read from its start.
 //
+// Reading is the caller's to pace: a call stops between two lines when it is told to.
+// A round over the files reads each up to the size that it had when its turn came, so a
+// log that grows as fast as it is read keeps no other from its turn.
+//
 // What can't be helped: of a file that is copied and truncated, what was written
 // between the last look and the truncation is lost; have it renamed. A file that was
-// renamed, compressed and removed while nobody read is lost from its place on, and
-// Lost says so.
+// renamed, compressed and removed while nobody read is lost from its place on. Lost
+// returns the files of which that is known.
 package tail
 
 import (
@@ -50,6 +54,16 @@ type Place struct {
 	Before []byte `json:"before,omitempty"` // the bytes before Offset, up to 32
 }
 
+// A Line is one line of a file, without its end.
+type Line struct {
+	Path   string
+	Number int64
+	Text   []byte // good until the callback returns
+	// Since is a time at which the line was already in the file, by the reader's clock
+	// and not by the log's: whoever wrote it had written it by then.
+	Since time.Time
+}
+
 type id struct{ device, inode uint64 }
 
 type file struct {
@@ -58,13 +72,19 @@ type file struct {
 	rest  []byte // of a line that isn't whole
 	gone  time.Time
 	found bool
+	// The file had size bytes at seen. A pass reads up to there, and no further: the
+	// files take turns.
+	size int64
+	seen time.Time
 }
 
 // A Tail follows the files of one pattern. It is not safe for concurrent use.
 type Tail struct {
 	pattern string
 	files   map[id]*file
+	pass    []*file // what is still to be read of this round, oldest first
 	lost    []string
+	buffer  []byte
 	now     func() time.Time
 }
 
@@ -74,7 +94,7 @@ func New(pattern string, places []Place, now func() time.Time) (*Tail, error) {
 	if _, err := filepath.Match(pattern, ""); err != nil || !filepath.IsAbs(pattern) {
 		return nil, fmt.Errorf("path %q: want an absolute path, or a pattern of them", pattern)
 	}
-	t := &Tail{pattern: pattern, files: map[id]*file{}, now: now}
+	t := &Tail{pattern: pattern, files: map[id]*file{}, buffer: make([]byte, chunk), now: now}
 	for _, p := range places {
 		p.Before = slices.Clone(p.Before)
 		t.files[id{p.Device, p.Inode}] = &file{Place: p}
@@ -98,9 +118,14 @@ func New(pattern string, places []Place, now func() time.Time) (*Tail, error) {
 	return t, nil
 }
 
-// Lost are the paths of files that were not found again, with what they may have
-// had behind their places.
-func (t *Tail) Lost() []string { return t.lost }
+// Lost returns the paths of files that held bytes which nobody can read any more: files
+// that weren't found again, and files that were truncated before they were read to the
+// end. Each path is returned once.
+func (t *Tail) Lost() []string {
+	lost := t.lost
+	t.lost = nil
+	return lost
+}
 
 // open begins or goes on to read path. Unless fresh, only where it has a place.
 func (t *Tail) open(path string, fresh bool) (*file, error) {
@@ -138,17 +163,45 @@ func (t *Tail) open(path string, fresh bool) (*file, error) {
 }
 
 // Poll gives the whole lines that are new; of one that is longer than MaxLine the
-// beginning, and more of it to rest. It returns whether there were any. An error names
-// the file; the others are read all the same.
-func (t *Tail) Poll(line func(path string, number int64, line []byte), rest func(part []byte)) (bool, error) {
+// beginning, and more of it to rest. It asks before each line, and between the parts of
+// a long one, whether it may read on; when more returns false it stops there, and the
+// next Poll goes on from there.
+//
+// It reports whether it read anything, and whether it left something that it could have
+// read. An error names the file; the others are read all the same.
+func (t *Tail) Poll(more func() bool, line func(Line), rest func(part []byte)) (some, behind bool, err error) {
+	failed := t.find()
+
+	if len(t.pass) == 0 {
+		t.begin()
+	}
+	for len(t.pass) > 0 && more() {
+		f := t.pass[0]
+		grew, whole, lost, err := f.read(t, more, line, rest)
+		if lost {
+			t.lost = append(t.lost, f.Path)
+		}
+		failed = errors.Join(failed, err)
+		some = some || grew
+		if err == nil && !whole {
+			break
+		}
+		t.pass = t.pass[1:]
+		t.left(f, grew, line)
+	}
+	return some, len(t.pass) > 0, failed
+}
+
+// find opens what the pattern names: a file that is renamed or removed before its turn
+// is read all the same.
+func (t *Tail) find() (failed error) {
 	paths, err := filepath.Glob(t.pattern)
 	if err != nil {
-		return false, err
+		return err
 	}
 	for _, f := range t.files {
 		f.found = false
 	}
-	var failed error
 	for _, path := range paths {
 		f, err := t.open(path, true)
 		if f == nil && err == nil && len(t.files) >= MaxFiles {
@@ -161,13 +214,16 @@ func (t *Tail) Poll(line func(path string, number int64, line []byte), rest func
 			f.found = true
 		}
 	}
-	some := false
-	// Oldest first: what one session wrote goes on in the next file.
-	list := make([]*file, 0, len(t.files))
+	return failed
+}
+
+// begin starts a round over all files, oldest first: what one session wrote goes on in
+// the next file.
+func (t *Tail) begin() {
 	for _, f := range t.files {
-		list = append(list, f)
+		t.pass = append(t.pass, f)
 	}
-	slices.SortFunc(list, func(a, b *file) int {
+	slices.SortFunc(t.pass, func(a, b *file) int {
 		if a.found != b.found && !a.found {
 			return -1
 		} else if a.found != b.found {
@@ -175,51 +231,62 @@ func (t *Tail) Poll(line func(path string, number int64, line []byte), rest func
 		}
 		return cmp.Compare(a.Path, b.Path)
 	})
-	for _, f := range list {
-		grew, err := f.read(line, rest)
-		failed = errors.Join(failed, err)
-		some = some || grew
-		switch {
-		case f.found || grew:
-			f.gone = time.Time{}
-		case f.gone.IsZero():
-			f.gone = t.now()
-		case t.now().Sub(f.gone) > linger:
-			if len(f.rest) > 0 { // the writer ended in the middle of a line
-				line(f.Path, f.Line+1, f.rest)
-			}
-			_ = f.f.Close()
-			delete(t.files, id{f.Device, f.Inode})
-		}
-	}
-	return some, failed
 }
 
-func (f *file) read(line func(string, int64, []byte), rest func([]byte)) (grew bool, err error) {
+// left lets go of a file that has had no name for long, once it was read to its end.
+func (t *Tail) left(f *file, grew bool, line func(Line)) {
+	switch {
+	case f.found || grew:
+		f.gone = time.Time{}
+	case f.gone.IsZero():
+		f.gone = t.now()
+	case t.now().Sub(f.gone) > linger:
+		if len(f.rest) > 0 { // the writer ended in the middle of a line
+			line(Line{f.Path, f.Line + 1, f.rest, f.seen})
+		}
+		_ = f.f.Close()
+		delete(t.files, id{f.Device, f.Inode})
+	}
+}
+
+// read gives lines up to the size that the file had when this began, and reports
+// whether it came to there. Where the file was written anew it begins anew, and reports
+// whether it had known of bytes that are lost thereby.
+func (f *file) read(t *Tail, more func() bool, line func(Line), rest func([]byte)) (grew, whole, lost bool, err error) {
 	info, err := f.f.Stat()
 	if err != nil {
-		return false, err
+		return false, false, false, err
 	}
-	at := f.Offset + int64(len(f.rest))
-	if info.Size() == at {
-		return false, nil
-	}
-	if info.Size() < at || !f.unchanged() {
+	if info.Size() < f.Offset+int64(len(f.rest)) || !f.unchanged() {
+		lost = f.size > f.Offset+int64(len(f.rest))
 		f.Place = Place{Device: f.Device, Inode: f.Inode, Path: f.Path}
-		f.rest = nil
+		f.rest, f.size = nil, 0
 	}
-	buffer := make([]byte, chunk)
+	if f.Offset+int64(len(f.rest)) >= f.size {
+		f.size, f.seen = info.Size(), t.now()
+	}
+
 	for {
-		n, err := f.f.ReadAt(buffer, f.Offset+int64(len(f.rest)))
+		at := f.Offset + int64(len(f.rest))
+		left := f.size - at
+		if left <= 0 {
+			return grew, true, lost, nil
+		}
+		if !more() {
+			return grew, false, lost, nil
+		}
+		n, err := f.f.ReadAt(t.buffer[:min(left, chunk)], at)
 		if n > 0 {
 			grew = true
-			f.take(buffer[:n], line, rest)
+			if !f.take(t.buffer[:n], more, line, rest) {
+				return grew, false, lost, nil
+			}
 		}
 		if errors.Is(err, io.EOF) {
-			return grew, nil
+			return grew, true, lost, nil // truncated just now: the next look finds it
 		}
 		if err != nil {
-			return grew, fmt.Errorf("%s: %w", f.Path, err)
+			return grew, false, lost, fmt.Errorf("%s: %w", f.Path, err)
 		}
 	}
 }
@@ -234,30 +301,34 @@ func (f *file) unchanged() bool {
 	return n == len(b) && (err == nil || errors.Is(err, io.EOF)) && bytes.Equal(b, f.Before)
 }
 
-// take gives the lines that are whole now.
-func (f *file) take(b []byte, line func(string, int64, []byte), rest func([]byte)) {
-	for len(b) > 0 {
+// take gives the lines that are whole now, and reports whether it took all of b.
+func (f *file) take(b []byte, more func() bool, line func(Line), rest func([]byte)) bool {
+	give := func(text []byte) { line(Line{f.Path, f.Line + 1, text, f.seen}) }
+	for first := true; len(b) > 0; first = false {
+		if !first && !more() {
+			return false
+		}
 		end := bytes.IndexByte(b, '\n')
 		switch {
 		case end < 0 && f.Skip:
 			rest(b)
 			f.advance(b)
-			return
+			return true
 		case end < 0:
 			f.rest = append(f.rest, b...)
 			if len(f.rest) > MaxLine {
-				line(f.Path, f.Line+1, f.rest[:MaxLine])
+				give(f.rest[:MaxLine])
 				rest(f.rest[MaxLine:])
 				f.advance(f.rest)
 				f.rest, f.Skip = nil, true
 			}
-			return
+			return true
 		case f.Skip:
 			rest(b[:end])
 			f.Skip = false
 		case len(f.rest) > 0:
 			f.rest = append(f.rest, b[:end]...)
-			line(f.Path, f.Line+1, f.rest)
+			give(f.rest)
 			f.advance(f.rest)
 			f.rest = f.rest[:0]
 			f.advance(b[end : end+1])
@@ -265,12 +336,13 @@ func (f *file) take(b []byte, line func(string, int64, []byte), rest func([]byte
 			b = b[end+1:]
 			continue
 		default:
-			line(f.Path, f.Line+1, b[:end])
+			give(b[:end])
 		}
 		f.advance(b[:end+1])
 		f.Line++
 		b = b[end+1:]
 	}
+	return true
 }
 
 // advance moves the place behind b.

@@ -50,17 +50,20 @@ func (r *reader) restart(places []tail.Place) {
 func (r *reader) poll() string {
 	r.t.Helper()
 	var out []string
-	if _, err := r.tail.Poll(func(path string, number int64, line []byte) {
-		text := string(line)
+	_, behind, err := r.tail.Poll(always, func(l tail.Line) {
+		text := string(l.Text)
 		if len(text) > 20 {
 			text = fmt.Sprint(len(text))
 		}
-		out = append(out, fmt.Sprint(filepath.Base(path), ":", number, ":", text))
-	}, func(part []byte) { r.rest += len(part) }); err != nil {
-		r.t.Fatal(err)
+		out = append(out, fmt.Sprint(filepath.Base(l.Path), ":", l.Number, ":", text))
+	}, func(part []byte) { r.rest += len(part) })
+	if err != nil || behind {
+		r.t.Fatal(behind, err)
 	}
 	return strings.Join(out, " ")
 }
+
+func always() bool { return true }
 
 func (r *reader) want(words string) {
 	r.t.Helper()
@@ -234,7 +237,7 @@ func TestKilledAnywhere(t *testing.T) {
 			t.Fatal(err)
 		}
 		var lines []string
-		if _, err := f.Poll(func(_ string, _ int64, line []byte) { lines = append(lines, string(line)) }, nil); err != nil {
+		if _, _, err := f.Poll(always, func(l tail.Line) { lines = append(lines, string(l.Text)) }, nil); err != nil {
 			t.Fatal(err)
 		}
 		if step%3 == 0 { // killed before it kept what it saw
@@ -248,12 +251,151 @@ func TestKilledAnywhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Poll(func(_ string, _ int64, line []byte) { got = append(got, string(line)) }, nil); err != nil {
+	if _, _, err := f.Poll(always, func(l tail.Line) { got = append(got, string(l.Text)) }, nil); err != nil {
 		t.Fatal(err)
 	}
 	slices.Sort(got)
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
 		t.Errorf("%d lines, want %d", len(got), len(want))
+	}
+}
+
+// limited is Poll with room for n questions: it returns the lines that came, and
+// whether there were more.
+func (r *reader) limited(n int) (out []tail.Line, behind bool) {
+	r.t.Helper()
+	_, behind, err := r.tail.Poll(func() bool { n--; return n >= 0 }, func(l tail.Line) {
+		l.Path, l.Text = filepath.Base(l.Path), slices.Clone(l.Text)
+		out = append(out, l)
+	}, func(part []byte) { r.rest += len(part) })
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return out, behind
+}
+
+// A reader that stops after any number of lines, and is restarted there or not, gives
+// each line once and in order.
+func TestStopsAnywhere(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	var want []string
+	for i := range 5000 {
+		want = append(want, fmt.Sprint("line ", i, strings.Repeat(".", i*37%300)))
+	}
+	write(t, log, strings.Join(want, "\n")+"\n", os.O_APPEND)
+
+	r := open(t, log)
+	var got []string
+	for turn, behind := 0, true; behind; turn++ {
+		var lines []tail.Line
+		lines, behind = r.limited(2 + turn*53%97)
+		if len(lines) > 99 {
+			t.Fatalf("%d lines at once", len(lines))
+		}
+		for _, l := range lines {
+			if got = append(got, string(l.Text)); l.Number != int64(len(got)) {
+				t.Fatalf("line %d has the number %d", len(got), l.Number)
+			}
+		}
+		if turn%7 == 3 {
+			r.restart(r.tail.Places())
+			behind = true
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("%d lines, want %d", len(got), len(want))
+	}
+}
+
+// A line that has no end is read in parts, too.
+func TestStopsInALongLine(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	write(t, log, strings.Repeat("x", 5*tail.MaxLine)+"\nb\n", os.O_APPEND)
+	r := open(t, log)
+	turns, lines := 0, 0
+	for behind := true; behind; turns++ {
+		var some []tail.Line
+		some, behind = r.limited(3)
+		lines += len(some)
+	}
+	if turns < 20 || lines != 2 || r.rest != 4*tail.MaxLine {
+		t.Errorf("%d turns, %d lines, %d bytes behind what was given", turns, lines, r.rest)
+	}
+}
+
+// A log that grows as fast as it is read keeps no other from its turn.
+func TestTurns(t *testing.T) {
+	dir := t.TempDir()
+	busy, quiet := filepath.Join(dir, "a.log"), filepath.Join(dir, "b.log")
+	write(t, busy, strings.Repeat("busy\n", 10), os.O_APPEND)
+	write(t, quiet, "quiet\n", os.O_APPEND)
+	r := open(t, filepath.Join(dir, "*.log"))
+	for turn := range 20 {
+		lines, _ := r.limited(5)
+		if slices.ContainsFunc(lines, func(l tail.Line) bool { return l.Path == "b.log" }) {
+			return
+		}
+		write(t, busy, strings.Repeat("busy\n", 5+turn), os.O_APPEND)
+	}
+	t.Error("the quiet log was never read")
+}
+
+// Since is when a line was seen to be there: however long reading takes, what was there
+// at its beginning was.
+func TestSince(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	write(t, log, "a\nb\nc\n", os.O_APPEND)
+	r := open(t, log)
+	start := r.now
+	var got []string
+	for behind := true; behind; {
+		var lines []tail.Line
+		lines, behind = r.limited(3)
+		for _, l := range lines {
+			got = append(got, fmt.Sprint(string(l.Text), l.Since.Sub(start)))
+		}
+		if r.now = r.now.Add(time.Minute); r.now.Sub(start) == time.Minute {
+			write(t, log, "d\n", os.O_APPEND)
+			behind = true
+		}
+	}
+	for _, l := range func() []tail.Line { l, _ := r.limited(9); return l }() {
+		got = append(got, fmt.Sprint(string(l.Text), l.Since.Sub(start)))
+	}
+	if want := "a0s b0s c0s d2m0s"; strings.Join(got, " ") != want {
+		t.Errorf("%v, want %s", got, want)
+	}
+}
+
+// A file that is removed, or truncated, before its turn came.
+func TestGoneUnread(t *testing.T) {
+	dir := t.TempDir()
+	log := filepath.Join(dir, "log")
+	write(t, log, "a\nb\nc\n", os.O_APPEND)
+	r := open(t, log)
+	if lines, behind := r.limited(3); len(lines) == 0 || !behind {
+		t.Fatal(lines, behind)
+	}
+	if err := os.Remove(log); err != nil {
+		t.Fatal(err)
+	}
+	r.now = r.now.Add(time.Hour)
+	lines, _ := r.limited(9)
+	if len(lines) == 0 || string(lines[len(lines)-1].Text) != "c" || len(r.tail.Lost()) != 0 {
+		t.Errorf("removed: %v", lines)
+	}
+
+	write(t, log, "aa\nbb\ncc\n", os.O_APPEND)
+	if lines, behind := r.limited(4); len(lines) == 0 || !behind {
+		t.Fatal(lines, behind)
+	}
+	write(t, log, "d\n", os.O_TRUNC)
+	lines, _ = r.limited(9)
+	if len(lines) != 1 || string(lines[0].Text) != "d" {
+		t.Errorf("truncated: %v", lines)
+	}
+	if lost := r.tail.Lost(); !slices.Equal(lost, []string{log}) || len(r.tail.Lost()) != 0 {
+		t.Errorf("lost %v, want %s once", lost, log)
 	}
 }

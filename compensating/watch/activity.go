@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -118,6 +119,9 @@ func once(ctx context.Context, conn *pgx.Conn, to *spool, known map[session]bool
 		if err := to.write(lines); err != nil {
 			return err
 		}
+	}
+	if len(here) >= maxAsked {
+		to.turnAway(fmt.Sprintf("there are more than %d sessions, and only so many are asked for", maxAsked))
 	}
 	clear(known)
 	for id := range here {

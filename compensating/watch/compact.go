@@ -2,6 +2,7 @@ package watch
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"os"
@@ -25,12 +26,15 @@ const (
 // compact writes the ledger anew once most of it was replaced by later lines: each
 // entry once, and without those that ended long ago. Of each program the newest stays,
 // for what is unlike it. A ledger that can't be written anew serves as it is.
-func (w *Watch) compact() error {
+func (w *Watch) compact(ctx context.Context) error {
 	if w.size < compactFrom || w.size < 2*w.index.Size() {
 		return nil
 	}
 	before, entries := w.size, w.index.Len()
-	name, err := w.rewrite()
+	name, err := w.rewrite(ctx)
+	if ctx.Err() != nil {
+		return nil // another time
+	}
 	if err != nil {
 		w.log.Warn("the ledger can't be written anew, and grows", "err", err)
 		return nil
@@ -50,7 +54,7 @@ func (w *Watch) compact() error {
 }
 
 // rewrite makes the new file, and gives its name.
-func (w *Watch) rewrite() (name string, err error) {
+func (w *Watch) rewrite(ctx context.Context) (name string, err error) {
 	newest := map[string]bool{}
 	if err := w.index.Programs(func(list []ledger.Entry) error {
 		newest[list[len(list)-1].ID] = true
@@ -65,6 +69,9 @@ func (w *Watch) rewrite() (name string, err error) {
 	}
 	out := bufio.NewWriterSize(f, 1<<20)
 	err = w.index.Each(func(e ledger.Entry) error {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		if end := e.End(); !newest[e.ID] && !end.IsZero() && w.now().Sub(end) > keepEnded {
 			return nil
 		}

@@ -44,7 +44,7 @@ func TestCompact(t *testing.T) {
 			give(entry(i))
 		}
 	}
-	if err := w.compact(); err != nil {
+	if err := w.compact(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	check := func(when string) {
@@ -82,7 +82,7 @@ func TestCompact(t *testing.T) {
 	}
 	w.config.StateDir = filepath.Join(dir, "absent")
 	before := w.size
-	if err := w.compact(); err != nil || w.size != before {
+	if err := w.compact(t.Context()); err != nil || w.size != before {
 		t.Errorf("%v, %d bytes of %d", err, w.size, before)
 	}
 }

@@ -50,6 +50,23 @@ type spool struct {
 	waiting int64
 	failed  string // why nothing comes
 	since   time.Time
+	turned  int // how often a sender was turned away
+	why     string
+}
+
+// turnAway notes that a sender was, with what he had.
+func (s *spool) turnAway(why string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.turned++
+	s.why = why
+}
+
+// turnedAway is how often senders were, and why the last one.
+func (s *spool) turnedAway() (int, string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.turned, s.why
 }
 
 // fails notes why nothing comes, until something does.
@@ -150,6 +167,17 @@ func (s *spool) drop(places []tail.Place) {
 	}
 }
 
+// unrepeated is a spool for what may not be sent a second time.
+type unrepeated struct{ *spool }
+
+func (o unrepeated) write(lines []byte) error {
+	err := o.spool.write(lines)
+	if err != nil {
+		o.turnAway(err.Error())
+	}
+	return err
+}
+
 // listen takes what is sent to a sensor's address until ctx ends.
 func (s Sensor) listen(ctx context.Context, to *spool, log *slog.Logger) error {
 	u, err := url.Parse(s.Listen)
@@ -195,13 +223,14 @@ func (s Sensor) accept(ctx context.Context, l net.Listener, to *spool, log *slog
 		select {
 		case slots <- struct{}{}:
 		default:
+			to.turnAway(fmt.Sprintf("%d others are connected", maxSenders))
 			_ = conn.Close()
 			continue
 		}
 		go func() {
 			defer func() { <-slots }()
 			defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-			if err := receive(idler{conn}, to); err != nil && ctx.Err() == nil {
+			if err := receive(idler{conn}, unrepeated{to}); err != nil && ctx.Err() == nil {
 				log.Warn("a sender was hung up on", "sensor", s.Name, "err", err)
 			}
 			_ = conn.Close()
@@ -273,6 +302,7 @@ func (s Sensor) endpoint(to *spool) http.Handler {
 		}
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 		if err != nil {
+			to.turnAway(err.Error())
 			http.Error(w, err.Error(), http.StatusRequestEntityTooLarge)
 			return
 		}
@@ -288,7 +318,7 @@ func (s Sensor) endpoint(to *spool) http.Handler {
 		if len(lines) > 0 && lines[len(lines)-1] != '\n' {
 			lines = append(slices.Clip(lines), '\n')
 		}
-		if err := to.write(lines); err != nil {
+		if err := (unrepeated{to}).write(lines); err != nil {
 			http.Error(w, "what was sent can't be kept; send it again later", http.StatusServiceUnavailable)
 			return
 		}

@@ -99,18 +99,18 @@ func TestSensorsThatListen(t *testing.T) {
 
 	w = open()
 	defer w.Close()
-	if err := w.poll(); err != nil {
+	if err := w.pollNow(); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range w.sensors {
 		s.reader.Flush(func(seen sightings.Sighting) {
-			if err := w.see(seen); err != nil {
+			if err := w.see(s.queue, seen, w.now()); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	w.synced = time.Now().Add(time.Hour)
-	if err := errors.Join(w.settled(), w.save()); err != nil {
+	if err := errors.Join(w.settleNow(), w.save()); err != nil {
 		t.Fatal(err)
 	}
 	accounts := map[string]int{}

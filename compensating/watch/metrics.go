@@ -26,13 +26,14 @@ type meter struct {
 	synced     prometheus.Gauge
 	held       prometheus.Gauge
 	entries    prometheus.Gauge
+	saved      prometheus.Gauge
 }
 
 func newMeter() *meter {
 	m := &meter{
 		registry:   prometheus.NewRegistry(),
 		sightings:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "countersign_watch_sightings_total", Help: "Uses of accounts and credentials that were seen."}, []string{"kind"}),
-		dropped:    prometheus.NewCounter(prometheus.CounterOpts{Name: "countersign_watch_sightings_dropped_total", Help: "Sightings that could not wait for the ledger: too many did."}),
+		dropped:    prometheus.NewCounter(prometheus.CounterOpts{Name: "countersign_watch_sightings_dropped_total", Help: "Times that a log was lost before it was read: a file removed or truncated, a sender turned away. Each is a finding."}),
 		findings:   prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "countersign_watch_findings", Help: "Findings that are remembered, open or closed."}, []string{"detector", "severity"}),
 		lines:      prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "countersign_watch_sensor_lines", Help: "Lines that were read of a log."}, []string{"sensor"}),
 		unreadable: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "countersign_watch_sensor_unreadable", Help: "Lines of a log that could not be read."}, []string{"sensor"}),
@@ -40,8 +41,9 @@ func newMeter() *meter {
 		synced:     prometheus.NewGauge(prometheus.GaugeOpts{Name: "countersign_watch_ledger_synced_seconds", Help: "What was issued before, in Unix seconds, is in the ledger."}),
 		held:       prometheus.NewGauge(prometheus.GaugeOpts{Name: "countersign_watch_sightings_held", Help: "Sightings that wait for the ledger."}),
 		entries:    prometheus.NewGauge(prometheus.GaugeOpts{Name: "countersign_watch_ledger_entries", Help: "Entries of the ledger."}),
+		saved:      prometheus.NewGauge(prometheus.GaugeOpts{Name: "countersign_watch_state_written_bytes", Help: "Bytes that were written to state.json since the start."}),
 	}
-	m.registry.MustRegister(m.sightings, m.dropped, m.findings, m.lines, m.unreadable, m.newest, m.synced, m.held, m.entries)
+	m.registry.MustRegister(m.sightings, m.dropped, m.findings, m.lines, m.unreadable, m.newest, m.synced, m.held, m.entries, m.saved)
 	return m
 }
 
@@ -63,7 +65,12 @@ func (m *meter) update(w *Watch) {
 	if !w.synced.IsZero() {
 		m.synced.Set(float64(w.synced.Unix()))
 	}
-	m.held.Set(float64(len(w.kept.Held)))
+	held := 0
+	for _, q := range w.queues {
+		held += len(q.list)
+	}
+	m.held.Set(float64(held))
+	m.saved.Set(float64(w.disk.wrote))
 	m.entries.Set(float64(w.index.Len()))
 }
 

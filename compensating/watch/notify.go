@@ -120,6 +120,7 @@ func (s syslog) tell(ctx context.Context, r *record) error {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	message := r.Finding.Syslog()
 	if network == "tcp" {
 		message = fmt.Sprintf("%d %s", len(message), message)

@@ -1,46 +1,51 @@
 package watch
 
 import (
+	"context"
 	"slices"
 	"time"
 
 	"github.com/countersign/countersign/compensating/detect"
 	"github.com/countersign/countersign/compensating/finding"
 	"github.com/countersign/countersign/compensating/ledger"
-	"github.com/countersign/countersign/compensating/sightings"
 )
 
 // lookEvery is how often findings are held against what is known since.
 const lookEvery = 10 * time.Second
 
-// settleFindings notes which findings' causes are over. What is seen of one later
-// makes it one that isn't.
-func (w *Watch) settleFindings() error {
-	var late []sightings.Sighting // that the ledger has now, and are to be judged by it
-	for i := range w.kept.Findings {
-		r := &w.kept.Findings[i]
-		if r.over() {
-			continue
+// settleFindings marks findings whose cause is over; a later sighting reopens them. It
+// goes on where it was when its time is spent.
+func (w *Watch) settleFindings(ctx context.Context) error {
+	for inTime := w.spender(ctx, sliceTime); w.looking < len(w.kept.Findings); w.looking++ {
+		if !inTime() {
+			w.behind = true
+			return nil
 		}
-		why, err := w.over(r.Key, r.Finding)
-		if err != nil {
+		if err := w.settleFinding(w.kept.Findings[w.looking]); err != nil {
 			return err
-		}
-		if why == "" {
-			continue
-		}
-		r.Over, r.OverAt, w.changed = why, r.Finding.Count, true
-		w.log.Info("a finding is over", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "account", r.Finding.Account, "why", why)
-		if d := r.Finding.Detector; d == detect.UnmatchedLogin || d == detect.OutOfBandRead {
-			late = append(late, r.Finding.Evidence...)
 		}
 	}
-	for _, s := range late {
-		found, err := w.judge.See(s)
-		if err != nil {
+	w.looking = 0
+	return nil
+}
+
+func (w *Watch) settleFinding(r *record) error {
+	if r.over() {
+		return nil
+	}
+	why, err := w.over(r.Key, r.Finding)
+	if err != nil || why == "" {
+		return err
+	}
+	r.Over, r.OverAt, w.changed = why, r.Finding.Count, true
+	w.log.Info("a finding is over", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "account", r.Finding.Account, "why", why)
+	if d := r.Finding.Detector; d != detect.UnmatchedLogin && d != detect.OutOfBandRead {
+		return nil
+	}
+	for _, s := range slices.Clone(r.Finding.Evidence) { // which the ledger has now
+		if err := w.judged(s); err != nil {
 			return err
 		}
-		w.add(found)
 	}
 	return nil
 }

@@ -34,7 +34,7 @@ func TestOver(t *testing.T) {
 	// settle says of which detectors there are findings, and which of them are over.
 	settle := func(t *testing.T, w *Watch) string {
 		t.Helper()
-		if err := w.settleFindings(); err != nil {
+		if err := w.settleFindings(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		out := ""
@@ -71,7 +71,7 @@ func TestOver(t *testing.T) {
 			speak()
 		}
 		read := func() {
-			if err := w.poll(); err != nil {
+			if err := w.pollNow(); err != nil {
 				t.Fatal(err)
 			}
 			w.blind()
@@ -141,7 +141,7 @@ func TestOver(t *testing.T) {
 			d := detect.Detection{Detector: e.Name, Lease: "L", Host: "h", Account: "svc-x", Time: *now, Sighting: &s}
 			w.add([]detect.Detection{d})
 			*now = now.Add(100 * time.Hour)
-			if err := w.settleFindings(); err != nil {
+			if err := w.settleFindings(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			if r := w.kept.Findings[len(w.kept.Findings)-1]; r.over() || r.Key != finding.Of(d) {

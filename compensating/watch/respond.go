@@ -24,19 +24,29 @@ import (
 )
 
 const (
-	// patience is how long one call to the broker or a receiver may take. The loop
-	// waits for it, and reads on after it.
+	// patience is how long one call to the broker or a receiver may take.
 	patience = 3 * time.Second
 	// later is how long nobody is told anything after the broker couldn't be.
 	later = 5 * time.Second
 	// maxEvidence bounds a sighting as the broker takes it.
 	maxEvidence = 4 << 10
+	// maxTold and toldTime bound what is told in one go: what is graver and new isn't to
+	// wait long behind it.
+	maxTold  = 256
+	toldTime = time.Second
 )
 
-// A speaker tells the broker and other receivers what was found, and acts.
+// A speaker tells the broker and other receivers what was found, and acts. Each of them
+// is told beside the watch's loop, one go at a time: meanwhile the speaker's fields for
+// it are its own. What came of it is a function that the loop gets from done, and calls.
 type speaker struct {
-	dial   Dial
-	log    *slog.Logger
+	dial  Dial
+	log   *slog.Logger
+	now   func() time.Time
+	brake float64
+	done  chan func()
+	busy  map[string]bool // by receiver; "" is the broker
+
 	client countersignv1connect.OperatorServiceClient
 	hangUp func()
 	until  time.Time // the broker isn't told anything before
@@ -45,8 +55,42 @@ type speaker struct {
 	quiet  map[string]time.Time // receivers that aren't told anything before
 }
 
-func newSpeaker(c *Config, dial Dial, log *slog.Logger) *speaker {
-	return &speaker{dial: dial, log: log, hooks: receivers(c), quiet: map[string]time.Time{}}
+func newSpeaker(c *Config, dial Dial, log *slog.Logger, now func() time.Time) *speaker {
+	hooks := receivers(c)
+	return &speaker{dial: dial, log: log, now: now, brake: c.BrakeShare, done: make(chan func(), 1+len(hooks)), busy: map[string]bool{}, hooks: hooks, quiet: map[string]time.Time{}}
+}
+
+// begin has a receiver told something. What tell returns is called by the loop.
+func (s *speaker) begin(receiver string, tell func() func()) {
+	s.busy[receiver] = true
+	go func() {
+		came := tell()
+		s.done <- func() {
+			s.busy[receiver] = false
+			came()
+		}
+	}()
+}
+
+func (s *speaker) idle() bool {
+	for _, busy := range s.busy {
+		if busy {
+			return false
+		}
+	}
+	return true
+}
+
+// end waits for what is still being told, but not for long.
+func (s *speaker) end(most time.Duration) {
+	for end := time.After(most); !s.idle(); {
+		select {
+		case apply := <-s.done:
+			apply()
+		case <-end:
+			return
+		}
+	}
 }
 
 func (s *speaker) lost(now time.Time, err error) {
@@ -57,86 +101,198 @@ func (s *speaker) lost(now time.Time, err error) {
 	s.client, s.hangUp, s.until = nil, nil, now.Add(later)
 }
 
-// tell tells of what is new and was written down, and does what the operator chose:
-// the broker first, the gravest first, and whoever else wants to hear after it. What
-// one finding or one receiver refuses holds up no other.
-func (w *Watch) tell(ctx context.Context, s *speaker) {
-	var list []*record
-	for i := range w.kept.Findings {
-		if r := &w.kept.Findings[i]; r.Told != r.Finding.Count || r.Waits || r.over() && r.Closed != r.Finding.Count {
-			list = append(list, r)
+// A task is a finding as it was when telling of it began.
+type task struct {
+	record
+	action   detect.Response // what the operator wants done
+	reopened bool
+}
+
+// task copies a record: the loop goes on adding to it.
+func (w *Watch) task(r *record) (*task, error) {
+	t := &task{record: *r}
+	f := *r.Finding
+	f.Evidence = slices.Clone(f.Evidence)
+	t.Finding, t.Notices = &f, nil
+
+	scope := ""
+	if f.Lease != "" {
+		entries, err := w.index.Find(ledger.ByID, f.Lease)
+		if err != nil {
+			return nil, err
+		}
+		if len(entries) > 0 {
+			scope = entries[0].Scope
 		}
 	}
-	slices.SortStableFunc(list, func(a, b *record) int { return b.Finding.Severity.Rank() - a.Finding.Severity.Rank() })
-	for _, r := range list {
-		if ctx.Err() != nil || w.now().Before(s.until) {
+	t.action = w.config.response(f.Detector, scope)
+	return t, nil
+}
+
+// tell has everybody told of what is new and was written down: the broker, who also does
+// what the operator chose, the gravest first, and whoever else wants to hear after it.
+// What one finding or one receiver refuses holds up no other.
+func (w *Watch) tell(ctx context.Context, s *speaker) {
+	if !s.busy[""] && !w.now().Before(s.until) {
+		tasks := w.tasks(maxTold, func(r *record) bool {
+			return r.Told != r.Finding.Count || r.Waits || r.over() && r.Closed != r.Finding.Count
+		})
+		brake := brake{slices.Clone(w.kept.Brake.Used)}
+		if len(tasks) > 0 {
+			s.begin("", func() func() {
+				told := s.tellBroker(ctx, tasks, &brake)
+				return func() { w.told(told, brake) }
+			})
+		}
+	}
+
+	for _, h := range s.hooks {
+		if s.busy[h.id()] || w.now().Before(s.quiet[h.id()]) {
+			continue
+		}
+		tasks := w.tasks(maxTold, func(r *record) bool { return r.Told != 0 && !slices.Contains(r.Notices, h.id()) })
+		if len(tasks) == 0 {
+			continue
+		}
+		s.begin(h.id(), func() func() {
+			told, err := s.tellReceiver(ctx, h, tasks)
+			return func() {
+				if err != nil {
+					s.quiet[h.id()] = w.now().Add(later)
+				}
+				for _, t := range told {
+					if r := w.records[t.Key]; r != nil {
+						r.Notices, w.changed = append(r.Notices, h.id()), true
+					}
+				}
+			}
+		})
+	}
+}
+
+// tasks are the gravest findings that are due, so many.
+func (w *Watch) tasks(most int, due func(*record) bool) (list []*task) {
+	var records []*record
+	for _, r := range w.kept.Findings {
+		if due(r) {
+			records = append(records, r)
+		}
+	}
+	slices.SortStableFunc(records, func(a, b *record) int { return b.Finding.Severity.Rank() - a.Finding.Severity.Rank() })
+	for _, r := range records[:min(len(records), most)] {
+		t, err := w.task(r)
+		if err != nil {
+			w.log.Error("a finding's lease can't be looked up", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "err", err)
+			continue
+		}
+		list = append(list, t)
+	}
+	return list
+}
+
+// told takes what came of telling the broker.
+func (w *Watch) told(tasks []*task, b brake) {
+	w.kept.Brake = b
+	w.changed = w.changed || len(tasks) > 0
+	for _, t := range tasks {
+		r := w.records[t.Key]
+		if r == nil {
+			continue
+		}
+		r.Action, r.Held, r.Waits, r.Told, r.Closed = t.Action, t.Held, t.Waits, t.Told, t.Closed
+		if t.reopened {
+			r.Notices = nil
+		}
+	}
+}
+
+// tellBroker tells the broker, and does what the operator chose. It returns the tasks
+// of which something came.
+func (s *speaker) tellBroker(ctx context.Context, tasks []*task, b *brake) (told []*task) {
+	end := s.now().Add(toldTime)
+	for _, t := range tasks {
+		if ctx.Err() != nil || s.now().After(end) {
 			break
 		}
 		if s.client == nil {
 			client, hangUp, err := s.dial(ctx)
 			if err != nil {
-				s.lost(w.now(), err)
+				s.lost(s.now(), err)
 				break
 			}
 			s.client, s.hangUp = client, hangUp
 		}
-		waited := r.Waits
-		if err := w.act(ctx, s.client, r); err != nil {
-			if s.away(w.now(), err) {
-				break
-			}
-			r.Held, r.Waits = brief("it is tried again: "+err.Error()), true
-		}
-		if waited && r.Waits {
-			continue // nothing new
-		}
-		if r.Told == 0 && w.now().Before(s.full) {
-			continue
-		}
-		count := r.Finding.Count
-		reopened, err := report(ctx, s.client, r)
+		before := t.record
+		err := s.tellOne(ctx, t, b)
 		if err != nil {
-			if s.away(w.now(), err) {
-				break
-			}
-			s.log.Error("the broker doesn't take a finding", "detector", r.Finding.Detector, "lease", r.Finding.Lease, "err", err)
-			if connect.CodeOf(err) == connect.CodeResourceExhausted {
-				s.full = w.now().Add(time.Minute) // it is told when there is room
-				continue
-			}
+			s.lost(s.now(), err)
 		}
-		if reopened {
-			r.Notices = nil
+		if t.Action != before.Action || t.Held != before.Held || t.Waits != before.Waits || t.Told != before.Told || t.Closed != before.Closed {
+			told = append(told, t)
 		}
-		if r.over() && r.Told == count {
-			r.Closed = count
-		}
-		r.Told, w.changed = count, true
-	}
-	for _, h := range s.hooks {
-		if w.now().Before(s.quiet[h.id()]) {
-			continue
-		}
-		for i := range w.kept.Findings {
-			r := &w.kept.Findings[i]
-			if r.Told == 0 || slices.Contains(r.Notices, h.id()) {
-				continue
-			}
-			if err := h.tell(ctx, r); err != nil {
-				s.log.Warn("a receiver can't be told of a finding", "to", h.name(), "err", err)
-				s.quiet[h.id()] = w.now().Add(later)
-				break
-			}
-			r.Notices, w.changed = append(r.Notices, h.id()), true
+		if err != nil {
+			break
 		}
 	}
+	return told
 }
 
-// away says whether an error is the broker's absence, and not about one finding.
-func (s *speaker) away(now time.Time, err error) bool {
+// tellOne tells the broker of one finding. An error is the broker's absence.
+func (s *speaker) tellOne(ctx context.Context, t *task, b *brake) error {
+	waited := t.Waits
+	if err := s.act(ctx, t, b); err != nil {
+		if isAway(err) {
+			return err
+		}
+		t.Held, t.Waits = brief("it is tried again: "+err.Error()), true
+	}
+	if waited && t.Waits {
+		return nil // nothing new
+	}
+	if t.Told == 0 && s.now().Before(s.full) {
+		return nil
+	}
+
+	count := t.Finding.Count
+	reopened, err := report(ctx, s.client, &t.record)
+	if err != nil {
+		if isAway(err) {
+			return err
+		}
+		s.log.Error("the broker doesn't take a finding", "detector", t.Finding.Detector, "lease", t.Finding.Lease, "err", err)
+		if connect.CodeOf(err) == connect.CodeResourceExhausted {
+			s.full = s.now().Add(time.Minute) // it is told when there is room
+			return nil
+		}
+	}
+	t.reopened = reopened
+	if t.over() && t.Told == count {
+		t.Closed = count
+	}
+	t.Told = count
+	return nil
+}
+
+// tellReceiver tells a receiver. It returns what the receiver took.
+func (s *speaker) tellReceiver(ctx context.Context, h receiver, tasks []*task) (told []*task, err error) {
+	end := s.now().Add(toldTime)
+	for _, t := range tasks {
+		if ctx.Err() != nil || s.now().After(end) {
+			break
+		}
+		if err := h.tell(ctx, &t.record); err != nil {
+			s.log.Warn("a receiver can't be told of a finding", "to", h.name(), "err", err)
+			return told, err
+		}
+		told = append(told, t)
+	}
+	return told, nil
+}
+
+// isAway reports whether an error is the broker's absence, and not about one finding.
+func isAway(err error) bool {
 	switch connect.CodeOf(err) {
 	case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeCanceled:
-		s.lost(now, err)
 		return true
 	}
 	return false
@@ -208,7 +364,7 @@ func cause(k finding.Key) string {
 
 // act does what the operator chose, once for a finding. More than an alert needs a
 // completed login; what the brake holds back is left to the operator, and said.
-func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorServiceClient, r *record) error {
+func (s *speaker) act(ctx context.Context, r *task, b *brake) error {
 	if r.over() {
 		r.Waits = false
 		return nil
@@ -216,18 +372,8 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 	if r.Action != "" && r.Action != detect.Alert || r.Held != "" && !r.Waits {
 		return nil
 	}
-	scope := ""
-	if r.Finding.Lease != "" {
-		entries, err := w.index.Find(ledger.ByID, r.Finding.Lease)
-		if err != nil {
-			return err
-		}
-		if len(entries) > 0 {
-			scope = entries[0].Scope
-		}
-	}
-	action := w.config.response(r.Finding.Detector, scope)
-	completed := slices.ContainsFunc(r.Finding.Evidence, func(s sightings.Sighting) bool { return s.Kind == sightings.Login })
+	action := r.action
+	completed := slices.ContainsFunc(r.Finding.Evidence, func(seen sightings.Sighting) bool { return seen.Kind == sightings.Login })
 	switch {
 	case action == detect.Alert, !completed, action == detect.Revoke && r.Finding.Lease == "", action != detect.Revoke && r.Finding.Host == "":
 		r.Action = detect.Alert
@@ -235,7 +381,7 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	free, err := w.kept.Brake.free(ctx, client, action, w.config.BrakeShare, w.now())
+	free, err := b.free(ctx, s.client, action, s.brake, s.now())
 	if err != nil {
 		return err
 	}
@@ -244,15 +390,15 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 			return nil
 		}
 		r.Held, r.Action, r.Waits = fmt.Sprintf("%s waits for the brake: do it by hand, if it is right", action), detect.Alert, true
-		w.log.Warn("the brake held a response back", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
+		s.log.Warn("the brake held a response back", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
 		return nil
 	}
 	reason := fmt.Sprintf("%s: %s", r.Finding.Detector, r.Finding.Why)
 	switch action {
 	case detect.Revoke:
-		_, err = client.RevokeLeases(ctx, connect.NewRequest(&v1.RevokeLeasesRequest{Leases: []string{r.Finding.Lease}, Reason: reason}))
+		_, err = s.client.RevokeLeases(ctx, connect.NewRequest(&v1.RevokeLeasesRequest{Leases: []string{r.Finding.Lease}, Reason: reason}))
 	case detect.StepUp, detect.Quarantine:
-		_, err = client.ChangeHost(ctx, connect.NewRequest(&v1.ChangeHostRequest{Host: r.Finding.Host, Action: string(action), Reason: reason}))
+		_, err = s.client.ChangeHost(ctx, connect.NewRequest(&v1.ChangeHostRequest{Host: r.Finding.Host, Action: string(action), Reason: reason}))
 	}
 	switch connect.CodeOf(err) {
 	case connect.CodeNotFound, connect.CodeFailedPrecondition, connect.CodeInvalidArgument, connect.CodePermissionDenied:
@@ -262,8 +408,8 @@ func (w *Watch) act(ctx context.Context, client countersignv1connect.OperatorSer
 	}
 	if err == nil {
 		r.Held, r.Waits, r.Action = "", false, action
-		w.kept.Brake.Used, w.changed = append(w.kept.Brake.Used, use{action, w.now()}), true
-		w.log.Warn("responded", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
+		b.Used = append(b.Used, use{action, s.now()})
+		s.log.Warn("responded", "action", action, "detector", r.Finding.Detector, "lease", r.Finding.Lease, "host", r.Finding.Host)
 	}
 	return err
 }

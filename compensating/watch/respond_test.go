@@ -43,25 +43,25 @@ func TestToldWhenThereIsRoom(t *testing.T) {
 	b := &limited{}
 	s := newSpeaker(w.config, func(context.Context) (countersignv1connect.OperatorServiceClient, func(), error) {
 		return b, func() {}, nil
-	}, w.log)
+	}, w.log, w.now)
 	w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: "db", Time: now, Cause: "silent db", Why: "it says nothing"}})
-	w.tell(t.Context(), s)
+	w.tellNow(t, s)
 	b.room = 10
-	w.tell(t.Context(), s)
+	w.tellNow(t, s)
 	if len(b.over) != 0 {
 		t.Error("the broker is asked again at once")
 	}
-	r := &w.kept.Findings[0]
+	r := w.kept.Findings[0]
 	r.Over, r.OverAt = "it speaks again", 1
 	for range 3 {
 		now = now.Add(2 * time.Minute)
-		w.tell(t.Context(), s)
+		w.tellNow(t, s)
 	}
 	// It happens again, and is over before that was told.
 	w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: "db", Time: now, Cause: "silent db", Why: "it says nothing"}})
 	r.OverAt = 2
 	for range 3 {
-		w.tell(t.Context(), s)
+		w.tellNow(t, s)
 	}
 	if got, want := fmt.Sprintf("%q", b.over), `["" "it speaks again" "" "it speaks again"]`; got != want {
 		t.Errorf("told %s, want %s", got, want)

@@ -2,15 +2,14 @@ package watch
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/countersign/countersign/compensating/detect"
-	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/sightings"
 	"github.com/countersign/countersign/compensating/tail"
 )
@@ -19,18 +18,15 @@ type sensor struct {
 	Sensor
 	tail   *tail.Tail
 	spool  *spool // of one that listens
+	queue  *queue
 	reader sightings.Reader
 	last   time.Time // when a line came
 	spoke  bool      // some came since this run began
 	flush  bool      // what waits was not yet given
 	failed string
 	since  time.Time // it failed so
-}
-
-// held is a sighting that the ledger doesn't explain yet.
-type held struct {
-	Sighting sightings.Sighting `json:"sighting"`
-	Since    time.Time          `json:"since"`
+	full   time.Time // since when its queue is; zero: it isn't
+	turned int       // how often its senders were turned away, as far as that was found
 }
 
 func (w *Watch) openSensor(s Sensor) error {
@@ -38,9 +34,13 @@ func (w *Watch) openSensor(s Sensor) error {
 	if err != nil {
 		return err
 	}
-	kept, ok := w.kept.Sensors[s.Name]
-	if ok {
-		if err := r.Restore(kept.Reader); err != nil {
+	kept := w.kept.sensor(s.Name)
+	if kept.reader != nil {
+		text, err := joinObject(kept.reader, kept.large)
+		if err == nil {
+			err = r.Restore(text)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -48,7 +48,7 @@ func (w *Watch) openSensor(s Sensor) error {
 	if s.Path == "" {
 		dir := filepath.Join(w.config.StateDir, "spool", s.Name)
 		if s.Journal != "" {
-			kept.Places = nil
+			kept.places = nil
 			if err := os.RemoveAll(dir); err != nil { // the journal has it
 				return err
 			}
@@ -58,20 +58,26 @@ func (w *Watch) openSensor(s Sensor) error {
 		}
 		s.Path = sent.pattern
 	}
-	t, err := tail.New(s.Path, kept.Places, w.now)
+	t, err := tail.New(s.Path, kept.places, w.now)
 	if err != nil {
 		return err
 	}
-	for _, path := range t.Lost() {
-		if sent != nil {
-			break // it was read, and dropped
-		}
+	if sent != nil {
+		_ = t.Lost() // it was read, and dropped
+	}
+	w.sensors = append(w.sensors, &sensor{Sensor: s, tail: t, spool: sent, queue: w.queue(s.Name), reader: r, last: w.now(), flush: true})
+	w.lost(w.sensors[len(w.sensors)-1])
+	return nil
+}
+
+// lost finds what of a log can't be read any more.
+func (w *Watch) lost(s *sensor) {
+	for _, path := range s.tail.Lost() {
+		w.meter.dropped.Inc()
 		w.log.Warn("a log is gone with what was not yet read of it", "sensor", s.Name, "path", path)
 		w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: s.Name, Time: w.now(), Cause: "lost " + s.Name,
-			Why: path + " was removed before it was read to its end: what it had is not known"}})
+			Why: path + " was removed or truncated before it was read to its end: what it had is not known"}})
 	}
-	w.sensors = append(w.sensors, &sensor{Sensor: s, tail: t, spool: sent, reader: r, last: w.now(), flush: true})
-	return nil
 }
 
 // covered is the time of which all logs of some kinds tell: which of them a credential
@@ -93,12 +99,28 @@ func (w *Watch) covered(of func(kind string) bool) (c detect.Coverage) {
 	return c
 }
 
-// poll reads what the logs have that is new.
-func (w *Watch) poll() error {
+// poll reads a piece of what the logs have that is new.
+func (w *Watch) poll(ctx context.Context) error {
 	var failed error
+	w.behind = false
 	for _, s := range w.sensors {
-		emit := func(seen sightings.Sighting) { failed = errors.Join(failed, w.see(seen)) }
-		some, err := s.tail.Poll(func(path string, number int64, line []byte) { s.reader.Line(number, line, emit) }, s.reader.Rest)
+		var since time.Time
+		emit := func(seen sightings.Sighting) { failed = errors.Join(failed, w.see(s.queue, seen, since)) }
+		left, inTime := sliceBytes, w.spender(ctx, sliceTime)
+		room := func() bool { return s.queue.bytes < w.room }
+
+		some, more, err := s.tail.Poll(func() bool { return failed == nil && left > 0 && room() && inTime() },
+			func(l tail.Line) {
+				since = l.Since
+				left -= len(l.Text) + 1
+				s.reader.Line(l.Number, l.Text, emit)
+			},
+			func(part []byte) {
+				left -= len(part)
+				s.reader.Rest(part)
+			})
+		w.lost(s)
+
 		switch {
 		case err != nil && err.Error() != s.failed:
 			s.failed, s.since = err.Error(), w.now()
@@ -108,9 +130,16 @@ func (w *Watch) poll() error {
 		}
 		if some {
 			s.last, s.spoke, s.flush, w.changed = w.now(), true, true, true
-		} else if s.flush && w.now().Sub(s.last) > idle {
+		} else if !more && s.flush && w.now().Sub(s.last) > idle {
+			since = w.now()
 			s.reader.Flush(emit)
 			s.flush, w.changed = false, true
+		}
+		switch {
+		case room():
+			s.full, w.behind = time.Time{}, w.behind || more
+		case s.full.IsZero():
+			s.full = w.now()
 		}
 	}
 	return failed
@@ -125,8 +154,10 @@ func (w *Watch) blind() {
 		if failed == "" && s.spool != nil {
 			failed, since = s.spool.failing()
 		}
-		why := ""
+		why, from := "", s.last
 		switch {
+		case !s.full.IsZero() && w.now().Sub(s.full) > blocked:
+			why, from = "too much of it waits for the broker, who is away or behind: it isn't read on until he isn't", s.full
 		case h.Lines == 0 && quiet > absent:
 			why = fmt.Sprintf("nothing was ever read of it: is %s right?", cmp.Or(s.Listen, s.Journal, s.Path))
 		case failed != "" && w.now().Sub(since) > absent:
@@ -135,74 +166,61 @@ func (w *Watch) blind() {
 			why = fmt.Sprintf("it says nothing since %s, and was never silent for more than %s before", s.last.UTC().Format(time.RFC3339), h.Gap.Round(time.Second))
 		}
 		if why != "" {
-			w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: s.Name, Time: s.last, Cause: "silent " + s.Name, Why: why + "; what it would show is not known"}})
+			w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: s.Name, Time: from, Cause: "silent " + s.Name, Why: why + "; what it would show is not known"}})
+		}
+		if s.spool == nil {
+			continue
+		}
+		if n, last := s.spool.turnedAway(); n != s.turned {
+			w.meter.dropped.Add(float64(n - s.turned))
+			s.turned = n
+			w.add([]detect.Detection{{Detector: detect.SilentSensor, Account: s.Name, Time: w.now(), Cause: "turned away " + s.Name,
+				Why: "a sender was turned away (" + last + "): unless he sends it again, what he had is not known"}})
 		}
 	}
 }
 
-// see judges a sighting, or has it wait for the ledger.
-func (w *Watch) see(s sightings.Sighting) error {
+// see judges a sighting, or has it wait for the ledger: it had been written by since.
+// What the ledger knew nothing of when it was ahead of that, it never will explain.
+func (w *Watch) see(q *queue, s sightings.Sighting, since time.Time) error {
 	w.meter.seen(s)
-	known, err := w.judge.Known(s)
-	if err != nil {
-		return err
-	}
-	if !known {
-		if len(w.kept.Held) >= maxHeld {
-			// The oldest is let go: had it been issued, the ledger would know by now.
-			w.meter.dropped.Inc()
-			w.kept.Held = w.kept.Held[1:]
-		}
-		w.kept.Held = append(w.kept.Held, held{s, w.now()})
-		return nil
-	}
-	found, err := w.judge.See(s)
-	w.add(found)
-	if s.Kind == sightings.Attempt && len(found) == 0 {
-		if len(w.kept.Attempts) >= maxAttempts {
-			w.kept.Attempts = slices.Clone(w.kept.Attempts[maxAttempts/2:])
-		}
-		w.kept.Attempts = append(w.kept.Attempts, s)
-	}
-	return err
-}
-
-// touched judges the last attempts again by a trap that is new.
-func (w *Watch) touched(e ledger.Entry) error {
-	if e.Kind != ledger.KindCanary {
-		return nil
-	}
-	left := w.kept.Attempts[:0]
-	for _, s := range w.kept.Attempts {
-		found, err := w.judge.See(s)
+	if !w.ahead(since) {
+		known, err := w.judge.Known(s)
 		if err != nil {
 			return err
 		}
-		w.add(found)
-		if len(found) == 0 {
-			left = append(left, s)
+		if !known {
+			q.add(held{s, since})
+			return nil
 		}
 	}
-	w.kept.Attempts = left
-	return nil
+	return w.judged(s)
+}
+
+// ahead reports whether the ledger has had the time to hear of what was issued by t.
+func (w *Watch) ahead(t time.Time) bool { return t.Add(settle).Before(w.synced) }
+
+func (w *Watch) judged(s sightings.Sighting) error {
+	found, err := w.judge.See(s)
+	w.add(found)
+	return err
 }
 
 // settled judges the sightings that the ledger has had the time to explain.
-func (w *Watch) settled() error {
-	n := 0
-	for n < len(w.kept.Held) && w.kept.Held[n].Since.Add(settle).Before(w.synced) {
-		found, err := w.judge.See(w.kept.Held[n].Sighting)
-		if err != nil {
-			return err
+func (w *Watch) settled(ctx context.Context) error {
+	for _, q := range w.queues {
+		n, inTime := 0, w.spender(ctx, sliceTime)
+		waits := func() bool { return n < len(q.list) && w.ahead(q.list[n].Since) }
+		for ; waits() && inTime(); n++ {
+			if err := w.judged(q.list[n].Sighting); err != nil {
+				return err
+			}
 		}
-		w.add(found)
-		n++
+		w.changed, w.behind = w.changed || n > 0, w.behind || waits()
+		q.drop(n)
 	}
-	if n == 0 {
-		return nil
+	for _, s := range w.sensors { // there is room again
+		w.behind = w.behind || !s.full.IsZero() && s.queue.bytes < w.room
 	}
-	w.kept.Held, w.changed = slices.Clone(w.kept.Held[n:]), true
-	found, err := w.judge.Reads()
-	w.add(found)
-	return err
+	return nil
 }

@@ -2,14 +2,20 @@
 // credentials used and the broker's own audit log, judges each sighting, tells the
 // broker what it found, and responds as the operator chose.
 //
-// One loop owns everything. What it knows (how far each log was read, what of it
-// waits, what was found) is written as one file, whole, before anybody is told: a
-// watch that is killed anywhere goes on from there, has missed no line and counts
-// none twice, and tells again what it may not have told.
+// One loop owns everything. It works in short turns: a bounded piece of each log, what
+// the broker's log has that is new, what waited long enough. So it obeys within a second
+// however much there is to read, and no log keeps another from its turn. What it knows
+// (how far each log was read, what of it waits, what was found) is saved as of one
+// moment, every few seconds at the latest and before anybody is told: a watch that is
+// killed anywhere goes on from there, has missed no line and counts none twice, and
+// tells again what it may not have told. Who is told (the broker, receivers) is told
+// beside the loop: one that is slow holds up nothing but itself.
 //
 // Trust: the broker, whose responder it is. Logs are hostile (package sightings).
 // What a sighting doesn't match waits until the ledger has caught up with it; while
-// the broker is away nothing is judged unmatched.
+// the broker is away nothing is judged unmatched. What waits is bounded for each log:
+// where there is no more room, the log waits on the disk. Nothing is dropped to make
+// room, and what is lost for another reason is a finding.
 package watch
 
 import (
@@ -25,17 +31,23 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/countersign/countersign/broker/wire/durable"
 	"github.com/countersign/countersign/compensating/detect"
 	"github.com/countersign/countersign/compensating/finding"
 	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/sightings"
-	"github.com/countersign/countersign/compensating/tail"
 )
 
 const (
 	pollEvery = 250 * time.Millisecond
-	saveEvery = time.Second
+	// saveEvery is how often what is known is saved, where that is quick. It is saved less
+	// often the longer it takes, down to saveLatest; what is new is saved sooner.
+	saveEvery  = time.Second
+	saveLatest = 4 * time.Second
+	saveFresh  = 100 * time.Millisecond
+	saveShare  = 20 // of the time that passes, one part is for saving
+	// sliceTime and sliceBytes bound what one turn reads of one log.
+	sliceTime  = 100 * time.Millisecond
+	sliceBytes = 8 << 20
 	// idle is how long after its last line a log's reader gives what waited for more.
 	idle = 2 * time.Second
 	// settle is how long the ledger has to be ahead of a sighting before it is judged
@@ -46,11 +58,12 @@ const (
 	keep = 30 * 24 * time.Hour
 	// absent is how long a log may be missing.
 	absent = 10 * time.Minute
-	// maxHeld bounds the sightings that wait for the ledger.
-	maxHeld = 1 << 16
-	// maxAttempts bounds the failed logins that are remembered for a trap that the
-	// ledger hears of after it was touched.
-	maxAttempts = 1024
+	// blocked is how long a log may wait for the ledger.
+	blocked = time.Minute
+	// heldBytes bounds the sightings that wait for the ledger. Each log has a share of it.
+	heldBytes = 32 << 20
+	// goodbye is how long the end waits for who is being told something.
+	goodbye = time.Second
 )
 
 // A Watch is the service. Run uses it; it is not safe for concurrent use.
@@ -67,48 +80,30 @@ type Watch struct {
 	index   *ledger.Index
 	judge   *detect.Judge
 	sensors []*sensor
+	queues  map[string]*queue // what waits for the ledger, by its log
+	room    int               // of each queue, in bytes
 	book    finding.Book
+	records map[finding.Key]*record
 	traps   map[string]ledger.Entry
 	kept    state
+	disk    *partsFile
 	synced  time.Time // the ledger is no older
 	changed bool
 	fresh   bool // there is a finding that wasn't there at the last round
-}
 
-// state is the file that is written whole.
-type state struct {
-	Audit    int64                  `json:"audit"` // the next of the broker's records
-	Epoch    uint64                 `json:"epoch"` // of the log that they are in
-	Sensors  map[string]sensorState `json:"sensors"`
-	Judge    detect.State           `json:"judge"`
-	Held     []held                 `json:"held,omitempty"`
-	Attempts []sightings.Sighting   `json:"attempts,omitempty"` // the last ones: of traps, it may be, that are heard of late
-	Findings []record               `json:"findings,omitempty"`
-	Brake    brake                  `json:"brake,omitzero"`
-}
-
-type sensorState struct {
-	Places []tail.Place    `json:"places"`
-	Reader json.RawMessage `json:"reader"`
-}
-
-// A record is a finding, and what became of it.
-type record struct {
-	Key     finding.Key      `json:"key"`
-	Finding *finding.Finding `json:"finding"`
-	Told    int              `json:"told"`              // the count that the broker was told
-	Action  detect.Response  `json:"action,omitempty"`  // what was done
-	Held    string           `json:"held,omitempty"`    // why not more
-	Waits   bool             `json:"waits,omitempty"`   // it is tried again, or waits for the brake
-	Notices []string         `json:"notices,omitempty"` // receivers that were told
-	Over    string           `json:"over,omitempty"`    // how evidence shows that the cause is over
-	OverAt  int              `json:"over_at,omitempty"` // of what was seen up to this count
-	Closed  int              `json:"closed,omitempty"`  // the count up to which the broker was told so
+	behind  bool          // there is more to read, or to judge, at once
+	polled  time.Time     // when each of these was done last
+	rounded time.Time     //
+	looked  time.Time     //
+	tidied  time.Time     //
+	looking int           // the finding to look at next; 0: none is
+	cost    time.Duration // of the last save
 }
 
 // Open takes up the state in the config's folder.
 func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watch, err error) {
-	w := &Watch{config: c, dial: dial, log: log, now: now, meter: newMeter(), book: finding.Book{}, traps: map[string]ledger.Entry{}}
+	w := &Watch{config: c, dial: dial, log: log, now: now, meter: newMeter(), book: finding.Book{}, records: map[finding.Key]*record{}, queues: map[string]*queue{},
+		traps: map[string]ledger.Entry{}, room: heldBytes / max(1, len(c.Sensors))}
 	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
 		return nil, err
 	}
@@ -123,31 +118,33 @@ func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watc
 	if err := unix.Flock(int(w.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("another watch runs on %s: %w", c.StateDir, err)
 	}
-	text, err := os.ReadFile(w.stateFile())
+
+	w.disk = newPartsFile(w.stateFile())
+	parts, err := w.disk.load()
 	if err == nil {
-		err = json.Unmarshal(text, &w.kept)
+		err = w.restore(parts)
 	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w (without it every log is read again from its start; move it away for that)", w.stateFile(), err)
+	if err != nil {
+		return nil, fmt.Errorf("%w (without it every log is read again from its start; move it away for that)", err)
 	}
 	if err := w.load(w.kept.Judge); err != nil {
 		return nil, err
 	}
-	if err := w.compact(); err != nil {
+	if err := w.compact(context.Background()); err != nil {
 		return nil, err
 	}
-	for i := range w.kept.Findings {
-		w.book[w.kept.Findings[i].Key] = w.kept.Findings[i].Finding
+	for _, r := range w.kept.Findings {
+		w.book[r.Key], w.records[r.Key] = r.Finding, r
 	}
+
 	for _, s := range c.Sensors {
 		if err := w.openSensor(s); err != nil {
 			return nil, fmt.Errorf("sensor %q: %w", s.Name, err)
 		}
 	}
+	w.looked, w.tidied = now(), now()
 	return w, nil
 }
-
-func (w *Watch) stateFile() string { return filepath.Join(w.config.StateDir, "state.json") }
 
 // load reads the ledger, and makes the judge that holds sightings against it, who goes
 // on from what is kept.
@@ -191,6 +188,9 @@ func (w *Watch) Close() {
 	for _, s := range w.sensors {
 		s.tail.Close()
 	}
+	if w.disk != nil {
+		w.disk.close()
+	}
 	for _, f := range []*os.File{w.file, w.lock} {
 		if f != nil {
 			_ = f.Close()
@@ -204,7 +204,7 @@ func (w *Watch) Run(ctx context.Context) error {
 	defer cancel()
 	f := &follower{dial: w.dial, log: w.log, now: w.now, next: w.kept.Audit, epoch: w.kept.Epoch, empty: w.index.Len() == 0, out: make(chan update)}
 	go f.run(ctx)
-	speak := newSpeaker(w.config, w.dial, w.log)
+	speak := newSpeaker(w.config, w.dial, w.log, w.now)
 	stopMetrics, err := w.meter.serve(w.config.MetricsListen)
 	if err != nil {
 		return err
@@ -225,51 +225,105 @@ func (w *Watch) Run(ctx context.Context) error {
 			}
 		}
 	}
-	poll, save, look, tidy := time.NewTicker(pollEvery), time.NewTicker(saveEvery), time.NewTicker(lookEvery), time.NewTicker(compactEvery)
-	for _, t := range []*time.Ticker{poll, save, look, tidy} {
-		defer t.Stop()
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	for ctx.Err() == nil {
+		var at <-chan time.Time
+		if !w.behind {
+			at = tick.C
+		}
+		if err := w.wait(ctx, f.out, speak.done, at); err != nil {
+			return err
+		}
+		if err := w.turn(ctx, speak); err != nil && ctx.Err() == nil {
+			return err
+		}
 	}
-	for {
+	speak.end(goodbye)
+	return w.save()
+}
+
+// wait takes what comes from the broker, or back from who was told something, until
+// there is a reason for a turn. Without a tick it takes only what is there already.
+func (w *Watch) wait(ctx context.Context, updates <-chan update, told <-chan func(), tick <-chan time.Time) error {
+	if tick != nil {
 		select {
 		case <-ctx.Done():
-			return w.save()
-		case u := <-f.out:
+		case u := <-updates:
+			return w.apply(u)
+		case apply := <-told:
+			apply()
+		case <-tick:
+		}
+		return nil
+	}
+
+	for inTime := w.spender(ctx, sliceTime); inTime(); {
+		select {
+		case u := <-updates:
 			if err := w.apply(u); err != nil {
 				return err
 			}
-		case <-poll.C:
-			if w.index.Len() == 0 && w.synced.IsZero() {
-				continue // whose logins they are can't be known yet
-			}
-			if err := w.poll(); err != nil {
-				return err
-			}
-			if w.fresh { // nobody waits for what is new
-				if err := w.round(ctx, speak); err != nil {
-					return err
-				}
-			}
-		case <-save.C:
-			if err := w.round(ctx, speak); err != nil {
-				return err
-			}
-		case <-look.C:
-			if err := w.settleFindings(); err != nil {
-				return err
-			}
-		case <-tidy.C:
-			if err := w.compact(); err != nil {
-				return err
-			}
+		case apply := <-told:
+			apply()
+		default:
+			return nil
 		}
 	}
+	return nil
 }
 
-// round judges what has waited long enough, writes down what is new, and tells of it.
+// turn does what is due by the clock, whatever woke the loop, and no more of anything
+// than takes a moment.
+func (w *Watch) turn(ctx context.Context, s *speaker) error {
+	due := func(last *time.Time, every time.Duration) bool {
+		now := w.now()
+		if since := now.Sub(*last); since >= 0 && since < every {
+			return false
+		}
+		*last = now
+		return true
+	}
+	known := w.index.Len() > 0 || !w.synced.IsZero() // otherwise it can't be known whose logins they are
+	if known && (w.behind || due(&w.polled, pollEvery)) {
+		if err := w.poll(ctx); err != nil {
+			return err
+		}
+		if err := w.settled(ctx); err != nil {
+			return err
+		}
+	}
+	if due(&w.rounded, w.every()) {
+		if err := w.round(ctx, s); err != nil {
+			return err
+		}
+	}
+	if w.looking > 0 || due(&w.looked, lookEvery) {
+		if err := w.settleFindings(ctx); err != nil {
+			return err
+		}
+	}
+	if due(&w.tidied, compactEvery) {
+		return w.compact(ctx)
+	}
+	return nil
+}
+
+// every is how long after a round the next one is due.
+func (w *Watch) every() time.Duration {
+	if w.fresh { // nobody waits for what is new
+		return min(max(saveFresh, 2*w.cost), saveLatest)
+	}
+	return min(max(saveEvery, saveShare*w.cost), saveLatest)
+}
+
+// round writes down what is new, and tells of it.
 func (w *Watch) round(ctx context.Context, s *speaker) error {
-	if err := w.settled(); err != nil {
+	found, err := w.judge.Reads()
+	if err != nil {
 		return err
 	}
+	w.add(found)
 	w.blind()
 	if w.changed {
 		if err := w.save(); err != nil {
@@ -280,6 +334,12 @@ func (w *Watch) round(ctx context.Context, s *speaker) error {
 	w.tell(ctx, s)
 	w.meter.update(w)
 	return nil
+}
+
+// spender returns a question for whether there is time left for more work of one kind.
+func (w *Watch) spender(ctx context.Context, most time.Duration) func() bool {
+	end := w.now().Add(most)
+	return func() bool { return ctx.Err() == nil && w.now().Before(end) }
 }
 
 // apply takes what the broker's log says is new.
@@ -304,9 +364,6 @@ func (w *Watch) apply(u update) error {
 		}
 		w.size += int64(len(line))
 		w.learn(e)
-		if err := w.touched(e); err != nil {
-			return err
-		}
 	}
 	judged := map[string]bool{} // an update may have many of one program
 	for _, e := range u.entries {
@@ -324,7 +381,8 @@ func (w *Watch) apply(u update) error {
 		}
 	}
 	for _, s := range u.opens {
-		if err := w.see(s); err != nil {
+		w.meter.seen(s)
+		if err := w.judged(s); err != nil {
 			return err
 		}
 	}
@@ -410,42 +468,35 @@ func (w *Watch) add(list []detect.Detection) {
 		}
 		f, fresh := w.book.Add(d)
 		if fresh {
-			w.kept.Findings, w.fresh = append(w.kept.Findings, record{Key: key, Finding: f}), true
+			r := &record{Key: key, Finding: f}
+			if n := len(w.kept.Findings); n > 0 {
+				r.number = w.kept.Findings[n-1].number + 1
+			}
+			w.kept.Findings, w.records[key], w.fresh = append(w.kept.Findings, r), r, true
 			w.log.Warn("finding", "detector", f.Detector, "severity", f.Severity, "lease", f.Lease, "host", f.Host, "account", f.Account, "why", f.Why)
 		}
 		w.changed = w.changed || f.Count != known
 	}
 }
 
-// save writes all that is known. The ledger's lines come first: the state says up to
-// which of the broker's records they are.
+// save writes what is known. The ledger's lines come first: the state says up to which
+// of the broker's records they are.
 func (w *Watch) save() error {
+	start := w.now()
 	if err := w.file.Sync(); err != nil {
 		return err
 	}
-	w.kept.Sensors = map[string]sensorState{}
-	for _, s := range w.sensors {
-		reader, err := s.reader.Save()
-		if err != nil {
-			return err
-		}
-		w.kept.Sensors[s.Name] = sensorState{Places: s.tail.Places(), Reader: reader}
-	}
-	w.kept.Judge = w.judge.Save()
 	w.forget()
-	text, err := json.Marshal(w.kept)
-	if err != nil {
-		return err
-	}
-	if err := durable.Write(w.stateFile(), text); err != nil {
+	if err := w.disk.save(w.parts); err != nil {
 		return err
 	}
 	w.changed = false
 	for _, s := range w.sensors {
 		if s.spool != nil {
-			s.spool.drop(w.kept.Sensors[s.Name].Places)
+			s.spool.drop(s.tail.Places())
 		}
 	}
+	w.cost = w.now().Sub(start)
 	return nil
 }
 
@@ -455,9 +506,11 @@ func (w *Watch) forget() {
 	for _, r := range w.kept.Findings {
 		if w.now().Sub(r.Finding.Last) > keep && r.Told == r.Finding.Count {
 			delete(w.book, r.Key)
+			delete(w.records, r.Key)
 			continue
 		}
 		left = append(left, r)
 	}
+	clear(w.kept.Findings[len(left):])
 	w.kept.Findings = left
 }
