@@ -157,6 +157,7 @@ func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
 	}
 	switch {
 	case bytes.HasPrefix(r.message, pgReceived):
+		p.succeeded(r.session, emit)
 		host, rest, _ := bytes.Cut(r.message[len(pgReceived):], []byte(" "))
 		port, found := bytes.CutPrefix(rest, []byte("port="))
 		if _, ok := digits(port); len(rest) > 0 && (!found || !ok) {
@@ -168,6 +169,7 @@ func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
 		s.Known = true // its login is what counts
 		return
 	case bytes.HasPrefix(r.message, pgAuthorized), bytes.HasPrefix(r.message, pgReplicator):
+		p.succeeded(r.session, emit)
 		p.authorized(r)
 		return
 	}
@@ -195,6 +197,15 @@ func (p *postgres) record(r *pgRecord, emit func(Sighting)) {
 		if bytes.HasPrefix(r.message, pgEnded) {
 			delete(p.sessions, r.session)
 		}
+	}
+}
+
+// succeeded gives the login that waits under a session's name when another session begins
+// under it, as process ids come again: nobody turned it away.
+func (p *postgres) succeeded(session string, emit func(Sighting)) {
+	if s := p.sessions[session]; s != nil && s.Login != nil {
+		emit(*s.Login)
+		s.Login = nil
 	}
 }
 

@@ -47,6 +47,7 @@ func words(list []sightings.Sighting) string {
 
 func TestPostgresStderr(t *testing.T) {
 	const received = "2026-03-01 12:00:00.000 UTC [7] [unknown]@[unknown] LOG:  connection received: host=10.0.0.1 port=4000"
+	const auth = "2026-03-01 12:00:00.010 UTC [7] app@db LOG:  connection authorized: user=app database=db"
 	for name, c := range map[string]struct {
 		prefix string
 		lines  []string
@@ -61,6 +62,8 @@ func TestPostgresStderr(t *testing.T) {
 			"2026-03-01 14:00:00.010 +02 [7] LOG:  connection authorized: user=app database=db"}, "login app@10.0.0.1", 0},
 		"IPv6, mapped": {"", []string{"2026-03-01 12:00:00.000 UTC [7] LOG:  connection received: host=::ffff:10.0.0.1 port=4000",
 			"2026-03-01 12:00:00.010 UTC [7] LOG:  connection authorized: user=app database=db"}, "login app@10.0.0.1", 0},
+		"a process id that comes again":            {"", []string{received, auth, `2026-03-01 12:00:00.020 UTC [7] other@db LOG:  connection authorized: user=other database=db`}, "login app@10.0.0.1, login other@10.0.0.1", 0},
+		"and whose next session is another host's": {"", []string{received, auth, `2026-03-01 12:00:00.020 UTC [7] [unknown]@[unknown] LOG:  connection received: host=10.0.0.9 port=1`}, "login app@10.0.0.1", 0},
 		"a wrong password": {"", []string{received, `2026-03-01 12:00:00.010 UTC [7] app@db FATAL:  password authentication failed for user "app"`,
 			`2026-03-01 12:00:00.010 UTC [7] app@db DETAIL:  Connection matched pg_hba.conf line 97: "host all all all scram-sha-256"`}, "attempt app@10.0.0.1", 0},
 		"authorized by trust, and there is no such role": {"", []string{received, "2026-03-01 12:00:00.010 UTC [7] app@db LOG:  connection authorized: user=app database=db",
@@ -166,7 +169,8 @@ func TestLongStatement(t *testing.T) {
 		emit := func(s sightings.Sighting) { seen = append(seen, s) }
 		log.Line(1, []byte(begin), emit)
 		log.Rest([]byte(long[1<<20:]))
-		log.Line(2, []byte(csv(`"bob"`, "ERROR", "select nope /*")[:150]), emit) // whose quotation is open
+		open := csv(`"bob"`, "ERROR", "select nope /*")
+		log.Line(2, []byte(open[:strings.Index(open, "/*")+2]), emit) // whose quotation is open
 		log.Line(3, []byte(victim), emit)
 		log.Line(4, []byte(`*/",,,,,,,,,"","client backend",,0`), emit)
 		log.Line(5, []byte(csv(`"eve"`, "LOG", "connection authorized: user=eve database=db")), emit)

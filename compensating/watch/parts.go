@@ -17,8 +17,8 @@ import (
 //
 // Its first line has all parts, each later line what changed at one moment. A line is
 // appended and synced as one, so after a kill anywhere the file is the state of the last
-// moment that was saved: a last line that isn't whole never counts. Once the changes
-// outweigh the parts, the file is written anew and takes the place of the old one.
+// moment that was saved: a last line that isn't whole never counts. Once the changes are
+// three times the parts, the file is written anew and takes the place of the old one.
 type partsFile struct {
 	path  string
 	f     *os.File // nil: the next save writes the file anew
@@ -103,10 +103,13 @@ func (s *saving) putFixed(key string, value any) {
 }
 
 func (s *saving) put(key string, value any) {
-	text, err := json.Marshal(value)
-	if err != nil {
-		s.fail(err)
-		return
+	text, made := value.(json.RawMessage)
+	if !made {
+		var err error
+		if text, err = json.Marshal(value); err != nil {
+			s.fail(err)
+			return
+		}
 	}
 	sum := maphash.Bytes(s.seed, text)
 	if was, ok := s.known[key]; !ok || was.sum != sum {
@@ -117,7 +120,7 @@ func (s *saving) put(key string, value any) {
 
 // save writes what differs from the last save of all that parts puts.
 func (p *partsFile) save(parts func(*saving)) error {
-	if p.f != nil && p.size > max(foldFrom, 2*p.whole) {
+	if p.f != nil && p.size > max(foldFrom, 4*p.whole) {
 		p.close()
 	}
 	anew := p.f == nil
