@@ -316,12 +316,13 @@ func quoted(message []byte) string {
 	return text(message[first+1 : last])
 }
 
-// settled gives the logins that nobody turned away until then.
+// settled gives the logins that nobody turned away until then. Where the log's clock was
+// set back, those of before don't wait for it to come there again.
 func (p *postgres) settled(until time.Time, emit func(Sighting)) {
 	for len(p.waiting) > 0 {
 		s := p.sessions[p.waiting[0]]
 		if s != nil && s.Login != nil {
-			if s.Login.Time.After(until) {
+			if t := s.Login.Time; t.After(until) && !t.After(until.Add(2*settle)) {
 				return
 			}
 			emit(*s.Login)

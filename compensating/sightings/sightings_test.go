@@ -62,6 +62,7 @@ func TestPostgresStderr(t *testing.T) {
 			"2026-03-01 14:00:00.010 +02 [7] LOG:  connection authorized: user=app database=db"}, "login app@10.0.0.1", 0},
 		"IPv6, mapped": {"", []string{"2026-03-01 12:00:00.000 UTC [7] LOG:  connection received: host=::ffff:10.0.0.1 port=4000",
 			"2026-03-01 12:00:00.010 UTC [7] LOG:  connection authorized: user=app database=db"}, "login app@10.0.0.1", 0},
+		"a clock that is set back":                 {"", []string{received, auth, `2026-03-01 11:00:00.000 UTC [8] e@f LOG:  x`}, "login app@10.0.0.1, session e", 0},
 		"a process id that comes again":            {"", []string{received, auth, `2026-03-01 12:00:00.020 UTC [7] other@db LOG:  connection authorized: user=other database=db`}, "login app@10.0.0.1, login other@10.0.0.1", 0},
 		"and whose next session is another host's": {"", []string{received, auth, `2026-03-01 12:00:00.020 UTC [7] [unknown]@[unknown] LOG:  connection received: host=10.0.0.9 port=1`}, "login app@10.0.0.1", 0},
 		"a wrong password": {"", []string{received, `2026-03-01 12:00:00.010 UTC [7] app@db FATAL:  password authentication failed for user "app"`,

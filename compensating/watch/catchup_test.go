@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -455,15 +456,12 @@ func TestLostUnread(t *testing.T) {
 	token := filepath.Join(t.TempDir(), "token")
 	write(t, token, []byte("t"), os.O_TRUNC)
 	x.sensors[0].spool, spool.waiting = spool, maxSpool
-	req, err := http.NewRequest(http.MethodPost, "/", strings.NewReader(`{}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	req := httptest.NewRequest(http.MethodPost, "/", strings.NewReader(`{}`))
 	req.Header.Set("Authorization", "Bearer t")
-	a := &answer{h: http.Header{}}
+	a := httptest.NewRecorder()
 	Sensor{TokenFile: token}.endpoint(spool).ServeHTTP(a, req)
-	if a.status != http.StatusServiceUnavailable {
-		t.Errorf("a full spool answers %d", a.status)
+	if a.Code != http.StatusServiceUnavailable {
+		t.Errorf("a full spool answers %d", a.Code)
 	}
 	x.blind()
 	x.blind()
@@ -471,15 +469,6 @@ func TestLostUnread(t *testing.T) {
 		t.Errorf("turned away: found %q", got)
 	}
 }
-
-type answer struct {
-	h      http.Header
-	status int
-}
-
-func (a *answer) Header() http.Header         { return a.h }
-func (a *answer) Write(b []byte) (int, error) { return len(b), nil }
-func (a *answer) WriteHeader(status int)      { a.status = status }
 
 // TestParts: after a kill at any byte of what is written last, the file is the state of
 // the save before; and it stays in proportion to the state.

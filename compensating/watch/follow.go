@@ -47,9 +47,48 @@ const (
 	batch = 200 * time.Millisecond
 	// batchSize is how many leases are fetched for one update, or opens told.
 	batchSize = 256
-	// behind is how long a record may lie in the broker before it is followed.
-	behind = time.Second
+	// confirmEvery is how often the broker is asked how long its log is.
+	confirmEvery = time.Second
+	// stuck is how long what is in the broker's log may not come.
+	stuck = 20 * time.Second
+	// answer is how long a call may take whose result the follower can't do without.
+	answer = 30 * time.Second
 )
+
+// A confirmation is what tells that the ledger is no older than a time: the length that
+// the broker's log had then. That the stream is open tells nothing; the broker may have
+// gone without a word.
+type confirmation struct {
+	asked time.Time
+	size  int64
+	moved time.Time // when the stream came to next
+	next  int64
+}
+
+// confirm returns a time before which the broker recorded nothing that isn't before next.
+func (c *confirmation) confirm(ctx context.Context, f *follower, client countersignv1connect.OperatorServiceClient, next int64) (time.Time, error) {
+	now := f.now()
+	if next != c.next || c.moved.IsZero() {
+		c.next, c.moved = next, now
+	}
+	if next < c.size {
+		if now.Sub(c.moved) > stuck {
+			return time.Time{}, fmt.Errorf("the broker's audit log has %d records, and none came after %d", c.size, next)
+		}
+		return time.Time{}, nil
+	}
+	if since := now.Sub(c.asked); since < 0 || since >= confirmEvery {
+		size, err := logSize(ctx, client)
+		if err != nil {
+			return time.Time{}, err
+		}
+		c.asked, c.size, c.moved = now, size, now
+	}
+	if next < c.size {
+		return time.Time{}, nil
+	}
+	return c.asked, nil
+}
 
 func (f *follower) run(ctx context.Context) {
 	said := ""
@@ -78,7 +117,7 @@ func (f *follower) follow(ctx context.Context) error {
 	}
 	defer hangUp()
 	// A broker that was restored has another log under the same numbers.
-	status, err := client.GetStatus(ctx, connect.NewRequest(&v1.GetStatusRequest{}))
+	status, err := within(ctx, client.GetStatus, &v1.GetStatusRequest{})
 	if err != nil {
 		return err
 	}
@@ -94,6 +133,7 @@ func (f *follower) follow(ctx context.Context) error {
 	if err := f.traps(ctx, client); err != nil {
 		return err
 	}
+	confirmed := confirmation{}
 	records := make(chan auditRecord)
 	ended := make(chan error, 1)
 	go func() {
@@ -124,9 +164,8 @@ func (f *follower) follow(ctx context.Context) error {
 	var opens []sightings.Sighting
 	traps := false
 	next := f.next
-	var newest time.Time // of the records since the last update
 	take := func(r auditRecord) error {
-		next, newest = r.Index+1, r.Time
+		next = r.Index + 1
 		if r.Lease != "" {
 			leases[r.Lease] = true
 		}
@@ -161,16 +200,11 @@ func (f *follower) follow(ctx context.Context) error {
 			}
 			u := update{next: next, epoch: f.epoch, opens: opens}
 			opens = nil
-			if next >= size { // what there was when this began is here
-				u.synced = f.now().Add(-behind)
-				// More may wait behind what came just now.
-				if before := newest.Add(-behind); !newest.IsZero() && before.Before(u.synced) {
-					u.synced = before
-				}
+			if u.synced, err = confirmed.confirm(ctx, f, client, next); err != nil {
+				return err
 			}
-			newest = time.Time{}
 			for id := range leases {
-				a, err := client.ListLeases(ctx, connect.NewRequest(&v1.ListLeasesRequest{Lease: id}))
+				a, err := within(ctx, client.ListLeases, &v1.ListLeasesRequest{Lease: id})
 				if connect.CodeOf(err) == connect.CodeNotFound {
 					continue
 				}
@@ -199,11 +233,17 @@ func (f *follower) follow(ctx context.Context) error {
 	}
 }
 
+// within makes a call that may not take forever.
+func within[In, Out any](ctx context.Context, call func(context.Context, *connect.Request[In]) (*connect.Response[Out], error), in *In) (*connect.Response[Out], error) {
+	ctx, cancel := context.WithTimeout(ctx, answer)
+	defer cancel()
+	return call(ctx, connect.NewRequest(in))
+}
+
 type auditRecord struct {
-	Index int64     `json:"index"`
-	Time  time.Time `json:"time"`
-	Kind  string    `json:"kind"`
-	Lease string    `json:"lease"`
+	Index int64  `json:"index"`
+	Kind  string `json:"kind"`
+	Lease string `json:"lease"`
 
 	Detail json.RawMessage `json:"detail"`
 }
@@ -245,7 +285,7 @@ func (f *follower) all(ctx context.Context, client countersignv1connect.Operator
 	}
 	req := &v1.ListLeasesRequest{Ended: true}
 	for {
-		r, err := client.ListLeases(ctx, connect.NewRequest(req))
+		r, err := within(ctx, client.ListLeases, req)
 		if err != nil {
 			return err
 		}
@@ -274,7 +314,7 @@ func (f *follower) all(ctx context.Context, client countersignv1connect.Operator
 // logSize is how many records the broker's log has: the second line of its signed
 // note. Nothing is trusted to it but where to read on.
 func logSize(ctx context.Context, client countersignv1connect.OperatorServiceClient) (int64, error) {
-	c, err := client.AuditCheckpoint(ctx, connect.NewRequest(&v1.AuditCheckpointRequest{}))
+	c, err := within(ctx, client.AuditCheckpoint, &v1.AuditCheckpointRequest{})
 	if err != nil {
 		return 0, err
 	}
@@ -291,7 +331,7 @@ func logSize(ctx context.Context, client countersignv1connect.OperatorServiceCli
 
 // traps fetches the canaries.
 func (f *follower) traps(ctx context.Context, client countersignv1connect.OperatorServiceClient) error {
-	r, err := client.ListCanaries(ctx, connect.NewRequest(&v1.ListCanariesRequest{}))
+	r, err := within(ctx, client.ListCanaries, &v1.ListCanariesRequest{})
 	if err != nil {
 		return err
 	}

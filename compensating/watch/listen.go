@@ -200,6 +200,7 @@ func (s Sensor) listen(ctx context.Context, to *spool, log *slog.Logger) error {
 		h := &http.Server{Handler: s.endpoint(to), ReadTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 		go func() {
 			if err := h.Serve(l); ctx.Err() == nil {
+				to.fails(err)
 				log.Error("a sensor takes nothing any more", "sensor", s.Name, "err", err)
 			}
 		}()
@@ -216,10 +217,16 @@ func (s Sensor) accept(ctx context.Context, l net.Listener, to *spool, log *slog
 		if ctx.Err() != nil {
 			return
 		}
-		if err != nil {
-			log.Error("a sensor takes nothing any more", "sensor", s.Name, "err", err)
-			return
+		if err != nil { // as with too many open files: it passes
+			to.fails(err)
+			log.Error("a sensor takes no connection", "sensor", s.Name, "err", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(later):
+			}
+			continue
 		}
+		to.works()
 		select {
 		case slots <- struct{}{}:
 		default:

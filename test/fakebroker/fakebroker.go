@@ -27,6 +27,8 @@ type Broker struct {
 	// OnFinding is called with each finding that is told, before it is kept. An error is
 	// the answer.
 	OnFinding func(context.Context, *v1.Finding) error
+	// OnCheckpoint is called when the size of the log is asked for.
+	OnCheckpoint func(context.Context) error
 
 	server *http.Server
 	url    string
@@ -96,7 +98,12 @@ func (b *Broker) GetStatus(context.Context, *connect.Request[v1.GetStatusRequest
 }
 
 // AuditCheckpoint has the size of the log, and no signature.
-func (b *Broker) AuditCheckpoint(context.Context, *connect.Request[v1.AuditCheckpointRequest]) (*connect.Response[v1.AuditCheckpointResponse], error) {
+func (b *Broker) AuditCheckpoint(ctx context.Context, _ *connect.Request[v1.AuditCheckpointRequest]) (*connect.Response[v1.AuditCheckpointResponse], error) {
+	if b.OnCheckpoint != nil {
+		if err := b.OnCheckpoint(ctx); err != nil {
+			return nil, err
+		}
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return connect.NewResponse(&v1.AuditCheckpointResponse{Checkpoint: fmt.Appendf(nil, "fake\n%d\n", len(b.records))}), nil

@@ -154,7 +154,7 @@ func Run(ctx context.Context, dir string, bytes int64) (r Result, err error) {
 	if err := w.until(ctx, r.Lines); err != nil {
 		return r, err
 	}
-	for w.metric("countersign_watch_sightings_held") != 0 || len(b.Findings()) < len(wanted) && time.Since(begin) < time.Hour {
+	for read := time.Now(); w.metric("countersign_watch_sightings_held") != 0 || len(b.Findings()) < len(wanted) && time.Since(read) < 30*time.Second; {
 		if err := pause(ctx); err != nil {
 			return r, err
 		}
