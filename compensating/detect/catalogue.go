@@ -83,7 +83,7 @@ var Catalogue = []Entry{
 		"a client that gives itself another name; a program that gives itself theirs", Alert},
 	{Dormant, Low, "NHI5", "a program that used none of its credentials for the whole life of one, while the logs that would show it were read",
 		"sessions that began before the logs did and never show again", Alert},
-	{SilentSensor, Medium, "NHI1", "a log that is empty, or ends long before the others while it used not to: what it would show is not known, so nothing of it is called clean",
+	{SilentSensor, Medium, "NHI1", "a log that is empty, or ends long before the others while it used not to; one that was removed or truncated before it was read, waits long for the broker, or whose sender was turned away: what it would show is not known, so nothing of it is called clean",
 		"a log that is written to but no longer of logins", Alert},
 	{Canary, Critical, "NHI2", "any appearance of a trap's names, a failed login too: nobody was given it",
 		"who recognises the trap", Alert},

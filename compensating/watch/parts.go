@@ -24,6 +24,7 @@ type partsFile struct {
 	f     *os.File // nil: the next save writes the file anew
 	size  int64    // of the file
 	whole int64    // of its first line
+	fold  int64    // below this size it isn't written anew
 	seed  maphash.Seed
 	round uint64
 	known map[string]part
@@ -42,11 +43,11 @@ type change struct {
 	Drop []string                   `json:"drop,omitempty"`
 }
 
-// foldFrom is the size below which a file isn't written anew.
+// foldFrom is the size below which a state isn't written anew.
 const foldFrom = 1 << 20
 
 func newPartsFile(path string) *partsFile {
-	return &partsFile{path: path, seed: maphash.MakeSeed(), known: map[string]part{}}
+	return &partsFile{path: path, fold: foldFrom, seed: maphash.MakeSeed(), known: map[string]part{}}
 }
 
 // load returns the parts; none where there is no file. The next save writes it anew.
@@ -120,7 +121,7 @@ func (s *saving) put(key string, value any) {
 
 // save writes what differs from the last save of all that parts puts.
 func (p *partsFile) save(parts func(*saving)) error {
-	if p.f != nil && p.size > max(foldFrom, 4*p.whole) {
+	if p.f != nil && p.size > max(p.fold, 4*p.whole) {
 		p.close()
 	}
 	anew := p.f == nil
