@@ -349,3 +349,23 @@ func TestCatalogue(t *testing.T) {
 		}
 	}
 }
+
+// TestManyReads: of any number of reads by strangers, each is judged.
+func TestManyReads(t *testing.T) {
+	index := ledger.NewIndex(strings.NewReader(""))
+	judge := detect.NewJudge(index, detect.Config{})
+	judge.Learn(issued())
+	const reads = 1<<16 + 10
+	found := 0
+	for i := range reads {
+		list, err := judge.See(sightings.Sighting{Time: noon, Kind: sightings.Read, Source: "vault", VaultPath: "database/creds/billing-ro", VaultLease: fmt.Sprint("database/creds/billing-ro/", i), Actor: "eve"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		found += len(list)
+	}
+	list, err := judge.Reads()
+	if err != nil || found+len(list) != reads {
+		t.Errorf("%d of %d reads were judged, %v", found+len(list), reads, err)
+	}
+}

@@ -144,7 +144,7 @@ func TestLongLog(t *testing.T) {
 	log = csvLogin(log, 1, at, issuedNow, "10.6.6.6")
 	log = csvLogin(log, 2, at, "svc-late", "10.0.0.9")
 	other := csvLogin(nil, 3, noon, "svc-other", "10.0.0.9")
-	x := newCatchUp(t, 100*time.Microsecond, map[string][]byte{"db": log, "other": other})
+	x := newCatchUp(t, 20*time.Microsecond, map[string][]byte{"db": log, "other": other})
 
 	var saved, turned time.Time
 	var wrote int64
@@ -153,7 +153,7 @@ func TestLongLog(t *testing.T) {
 			saved = turned
 		}
 		var news []ledger.Entry
-		if turns > 50 && x.read("db") > logins/2 { // issued while it catches up
+		if x.read("db") > logins/2 { // issued while it catches up
 			news = []ledger.Entry{{ID: "L1", Scope: "s", Host: "h", Kind: "vault", Sources: []string{"10.0.0.1"}, Issued: noon, Expires: noon.Add(time.Hour),
 				Names: ledger.Names{DBUsername: issuedNow, VaultLease: "database/creds/billing/1"}}}
 		}
@@ -194,7 +194,7 @@ func TestSavedLittle(t *testing.T) {
 	x := newCatchUp(t, time.Microsecond, map[string][]byte{"db": nil})
 	var log []byte
 	size, n := 0, 0
-	for n < 5000 {
+	for n < 3000 {
 		log = csvLogin(log, n, x.clock.t, fmt.Sprint("app", n), "10.0.0.9")
 		n++
 	}
@@ -232,7 +232,7 @@ func TestKilledInACatchUp(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 2))
 		var log []byte
 		total := int64(0)
-		for at := noon; total < 1200; total++ {
+		for at := noon; total < 800; total++ {
 			at = at.Add(time.Duration(r.IntN(3000)) * time.Millisecond)
 			account := fmt.Sprint("app", r.IntN(1000))
 			if r.IntN(10) == 0 {
@@ -519,7 +519,7 @@ func TestParts(t *testing.T) {
 	change(300)
 	save()
 	anew := 0
-	for range 200 {
+	for range 100 {
 		before := fmt.Sprint(model)
 		change(20)
 		size := p.size

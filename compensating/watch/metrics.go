@@ -92,5 +92,11 @@ func (m *meter) serve(address string) (func(), error) {
 			slog.Error("metrics", "err", err)
 		}
 	}()
-	return func() { _ = s.Shutdown(context.Background()) }, nil
+	return func() {
+		ctx, cancel := context.WithTimeout(context.Background(), goodbye)
+		defer cancel()
+		if s.Shutdown(ctx) != nil {
+			_ = s.Close() // a scraper that doesn't read
+		}
+	}, nil
 }

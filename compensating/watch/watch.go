@@ -235,8 +235,8 @@ func (w *Watch) Run(ctx context.Context) error {
 		if err := w.wait(ctx, f.out, speak.done, at); err != nil {
 			return err
 		}
-		if err := w.turn(ctx, speak); err != nil && ctx.Err() == nil {
-			return err
+		if err := w.turn(ctx, speak); err != nil {
+			return err // without a save: what failed is read again
 		}
 	}
 	speak.end(goodbye)
