@@ -71,6 +71,9 @@ func (p *partsFile) load() (map[string]json.RawMessage, error) {
 		if number > 1 && len(text) == 0 && (!whole || err != nil) {
 			break // it was being written
 		}
+		if number == 1 && err != nil && json.Valid(line) {
+			return nil, errWhole
+		}
 		if err != nil {
 			return nil, fmt.Errorf("%s, line %d: %w", p.path, number, err)
 		}

@@ -121,7 +121,10 @@ func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watc
 
 	w.disk = newPartsFile(w.stateFile())
 	parts, err := w.disk.load()
-	if err == nil {
+	switch {
+	case errors.Is(err, errWhole):
+		err = w.restoreWhole()
+	case err == nil:
 		err = w.restore(parts)
 	}
 	if err != nil {
