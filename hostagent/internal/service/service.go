@@ -107,26 +107,23 @@ func (s *Service) proveNow() {
 const soon = time.Second
 
 // proveLoop proves the host when the broker wants it, and soon after a lease
-// came or changed hands.
+// came or changed hands. Its next time is absolute: what happens meanwhile brings it
+// nearer at most, and after a failure not even that.
 func (s *Service) proveLoop(ctx context.Context) {
 	failures := 0
-	next := time.Duration(0)
+	next := time.Now()
 	for {
-		timer := time.NewTimer(next)
+		timer := time.NewTimer(time.Until(next))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
 			return
 		case <-s.prove:
 			timer.Stop()
-			if failures > 0 {
-				break // its turn comes
+			if sooner := time.Now().Add(soon); failures == 0 && sooner.Before(next) {
+				next = sooner
 			}
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(soon):
-			}
+			continue
 		case <-timer.C:
 		}
 		err := s.proveOnce(ctx)
@@ -135,13 +132,13 @@ func (s *Service) proveLoop(ctx context.Context) {
 		}
 		if err != nil {
 			failures++
-			next = min(time.Second<<min(failures, 6), time.Minute)
-			next = next/2 + time.Duration(rand.Int64N(int64(next/2)+1))
+			wait := min(time.Second<<min(failures, 6), time.Minute)
+			next = time.Now().Add(wait/2 + time.Duration(rand.Int64N(int64(wait/2)+1)))
 			continue
 		}
 		failures = 0
 		s.mu.Lock()
-		next = max(s.proveBy.Sub(s.now()), time.Second)
+		next = time.Now().Add(max(s.proveBy.Sub(s.now()), time.Second))
 		s.mu.Unlock()
 	}
 }

@@ -23,6 +23,7 @@ import (
 type broker struct {
 	prove, release error
 	proven         []attest.LeaseProof
+	asked          int // for proofs
 }
 
 func (b *broker) Host() string { return "h" }
@@ -37,6 +38,7 @@ func (b *broker) Release(_ context.Context, l []string, _ string) ([]string, err
 }
 func (b *broker) Prove(_ context.Context, p []attest.LeaseProof) (attest.Proven, error) {
 	b.proven = p
+	b.asked++
 	return attest.Proven{ProveBy: time.Now().Add(time.Hour)}, b.prove
 }
 
@@ -84,6 +86,37 @@ func write(t *testing.T, path, text string) {
 	t.Helper()
 	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(text), 0o600)); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// What happens on the host brings a proof nearer and never puts it off, and while the
+// broker is away it doesn't make the agent ask all the time.
+func TestProofsUnderSteadyChanges(t *testing.T) {
+	for name, c := range map[string]struct {
+		fails         error
+		atLeast, most int // proofs in a minute
+	}{
+		"the broker answers": {nil, 25, 80},
+		"the broker is away": {errors.New("no broker"), 4, 15},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := &broker{prove: c.fails}
+				s, _ := holding(t, b, programs{})
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan struct{})
+				go func() { defer close(done); s.proveLoop(ctx) }()
+				for range 150 {
+					time.Sleep(400 * time.Millisecond)
+					s.proveNow()
+				}
+				cancel()
+				<-done
+				if b.asked < c.atLeast || b.asked > c.most {
+					t.Errorf("%d proofs in a minute, want %d to %d", b.asked, c.atLeast, c.most)
+				}
+			})
+		})
 	}
 }
 
