@@ -50,9 +50,6 @@ func (s *Operators) ReportFinding(ctx context.Context, req *connect.Request[v1.R
 	})
 }
 
-// findingPage is how many findings one answer has; each may have 80 KiB.
-const findingPage = 200
-
 // ListFindings lists findings in the order of opening, in pages.
 func (s *Operators) ListFindings(ctx context.Context, req *connect.Request[v1.ListFindingsRequest]) (*connect.Response[v1.ListFindingsResponse], error) {
 	return serve(ctx, s, func(a operate.Actor) (*v1.ListFindingsResponse, error) {
@@ -61,9 +58,10 @@ func (s *Operators) ListFindings(ctx context.Context, req *connect.Request[v1.Li
 			f, err := s.Desk.Finding(ctx, a, m.GetFinding())
 			return &v1.ListFindingsResponse{Findings: []*v1.Finding{findingMessage(f)}}, err
 		}
+		limit := rows(m.GetLimit(), findingPage)
 		list, err := s.Desk.Findings(ctx, a, findings.Filter{Status: findings.Status(m.GetStatus()), Detector: m.GetDetector(), Host: m.GetHost(),
-			Severity: findings.Severity(m.GetSeverity()), After: int64(min(m.GetAfter(), math.MaxInt64)), Limit: findingPage})
-		out := &v1.ListFindingsResponse{Next: m.GetAfter(), More: len(list) == findingPage}
+			Severity: findings.Severity(m.GetSeverity()), After: int64(min(m.GetAfter(), math.MaxInt64)), Newest: m.GetNewest(), Limit: limit})
+		out := &v1.ListFindingsResponse{Next: m.GetAfter(), More: len(list) == limit}
 		for _, f := range list {
 			out.Findings = append(out.Findings, findingMessage(f))
 			out.Next = uint64(f.Opened)

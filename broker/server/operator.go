@@ -2,9 +2,12 @@ package server
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
+	"math"
 	"time"
 
 	"connectrpc.com/connect"
@@ -27,7 +30,7 @@ type Operators struct {
 	Desk     *operate.Desk
 	BrokerID string
 	Version  string
-	Alarms   func() []string
+	Alarms   func(context.Context) []string
 	Vault    func() string // how the broker stands with Vault, in words
 }
 
@@ -59,6 +62,8 @@ func operatorError(err error) error {
 		return err
 	case errors.Is(err, operate.ErrForbidden):
 		return connect.NewError(connect.CodePermissionDenied, err)
+	case errors.Is(err, store.ErrSlow):
+		return connect.NewError(connect.CodeResourceExhausted, err)
 	case errors.As(err, &bad):
 		return connect.NewError(connect.CodeInvalidArgument, err)
 	case errors.Is(err, inventory.ErrUnknown), errors.Is(err, inventory.ErrNoReference), errors.Is(err, journal.ErrUnknown),
@@ -90,7 +95,7 @@ func (s *Operators) GetStatus(ctx context.Context, _ *connect.Request[v1.GetStat
 	return serve(ctx, s, func(a operate.Actor) (*v1.GetStatusResponse, error) {
 		st, err := s.Desk.Status(ctx, a)
 		return &v1.GetStatusResponse{BrokerId: s.BrokerID, Version: s.Version, PolicyVersion: uint64(st.Policy), Epoch: uint64(st.Epoch),
-			Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings, Alarms: s.Alarms(), Vault: s.Vault()}, err
+			Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings, Alarms: s.Alarms(ctx), Vault: s.Vault()}, err
 	})
 }
 
@@ -106,16 +111,70 @@ func hostMessage(h inventory.Host) *v1.Host {
 	return m
 }
 
-// ListHosts lists hosts.
+// Pages of lists: the rows of one answer, unless a request asks for fewer.
+const (
+	hostPage      = 500
+	leasePage     = 500
+	referencePage = 100
+	findingPage   = 200 // each may have 80 KiB
+)
+
+// rows is how many rows an answer has at most.
+func rows(asked uint32, page int) int {
+	if asked == 0 || asked > uint32(page) {
+		return page
+	}
+	return int(asked)
+}
+
+// placeError is for a page token that no answer gave.
+func placeError(err error) error { return &operate.InvalidError{Reason: err.Error()} }
+
+// ListHosts lists hosts in pages, or shows one.
 func (s *Operators) ListHosts(ctx context.Context, req *connect.Request[v1.ListHostsRequest]) (*connect.Response[v1.ListHostsResponse], error) {
 	return serve(ctx, s, func(a operate.Actor) (*v1.ListHostsResponse, error) {
-		hosts, err := s.Desk.Hosts(ctx, a, req.Msg.GetHost(), req.Msg.GetSelector(), req.Msg.GetState())
-		out := &v1.ListHostsResponse{}
+		m, out := req.Msg, &v1.ListHostsResponse{}
+		if m.GetHost() != "" {
+			h, err := s.Desk.Host(ctx, a, m.GetHost())
+			out.Hosts = append(out.Hosts, hostMessage(h))
+			return out, err
+		}
+		after, err := parsePlace[inventory.Cursor](m.GetAfter())
+		if err != nil {
+			return nil, placeError(err)
+		}
+		hosts, next, more, err := s.Desk.Hosts(ctx, a, operate.HostFilter{Selector: m.GetSelector(), State: m.GetState(), Sort: m.GetSort(), After: after, Limit: rows(m.GetLimit(), hostPage)})
 		for _, h := range hosts {
 			out.Hosts = append(out.Hosts, hostMessage(h))
 		}
+		if more {
+			out.Next = place(next)
+		}
 		return out, err
 	})
+}
+
+// place is a page token: where a list goes on, as JSON in base64.
+func place(v any) string {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // texts and numbers
+	}
+	return base64.RawURLEncoding.EncodeToString(b)
+}
+
+func parsePlace[T any](token string) (at T, err error) {
+	if token == "" {
+		return at, nil
+	}
+	b, err := base64.RawURLEncoding.DecodeString(token)
+	if err == nil {
+		err = json.Unmarshal(b, &at)
+	}
+	if err != nil {
+		return at, fmt.Errorf("%.80q is no place in this list: begin again without it", token)
+	}
+	return at, nil
 }
 
 // AddHosts registers hosts.
@@ -217,7 +276,7 @@ func (s *Operators) AddRelease(ctx context.Context, req *connect.Request[v1.AddR
 			r.Files = append(r.Files, inventory.ReleaseFile{Path: f.GetPath(), Digest: f.GetDigest()})
 		}
 		r, err := s.Desk.AddRelease(ctx, a, r, moment(req.Msg.GetOlderUntil()))
-		return &v1.AddReleaseResponse{Release: releaseMessage(r)}, err
+		return &v1.AddReleaseResponse{Release: releaseMessage(r.Size())}, err
 	})
 }
 
@@ -233,8 +292,8 @@ func (s *Operators) ListReleases(ctx context.Context, req *connect.Request[v1.Li
 	})
 }
 
-func releaseMessage(r inventory.Release) *v1.Release {
-	return &v1.Release{Name: r.Name, Version: uint64(r.Version), Source: r.Source, Files: uint32(len(r.Files)), Added: stamp(r.Added), Until: stamp(r.Ends)}
+func releaseMessage(r inventory.ReleaseSize) *v1.Release {
+	return &v1.Release{Name: r.Name, Version: uint64(r.Version), Source: r.Source, Files: uint32(r.Files), Added: stamp(r.Added), Until: stamp(r.Ends)}
 }
 
 // moment is a time that was sent; zero: none was.
@@ -257,13 +316,22 @@ func (s *Operators) LearnReference(ctx context.Context, req *connect.Request[v1.
 	})
 }
 
-// ListReferences lists versions of reference sets.
+// ListReferences lists versions of reference sets in pages.
 func (s *Operators) ListReferences(ctx context.Context, req *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error) {
 	return serve(ctx, s, func(a operate.Actor) (*v1.ListReferencesResponse, error) {
-		list, err := s.Desk.References(ctx, a, req.Msg.GetName())
-		out := &v1.ListReferencesResponse{}
+		m, out := req.Msg, &v1.ListReferencesResponse{}
+		after, err := parsePlace[inventory.ReferencePlace](m.GetAfter())
+		if err != nil {
+			return nil, placeError(err)
+		}
+		list, more, err := s.Desk.References(ctx, a, inventory.ReferenceFilter{Name: m.GetName(), Version: int64(min(m.GetVersion(), math.MaxInt64)), After: after,
+			Limit: rows(m.GetLimit(), referencePage)})
 		for _, r := range list {
 			out.References = append(out.References, s.referenceMessage(r))
+		}
+		if more {
+			last := list[len(list)-1]
+			out.Next = place(inventory.ReferencePlace{Name: last.Name, Version: last.Version})
 		}
 		return out, err
 	})
@@ -280,12 +348,12 @@ func (s *Operators) ApplyScopes(ctx context.Context, req *connect.Request[v1.App
 		if err != nil {
 			return nil, err
 		}
-		out := &v1.ApplyScopesResponse{Version: uint64(p.Version)}
+		out := &v1.ApplyScopesResponse{Version: uint64(p.Version), Keeps: p.Keeps, Loses: p.Loses}
 		for _, c := range p.Scopes {
 			out.Changes = append(out.Changes, &v1.ScopeChange{Scope: c.Scope, Change: c.Change})
 		}
-		for _, l := range p.Leases {
-			out.Leases = append(out.Leases, &v1.LeaseChange{Host: l.Host, Scope: l.Scope, LeaseId: l.Lease, Change: l.Change, Reason: l.Reason})
+		for _, l := range p.Losses {
+			out.Leases = append(out.Leases, &v1.LeaseChange{Host: l.Host, Scope: l.Scope, LeaseId: l.Lease, Change: "loses", Reason: l.Reason})
 		}
 		return out, nil
 	})
@@ -327,10 +395,7 @@ func leaseMessage(g journal.Grant, hostName string) *v1.Lease {
 		Machine: &v1.Machine{SecureBoot: g.Machine.SecureBoot, KernelCommandLine: g.Machine.CommandLine, Reference: g.Machine.Reference}}
 }
 
-// leasePage is how many leases one answer has.
-const leasePage = 1000
-
-// ListLeases lists leases by id, in pages.
+// ListLeases lists leases by the time of issue, in pages.
 func (s *Operators) ListLeases(ctx context.Context, req *connect.Request[v1.ListLeasesRequest]) (*connect.Response[v1.ListLeasesResponse], error) {
 	return serve(ctx, s, func(a operate.Actor) (*v1.ListLeasesResponse, error) {
 		m := req.Msg
@@ -340,7 +405,11 @@ func (s *Operators) ListLeases(ctx context.Context, req *connect.Request[v1.List
 			out.Leases = append(out.Leases, leaseMessage(g, ""))
 			return out, err
 		}
-		f := journal.Filter{Host: m.GetHost(), Scope: m.GetScope(), After: m.GetAfter(), Limit: leasePage}
+		after, err := journal.ParseCursor(m.GetAfter())
+		if err != nil {
+			return nil, placeError(err)
+		}
+		f := journal.Filter{Host: m.GetHost(), Scope: m.GetScope(), After: after, Newest: m.GetNewest(), Limit: rows(m.GetLimit(), leasePage)}
 		switch {
 		case m.GetState() != "":
 			f.States = []journal.State{journal.State(m.GetState())}
@@ -351,8 +420,8 @@ func (s *Operators) ListLeases(ctx context.Context, req *connect.Request[v1.List
 		for _, g := range list {
 			out.Leases = append(out.Leases, leaseMessage(g, names[g.Host]))
 		}
-		if len(list) == leasePage {
-			out.Next = list[len(list)-1].ID
+		if len(list) == f.Limit {
+			out.Next = list[len(list)-1].Cursor().String()
 		}
 		return out, err
 	})
@@ -383,7 +452,7 @@ func (s *Operators) ReadAudit(ctx context.Context, req *connect.Request[v1.ReadA
 	const page = 500
 	for {
 		var records []*v1.AuditRecord
-		err := s.Desk.Store.View(ctx, func(tx *store.Tx) error {
+		err := s.Desk.Store.Report(ctx, func(tx *store.Tx) error {
 			return audit.Read(tx, next, page, func(index int64, body []byte) error {
 				records = append(records, &v1.AuditRecord{Index: uint64(index), Json: json.RawMessage(body)})
 				return nil

@@ -124,9 +124,7 @@ func TestRestore(t *testing.T) {
 			ctx := check.Within(t, 2*time.Minute)
 			h := joined(t, b, services.TPMCA)
 			store := filepath.Join(b.broker.State(), "store.db")
-			check.Nil(t, b.broker.Stop())
-			backup := check.Must(os.ReadFile(store))(t)
-			check.Nil(t, b.broker.Start(ctx))
+			backup := backedUp(t, b, h)
 
 			s := dial(t, h)
 			program := check.Must(h.Program(softExe, "billing", 7))(t)
@@ -199,6 +197,41 @@ func TestRestore(t *testing.T) {
 			}
 		})
 	}
+}
+
+// backedUp is a backup that was made by the verb while the host h kept the broker
+// writing.
+func backedUp(t *testing.T, b *bench, h *lab.SoftHost) []byte {
+	t.Helper()
+	ctx, cancel := context.WithCancel(check.Within(t, time.Minute))
+	proved := make(chan error, 1)
+	go func() {
+		s, err := h.Dial(ctx)
+		for err == nil && ctx.Err() == nil {
+			_, err = h.Prove(context.WithoutCancel(ctx), s, nil)
+		}
+		proved <- err
+	}()
+	file := filepath.Join(b.dir, "backup while writing.db")
+	backup := func() ([]byte, error) {
+		return exec.Command(check.Must(lab.Program("countersign", false))(t), "broker", "backup", file, "-c", b.broker.Config()).CombinedOutput()
+	}
+	// What a try that was killed left behind is in nobody's way.
+	check.Nil(t, os.WriteFile(file+".partial", []byte("half"), 0o600))
+	out, err := backup()
+	cancel()
+	check.Nil(t, <-proved)
+	if err != nil {
+		t.Fatalf("broker backup: %v: %s", err, out)
+	}
+	text := check.Must(os.ReadFile(file))(t)
+	if out, err := backup(); err == nil || !strings.Contains(string(out), "never overwrites") {
+		t.Errorf("onto an existing file: %v: %s", err, out)
+	}
+	if left := check.Must(filepath.Glob(file + "?*"))(t); len(left) > 0 {
+		t.Errorf("left beside the backup: %v", left)
+	}
+	return text
 }
 
 func TestRoles(t *testing.T) {

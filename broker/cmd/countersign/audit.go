@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strconv"
 	"time"
@@ -14,7 +13,6 @@ import (
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"golang.org/x/mod/sumdb/note"
-	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/wire/checkpoint"
@@ -206,35 +204,25 @@ func auditVerifyCommand(o *options) *cobra.Command {
 		if err != nil {
 			return no("%v", err)
 		}
-		var hashes []tlog.Hash
-		read := tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
-			out := make([]tlog.Hash, len(indexes))
-			for i, idx := range indexes {
-				if idx < 0 || idx >= int64(len(hashes)) {
-					return nil, io.ErrUnexpectedEOF
-				}
-				out[i] = hashes[idx]
-			}
-			return out, nil
-		})
 		enough := errors.New("enough")
-		next := int64(0)
+		var tree audit.Tree
+		p := newProgress(cmd.ErrOrStderr())
 		err = streamAudit(cmd, o, 0, false, func(r *v1.AuditRecord) error {
-			if next == head.Size {
+			if tree.Size() == head.Size {
 				return enough // came after the head
 			}
-			more, err := tlog.StoredHashes(next, r.GetJson(), read)
-			hashes = append(hashes, more...)
-			next++
-			return err
+			tree.Append(r.GetJson())
+			p.show("records", tree.Size(), head.Size)
+			return nil
 		})
+		p.end()
 		if err != nil && !errors.Is(err, enough) {
 			return err
 		}
-		if next != head.Size {
-			return no("the signed head speaks of %d records, the log has %d", head.Size, next)
+		if tree.Size() != head.Size {
+			return no("the signed head speaks of %d records, the log has %d", head.Size, tree.Size())
 		}
-		root, err := tlog.TreeHash(head.Size, read)
+		root, err := tree.Root()
 		if err != nil {
 			return err
 		}

@@ -41,6 +41,7 @@ func brokerCommand(o *options) *cobra.Command {
 			}
 			return serve(cmd.Context(), c, cmd.ErrOrStderr())
 		}},
+		backupCommand(o, &file),
 		restoreCommand(&file),
 	)
 	return cmd

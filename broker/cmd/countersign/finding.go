@@ -63,8 +63,12 @@ const anyStatus = "all"
 
 func findingListCommand(o *options) *cobra.Command {
 	req := &v1.ListFindingsRequest{}
+	var p paging
 	var follow bool
-	cmd := &cobra.Command{Use: "list", Short: "List findings, by when they were opened", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	var sort string
+	cmd := &cobra.Command{Use: "list", Short: "List findings, by when they were opened", Example: `  countersign finding list --severity high
+  countersign finding list --status all --sort newest --limit 20
+  countersign finding list -f -o json`, Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) (err error) {
 		if follow && cmd.Flags().Changed("status") {
 			return &exitError{exitUsage, errors.New("-f shows what is open and what is opened from now on: leave --status away")}
 		}
@@ -74,54 +78,61 @@ func findingListCommand(o *options) *cobra.Command {
 		if follow {
 			return followFindings(cmd, o, req)
 		}
-		var list []*v1.Finding
-		if err := eachFinding(cmd.Context(), o, req, func(f *v1.Finding) error {
+		if req.Newest, err = newestFirst(sort); err != nil {
+			return err
+		}
+		list := o.listing(cmd, "findings", "ID STATUS SEVERITY DETECTOR HOST LEASE ACCOUNT LAST COUNT WHY")
+		next, err := eachFinding(cmd.Context(), o, req, p, func(f *v1.Finding) error {
 			if o.output == "json" {
 				return json.NewEncoder(cmd.OutOrStdout()).Encode(lineOf(f))
 			}
-			list = append(list, f)
-			return nil
-		}); err != nil || o.output == "json" {
+			return list.row(f, f.GetId(), f.GetStatus(), f.GetSeverity(), f.GetDetector(), f.GetHost(), f.GetLease(), f.GetAccount(), stampText(f.GetLast()), f.GetCount(), f.GetWhy())
+		})
+		if err != nil || o.output == "json" {
 			return err
 		}
-		table(cmd.OutOrStdout(), "ID STATUS SEVERITY DETECTOR HOST LEASE ACCOUNT LAST COUNT WHY", func(row func(...any)) {
-			for _, f := range list {
-				row(f.GetId(), f.GetStatus(), f.GetSeverity(), f.GetDetector(), f.GetHost(), f.GetLease(), f.GetAccount(), stampText(f.GetLast()), f.GetCount(), f.GetWhy())
-			}
-		})
-		return nil
+		return list.end(next)
 	}}
 	cmd.Flags().StringVar(&req.Status, "status", "open", "open, closed or all")
 	cmd.Flags().StringVar(&req.Detector, "detector", "", "of this detector")
 	cmd.Flags().StringVar(&req.Host, "host", "", "about this host")
 	cmd.Flags().StringVar(&req.Severity, "severity", "", "low, medium, high or critical")
+	cmd.Flags().StringVar(&sort, "sort", oldest, "newest or oldest first, by when they were opened")
+	_ = cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions([]string{newest, oldest}, cobra.ShellCompDirectiveNoFileComp))
+	p.flags(cmd)
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what is opened, or opened again")
 	_ = cmd.RegisterFlagCompletionFunc("status", cobra.FixedCompletions([]string{"open", "closed", anyStatus}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("severity", cobra.FixedCompletions([]string{"low", "medium", "high", "critical"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 
-// eachFinding calls f for every finding, page by page; req is then where what is
-// opened later begins.
-func eachFinding(ctx context.Context, o *options, req *v1.ListFindingsRequest, f func(*v1.Finding) error) error {
+// eachFinding calls f for every finding that p leaves of a list, page by page, and
+// returns where the list goes on.
+func eachFinding(ctx context.Context, o *options, req *v1.ListFindingsRequest, p paging, f func(*v1.Finding) error) (next string, err error) {
 	client, err := o.client(ctx)
 	if err != nil {
-		return err
+		return "", err
 	}
-	for {
+	return p.walk(func(limit uint32, after string) (int, string, error) {
+		if req.Limit = limit; after != "" {
+			if req.After, err = strconv.ParseUint(after, 10, 64); err != nil {
+				return 0, "", &exitError{exitUsage, fmt.Errorf("--after %s: it is no place in a list of findings", after)}
+			}
+		}
 		r, err := client.ListFindings(ctx, connect.NewRequest(req))
 		if err != nil {
-			return err
+			return 0, "", err
 		}
 		for _, one := range r.Msg.GetFindings() {
 			if err := f(one); err != nil {
-				return err
+				return 0, "", err
 			}
 		}
-		if req.After = r.Msg.GetNext(); !r.Msg.GetMore() {
-			return nil
+		if !r.Msg.GetMore() {
+			return len(r.Msg.GetFindings()), "", nil
 		}
-	}
+		return len(r.Msg.GetFindings()), strconv.FormatUint(r.Msg.GetNext(), 10), nil
+	})
 }
 
 // followFindings prints a line for each finding, until it is interrupted. A broker
@@ -181,7 +192,7 @@ func followFindings(cmd *cobra.Command, o *options, req *v1.ListFindingsRequest)
 
 func findingShowCommand(o *options) *cobra.Command {
 	return &cobra.Command{Use: "show FINDING", Short: "Show one finding, with what was seen", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
-		return eachFinding(cmd.Context(), o, &v1.ListFindingsRequest{Finding: args[0]}, func(f *v1.Finding) error {
+		_, err := eachFinding(cmd.Context(), o, &v1.ListFindingsRequest{Finding: args[0]}, paging{}, func(f *v1.Finding) error {
 			return o.print(cmd.OutOrStdout(), lineOf(f), func(w io.Writer) {
 				for _, line := range [][2]string{
 					{"id", f.GetId()}, {"status", f.GetStatus()}, {"closed by", f.GetClosedBy()}, {"reason", f.GetReason()}, {"until", stampText(f.GetUntil())},
@@ -196,6 +207,7 @@ func findingShowCommand(o *options) *cobra.Command {
 				}
 			})
 		})
+		return err
 	}}
 }
 

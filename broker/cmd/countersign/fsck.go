@@ -42,7 +42,9 @@ func fsckCommand(o *options) *cobra.Command {
 			return err
 		}
 		defer func() { _ = s.Close() }()
-		report, err := fsck.Check(cmd.Context(), s, faults.Now())
+		p := newProgress(cmd.ErrOrStderr())
+		report, err := fsck.Check(cmd.Context(), s, faults.Now(), p.show)
+		p.end()
 		if err != nil {
 			return err
 		}
@@ -54,10 +56,13 @@ func fsckCommand(o *options) *cobra.Command {
 			for _, v := range report.Violations {
 				fmt.Fprintf(cmd.OutOrStdout(), "%s: %s\n", v.Invariant, v.Detail)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%d records, %d grants, %d hosts checked\n", report.Records, report.Grants, report.Hosts)
+			if more := report.Total - len(report.Violations); more > 0 {
+				fmt.Fprintf(cmd.OutOrStdout(), "and %d more\n", more)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%d records, %d leases, %d hosts checked\n", report.Records, report.Grants, report.Hosts)
 		}
-		if n := len(report.Violations); n > 0 {
-			return no("%d violations", n)
+		if report.Total > 0 {
+			return no("%d violations", report.Total)
 		}
 		return nil
 	}}

@@ -47,26 +47,38 @@ func labelsText(labels map[string]string) string {
 }
 
 func hostListCommand(o *options) *cobra.Command {
-	var selector, state string
-	cmd := &cobra.Command{Use: "list", Short: "List hosts", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	req := &v1.ListHostsRequest{}
+	var p paging
+	cmd := &cobra.Command{Use: "list", Short: "List hosts", Example: `  countersign host list -l env=prod,role!=db
+  countersign host list --state stale --sort proved --limit 20`, Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
 		}
-		r, err := client.ListHosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{Selector: selector, State: state}))
+		list := o.listing(cmd, "hosts", "ID NAME STATE TIER PROVED LABELS REASON")
+		next, err := p.walk(func(limit uint32, after string) (int, string, error) {
+			req.Limit, req.After = limit, after
+			r, err := client.ListHosts(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return 0, "", err
+			}
+			for _, h := range r.Msg.GetHosts() {
+				if err := list.row(h, h.GetId(), h.GetName(), h.GetState(), h.GetTier(), stampText(h.GetLastProved()), labelsText(h.GetLabels()), h.GetStateReason()); err != nil {
+					return 0, "", err
+				}
+			}
+			return len(r.Msg.GetHosts()), r.Msg.GetNext(), nil
+		})
 		if err != nil {
 			return err
 		}
-		return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
-			table(w, "ID NAME STATE TIER PROVED LABELS REASON", func(row func(...any)) {
-				for _, h := range r.Msg.GetHosts() {
-					row(h.GetId(), h.GetName(), h.GetState(), h.GetTier(), stampText(h.GetLastProved()), labelsText(h.GetLabels()), h.GetStateReason())
-				}
-			})
-		})
+		return list.end(next)
 	}}
-	cmd.Flags().StringVarP(&selector, "selector", "l", "", "labels, as env=prod,role!=db")
-	cmd.Flags().StringVar(&state, "state", "", "registered, pending, trusted, stale, failed, quarantined or removed")
+	cmd.Flags().StringVarP(&req.Selector, "selector", "l", "", "labels, as env=prod,role!=db")
+	cmd.Flags().StringVar(&req.State, "state", "", "registered, pending, trusted, stale, failed, quarantined or removed")
+	cmd.Flags().StringVar(&req.Sort, "sort", "name", "by name, or by proved: the longest silent first")
+	_ = cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions([]string{"name", "proved"}, cobra.ShellCompDirectiveNoFileComp))
+	p.flags(cmd)
 	return cmd
 }
 
@@ -79,6 +91,9 @@ func hostShowCommand(o *options) *cobra.Command {
 		r, err := client.ListHosts(cmd.Context(), connect.NewRequest(&v1.ListHostsRequest{Host: args[0]}))
 		if err != nil {
 			return err
+		}
+		if len(r.Msg.GetHosts()) == 0 {
+			return no("no such host: %s", args[0])
 		}
 		h := r.Msg.GetHosts()[0]
 		return o.show(cmd.OutOrStdout(), h, func(w io.Writer) {

@@ -22,60 +22,82 @@ func leaseCommand(o *options) *cobra.Command {
 	return cmd
 }
 
-// eachLease calls f for every lease, page by page.
-func eachLease(ctx context.Context, o *options, req *v1.ListLeasesRequest, f func(*v1.Lease) error) error {
+// eachLease calls f for every lease that p leaves of a list, page by page, and returns
+// where the list goes on.
+func eachLease(ctx context.Context, o *options, req *v1.ListLeasesRequest, p paging, f func(*v1.Lease) error) (next string, err error) {
 	client, err := o.client(ctx)
 	if err != nil {
-		return err
+		return "", err
 	}
-	for {
+	return p.walk(func(limit uint32, after string) (int, string, error) {
+		req.Limit, req.After = limit, after
 		r, err := client.ListLeases(ctx, connect.NewRequest(req))
 		if err != nil {
-			return err
+			return 0, "", err
 		}
 		for _, l := range r.Msg.GetLeases() {
 			if err := f(l); err != nil {
-				return err
+				return 0, "", err
 			}
 		}
-		if req.After = r.Msg.GetNext(); req.After == "" {
-			return nil
-		}
+		return len(r.Msg.GetLeases()), r.Msg.GetNext(), nil
+	})
+}
+
+// Orders of lists by time.
+const (
+	newest = "newest"
+	oldest = "oldest"
+)
+
+// sortFlag adds --sort for a list by time, the newest first unless it says otherwise.
+func sortFlag(cmd *cobra.Command, sort *string, by string) {
+	cmd.Flags().StringVar(sort, "sort", newest, "newest or oldest first, by "+by)
+	_ = cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions([]string{newest, oldest}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+func newestFirst(sort string) (bool, error) {
+	if sort != newest && sort != oldest {
+		return false, &exitError{exitUsage, fmt.Errorf("--sort %s: use newest or oldest", sort)}
 	}
+	return sort == newest, nil
 }
 
 func leaseListCommand(o *options) *cobra.Command {
 	req := &v1.ListLeasesRequest{}
-	cmd := &cobra.Command{Use: "list", Short: "List leases whose end is not confirmed", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
-		all := &v1.ListLeasesResponse{}
-		if err := eachLease(cmd.Context(), o, req, func(l *v1.Lease) error {
-			all.Leases = append(all.Leases, l)
-			return nil
-		}); err != nil {
+	var p paging
+	var sort string
+	cmd := &cobra.Command{Use: "list", Short: "List leases whose end is not confirmed", Example: `  countersign lease list --state revoking
+  countersign lease list --scope billing-db --limit 20
+  countersign lease list --host web-3 --all --sort oldest -o json`, Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) (err error) {
+		if req.Newest, err = newestFirst(sort); err != nil {
 			return err
 		}
-		return o.show(cmd.OutOrStdout(), all, func(w io.Writer) {
-			table(w, "ID HOST SCOPE KIND STATE EXPIRES NOTE", func(row func(...any)) {
-				for _, l := range all.GetLeases() {
-					note := l.GetReason()
-					if l.GetLastError() != "" {
-						note = fmt.Sprintf("%s; attempt %d: %s", note, l.GetAttempts(), l.GetLastError())
-					}
-					row(l.GetId(), l.GetHostName(), l.GetScope(), l.GetKind(), l.GetState(), stampText(l.GetExpires()), note)
-				}
-			})
+		list := o.listing(cmd, "leases", "ID HOST SCOPE KIND STATE EXPIRES NOTE")
+		next, err := eachLease(cmd.Context(), o, req, p, func(l *v1.Lease) error {
+			note := l.GetReason()
+			if l.GetLastError() != "" {
+				note = fmt.Sprintf("%s; attempt %d: %s", note, l.GetAttempts(), l.GetLastError())
+			}
+			return list.row(l, l.GetId(), l.GetHostName(), l.GetScope(), l.GetKind(), l.GetState(), stampText(l.GetExpires()), note)
 		})
+		if err != nil {
+			return err
+		}
+		return list.end(next)
 	}}
 	cmd.Flags().StringVar(&req.Host, "host", "", "of this host")
 	cmd.Flags().StringVar(&req.Scope, "scope", "", "of this scope")
 	cmd.Flags().StringVar(&req.State, "state", "", "intended, provisional, live, retiring, revoking or gone")
 	cmd.Flags().BoolVar(&req.Ended, "all", false, "also the ones that are gone")
+	sortFlag(cmd, &sort, "the time of issue")
+	p.flags(cmd)
 	return cmd
 }
 
 func leaseShowCommand(o *options) *cobra.Command {
 	return &cobra.Command{Use: "show LEASE", Short: "Show one lease", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
-		return eachLease(cmd.Context(), o, &v1.ListLeasesRequest{Lease: args[0]}, func(l *v1.Lease) error {
+		_, err := eachLease(cmd.Context(), o, &v1.ListLeasesRequest{Lease: args[0]}, paging{}, func(l *v1.Lease) error {
 			return o.show(cmd.OutOrStdout(), l, func(w io.Writer) {
 				for _, line := range [][2]string{
 					{"id", l.GetId()}, {"host", l.GetHost()}, {"scope", l.GetScope()}, {"kind", l.GetKind()}, {"state", l.GetState()}, {"reason", l.GetReason()},
@@ -86,6 +108,7 @@ func leaseShowCommand(o *options) *cobra.Command {
 				}
 			})
 		})
+		return err
 	}}
 }
 
@@ -116,7 +139,7 @@ func leaseExportCommand(o *options) *cobra.Command {
 	req := &v1.ListLeasesRequest{Ended: true}
 	cmd := &cobra.Command{Use: "export", Short: "Write every lease, ended ones too, and every canary, as JSON lines", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		e := json.NewEncoder(cmd.OutOrStdout())
-		if err := eachLease(cmd.Context(), o, req, func(l *v1.Lease) error {
+		if _, err := eachLease(cmd.Context(), o, req, paging{}, func(l *v1.Lease) error {
 			out, err := ledger.OfLease(l)
 			if err != nil {
 				return err

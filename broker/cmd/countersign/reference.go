@@ -163,6 +163,7 @@ func referenceOf(r *v1.Reference) shownReference {
 
 func referenceShowCommand(o *options) *cobra.Command {
 	var content bool
+	var p paging
 	cmd := &cobra.Command{Use: "show [NAME[@VERSION]]", Short: "Show the versions of a set, or of all", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		arg := ""
 		if len(args) > 0 {
@@ -177,22 +178,23 @@ func referenceShowCommand(o *options) *cobra.Command {
 			e.SetIndent("", "  ")
 			return e.Encode(c)
 		}
-		list, err := o.references(cmd, arg)
+		list := o.listing(cmd, "references", "NAME VERSION STATE UNTIL CREATED FROM DEMANDS")
+		next, err := o.eachReference(cmd, arg, p, func(r *v1.Reference) error {
+			if o.output == "json" {
+				b, err := json.Marshal(referenceOf(r))
+				if err != nil {
+					return err
+				}
+				return list.value(b)
+			}
+			return list.row(r, r.GetName(), r.GetVersion(), r.GetState(), stampText(r.GetUntil()), stampText(r.GetCreated()), r.GetLearnedFrom(), demands(r.GetContent()))
+		})
 		if err != nil {
 			return err
 		}
-		shown := []shownReference{}
-		for _, r := range list {
-			shown = append(shown, referenceOf(r))
-		}
-		return o.print(cmd.OutOrStdout(), map[string]any{"references": shown}, func(w io.Writer) {
-			table(w, "NAME VERSION STATE UNTIL CREATED FROM DEMANDS", func(row func(...any)) {
-				for _, r := range list {
-					row(r.GetName(), r.GetVersion(), r.GetState(), stampText(r.GetUntil()), stampText(r.GetCreated()), r.GetLearnedFrom(), demands(r.GetContent()))
-				}
-			})
-		})
+		return list.end(next)
 	}}
+	p.flags(cmd)
 	cmd.Flags().BoolVar(&content, "content", false, "print the set itself, as JSON")
 	return cmd
 }
@@ -216,29 +218,29 @@ func demands(content []byte) string {
 	return strings.Join(parts, ", ")
 }
 
-// references asks the broker for a set's versions, newest first, or for one.
-func (o *options) references(cmd *cobra.Command, arg string) ([]*v1.Reference, error) {
+// eachReference calls f for the versions of NAME, the newest first, for NAME@VERSION,
+// or for all, page by page, and returns where the list goes on.
+func (o *options) eachReference(cmd *cobra.Command, arg string, p paging, f func(*v1.Reference) error) (next string, err error) {
 	name, version, err := nameVersion(arg)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	client, err := o.client(cmd.Context())
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	r, err := client.ListReferences(cmd.Context(), connect.NewRequest(&v1.ListReferencesRequest{Name: name}))
-	if err != nil {
-		return nil, err
-	}
-	if version == 0 {
-		return r.Msg.GetReferences(), nil
-	}
-	for _, one := range r.Msg.GetReferences() {
-		if one.GetVersion() == version {
-			return []*v1.Reference{one}, nil
+	return p.walk(func(limit uint32, after string) (int, string, error) {
+		r, err := client.ListReferences(cmd.Context(), connect.NewRequest(&v1.ListReferencesRequest{Name: name, Version: version, Limit: limit, After: after}))
+		if err != nil {
+			return 0, "", err
 		}
-	}
-	return nil, no("reference set %s has no version %d", name, version)
+		for _, one := range r.Msg.GetReferences() {
+			if err := f(one); err != nil {
+				return 0, "", err
+			}
+		}
+		return len(r.Msg.GetReferences()), r.Msg.GetNext(), nil
+	})
 }
 
 func referenceDiffCommand(o *options) *cobra.Command {
@@ -274,11 +276,14 @@ func (o *options) content(cmd *cobra.Command, arg string) (reference.Content, er
 	if name, _, _ := strings.Cut(arg, "@"); name == "" {
 		return reference.Content{}, &exitError{exitUsage, fmt.Errorf("%q is no NAME or NAME@VERSION of a reference set", arg)}
 	}
-	list, err := o.references(cmd, arg)
-	if err != nil {
+	var content []byte
+	if _, err := o.eachReference(cmd, arg, paging{limit: 1}, func(r *v1.Reference) error {
+		content = r.GetContent()
+		return nil
+	}); err != nil {
 		return reference.Content{}, err
 	}
-	return reference.Parse(list[0].GetContent())
+	return reference.Parse(content)
 }
 
 func referenceMaintenanceCommand(o *options) *cobra.Command {

@@ -40,17 +40,17 @@ func restoreCommand(file *string) *cobra.Command {
 				return err
 			}
 			var epoch int64
-			err = s.Update(cmd.Context(), func(tx *store.Tx) error {
-				if _, _, err := audit.Verify(tx); err != nil {
-					return fmt.Errorf("the backup's audit log: %w", err)
-				}
-				was, err := audit.Epoch(tx)
-				if err != nil {
-					return err
-				}
-				epoch = was + 1
-				return audit.OpenEpoch(tx, epoch, "operator:root", faults.Now(), map[string]any{"reason": "the store was restored from a backup"})
-			})
+			err = verifyLog(cmd, s)
+			if err == nil {
+				err = s.Update(cmd.Context(), func(tx *store.Tx) error {
+					was, err := audit.Epoch(tx)
+					if err != nil {
+						return err
+					}
+					epoch = was + 1
+					return audit.OpenEpoch(tx, epoch, "operator:root", faults.Now(), map[string]any{"reason": "the store was restored from a backup"})
+				})
+			}
 			if err := errors.Join(err, s.Close()); err != nil {
 				return errors.Join(err, os.Remove(c.StoreFile()))
 			}
@@ -60,6 +60,23 @@ func restoreCommand(file *string) *cobra.Command {
 		},
 	}
 	return cmd
+}
+
+// verifyLog hashes a store's audit log again.
+func verifyLog(cmd *cobra.Command, s *store.Store) error {
+	p := newProgress(cmd.ErrOrStderr())
+	defer p.end()
+	var v audit.Verification
+	if err := v.Verify(cmd.Context(), s, func(index, all int64, _ []byte) error {
+		p.show("records of the audit log", index+1, all)
+		return nil
+	}); err != nil {
+		return err
+	}
+	if v.Problem != nil {
+		return fmt.Errorf("the backup's audit log: %w", v.Problem)
+	}
+	return nil
 }
 
 func copyFile(from, to string) (err error) {

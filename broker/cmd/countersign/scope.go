@@ -70,7 +70,9 @@ func scopeSendCommand(o *options, planOnly bool) *cobra.Command {
 		for _, f := range files {
 			req.Files = append(req.Files, &v1.File{Name: f.Name, Content: f.Content})
 		}
+		stop := newProgress(cmd.ErrOrStderr()).waits("the broker holds live leases against the new scopes")
 		r, err := client.ApplyScopes(cmd.Context(), connect.NewRequest(req))
+		stop()
 		if err != nil {
 			return err
 		}
@@ -81,10 +83,12 @@ func scopeSendCommand(o *options, planOnly bool) *cobra.Command {
 				}
 			}
 			for _, l := range r.Msg.GetLeases() {
-				if l.GetChange() != "keeps" {
-					fmt.Fprintf(w, "%-8s lease %s of scope %s on host %s: %s\n", l.GetChange(), l.GetLeaseId(), l.GetScope(), l.GetHost(), l.GetReason())
-				}
+				fmt.Fprintf(w, "%-8s lease %s of scope %s on host %s: %s\n", l.GetChange(), l.GetLeaseId(), l.GetScope(), l.GetHost(), l.GetReason())
 			}
+			if more := r.Msg.GetLoses() - uint64(len(r.Msg.GetLeases())); more > 0 {
+				fmt.Fprintf(w, "loses    %d more leases\n", more)
+			}
+			fmt.Fprintf(w, "%d live leases are kept, %d lost\n", r.Msg.GetKeeps(), r.Msg.GetLoses())
 			if !planOnly {
 				fmt.Fprintf(w, "version %d is in force\n", r.Msg.GetVersion())
 			}

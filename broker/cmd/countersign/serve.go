@@ -35,6 +35,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/metrics"
 	"github.com/countersign/countersign/broker/internal/operate"
 	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/internal/retention"
 	"github.com/countersign/countersign/broker/internal/silence"
 	"github.com/countersign/countersign/broker/internal/store"
 	"github.com/countersign/countersign/broker/server"
@@ -126,12 +127,18 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
 	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
 	root := operate.Actor{Name: "root", Role: operate.Viewer}
+	alarms := func(ctx context.Context) []string { return append(watch.Alarms(), leases.Alarms(ctx)...) }
+	keeper := &retention.Keeper{Store: s, Keep: c.Retention(), Policy: inForce.Load, Log: log, Now: steady}
 	handler, requests := metrics.New(metrics.Source{
 		Counts: func(ctx context.Context) (metrics.Counts, error) {
 			st, err := desk.Status(ctx, root)
-			return metrics.Counts{Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings}, err
+			if err != nil {
+				return metrics.Counts{}, err
+			}
+			overdue, _, err := leases.Overdue(ctx)
+			return metrics.Counts{Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings, Overdue: overdue}, err
 		},
-		Alarms: watch.Alarms,
+		Alarms: alarms,
 		Ready: func(context.Context) error {
 			select {
 			case <-s.Stopped():
@@ -150,12 +157,13 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 				Log: log, Now: steady},
 			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: steady,
 		},
-		Operators: &server.Operators{Desk: desk, BrokerID: id, Version: version, Alarms: watch.Alarms, Vault: vaultStatus},
+		Operators: &server.Operators{Desk: desk, BrokerID: id, Version: version, Alarms: alarms, Vault: vaultStatus},
 		Metrics:   handler, Requests: requests, Log: log,
 		Listen: c.Listen, Socket: c.Socket(), MetricsListen: c.MetricsListen,
 	}
 	group.Go(func() error { return leases.Sweep(ctx) })
 	group.Go(func() error { return watch.Run(ctx) })
+	group.Go(func() error { return keeper.Run(ctx) })
 	group.Go(func() error { return broker.Run(ctx) })
 	group.Go(func() error {
 		select {

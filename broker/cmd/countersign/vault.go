@@ -86,7 +86,7 @@ func vaultOrphans(cmd *cobra.Command, o *options, to vaultTarget) error {
 		return &exitError{exitUnreach, err}
 	}
 	known := map[string]bool{}
-	if err := eachLease(cmd.Context(), o, &v1.ListLeasesRequest{}, func(l *v1.Lease) error {
+	if _, err := eachLease(cmd.Context(), o, &v1.ListLeasesRequest{}, paging{}, func(l *v1.Lease) error {
 		known[l.GetId()] = true
 		return nil
 	}); err != nil {

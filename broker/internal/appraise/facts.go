@@ -2,6 +2,7 @@ package appraise
 
 import (
 	"encoding/json"
+	"maps"
 	"slices"
 	"time"
 
@@ -23,6 +24,44 @@ type Facts struct {
 	Releases []string  `json:"releases,omitempty"` // that announced the program's digest under its path
 
 	Subject Subject `json:"subject"`
+}
+
+// Recorded are the facts of a program, as they are kept with its leases and
+// decisions. Those of its host are kept once, with the host.
+type Recorded struct {
+	At       time.Time        `json:"at,omitzero"`
+	Program  *process.Program `json:"program,omitempty"`
+	Measured *Measured        `json:"measured,omitempty"`
+	Releases []string         `json:"releases,omitempty"`
+}
+
+// Recorded is what is kept of f.
+func (f Facts) Recorded() Recorded {
+	return Recorded{At: f.At, Program: f.Program, Measured: f.Measured, Releases: f.Releases}
+}
+
+// Of are the facts of a recorded program on a host, as it was last appraised.
+func (r Recorded) Of(h Host) Facts {
+	return Facts{At: r.At, Host: h, Program: r.Program, Measured: r.Measured, Releases: r.Releases}
+}
+
+// pcrIMA is extended with each file that the kernel measures.
+const pcrIMA = 10
+
+// Digest tells whether what was appraised of a machine is the same as before. Where
+// it connects from, its names, and how far a verified IMA list has grown are not part
+// of it.
+func (h Host) Digest() (evidence.Digest, error) {
+	h.Name, h.Labels, h.Address = "", nil, ""
+	if h.List != nil {
+		list := *h.List
+		list.Proven = 0
+		h.List = &list
+		h.PCRs = maps.Clone(h.PCRs)
+		delete(h.PCRs, pcrIMA)
+	}
+	b, err := json.Marshal(h)
+	return evidence.Sum(b), err
 }
 
 // Host is one machine as it was appraised.

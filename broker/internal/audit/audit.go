@@ -252,58 +252,6 @@ func Read(tx *store.Tx, from int64, limit int, each func(index int64, body []byt
 	}, `SELECT idx, body FROM audit_records WHERE idx >= ? ORDER BY idx LIMIT ?`, from, limit)
 }
 
-// Verify recomputes the whole tree from the records and holds every stored
-// hash against it. It returns the head that the records give.
-func Verify(tx *store.Tx) (size int64, root tlog.Hash, err error) {
-	stored := reader(tx)
-	next := int64(0)
-	const page = 1000
-	for {
-		got := 0
-		err := Read(tx, next, page, func(index int64, body []byte) error {
-			if index != next {
-				return fmt.Errorf("record %d is missing", next)
-			}
-			var r Record
-			if err := json.Unmarshal(body, &r); err != nil || r.Index != index {
-				return fmt.Errorf("record %d is not readable", index)
-			}
-			hashes, err := tlog.StoredHashes(index, body, stored)
-			if err != nil {
-				return err
-			}
-			at := tlog.StoredHashCount(index)
-			for i, h := range hashes {
-				have, err := stored.ReadHashes([]int64{at + int64(i)})
-				if err != nil {
-					return fmt.Errorf("record %d: %w", index, err)
-				}
-				if have[0] != h {
-					return fmt.Errorf("record %d was changed after it was written", index)
-				}
-			}
-			next++
-			got++
-			return nil
-		})
-		if err != nil {
-			return next, root, err
-		}
-		if got < page {
-			break
-		}
-	}
-	var hashCount int64
-	if err := tx.QueryRow(`SELECT COUNT(*) FROM audit_hashes`).Scan(&hashCount); err != nil {
-		return next, root, err
-	}
-	if want := tlog.StoredHashCount(next); hashCount != want {
-		return next, root, fmt.Errorf("the tree has %d hashes for %d records, which need %d: records were cut off", hashCount, next, want)
-	}
-	root, err = tlog.TreeHash(next, stored)
-	return next, root, err
-}
-
 func epoch(tx *store.Tx) (int64, error) {
 	var text string
 	err := tx.QueryRow(`SELECT COALESCE((SELECT value FROM meta WHERE name = 'audit.epoch'), '1')`).Scan(&text)

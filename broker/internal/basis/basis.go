@@ -110,7 +110,7 @@ func (p *page) read(tx *store.Tx, set string, now time.Time) error {
 }
 
 func (p *page) releases(tx *store.Tx, now time.Time) (appraise.Expected, []string, error) {
-	list, err := inventory.Releases(tx, "")
+	list, err := inventory.Releases(tx)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -41,12 +41,20 @@ type Broker struct {
 	// MetricsListen serves /metrics, /healthz and /readyz in plain HTTP, as
 	// "127.0.0.1:9464". Empty: nowhere.
 	MetricsListen string `hcl:"metrics_listen,optional"`
+	// KeepEnded is how long leases are kept after their end, as "2160h", which is 90
+	// days and the default. At least a day. The audit log keeps them for good.
+	KeepEnded string `hcl:"keep_ended,optional"`
 	// LogFormat is "text" or "json". Default text.
 	LogFormat string `hcl:"log_format,optional"`
 
 	Vault *Vault `hcl:"vault,block"`
 	CA    *CA    `hcl:"ca,block"`
+
+	keepEnded time.Duration
 }
+
+// Retention is KeepEnded, parsed.
+func (b *Broker) Retention() time.Duration { return b.keepEnded }
 
 // Vault is where credentials of `vault` scopes come from. One of TokenFile,
 // AppRole and Certificate says how the broker logs in.
@@ -172,6 +180,14 @@ func (b *Broker) check() (errs []string) {
 	}
 	if b.PendingHosts < 0 || b.BrakeHostsPerMinute < 0 {
 		bad("pending_hosts and brake_hosts_per_minute are positive numbers")
+	}
+	b.keepEnded = 90 * 24 * time.Hour
+	if b.KeepEnded != "" {
+		d, err := time.ParseDuration(b.KeepEnded)
+		if err != nil || d < 24*time.Hour {
+			bad("keep_ended %q is not a duration of at least a day, as 2160h", b.KeepEnded)
+		}
+		b.keepEnded = d
 	}
 	switch b.LogFormat {
 	case "", "text", "json":

@@ -10,11 +10,13 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 
@@ -232,25 +234,43 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 	if h.Facts, err = json.Marshal(hostFacts); err != nil {
 		return err
 	}
+	digest, err := facts.Host.Digest()
+	if err != nil {
+		return err
+	}
+	if h.FactsDigest != digest.String() {
+		h.FactsDigest = digest.String()
+		if _, err := audit.Append(tx, audit.Record{Time: facts.At, Kind: "host.facts", Actor: "host:" + h.ID, Host: h.ID},
+			map[string]any{"facts": facts.Host, "sha256": h.FactsDigest}); err != nil {
+			return err
+		}
+	}
 	if proof || h.SilentAt.IsZero() || !silentAt.IsZero() && silentAt.Before(h.SilentAt) {
 		h.SilentAt = silentAt
 	}
 	return inventory.Save(tx, h)
 }
 
-// keepDecision is what `why` shows.
+// keepDecision keeps what `why` shows, where it differs from what is kept.
 func keepDecision(tx *store.Tx, host string, r policy.Result, f *appraise.Facts) error {
 	result, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
-	facts, err := json.Marshal(f)
+	recorded := f.Recorded()
+	recorded.At = time.Time{}
+	facts, err := json.Marshal(recorded)
 	if err != nil {
 		return err
 	}
-	_, err = tx.Exec(`INSERT INTO decisions (host_id, scope, at, result, facts) VALUES (?, ?, ?, ?, ?)
-		ON CONFLICT (host_id, scope) DO UPDATE SET at = excluded.at, result = excluded.result, facts = excluded.facts`,
-		host, r.Scope, store.Millis(f.At), string(result), string(facts))
+	digest, have := evidence.Sum(slices.Concat(result, []byte{0}, facts)).String(), ""
+	err = tx.QueryRow(`SELECT digest FROM decisions WHERE host_id = ? AND scope = ?`, host, r.Scope).Scan(&have)
+	if have == digest || err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return err
+	}
+	_, err = tx.Exec(`INSERT INTO decisions (host_id, scope, at, result, facts, digest) VALUES (?, ?, ?, ?, ?, ?)
+		ON CONFLICT (host_id, scope) DO UPDATE SET at = excluded.at, result = excluded.result, facts = excluded.facts, digest = excluded.digest`,
+		host, r.Scope, store.Millis(f.At), string(result), string(facts), digest)
 	return err
 }
 

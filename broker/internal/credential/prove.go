@@ -255,9 +255,9 @@ func (d *Desk) adopt(tx *store.Tx, p proven, lp LeaseProof, now time.Time, reque
 	// Live and due at once: the sweeper asks the issuer how long it lives.
 	g.State, g.Due, g.Instance, g.DeliveryID, g.Issued, g.Acked, g.Settled = journal.Live, now, t.Instance, t.Delivery, t.Issued, now, true
 	g.Expires = t.Until
-	facts := *p.verified.Facts()
-	facts.Program = nil
-	if g.Facts, err = json.Marshal(facts); err != nil {
+	recorded := p.verified.Facts().Recorded()
+	recorded.Program = nil // the subject has it
+	if g.Facts, err = json.Marshal(recorded); err != nil {
 		return g, err
 	}
 	if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.adopted", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -28,7 +29,7 @@ const (
 
 // Report enters what the watch says of a cause, in place of what it said before.
 func Report(tx *store.Tx, r Finding, now time.Time) (Finding, Outcome, error) {
-	f, err := one(tx, `detector = ? AND cause_key = ?`, r.Detector, r.Cause)
+	f, err := one(tx, `SELECT `+columns+` FROM findings WHERE detector = ? AND cause_key = ?`, r.Detector, r.Cause)
 	outcome := Known
 	if errors.Is(err, ErrUnknown) {
 		f, outcome = Finding{ID: inventory.NewID(), Status: Open}, New
@@ -40,8 +41,8 @@ func Report(tx *store.Tx, r Finding, now time.Time) (Finding, Outcome, error) {
 		outcome = Reopened
 	}
 	if outcome != Known {
-		var n int
-		if err := tx.QueryRow(`SELECT COUNT(*) FROM findings WHERE status = ?`, string(Open)).Scan(&n); err != nil {
+		n, err := count(tx, Open)
+		if err != nil {
 			return f, Known, err
 		}
 		if n >= maxOpen {
@@ -57,14 +58,19 @@ func Report(tx *store.Tx, r Finding, now time.Time) (Finding, Outcome, error) {
 	return f, outcome, save(tx, f)
 }
 
+// count is how many there are of a status.
+func count(tx *store.Tx, s Status) (n int, err error) {
+	err = tx.QueryRow(`SELECT COALESCE(SUM(n), 0) FROM counts WHERE topic = ?`, "findings "+string(s)).Scan(&n)
+	return n, err
+}
+
 // pruned is how many findings are looked at for room.
 const pruned = 100
 
 // prune forgets closed findings, the oldest first, once as many are kept as may be open;
 // the audit log has them. One that is closed until a time to come stays.
 func prune(tx *store.Tx, now time.Time) error {
-	var n int
-	if err := tx.QueryRow(`SELECT COUNT(*) FROM findings WHERE status = ?`, string(Closed)).Scan(&n); err != nil || n < maxOpen {
+	if n, err := count(tx, Closed); err != nil || n < maxOpen {
 		return err
 	}
 	after := int64(0)
@@ -117,10 +123,12 @@ func save(tx *store.Tx, f Finding) error {
 }
 
 // Load reads one finding.
-func Load(tx *store.Tx, id string) (Finding, error) { return one(tx, `id = ?`, id) }
+func Load(tx *store.Tx, id string) (Finding, error) {
+	return one(tx, `SELECT `+columns+` FROM findings WHERE id = ?`, id)
+}
 
-func one(tx *store.Tx, where string, args ...any) (Finding, error) {
-	f, err := scan(tx.QueryRow(`SELECT `+columns+` FROM findings WHERE `+where, args...))
+func one(tx *store.Tx, query string, args ...any) (Finding, error) {
+	f, err := scan(tx.QueryRow(query, args...))
 	if errors.Is(err, sql.ErrNoRows) {
 		return f, fmt.Errorf("%w: %v; `countersign finding list --status all` shows them", ErrUnknown, args[len(args)-1])
 	}
@@ -147,13 +155,21 @@ type Filter struct {
 	Detector string
 	Host     string // id
 	Severity Severity
-	After    int64 // opened after this one
+	Newest   bool  // the last opened first; else the first
+	After    int64 // behind the one with this Opened, in that order; 0: from the beginning
 	Limit    int
 }
 
-// List reads findings in the order of opening.
-func List(tx *store.Tx, f Filter) ([]Finding, error) {
+// query is f in SQL.
+func (f Filter) query() (string, []any) {
 	where, args := []string{`opened > ?`}, []any{f.After}
+	order := `opened`
+	if f.Newest {
+		order = `opened DESC`
+		if where[0], args[0] = `opened < ?`, f.After; f.After == 0 {
+			args[0] = int64(math.MaxInt64)
+		}
+	}
 	for _, c := range []struct{ column, value string }{
 		{"status", string(f.Status)}, {"detector", f.Detector}, {"host_id", f.Host}, {"severity", string(f.Severity)},
 	} {
@@ -161,7 +177,13 @@ func List(tx *store.Tx, f Filter) ([]Finding, error) {
 			where, args = append(where, c.column+` = ?`), append(args, c.value)
 		}
 	}
-	return store.Collect(tx, scan, `SELECT `+columns+` FROM findings WHERE `+strings.Join(where, ` AND `)+` ORDER BY opened LIMIT ?`, append(args, f.Limit)...)
+	return `SELECT ` + columns + ` FROM findings WHERE ` + strings.Join(where, ` AND `) + ` ORDER BY ` + order + ` LIMIT ?`, append(args, f.Limit)
+}
+
+// List reads findings in the order of opening.
+func List(tx *store.Tx, f Filter) ([]Finding, error) {
+	query, args := f.query()
+	return store.Collect(tx, scan, query, args...)
 }
 
 const riskQuery = `SELECT DISTINCT scope, severity FROM findings WHERE host_id = ? AND status = ?`

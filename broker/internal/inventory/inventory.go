@@ -59,6 +59,7 @@ type Host struct {
 	Counters    *appraise.Counters
 	PCRs        map[int]evidence.Digest // as last quoted
 	Facts       json.RawMessage         // as last appraised
+	FactsDigest string                  // appraise.Host's, of what the audit log has of them
 	Created     time.Time
 	LastProved  time.Time
 	SilentAt    time.Time // when it counts as silent, in serving time; zero: never
@@ -78,8 +79,14 @@ func NewID() string {
 	return strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(b[:]))
 }
 
-const columns = `id, name, state, state_reason, admitted, reenrolling, tier, labels, reference, address,
-	ak_public, tls_key_hash, counters, pcrs, facts, created, last_proved, silent_at`
+const (
+	saved = `id, name, state, state_reason, admitted, reenrolling, tier, labels, reference, address,
+	ak_public, tls_key_hash, counters, pcrs, facts, facts_digest, created, last_proved, silent_at`
+	ofEKs   = `, (SELECT group_concat(ek_hash) FROM host_eks WHERE host_id = hosts.id)`
+	columns = saved + ofEKs
+	listed  = `id, name, state, state_reason, admitted, reenrolling, tier, labels, reference, address,
+	ak_public, tls_key_hash, '', '', '{}', '', created, last_proved, silent_at` + ofEKs
+)
 
 // Save writes h as it is now, its EKs too; an EK of another host is ErrTaken.
 func Save(tx *store.Tx, h Host) error {
@@ -103,14 +110,14 @@ func Save(tx *store.Tx, h Host) error {
 	if !h.TLSKey.IsZero() {
 		key = sql.NullString{String: h.TLSKey.String(), Valid: true}
 	}
-	if _, err := tx.Exec(`INSERT INTO hosts (`+columns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+	if _, err := tx.Exec(`INSERT INTO hosts (`+saved+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 		ON CONFLICT (id) DO UPDATE SET name = excluded.name, state = excluded.state, state_reason = excluded.state_reason,
 		admitted = excluded.admitted, reenrolling = excluded.reenrolling, tier = excluded.tier, labels = excluded.labels,
 		reference = excluded.reference, address = excluded.address, ak_public = excluded.ak_public,
-		tls_key_hash = excluded.tls_key_hash, counters = excluded.counters, pcrs = excluded.pcrs, facts = excluded.facts,
+		tls_key_hash = excluded.tls_key_hash, counters = excluded.counters, pcrs = excluded.pcrs, facts = excluded.facts, facts_digest = excluded.facts_digest,
 		last_proved = excluded.last_proved, silent_at = excluded.silent_at`,
 		h.ID, h.Name, string(h.State), h.Reason, h.Admitted, h.Reenrolling, h.Tier, string(labels), h.Reference, h.Address,
-		h.AKPublic, key, string(counters), string(pcrs), string(facts), store.Millis(h.Created), store.Millis(h.LastProved), store.Millis(h.SilentAt)); err != nil {
+		h.AKPublic, key, string(counters), string(pcrs), string(facts), h.FactsDigest, store.Millis(h.Created), store.Millis(h.LastProved), store.Millis(h.SilentAt)); err != nil {
 		return err
 	}
 	for _, ek := range h.EKs {
@@ -129,17 +136,33 @@ func Save(tx *store.Tx, h Host) error {
 }
 
 // Get reads the host with this id.
-func Get(tx *store.Tx, id string) (Host, error) { return one(tx, `id = ?`, id) }
+func Get(tx *store.Tx, id string) (Host, error) {
+	return one(tx, `SELECT `+columns+` FROM hosts WHERE id = ?`, id)
+}
+
+// StateOf is a host's state alone.
+func StateOf(tx *store.Tx, id string) (state State, err error) {
+	err = tx.QueryRow(`SELECT state FROM hosts WHERE id = ?`, id).Scan(&state)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", fmt.Errorf("%w: %v", ErrUnknown, id)
+	}
+	return state, err
+}
 
 // ByTLSKey reads the host whose sessions this key opens.
 func ByTLSKey(tx *store.Tx, key evidence.Digest) (Host, error) {
-	return one(tx, `tls_key_hash = ?`, key.String())
+	return one(tx, `SELECT `+columns+` FROM hosts WHERE tls_key_hash = ?`, key.String())
 }
 
 // ByEK reads the host that an EK belongs to.
 func ByEK(tx *store.Tx, ek evidence.Digest) (Host, error) {
-	return one(tx, `id = (SELECT host_id FROM host_eks WHERE ek_hash = ?)`, ek.String())
+	return one(tx, `SELECT `+columns+` FROM hosts WHERE id = (SELECT host_id FROM host_eks WHERE ek_hash = ?)`, ek.String())
 }
+
+// mostNamesakes bounds the hosts of one name that Find looks at, admitted ones first: those that wait
+// for admission name
+// themselves.
+const mostNamesakes = 1000
 
 // Find reads a host by id, or by its name where only one has that name.
 func Find(tx *store.Tx, idOrName string) (Host, error) {
@@ -147,7 +170,7 @@ func Find(tx *store.Tx, idOrName string) (Host, error) {
 	if !errors.Is(err, ErrUnknown) {
 		return h, err
 	}
-	list, err := query(tx, `name = ? AND state <> 'removed'`, idOrName)
+	list, err := store.Collect(tx, scan, `SELECT `+columns+` FROM hosts WHERE name = ? AND state <> 'removed' ORDER BY admitted DESC, id LIMIT ?`, idOrName, mostNamesakes)
 	switch {
 	case err != nil:
 		return Host{}, err
@@ -164,12 +187,57 @@ func Find(tx *store.Tx, idOrName string) (Host, error) {
 	return list[0], nil
 }
 
-// All reads every host, tombstones too, by id.
-func All(tx *store.Tx) ([]Host, error) { return query(tx, `1 = 1`) }
+// A Cursor is a host's place in a list; the zero Cursor is before the first.
+type Cursor struct {
+	Name   string // in the order of names
+	Proved int64  // in the order of last proofs; Unix milliseconds
+	ID     string
+}
 
-// Silent reads the hosts whose SilentAt has come.
-func Silent(tx *store.Tx, now time.Time) ([]Host, error) {
-	return query(tx, `silent_at > 0 AND silent_at <= ?`, store.Millis(now))
+// Cursor is where a list goes on behind h.
+func (h Host) Cursor() Cursor { return Cursor{h.Name, store.Millis(h.LastProved), h.ID} }
+
+// ByName reads at most limit hosts behind after, tombstones too, in the order of
+// names; of each what lists show: no facts, PCRs and counters.
+func ByName(tx *store.Tx, after Cursor, limit int) ([]Host, error) {
+	return store.Collect(tx, scan, `SELECT `+listed+` FROM hosts WHERE (name, id) > (?, ?) ORDER BY name, id LIMIT ?`, after.Name, after.ID, limit)
+}
+
+// ByProof is ByName in the order of last proofs, the oldest first.
+func ByProof(tx *store.Tx, after Cursor, limit int) ([]Host, error) {
+	return store.Collect(tx, scan, `SELECT `+listed+` FROM hosts WHERE (last_proved, id) > (?, ?) ORDER BY last_proved, id LIMIT ?`, after.Proved, after.ID, limit)
+}
+
+// Names are the names of hosts, by id; ids without a host are left out.
+func Names(tx *store.Tx, ids []string) (map[string]string, error) {
+	list, err := json.Marshal(ids)
+	if err != nil {
+		return nil, err
+	}
+	names := make(map[string]string, len(ids))
+	err = tx.Each(func(row store.Row) error {
+		var id, name string
+		err := row.Scan(&id, &name)
+		names[id] = name
+		return err
+	}, `SELECT hosts.id, hosts.name FROM json_each(?) AS wanted CROSS JOIN hosts ON hosts.id = wanted.value`, string(list))
+	return names, err
+}
+
+// A Silence is a host whose SilentAt has come.
+type Silence struct {
+	ID string
+	At int64 // its SilentAt, in Unix milliseconds
+}
+
+// Silent reads at most limit hosts behind after whose SilentAt has come, the longest
+// silent first.
+func Silent(tx *store.Tx, now time.Time, after Silence, limit int) ([]Silence, error) {
+	return store.Collect(tx, func(row store.Row) (s Silence, err error) {
+		err = row.Scan(&s.At, &s.ID)
+		return s, err
+	}, `SELECT silent_at, id FROM hosts WHERE silent_at > 0 AND silent_at <= ? AND (silent_at, id) > (?, ?) ORDER BY silent_at, id LIMIT ?`,
+		store.Millis(now), after.At, after.ID, limit)
 }
 
 // Shift moves every SilentAt by d: time in which the broker could hear nobody
@@ -179,50 +247,56 @@ func Shift(tx *store.Tx, d time.Duration) error {
 	return err
 }
 
-// HeardSince says whether any other host proved itself after t.
-func HeardSince(tx *store.Tx, except string, t time.Time) (bool, error) {
-	var n int
-	err := tx.QueryRow(`SELECT COUNT(*) FROM hosts WHERE last_proved > ? AND id <> ?`, store.Millis(t), except).Scan(&n)
-	return n > 0, err
+// Heard are the two hosts that proved themselves last, the last one first.
+type Heard []struct {
+	ID string
+	At time.Time
+}
+
+// LastHeard reads who proved itself last.
+func LastHeard(tx *store.Tx) (Heard, error) {
+	return store.Collect(tx, func(row store.Row) (h struct {
+		ID string
+		At time.Time
+	}, err error) {
+		var ms int64
+		err = row.Scan(&h.ID, &ms)
+		h.At = store.Time(ms)
+		return h, err
+	}, `SELECT id, last_proved FROM hosts WHERE last_proved > 0 ORDER BY last_proved DESC, id DESC LIMIT 2`)
+}
+
+// Since reports whether another host than except proved itself after t.
+func (h Heard) Since(t time.Time, except string) bool {
+	for _, one := range h {
+		if one.ID != except && one.At.After(t) {
+			return true
+		}
+	}
+	return false
 }
 
 // CountPending is how many hosts wait for an operator.
 func CountPending(tx *store.Tx) (n int, err error) {
-	err = tx.QueryRow(`SELECT COUNT(*) FROM hosts WHERE state = ?`, string(Pending)).Scan(&n)
+	err = tx.QueryRow(`SELECT COALESCE(SUM(n), 0) FROM counts WHERE topic = 'hosts' AND name = ?`, string(Pending)).Scan(&n)
 	return n, err
 }
 
-func one(tx *store.Tx, where string, arg any) (Host, error) {
-	list, err := query(tx, where, arg)
-	if err != nil {
-		return Host{}, err
+func one(tx *store.Tx, query string, arg any) (Host, error) {
+	h, err := scan(tx.QueryRow(query, arg))
+	if errors.Is(err, sql.ErrNoRows) {
+		return h, fmt.Errorf("%w: %v", ErrUnknown, arg)
 	}
-	if len(list) == 0 {
-		return Host{}, fmt.Errorf("%w: %v", ErrUnknown, arg)
-	}
-	return list[0], nil
-}
-
-func query(tx *store.Tx, where string, args ...any) ([]Host, error) {
-	list, err := store.Collect(tx, scan, `SELECT `+columns+` FROM hosts WHERE `+where+` ORDER BY id`, args...)
-	if err != nil {
-		return nil, err
-	}
-	for i := range list {
-		if list[i].EKs, err = eks(tx, list[i].ID); err != nil {
-			return nil, err
-		}
-	}
-	return list, nil
+	return h, err
 }
 
 func scan(row store.Row) (Host, error) {
 	var h Host
 	var state, labels, counters, pcrs, facts string
-	var key sql.NullString
+	var key, eks sql.NullString
 	var created, proved, silent int64
 	err := row.Scan(&h.ID, &h.Name, &state, &h.Reason, &h.Admitted, &h.Reenrolling, &h.Tier, &labels, &h.Reference, &h.Address,
-		&h.AKPublic, &key, &counters, &pcrs, &facts, &created, &proved, &silent)
+		&h.AKPublic, &key, &counters, &pcrs, &facts, &h.FactsDigest, &created, &proved, &silent, &eks)
 	if err != nil {
 		return h, err
 	}
@@ -234,6 +308,17 @@ func scan(row store.Row) (Host, error) {
 			return h, fmt.Errorf("host %s: %w", h.ID, err)
 		}
 	}
+	for text := range strings.SplitSeq(eks.String, ",") {
+		if text == "" {
+			continue
+		}
+		ek, err := evidence.ParseDigest(text)
+		if err != nil {
+			return h, fmt.Errorf("host %s: EK: %w", h.ID, err)
+		}
+		h.EKs = append(h.EKs, ek)
+	}
+	slices.SortFunc(h.EKs, func(a, b evidence.Digest) int { return strings.Compare(a.String(), b.String()) })
 	for _, f := range []struct {
 		text string
 		into any
@@ -246,14 +331,4 @@ func scan(row store.Row) (Host, error) {
 		}
 	}
 	return h, nil
-}
-
-func eks(tx *store.Tx, id string) ([]evidence.Digest, error) {
-	return store.Collect(tx, func(row store.Row) (d evidence.Digest, err error) {
-		var text string
-		if err := row.Scan(&text); err != nil {
-			return d, err
-		}
-		return evidence.ParseDigest(text)
-	}, `SELECT ek_hash FROM host_eks WHERE host_id = ? ORDER BY ek_hash`, id)
 }

@@ -56,7 +56,7 @@ func AddReference(tx *store.Tx, r Reference) (Reference, error) {
 // ApproveReference puts a version in force, 0 for the newest; those that were,
 // and would stay longer, end at olderEnd.
 func ApproveReference(tx *store.Tx, name string, version int64, now, olderEnd time.Time) (Reference, error) {
-	list, err := References(tx, name)
+	list, err := Versions(tx, name)
 	if err != nil {
 		return Reference{}, err
 	}
@@ -71,6 +71,9 @@ func ApproveReference(tx *store.Tx, name string, version int64, now, olderEnd ti
 			store.Millis(olderEnd), name, store.Millis(olderEnd)); err != nil {
 			return r, err
 		}
+		if err := tx.QueryRow(`SELECT content FROM reference_sets WHERE name = ? AND version = ?`, name, version).Scan((*[]byte)(&r.Content)); err != nil {
+			return r, err
+		}
 		r.Approved, r.Ends = now, time.Time{}
 		_, err := tx.Exec(`UPDATE reference_sets SET approved = ?, ends = 0 WHERE name = ? AND version = ?`, store.Millis(now), name, version)
 		return r, err
@@ -78,21 +81,96 @@ func ApproveReference(tx *store.Tx, name string, version int64, now, olderEnd ti
 	return Reference{}, fmt.Errorf("%w: %s has no version %d", ErrNoReference, name, version)
 }
 
-// References reads the versions of one set, newest first, or of all where name
-// is empty.
+// References reads the versions of one set, newest first.
 func References(tx *store.Tx, name string) ([]Reference, error) {
-	list, err := store.Collect(tx, func(row store.Row) (r Reference, err error) {
-		var content string
-		var created, approved, ends int64
-		err = row.Scan(&r.Name, &r.Version, &content, &r.LearnedFrom, &created, &approved, &ends)
-		r.Content, r.Created, r.Approved, r.Ends = json.RawMessage(content), store.Time(created), timeOrZero(approved), timeOrZero(ends)
-		return r, err
-	}, `SELECT name, version, content, learned_from, created, approved, ends FROM reference_sets
-		WHERE ? = '' OR name = ? ORDER BY name, version DESC`, name, name)
-	if err == nil && name != "" && len(list) == 0 {
+	list, err := store.Collect(tx, scanReference, `SELECT name, version, content, learned_from, created, approved, ends FROM reference_sets
+		WHERE name = ? ORDER BY version DESC`, name)
+	return list, known(list, err, name)
+}
+
+// Versions is References, without their contents.
+func Versions(tx *store.Tx, name string) ([]Reference, error) {
+	list, err := store.Collect(tx, scanReference, `SELECT name, version, '', learned_from, created, approved, ends FROM reference_sets
+		WHERE name = ? ORDER BY version DESC`, name)
+	return list, known(list, err, name)
+}
+
+func known(list []Reference, err error, name string) error {
+	if err == nil && len(list) == 0 {
 		err = fmt.Errorf("%w: %s; `countersign reference learn --host H %s` makes it", ErrNoReference, name, name)
 	}
-	return list, err
+	return err
+}
+
+func scanReference(row store.Row) (r Reference, err error) {
+	var content string
+	var created, approved, ends int64
+	err = row.Scan(&r.Name, &r.Version, &content, &r.LearnedFrom, &created, &approved, &ends)
+	r.Content, r.Created, r.Approved, r.Ends = json.RawMessage(content), store.Time(created), timeOrZero(approved), timeOrZero(ends)
+	return r, err
+}
+
+// A ReferenceFilter selects versions of reference sets.
+type ReferenceFilter struct {
+	Name    string // empty: of all sets
+	Version int64  // of Name; 0: all
+	After   ReferencePlace
+	Limit   int
+}
+
+// A ReferencePlace is where a version stands in a list; zero: before the first.
+type ReferencePlace struct {
+	Name    string
+	Version int64
+}
+
+// maxPage bounds, in bytes, the contents of one page of versions; one larger than that
+// is a page by itself.
+const maxPage = 2 << 20
+
+// ReferencePage reads versions by name, the newest of each first, and whether there
+// are more.
+func ReferencePage(tx *store.Tx, f ReferenceFilter) (list []Reference, more bool, err error) {
+	enough, size := errors.New("enough"), 0
+	read := func(row store.Row) error {
+		r, err := scanReference(row)
+		if err != nil {
+			return err
+		}
+		if size += len(r.Content); len(list) > 0 && (size > maxPage || len(list) == f.Limit) {
+			more = true
+			return enough
+		}
+		list = append(list, r)
+		return nil
+	}
+	const columns = `SELECT name, version, content, learned_from, created, approved, ends FROM reference_sets`
+	switch {
+	case f.Version != 0:
+		err = tx.Each(read, columns+` WHERE name = ? AND version = ?`, f.Name, f.Version)
+	case f.Name != "" && f.After.Version == 0:
+		err = tx.Each(read, columns+` WHERE name = ? ORDER BY version DESC`, f.Name)
+	case f.Name != "":
+		err = tx.Each(read, columns+` WHERE name = ? AND version < ? ORDER BY version DESC`, f.Name, f.After.Version)
+	default:
+		if f.After.Name != "" {
+			err = tx.Each(read, columns+` WHERE name = ? AND version < ? ORDER BY version DESC`, f.After.Name, f.After.Version)
+		}
+		if err == nil {
+			err = tx.Each(read, columns+` WHERE name > ? ORDER BY name, version DESC`, f.After.Name)
+		}
+	}
+	if errors.Is(err, enough) {
+		return list, true, nil
+	}
+	if err == nil && len(list) == 0 && f.Name != "" && f.After == (ReferencePlace{}) {
+		if f.Version != 0 {
+			err = fmt.Errorf("%w: %s has no version %d", ErrNoReference, f.Name, f.Version)
+		} else {
+			err = known(nil, nil, f.Name)
+		}
+	}
+	return list, more, err
 }
 
 func timeOrZero(millis int64) time.Time {
@@ -148,8 +226,33 @@ func AddRelease(tx *store.Tx, r Release, olderEnd time.Time) (Release, error) {
 	return r, err
 }
 
-// Releases reads the versions of one name, newest first, or of all.
-func Releases(tx *store.Tx, name string) ([]Release, error) {
+// A ReleaseSize is a release without its files.
+type ReleaseSize struct {
+	Name    string
+	Version int64
+	Source  string
+	Files   int
+	Added   time.Time
+	Ends    time.Time // zero: it stays in force
+}
+
+// Size is r without its files.
+func (r Release) Size() ReleaseSize {
+	return ReleaseSize{r.Name, r.Version, r.Source, len(r.Files), r.Added, r.Ends}
+}
+
+// ReleaseSizes reads the versions of one name, newest first, or of all.
+func ReleaseSizes(tx *store.Tx, name string) ([]ReleaseSize, error) {
+	return store.Collect(tx, func(row store.Row) (r ReleaseSize, err error) {
+		var added, ends int64
+		err = row.Scan(&r.Name, &r.Version, &r.Source, &r.Files, &added, &ends)
+		r.Added, r.Ends = store.Time(added), timeOrZero(ends)
+		return r, err
+	}, `SELECT name, version, source, json_array_length(files), added, ends FROM releases WHERE ? = '' OR name = ? ORDER BY name, version DESC`, name, name)
+}
+
+// Releases reads all versions of all releases, the newest of each name first.
+func Releases(tx *store.Tx) ([]Release, error) {
 	return store.Collect(tx, func(row store.Row) (r Release, err error) {
 		var files string
 		var added, ends int64
@@ -161,5 +264,5 @@ func Releases(tx *store.Tx, name string) ([]Release, error) {
 		}
 		r.Added, r.Ends = store.Time(added), timeOrZero(ends)
 		return r, nil
-	}, `SELECT name, version, source, files, added, ends FROM releases WHERE ? = '' OR name = ? ORDER BY name, version DESC`, name, name)
+	}, `SELECT name, version, source, files, added, ends FROM releases ORDER BY name, version DESC`)
 }

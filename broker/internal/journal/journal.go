@@ -32,6 +32,9 @@ const (
 	KindCertificate = "certificate"
 )
 
+// Kinds are all of them.
+var Kinds = []string{KindVault, KindCertificate}
+
 // ProvisionalFor is how long a credential lives unless its delivery is
 // acknowledged.
 const ProvisionalFor = 2 * time.Minute
@@ -54,7 +57,7 @@ type Grant struct {
 	Boot     string          `json:"boot,omitempty"`
 	SHA256   string          `json:"sha256,omitempty"`
 	Subject  json.RawMessage `json:"subject"` // the attested program, in its one encoding
-	Facts    json.RawMessage `json:"facts"`   // what the last decision was made on
+	Facts    json.RawMessage `json:"facts"`   // appraise.Recorded, of which Subject is the program
 	Policy   int64           `json:"policy"`
 	Release  string          `json:"release,omitempty"` // one that announced the program's digest
 	Machine  Machine         `json:"machine,omitzero"`

@@ -20,8 +20,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/inventory"
@@ -41,8 +39,7 @@ type Manager struct {
 	issuers map[string]issue.Issuer // by the journal's kind
 	log     *slog.Logger
 	now     func() time.Time
-	wake    chan struct{} // a due time was set; capacity 1
-	acting  chan struct{} // bounds the issuers' calls that run in the background
+	lanes   map[string]*lane // by the journal's kind
 
 	mu      sync.Mutex
 	running map[string]bool // guarded by mu; grants whose effects run right now
@@ -50,8 +47,11 @@ type Manager struct {
 
 // New makes a manager; Sweep has to run beside it.
 func New(s *store.Store, issuers map[string]issue.Issuer, log *slog.Logger, now func() time.Time) *Manager {
-	return &Manager{store: s, issuers: issuers, log: log, now: now,
-		wake: make(chan struct{}, 1), acting: make(chan struct{}, 16), running: map[string]bool{}}
+	m := &Manager{store: s, issuers: issuers, log: log, now: now, lanes: map[string]*lane{}, running: map[string]bool{}}
+	for _, kind := range journal.Kinds {
+		m.lanes[kind] = newLane(kind)
+	}
+	return m
 }
 
 // A Request is what beside the decision makes a grant.
@@ -144,16 +144,24 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 	if err != nil {
 		return journal.Grant{}, err
 	}
-	factsJSON, err := json.Marshal(facts)
+	recorded := facts.Recorded()
+	hostFacts, err := facts.Host.Digest()
 	if err != nil {
 		return journal.Grant{}, err
 	}
+	program := recorded.Program
+	recorded.Program = nil // the subject has it
+	kept, err := json.Marshal(recorded)
+	if err != nil {
+		return journal.Grant{}, err
+	}
+	recorded.Program = program
 	scope := d.Scope()
 	now := m.now()
 	g := journal.Intend(journal.Grant{
 		ID: inventory.NewID(), Host: facts.Host.ID, Scope: scope.Name, Kind: scope.Kind(),
 		DeliveryID: r.DeliveryID, Unit: facts.Program.Unit, Boot: facts.Program.Boot, SHA256: facts.Program.SHA256.String(),
-		Subject: subject, Facts: factsJSON, Machine: machine(facts.Host), Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
+		Subject: subject, Facts: kept, Machine: machine(facts.Host), Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
 		TTL: scope.TTL(), Overlap: scope.Overlap(), Grace: scope.Grace, ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
 	}, now)
 	if len(facts.Releases) > 0 {
@@ -204,12 +212,13 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 				return ErrReplaces
 			}
 		}
-		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.allowed", Actor: "host:" + g.Host,
-			Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: r.ID}, map[string]any{
-			"decision": d.Result(), "facts": facts, "serial": g.Serial}); err != nil {
+		// First what else belongs here: the host's facts, of which the allow has the digest.
+		if err := r.With(tx); err != nil {
 			return err
 		}
-		if err := r.With(tx); err != nil {
+		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.allowed", Actor: "host:" + g.Host,
+			Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: r.ID}, map[string]any{
+			"decision": d.Result(), "facts": recorded, "host_facts": hostFacts, "serial": g.Serial}); err != nil {
 			return err
 		}
 		return journal.Save(tx, g)
@@ -222,7 +231,7 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 			return g, err
 		}
 	}
-	m.poke()
+	m.due(g)
 	return g, nil
 }
 
@@ -275,11 +284,17 @@ func (m *Manager) Event(ctx context.Context, id string, e journal.Event, c Cause
 		return g, nil // who is at it sees the new state when that is done
 	}
 	if c.Later {
-		go m.background(context.WithoutCancel(ctx), g, effects, c)
+		m.start(ctx, step{g, effects}, c, func() {})
 		return g, nil
 	}
 	defer m.release(g.ID)
 	return m.act(context.WithoutCancel(ctx), g, effects, c)
+}
+
+// A step is what an event made of a grant, and what is to be done for it.
+type step struct {
+	grant   journal.Grant
+	effects []journal.Effect
 }
 
 // record steps a grant and writes its new state and its audit record.
@@ -293,23 +308,58 @@ func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Caus
 		if g, effects, err = journal.Step(before, e, now); err != nil {
 			return err
 		}
-		if err := journal.Save(tx, g); err != nil {
-			return err
-		}
-		kind, ok := recorded(e)
-		if _, tick := e.(journal.Tick); tick {
-			kind, ok = "credential.revoking", true // all that time alone leads to
-		}
-		if !ok || g.State == before.State {
-			return nil
-		}
-		_, err = audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: c.Actor, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: c.Request}, outcome(g))
-		return err
+		return write(tx, before, g, e, c, now)
 	})
 	if err == nil {
-		m.poke()
+		m.due(g)
 	}
 	return g, effects, err
+}
+
+// recordAll steps many grants in one transaction. One that can't be read, or that the
+// event doesn't fit, is left as it is and returned in odd; the others go on.
+func (m *Manager) recordAll(ctx context.Context, ids []string, e journal.Event, c Cause) (steps []step, odd map[string]error, err error) {
+	err = m.store.Update(ctx, func(tx *store.Tx) error {
+		steps, odd = nil, map[string]error{}
+		now := m.now()
+		for _, id := range ids {
+			before, err := journal.Load(tx, id)
+			if err != nil {
+				odd[id] = err
+				continue
+			}
+			g, effects, err := journal.Step(before, e, now)
+			if err != nil {
+				odd[id] = err
+				continue
+			}
+			if err := write(tx, before, g, e, c, now); err != nil {
+				return err
+			}
+			steps = append(steps, step{g, effects})
+		}
+		return nil
+	})
+	for _, s := range steps {
+		m.due(s.grant)
+	}
+	return steps, odd, err
+}
+
+// write keeps what an event made of a grant, with the audit record of it.
+func write(tx *store.Tx, before, g journal.Grant, e journal.Event, c Cause, now time.Time) error {
+	if err := journal.Save(tx, g); err != nil {
+		return err
+	}
+	kind, ok := recorded(e)
+	if _, tick := e.(journal.Tick); tick {
+		kind, ok = "credential.revoking", true // all that time alone leads to
+	}
+	if !ok || g.State == before.State {
+		return nil
+	}
+	_, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: c.Actor, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: c.Request}, outcome(g))
+	return err
 }
 
 // outcome is what the audit says of a grant: how it can be found and ended
@@ -318,16 +368,6 @@ func outcome(g journal.Grant) map[string]any {
 	return map[string]any{
 		"state": g.State, "reason": g.Reason, "accessor": g.Accessor, "vault_lease": g.VaultLease, "serial": g.Serial,
 		"names": g.Names, "expires": g.Expires, "unrotated": g.Unrotated, "error": g.LastError, "instance": g.Instance,
-	}
-}
-
-// background acts on a grant that the caller has claimed.
-func (m *Manager) background(ctx context.Context, g journal.Grant, effects []journal.Effect, c Cause) {
-	defer m.release(g.ID)
-	m.acting <- struct{}{}
-	defer func() { <-m.acting }()
-	if _, err := m.act(ctx, g, effects, c); err != nil {
-		m.log.Error("lease: could not record what was done; the sweeper tries again", "lease", g.ID, "err", err)
 	}
 }
 
@@ -416,35 +456,64 @@ func (m *Manager) release(id string) {
 	delete(m.running, id)
 }
 
-// RevokeAll revokes the unended grants that f selects and returns how many
-// there were. Their ends are confirmed in the background unless wait is set.
-func (m *Manager) RevokeAll(ctx context.Context, f journal.Filter, reason string, c Cause, wait bool) ([]journal.Grant, error) {
-	f.States = journal.Unended
-	var grants []journal.Grant
-	if err := m.store.View(ctx, func(tx *store.Tx) (err error) {
-		grants, err = journal.List(tx, f)
-		return err
-	}); err != nil {
-		return nil, err
-	}
-	c.Later = !wait
-	var group errgroup.Group
-	group.SetLimit(16)
-	for i := range grants {
-		group.Go(func() error {
-			g, err := m.Event(ctx, grants[i].ID, journal.Revoke{Reason: reason}, c)
-			if err == nil {
-				grants[i] = g
-			}
+const (
+	// revokePage is how many grants RevokeAll revokes in one transaction.
+	revokePage = 64
+	// confirmTime is how long RevokeAll waits for issuers to confirm the ends.
+	confirmTime = 15 * time.Second
+)
+
+// RevokeAll revokes the unended grants that f selects and returns their ids. When it
+// returns, every one of them is recorded as revoking; their ends are confirmed in the
+// background. With wait it gives issuers a while to confirm them first.
+func (m *Manager) RevokeAll(ctx context.Context, f journal.Filter, reason string, c Cause, wait bool) (ids []string, err error) {
+	f.States, f.Limit = journal.Unended, revokePage
+	var acts sync.WaitGroup
+	for more := true; more; {
+		var page []journal.Cursor
+		if err := m.store.View(ctx, func(tx *store.Tx) (err error) {
+			page, err = journal.Cursors(tx, f)
 			return err
-		})
+		}); err != nil {
+			return ids, err
+		}
+		if len(page) == 0 {
+			break
+		}
+		more, f.After = len(page) == revokePage, page[len(page)-1]
+		of := make([]string, len(page))
+		for i, at := range page {
+			of[i] = at.ID
+		}
+		steps, odd, err := m.recordAll(ctx, of, journal.Revoke{Reason: reason}, c)
+		if err != nil {
+			return ids, err
+		}
+		for id, err := range odd {
+			m.log.Error("lease: not revoked", "lease", id, "err", err)
+		}
+		for _, s := range steps {
+			ids = append(ids, s.grant.ID)
+			if len(s.effects) > 0 && m.claim(s.grant.ID) {
+				acts.Add(1)
+				m.start(ctx, s, c, acts.Done)
+			}
+		}
 	}
-	return grants, group.Wait()
+	if wait {
+		waitFor(ctx, &acts, confirmTime)
+	}
+	return ids, nil
 }
 
-func (m *Manager) poke() {
+func waitFor(ctx context.Context, acts *sync.WaitGroup, most time.Duration) {
+	done := make(chan struct{})
+	go func() { acts.Wait(); close(done) }()
+	timer := time.NewTimer(most)
+	defer timer.Stop()
 	select {
-	case m.wake <- struct{}{}:
-	default:
+	case <-done:
+	case <-timer.C:
+	case <-ctx.Done():
 	}
 }

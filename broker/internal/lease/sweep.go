@@ -2,71 +2,185 @@ package lease
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/store"
 )
 
-// sweepPage bounds how many grants one look takes on.
-const sweepPage = 256
-
-// longestSleep is how long the sweeper trusts a due time that it read: a wall
-// clock that was set forward meanwhile brings due times nearer.
-const longestSleep = 15 * time.Second
+const (
+	// longestSleep is how long the sweeper trusts a due time that it read.
+	longestSleep = 15 * time.Second
+	// rest lies between two looks that found no full page, lest a grant that somebody
+	// acts on be polled in a loop.
+	rest = time.Second
+	// late is how long after its due time a grant counts as overdue.
+	late = 10 * time.Second
+)
 
 // Sweep sends Tick to every grant whose time has come, until ctx ends. It is
 // the normal path of everything that waits, and so the repair after a crash.
 func (m *Manager) Sweep(ctx context.Context) error {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, l := range m.lanes {
+		group.Go(func() error { m.sweep(ctx, l); return nil })
+	}
+	group.Go(func() error {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-m.store.Stopped():
 			return m.store.Err()
-		case <-m.wake:
-		case <-timer.C:
-			if err := m.sweepOnce(ctx); err != nil && ctx.Err() == nil {
-				m.log.Error("lease: sweeping", "err", err)
-			}
 		}
-		timer.Reset(m.untilNextDue(ctx))
+	})
+	return group.Wait()
+}
+
+// sweep looks after one kind of grants: at their due times, and again at once where a
+// look found as many as it could take on.
+func (m *Manager) sweep(ctx context.Context, l *lane) {
+	odd := map[string]bool{}
+	for {
+		// From here on whoever sets a due time is heard.
+		began := m.now()
+		l.alarm.set(began.Add(longestSleep))
+		full, err := m.sweepPage(ctx, l, odd)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			m.log.Error("lease: sweeping", "kind", l.kind, "err", err)
+		case full:
+			continue
+		}
+		if err := m.store.View(ctx, func(tx *store.Tx) error {
+			next, err := journal.NextDue(tx, l.kind)
+			if !next.IsZero() {
+				l.alarm.by(next)
+			}
+			return err
+		}); err != nil && ctx.Err() == nil {
+			m.log.Error("lease: looking for the next due time", "kind", l.kind, "err", err)
+		}
+		if !l.alarm.wait(ctx.Done(), m.now, began.Add(rest)) {
+			return
+		}
 	}
 }
 
-func (m *Manager) untilNextDue(ctx context.Context) time.Duration {
-	var next time.Time
-	if err := m.store.View(ctx, func(tx *store.Tx) (err error) {
-		next, err = journal.NextDue(tx)
-		return err
-	}); err != nil || next.IsZero() {
-		return longestSleep
+// sweepPage sends Tick to as many due grants as the lane has place for, in one
+// transaction, and starts what comes of it. It waits for a place where there is none,
+// and returns whether all its places were taken: there may be more to do. Grants that
+// can't be stepped are put into odd and passed over from then on.
+func (m *Manager) sweepPage(ctx context.Context, l *lane, odd map[string]bool) (full bool, err error) {
+	places := l.take(ctx)
+	started := 0
+	defer func() {
+		for range places - started {
+			<-l.slots
+		}
+	}()
+	if places == 0 {
+		return false, ctx.Err()
 	}
-	// Not at once again, lest a grant that somebody acts on be polled in a loop.
-	return min(max(next.Sub(m.now()), time.Second), longestSleep)
+	ids, err := m.claimDue(ctx, l, odd, places)
+	if err != nil || len(ids) == 0 {
+		return false, err
+	}
+	steps, failed, err := m.recordAll(ctx, ids, journal.Tick{}, Cause{Actor: "broker"})
+	if err != nil {
+		for _, id := range ids {
+			m.release(id)
+		}
+		return false, err
+	}
+	for id, err := range failed {
+		m.release(id)
+		m.log.Error("lease: it is due, and can't be looked after", "lease", id, "err", fmt.Errorf("%w; `countersign fsck` says more", err))
+		odd[id] = true
+	}
+	for _, s := range steps {
+		if len(s.effects) == 0 {
+			m.release(s.grant.ID)
+			continue
+		}
+		started++
+		go m.run(context.WithoutCancel(ctx), l, s, Cause{Actor: "broker"}, func() {})
+	}
+	return started == places, nil
 }
 
-func (m *Manager) sweepOnce(ctx context.Context) error {
-	var due []journal.Grant
-	now := m.now()
+// take holds slots of the lane: at least one, unless ctx ends, and more that are free, up
+// to the sweeper's share.
+func (l *lane) take(ctx context.Context) (n int) {
+	select {
+	case l.slots <- struct{}{}:
+		n++
+	case <-ctx.Done():
+		return 0
+	}
+	for n < share {
+		select {
+		case l.slots <- struct{}{}:
+			n++
+		default:
+			return n
+		}
+	}
+	return n
+}
+
+// claimDue claims at most n grants that are due and that nobody acts on.
+func (m *Manager) claimDue(ctx context.Context, l *lane, odd map[string]bool, n int) (ids []string, err error) {
+	m.mu.Lock()
+	most := n + len(m.running) + len(odd)
+	m.mu.Unlock()
+	var due []string
 	if err := m.store.View(ctx, func(tx *store.Tx) (err error) {
-		due, err = journal.List(tx, journal.Filter{DueBy: now, Limit: sweepPage})
+		due, err = journal.Due(tx, l.kind, m.now(), most)
 		return err
 	}); err != nil {
-		return err
+		return nil, err
 	}
-	var errs []error
-	for _, g := range due {
-		if m.claimed(g.ID) {
-			continue // its act is under way
-		}
-		if _, err := m.Event(ctx, g.ID, journal.Tick{}, Cause{Actor: "broker", Later: true}); err != nil {
-			errs = append(errs, fmt.Errorf("lease %s: %w", g.ID, err))
+	for _, id := range due {
+		if len(ids) < n && !odd[id] && m.claim(id) {
+			ids = append(ids, id)
 		}
 	}
-	return errors.Join(errs...)
+	return ids, nil
+}
+
+// Overdue is how many grants the sweeper has not looked after for more than ten
+// seconds beyond their due time, and by how much the oldest is late.
+func (m *Manager) Overdue(ctx context.Context) (n uint64, oldest time.Duration, err error) {
+	now := m.now()
+	err = m.store.View(ctx, func(tx *store.Tx) error {
+		n, oldest = 0, 0
+		for _, kind := range journal.Kinds {
+			some, first, err := journal.Overdue(tx, kind, now.Add(-late))
+			if err != nil {
+				return err
+			}
+			if some > 0 {
+				n, oldest = n+some, max(oldest, now.Sub(first))
+			}
+		}
+		return nil
+	})
+	return n, oldest, err
+}
+
+// Alarms are what an operator has to know of leases.
+func (m *Manager) Alarms(ctx context.Context) []string {
+	n, oldest, err := m.Overdue(ctx)
+	switch {
+	case err != nil:
+		return []string{"overdue leases can't be counted: " + err.Error()}
+	case n > 0:
+		return []string{fmt.Sprintf("%d leases are overdue, the oldest by %s: their end is not yet asked for; the broker's log says why, if it is not load alone", n, oldest.Round(time.Second))}
+	}
+	return nil
 }

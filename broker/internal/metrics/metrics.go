@@ -15,7 +15,7 @@ import (
 // A Source answers what /metrics and /readyz ask.
 type Source struct {
 	Counts func(context.Context) (Counts, error)
-	Alarms func() []string
+	Alarms func(context.Context) []string
 	// Ready is nil while the broker can serve requests.
 	Ready func(context.Context) error
 	CRL   func() []byte // DER; nil while there is none
@@ -25,6 +25,7 @@ type Source struct {
 type Counts struct {
 	Hosts, Leases map[string]uint64 // by state
 	Findings      map[string]uint64 // that are open, by severity
+	Overdue       uint64            // leases
 }
 
 // Requests counts answers by procedure and outcome.
@@ -36,14 +37,15 @@ func (r *Requests) Observe(procedure, outcome string, took time.Duration) {
 }
 
 type collector struct {
-	source                          Source
-	hosts, leases, findings, alarms *prometheus.Desc
+	source                                   Source
+	hosts, leases, findings, overdue, alarms *prometheus.Desc
 }
 
 func (c collector) Describe(out chan<- *prometheus.Desc) {
 	out <- c.hosts
 	out <- c.leases
 	out <- c.findings
+	out <- c.overdue
 	out <- c.alarms
 }
 
@@ -66,7 +68,8 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 			out <- prometheus.MustNewConstMetric(m.desc, prometheus.GaugeValue, float64(n), word)
 		}
 	}
-	out <- prometheus.MustNewConstMetric(c.alarms, prometheus.GaugeValue, float64(len(c.source.Alarms())))
+	out <- prometheus.MustNewConstMetric(c.overdue, prometheus.GaugeValue, float64(counts.Overdue))
+	out <- prometheus.MustNewConstMetric(c.alarms, prometheus.GaugeValue, float64(len(c.source.Alarms(ctx))))
 }
 
 // New makes the handler of /metrics, /healthz, /readyz and /crl.
@@ -80,6 +83,7 @@ func New(source Source) (http.Handler, *Requests) {
 		prometheus.NewDesc("countersign_hosts", "Hosts by state.", []string{"state"}, nil),
 		prometheus.NewDesc("countersign_leases", "Leases whose end is not confirmed, by state.", []string{"state"}, nil),
 		prometheus.NewDesc("countersign_findings_open", "Findings of the watch that nobody closed, by severity.", []string{"severity"}, nil),
+		prometheus.NewDesc("countersign_leases_overdue", "Leases that wait for the broker more than 10 s beyond their due time.", nil, nil),
 		prometheus.NewDesc("countersign_alarms", "Things that wait for an operator.", nil, nil),
 	})
 	mux := http.NewServeMux()

@@ -59,33 +59,26 @@ func trapError(err error) error {
 
 // userNames are those that a scope's credentials have had, the newest first.
 func (d *Desk) userNames(ctx context.Context, scope string) (names []string, err error) {
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
-		names = nil
-		var newest time.Time
-		for after := ""; ; {
-			const page = 1000
-			grants, err := journal.List(tx, journal.Filter{Scope: scope, After: after, Limit: page})
-			if err != nil {
-				return err
-			}
-			for _, g := range grants {
-				after = g.ID
-				name := g.Names["db_username"]
-				switch {
-				case name == "":
-				case g.Issued.After(newest):
-					newest = g.Issued
-					names = append([]string{name}, names...)
-				default:
-					names = append(names, name)
-				}
-			}
-			if len(grants) < page {
-				return nil
+	const page = 1000
+	f := journal.Filter{Scope: scope, Newest: true, Limit: page}
+	for {
+		var grants []journal.Grant
+		if err := d.Store.Report(ctx, func(tx *store.Tx) (err error) {
+			grants, err = journal.List(tx, f)
+			return err
+		}); err != nil {
+			return nil, err
+		}
+		for _, g := range grants {
+			f.After = g.Cursor()
+			if name := g.Names["db_username"]; name != "" {
+				names = append(names, name)
 			}
 		}
-	})
-	return names, err
+		if len(grants) < page {
+			return names, nil
+		}
+	}
 }
 
 // likeThose is a name that the scope's credentials could have.

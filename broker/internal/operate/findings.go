@@ -79,7 +79,7 @@ func (d *Desk) Findings(ctx context.Context, a Actor, f findings.Filter) (list [
 	if f.Status != "" && f.Status != findings.Open && f.Status != findings.Closed {
 		return nil, invalid("no finding is ever %q: open or closed", f.Status)
 	}
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
+	err = d.Store.Report(ctx, func(tx *store.Tx) error {
 		if f.Host != "" {
 			h, err := inventory.Find(tx, f.Host)
 			if err != nil {
@@ -98,7 +98,7 @@ func (d *Desk) Finding(ctx context.Context, a Actor, id string) (f findings.Find
 	if err := a.need(Viewer); err != nil {
 		return f, err
 	}
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
+	err = d.Store.Report(ctx, func(tx *store.Tx) error {
 		f, err = findings.Load(tx, id)
 		return err
 	})

@@ -56,35 +56,76 @@ func (s Selector) Matches(labels map[string]string) bool {
 	return true
 }
 
-// Hosts lists hosts; one where host is set. Tombstones only by state.
-func (d *Desk) Hosts(ctx context.Context, a Actor, host, selector, state string) ([]inventory.Host, error) {
+// Orders of lists of hosts.
+const (
+	SortName   = "name"
+	SortProved = "proved" // by the last proof, the oldest first
+)
+
+// A HostFilter selects hosts; empty fields select all but tombstones.
+type HostFilter struct {
+	Selector string // of labels
+	State    string
+	Sort     string // SortName where empty
+	After    inventory.Cursor
+	Limit    int
+}
+
+// looked is how many hosts one page looks at, of which a selector may leave few.
+const looked = 1000
+
+// Hosts lists a page of hosts. More tells whether hosts behind the returned cursor may
+// be selected, too; a page can be empty and have more behind it.
+func (d *Desk) Hosts(ctx context.Context, a Actor, f HostFilter) (list []inventory.Host, next inventory.Cursor, more bool, err error) {
 	if err := a.need(Viewer); err != nil {
-		return nil, err
+		return nil, next, false, err
 	}
-	sel, err := ParseSelector(selector)
+	sel, err := ParseSelector(f.Selector)
 	if err != nil {
-		return nil, err
+		return nil, next, false, err
 	}
-	if state != "" && !slices.Contains(inventory.States, inventory.State(state)) {
-		return nil, invalid("no host is ever %q; the states are %v", state, inventory.States)
+	if f.State != "" && !slices.Contains(inventory.States, inventory.State(f.State)) {
+		return nil, next, false, invalid("unknown host state %q; use one of %v", f.State, inventory.States)
 	}
-	var list []inventory.Host
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
-		if host != "" {
-			h, err := inventory.Find(tx, host)
-			list = []inventory.Host{h}
-			return err
+	read := inventory.ByName
+	switch f.Sort {
+	case "", SortName:
+	case SortProved:
+		read = inventory.ByProof
+	default:
+		return nil, next, false, invalid("hosts can't be sorted by %q; use %s or %s", f.Sort, SortName, SortProved)
+	}
+	var page []inventory.Host
+	if err := d.Store.Report(ctx, func(tx *store.Tx) error {
+		page, err = read(tx, f.After, looked)
+		return err
+	}); err != nil {
+		return nil, next, false, err
+	}
+	next, more = f.After, len(page) == looked
+	for _, h := range page {
+		if len(list) == f.Limit {
+			return list, next, true, nil
 		}
-		all, err := inventory.All(tx)
-		for _, h := range all {
-			if state == "" && h.State == inventory.Removed || state != "" && string(h.State) != state || !sel.Matches(h.Labels) {
-				continue
-			}
-			list = append(list, h)
+		next = h.Cursor()
+		if f.State == "" && h.State == inventory.Removed || f.State != "" && string(h.State) != f.State || !sel.Matches(h.Labels) {
+			continue
 		}
+		list = append(list, h)
+	}
+	return list, next, more, nil
+}
+
+// Host is one host, by id or name.
+func (d *Desk) Host(ctx context.Context, a Actor, idOrName string) (h inventory.Host, err error) {
+	if err := a.need(Viewer); err != nil {
+		return h, err
+	}
+	err = d.Store.Report(ctx, func(tx *store.Tx) error {
+		h, err = inventory.Find(tx, idOrName)
 		return err
 	})
-	return list, err
+	return h, err
 }
 
 // A NewHost is a host to expect.

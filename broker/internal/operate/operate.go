@@ -17,6 +17,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/authority"
 	"github.com/countersign/countersign/broker/internal/basis"
+	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/measured"
 	"github.com/countersign/countersign/broker/internal/policy"
@@ -125,36 +126,29 @@ type Status struct {
 	Policy, Epoch int64
 }
 
-// Status counts hosts, unended leases and open findings.
+// Status counts hosts, unended leases and open findings: the store keeps their numbers.
 func (d *Desk) Status(ctx context.Context, a Actor) (Status, error) {
 	s := Status{Hosts: map[string]uint64{}, Leases: map[string]uint64{}, Findings: map[string]uint64{}, Policy: d.Policy.Load().Version}
 	if err := a.need(Viewer); err != nil {
 		return s, err
 	}
+	topics := map[string]map[string]uint64{"hosts": s.Hosts, "leases": s.Leases, "findings open": s.Findings}
 	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
 		if s.Epoch, err = audit.Epoch(tx); err != nil {
 			return err
 		}
-		for query, counts := range map[string]map[string]uint64{
-			`SELECT state, COUNT(*) FROM hosts GROUP BY state`:                                s.Hosts,
-			`SELECT state, COUNT(*) FROM grants WHERE state <> 'gone' GROUP BY state`:         s.Leases,
-			`SELECT severity, COUNT(*) FROM findings WHERE status = 'open' GROUP BY severity`: s.Findings,
-		} {
-			if err := tally(tx, query, counts); err != nil {
+		return tx.Each(func(row store.Row) error {
+			var topic, name string
+			var n uint64
+			if err := row.Scan(&topic, &name, &n); err != nil {
 				return err
 			}
-		}
-		return nil
+			if counts, ok := topics[topic]; ok {
+				counts[name] = n
+			}
+			return nil
+		}, `SELECT topic, name, n FROM counts WHERE n > 0`)
 	})
+	delete(s.Leases, string(journal.Gone))
 	return s, err
-}
-
-func tally(tx *store.Tx, query string, counts map[string]uint64) error {
-	return tx.Each(func(row store.Row) error {
-		var name string
-		var n uint64
-		err := row.Scan(&name, &n)
-		counts[name] = n
-		return err
-	}, query)
 }

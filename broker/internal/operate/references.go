@@ -114,16 +114,16 @@ func (d *Desk) ApproveReference(ctx context.Context, a Actor, name string, versi
 	return r, err
 }
 
-// References lists the versions of one set, or of all.
-func (d *Desk) References(ctx context.Context, a Actor, name string) (list []inventory.Reference, err error) {
+// References lists a page of the versions of sets.
+func (d *Desk) References(ctx context.Context, a Actor, f inventory.ReferenceFilter) (list []inventory.Reference, more bool, err error) {
 	if err := a.need(Viewer); err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
-		list, err = inventory.References(tx, name)
+	err = d.Store.Report(ctx, func(tx *store.Tx) error {
+		list, more, err = inventory.ReferencePage(tx, f)
 		return err
 	})
-	return list, err
+	return list, more, err
 }
 
 // longestMaintenance bounds how long files are let be.
@@ -136,7 +136,7 @@ func (d *Desk) Maintain(ctx context.Context, a Actor, name string, until time.Ti
 		return invalid("maintenance lasts a week at most")
 	}
 	err := d.act(ctx, a, Operator, "reference.maintenance", map[string]any{"name": name, "until": until}, func(tx *store.Tx, _ *audit.Record) error {
-		if _, err := inventory.References(tx, name); err != nil {
+		if _, err := inventory.Versions(tx, name); err != nil {
 			return err
 		}
 		return inventory.Maintain(tx, name, until)
@@ -148,7 +148,7 @@ func (d *Desk) Maintain(ctx context.Context, a Actor, name string, until time.Ti
 // inForce fails unless a version of the set is approved: a host would match
 // nothing.
 func inForce(tx *store.Tx, name string, now time.Time) error {
-	list, err := inventory.References(tx, name)
+	list, err := inventory.Versions(tx, name)
 	if err != nil {
 		return err
 	}
@@ -193,13 +193,13 @@ func (d *Desk) AddRelease(ctx context.Context, a Actor, r inventory.Release, old
 	return r, err
 }
 
-// Releases lists the versions of one name, or of all.
-func (d *Desk) Releases(ctx context.Context, a Actor, name string) (list []inventory.Release, err error) {
+// Releases lists the versions of one name, or of all, with how many files each has.
+func (d *Desk) Releases(ctx context.Context, a Actor, name string) (list []inventory.ReleaseSize, err error) {
 	if err := a.need(Viewer); err != nil {
 		return nil, err
 	}
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
-		list, err = inventory.Releases(tx, name)
+	err = d.Store.Report(ctx, func(tx *store.Tx) error {
+		list, err = inventory.ReleaseSizes(tx, name)
 		return err
 	})
 	return list, err

@@ -6,11 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
+	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/findings"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
@@ -18,19 +21,17 @@ import (
 	"github.com/countersign/countersign/broker/internal/store"
 )
 
-// A LeaseChange is what a new set would mean for a live lease.
-type LeaseChange struct {
-	Host, Scope, Lease string
-	Change             string // keeps, loses
-	Reason             string
-}
+// A Loss is a live lease that a new set would end.
+type Loss struct{ Host, Scope, Lease, Reason string }
 
 // Plan is what applying a set would do.
 type Plan struct {
 	Set     *policy.Set
 	Scopes  []policy.Change
-	Leases  []LeaseChange
-	Version int64 // that Apply put in force; 0 where it was only planned
+	Losses  []Loss // the first ones
+	Loses   uint64 // live leases
+	Keeps   uint64 // live leases
+	Version int64  // that Apply put in force; 0 where it was only planned
 }
 
 // Apply puts a whole set in force as one version, or plans it. Leases keep
@@ -48,7 +49,7 @@ func (d *Desk) Apply(ctx context.Context, a Actor, files []policy.File, planOnly
 		return Plan{}, invalid("%v", err)
 	}
 	p := Plan{Set: set, Scopes: policy.Diff(d.Policy.Load(), set)}
-	if p.Leases, err = d.planLeases(ctx, set); err != nil || planOnly {
+	if err := d.planLeases(ctx, &p); err != nil || planOnly {
 		return p, err
 	}
 	text, err := json.Marshal(files)
@@ -101,37 +102,95 @@ func LoadPolicy(ctx context.Context, s *store.Store, parse func([]policy.File) (
 	return set, nil
 }
 
-// planLeases replays the recorded evidence of live leases under a set.
-func (d *Desk) planLeases(ctx context.Context, set *policy.Set) ([]LeaseChange, error) {
-	var changes []LeaseChange
-	err := d.Store.View(ctx, func(tx *store.Tx) error {
-		grants, err := journal.List(tx, journal.Filter{States: []journal.State{journal.Live, journal.Provisional}})
-		if err != nil {
-			return err
-		}
-		for _, g := range grants {
-			var f appraise.Facts
-			if err := json.Unmarshal(g.Facts, &f); err != nil {
-				return fmt.Errorf("lease %s: recorded facts: %w", g.ID, err)
-			}
-			h, err := inventory.Get(tx, g.Host)
+const (
+	// planPage is how many hosts are looked at for a plan in one snapshot.
+	planPage = 50
+	// maxLosses bounds the leases that a plan names.
+	maxLosses = 1000
+)
+
+// planLeases replays the recorded evidence of live leases under the plan's set, host by
+// host.
+func (d *Desk) planLeases(ctx context.Context, p *Plan) error {
+	var after inventory.Cursor
+	for more := true; more; {
+		if err := d.Store.Report(ctx, func(tx *store.Tx) error {
+			hosts, err := inventory.ByName(tx, after, planPage)
 			if err != nil {
 				return err
 			}
-			f.Host.Labels = h.Labels
-			if f, err = withRisk(tx, f, g.Scope); err != nil {
-				return err
+			for _, h := range hosts {
+				after = h.Cursor()
+				if err := d.planHost(tx, p, h.ID); err != nil {
+					return err
+				}
 			}
-			r := set.Evaluate(g.Scope, f, d.Now())
-			c := LeaseChange{Host: g.Host, Scope: g.Scope, Lease: g.ID, Change: "keeps", Reason: r.Reason}
-			if r.Outcome != policy.Allowed {
-				c.Change = "loses"
-			}
-			changes = append(changes, c)
+			more = len(hosts) == planPage
+			return nil
+		}); err != nil {
+			return err
 		}
-		return nil
-	})
-	return changes, err
+	}
+	return nil
+}
+
+func (d *Desk) planHost(tx *store.Tx, p *Plan, id string) error {
+	grants, err := journal.List(tx, journal.Filter{Host: id, States: []journal.State{journal.Live, journal.Provisional}})
+	if err != nil || len(grants) == 0 {
+		return err
+	}
+	host, err := lastAppraised(tx, id)
+	if err != nil {
+		return err
+	}
+	risk, err := findings.OfHost(tx, id)
+	if err != nil {
+		return err
+	}
+	for _, g := range grants {
+		var recorded appraise.Recorded
+		if err := json.Unmarshal(g.Facts, &recorded); err != nil {
+			return fmt.Errorf("lease %s: recorded facts: %w", g.ID, err)
+		}
+		program, err := process.Parse(g.Subject)
+		if err != nil {
+			return fmt.Errorf("lease %s: subject: %w", g.ID, err)
+		}
+		recorded.Program = &program
+		facts := recorded.Of(host)
+		facts.Subject.Risk = risk.Of(g.Scope)
+		if r := p.Set.Evaluate(g.Scope, facts, d.Now()); r.Outcome != policy.Allowed {
+			p.lose(Loss{Host: g.Host, Scope: g.Scope, Lease: g.ID, Reason: r.Reason})
+		} else {
+			p.Keeps++
+		}
+	}
+	return nil
+}
+
+func (p *Plan) lose(l Loss) {
+	p.Loses++
+	if len(p.Losses) < maxLosses {
+		p.Losses = append(p.Losses, l)
+	}
+}
+
+// lastAppraised is a host as it last proved itself, with its labels of now.
+func lastAppraised(tx *store.Tx, id string) (appraise.Host, error) {
+	h, err := inventory.Get(tx, id)
+	if err != nil {
+		return appraise.Host{}, err
+	}
+	return appraised(h)
+}
+
+func appraised(h inventory.Host) (appraise.Host, error) {
+	var f appraise.Facts
+	if err := json.Unmarshal(h.Facts, &f); err != nil {
+		return f.Host, fmt.Errorf("host %s: recorded facts: %w", h.ID, err)
+	}
+	f.Host.ID, f.Host.Labels = h.ID, h.Labels
+	return f.Host, nil
 }
 
 // Facts are what the broker last appraised of a host, as CEL sees them, with the
@@ -140,7 +199,7 @@ func (d *Desk) Facts(ctx context.Context, a Actor, host, scope string) (facts js
 	if err := a.need(Viewer); err != nil {
 		return nil, err
 	}
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
+	err = d.Store.Report(ctx, func(tx *store.Tx) error {
 		h, err := inventory.Find(tx, host)
 		if err != nil {
 			return err
@@ -162,21 +221,29 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (policy.Res
 	}
 	var f appraise.Facts
 	var h inventory.Host
-	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
+	err := d.Store.Report(ctx, func(tx *store.Tx) (err error) {
 		var text string
+		var at int64
 		if h, err = inventory.Find(tx, host); err != nil {
 			return err
 		}
-		err = tx.QueryRow(`SELECT facts FROM decisions WHERE host_id = ? AND scope = ?`, h.ID, scope).Scan(&text)
+		err = tx.QueryRow(`SELECT at, facts FROM decisions WHERE host_id = ? AND scope = ?`, h.ID, scope).Scan(&at, &text)
 		if errors.Is(err, sql.ErrNoRows) {
 			return invalid("host %s never asked for scope %s with good evidence; `countersign audit tail` shows what it did", h.ID, scope)
 		}
-		if err == nil {
-			err = json.Unmarshal([]byte(text), &f)
+		if err != nil {
+			return err
 		}
-		if err == nil {
-			f, err = withRisk(tx, f, scope)
+		var recorded appraise.Recorded
+		if err := json.Unmarshal([]byte(text), &recorded); err != nil {
+			return fmt.Errorf("host %s, scope %s: recorded facts: %w", h.ID, scope, err)
 		}
+		host, err := appraised(h)
+		if err != nil {
+			return err
+		}
+		recorded.At = store.Time(at)
+		f, err = withRisk(tx, recorded.Of(host), scope)
 		return err
 	})
 	if err != nil {
@@ -190,7 +257,7 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (policy.Res
 	return r, f.At, nil
 }
 
-// List reads grants by id, and the names of their hosts.
+// List reads grants by the time of issue, and the names of their hosts.
 func (d *Desk) List(ctx context.Context, a Actor, f journal.Filter) (list []journal.Grant, names map[string]string, err error) {
 	if err := a.need(Viewer); err != nil {
 		return nil, nil, err
@@ -200,8 +267,7 @@ func (d *Desk) List(ctx context.Context, a Actor, f journal.Filter) (list []jour
 			return nil, nil, invalid("no state %q: intended, provisional, live, retiring, revoking or gone", state)
 		}
 	}
-	names = map[string]string{}
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
+	err = d.Store.Report(ctx, func(tx *store.Tx) error {
 		if f.Host != "" {
 			h, err := inventory.Find(tx, f.Host)
 			if err != nil {
@@ -212,17 +278,12 @@ func (d *Desk) List(ctx context.Context, a Actor, f journal.Filter) (list []jour
 		if list, err = journal.List(tx, f); err != nil {
 			return err
 		}
+		hosts := map[string]bool{}
 		for _, g := range list {
-			if _, ok := names[g.Host]; ok {
-				continue
-			}
-			h, err := inventory.Get(tx, g.Host)
-			if err != nil {
-				return err
-			}
-			names[g.Host] = h.Name
+			hosts[g.Host] = true
 		}
-		return nil
+		names, err = inventory.Names(tx, slices.Collect(maps.Keys(hosts)))
+		return err
 	})
 	return list, names, err
 }
@@ -232,7 +293,7 @@ func (d *Desk) Lease(ctx context.Context, a Actor, id string) (g journal.Grant, 
 	if err := a.need(Viewer); err != nil {
 		return g, err
 	}
-	err = d.Store.View(ctx, func(tx *store.Tx) error {
+	err = d.Store.Report(ctx, func(tx *store.Tx) error {
 		g, err = journal.Load(tx, id)
 		return err
 	})
@@ -275,9 +336,7 @@ func (d *Desk) Revoke(ctx context.Context, a Actor, ids []string, host, scope, r
 		return revoking, nil
 	}
 	ended, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: host, Scope: scope}, reason, cause, true)
-	for _, g := range ended {
-		revoking = append(revoking, g.ID)
-	}
+	revoking = append(revoking, ended...)
 	if err == nil && len(revoking) == 0 && scope != "" && d.Policy.Load().Scope(scope) == nil {
 		return nil, invalid("no scope is called %s, and no lease is of one", scope)
 	}

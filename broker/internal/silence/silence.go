@@ -10,8 +10,10 @@ package silence
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -37,43 +39,53 @@ type Watch struct {
 	Log    *slog.Logger
 	Now    func() time.Time
 
-	mu     sync.Mutex
-	held   map[string]bool // guarded by mu; hosts that wait for an operator
-	recent []time.Time     // of hosts whose leases were revoked, by the loop alone
+	mu      sync.Mutex
+	held    map[string]bool // guarded by mu; hosts that wait for an operator
+	unheard int             // guarded by mu; silent hosts since whose limits nobody was heard
+	recent  []time.Time     // of hosts whose leases were revoked, by the loop alone
 }
 
 // Run looks until ctx ends.
 func (w *Watch) Run(ctx context.Context) error {
-	wall, err := w.lastAlive(ctx)
+	last, err := w.lastAlive(ctx)
 	if err != nil {
 		return err
 	}
-	elapsed := time.Duration(0)
+	ran := time.Duration(0) // since last, as far as this process knows
 	ticker := time.NewTicker(Every)
 	defer ticker.Stop()
 	for {
-		now := w.Now()
-		// What passed on the wall beyond what was run: down time, or a jump.
-		gap := now.Sub(wall) - elapsed
-		if wall.IsZero() {
-			gap = 0
-		}
+		now, began := w.Now(), time.Now() // began carries the monotonic clock
+		gap := unserved(last, now, ran)
 		if err := w.alive(ctx, now, gap); err != nil && ctx.Err() == nil {
 			w.Log.Error("silence: not recorded", "err", err)
 		} else if err == nil {
-			wall = now
+			last = now
 			if err := w.look(ctx, now); err != nil && ctx.Err() == nil {
 				w.Log.Error("silence: not looked", "err", err)
 			}
 		}
-		ran := time.Now() // carries the monotonic clock
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-ticker.C:
 		}
-		elapsed = time.Since(ran)
+		// The look's own time counts: the broker served meanwhile.
+		if last.Equal(now) {
+			ran = time.Since(began)
+		} else {
+			ran += time.Since(began)
+		}
 	}
+}
+
+// unserved is the time between last and now in which the broker did not serve: what
+// passed on the wall beyond the time that it ran, by a stop, a sleep or a jump.
+func unserved(last, now time.Time, ran time.Duration) (gap time.Duration) {
+	if last.IsZero() {
+		return 0
+	}
+	return now.Sub(last) - ran
 }
 
 const aliveKey = "silence.alive"
@@ -106,69 +118,102 @@ func (w *Watch) alive(ctx context.Context, now time.Time, gap time.Duration) err
 	})
 }
 
+// page is how many silent hosts are dealt with in one transaction.
+const page = 64
+
+// look deals with every host whose limit has passed. A broker that hears nobody writes
+// nothing: it may be the broker itself that is cut off.
 func (w *Watch) look(ctx context.Context, now time.Time) error {
-	var silent []inventory.Host
-	if err := w.Store.View(ctx, func(tx *store.Tx) (err error) {
-		silent, err = inventory.Silent(tx, now)
-		return err
-	}); err != nil {
+	if err := w.letGo(ctx); err != nil {
 		return err
 	}
-	for _, h := range silent {
-		if err := w.silent(ctx, h, now); err != nil {
+	unheard := 0
+	defer func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.unheard = unheard
+	}()
+	var after inventory.Silence
+	for {
+		var silent []inventory.Silence
+		var heard inventory.Heard
+		if err := w.Store.View(ctx, func(tx *store.Tx) (err error) {
+			if silent, err = inventory.Silent(tx, now, after, page); err == nil {
+				heard, err = inventory.LastHeard(tx)
+			}
+			return err
+		}); err != nil {
 			return err
 		}
+		if len(silent) == 0 {
+			return nil
+		}
+		full := len(silent) == page
+		after = silent[len(silent)-1]
+		due := slices.DeleteFunc(slices.Clone(silent), func(s inventory.Silence) bool { return !heard.Since(store.Time(s.At), s.ID) })
+		unheard += len(silent) - len(due)
+		if len(due) > 0 {
+			if err := w.silent(ctx, due, heard, now); err != nil {
+				return err
+			}
+		}
+		if !full {
+			return nil
+		}
 	}
-	return nil
 }
 
-// silent deals with one host whose limit has passed.
-func (w *Watch) silent(ctx context.Context, h inventory.Host, now time.Time) error {
-	var due []journal.Grant
-	held := false
+// letGo forgets held hosts that are stale no more: some in each look.
+func (w *Watch) letGo(ctx context.Context) error {
+	w.mu.Lock()
+	var ids []string
+	for id := range w.held {
+		if ids = append(ids, id); len(ids) == page {
+			break
+		}
+	}
+	w.mu.Unlock()
+	return w.Store.View(ctx, func(tx *store.Tx) error {
+		for _, id := range ids {
+			h, err := inventory.Get(tx, id)
+			if err == nil && h.State == inventory.Stale && h.SilentAt.IsZero() {
+				continue
+			}
+			if err != nil && !errors.Is(err, inventory.ErrUnknown) {
+				return err
+			}
+			w.mu.Lock()
+			delete(w.held, id)
+			w.mu.Unlock()
+		}
+		return nil
+	})
+}
+
+// silent deals with hosts whose limit has passed while others were heard, in one
+// transaction, and revokes what their scopes' grace no longer covers.
+func (w *Watch) silent(ctx context.Context, hosts []inventory.Silence, heard inventory.Heard, now time.Time) error {
+	var due, held []string
+	revoking := 0
 	err := w.Store.Update(ctx, func(tx *store.Tx) error {
-		due, held = nil, false
-		h, err := inventory.Get(tx, h.ID)
-		if err != nil || h.SilentAt.IsZero() || h.SilentAt.After(now) {
-			return err
-		}
-		others, err := inventory.HeardSince(tx, h.ID, h.SilentAt)
-		if err != nil {
-			return err
-		}
-		if h.State == inventory.Trusted {
-			h.State, h.Reason = inventory.Stale, "silent since "+h.LastProved.Format(time.RFC3339)
-			if err := w.record(tx, h, now, "host.stale"); err != nil {
+		due, held, revoking = nil, nil, 0
+		for _, s := range hosts {
+			leases, brake, err := w.judge(tx, s.ID, heard, now, w.mayRevoke(now, revoking))
+			if errors.Is(err, errRow) {
+				w.Log.Error("silence: a host can't be judged", "host", s.ID, "err", err)
+				continue
+			}
+			if err != nil {
 				return err
 			}
-		}
-		if !others {
-			// It may be us: look again when somebody was heard.
-			return inventory.Save(tx, h)
-		}
-		grants, err := journal.List(tx, journal.Filter{Host: h.ID, States: []journal.State{journal.Live, journal.Retiring}})
-		if err != nil {
-			return err
-		}
-		h.SilentAt = time.Time{}
-		for _, g := range grants {
-			limit := g.ProveBy.Add(g.Grace)
-			switch {
-			case !limit.After(now):
-				due = append(due, g)
-			case h.SilentAt.IsZero() || limit.Before(h.SilentAt):
-				h.SilentAt = limit
+			if brake {
+				held = append(held, s.ID)
+			}
+			if len(leases) > 0 {
+				due, revoking = append(due, leases...), revoking+1
 			}
 		}
-		if len(due) > 0 && !w.mayRevoke(now) {
-			held, due = true, nil
-			h.SilentAt = time.Time{}
-			h.Reason = fmt.Sprintf("silent since %s; held by the brake: `countersign lease revoke --host %s` ends its leases", h.LastProved.Format(time.RFC3339), h.ID)
-			if err := w.record(tx, h, now, "host.held"); err != nil {
-				return err
-			}
-		}
-		return inventory.Save(tx, h)
+		return nil
 	})
 	if err != nil {
 		return err
@@ -177,19 +222,63 @@ func (w *Watch) silent(ctx context.Context, h inventory.Host, now time.Time) err
 	if w.held == nil {
 		w.held = map[string]bool{}
 	}
-	if held {
-		w.held[h.ID] = true
+	for _, id := range held {
+		w.held[id] = true
 	}
 	w.mu.Unlock()
-	if len(due) > 0 {
+	for range revoking {
 		w.recent = append(w.recent, now)
 	}
-	for _, g := range due {
-		if _, err := w.Leases.Event(ctx, g.ID, journal.Revoke{Reason: "host silent beyond the scope's grace"}, lease.Cause{Actor: "broker", Later: true}); err != nil {
+	for _, id := range due {
+		if _, err := w.Leases.Event(ctx, id, journal.Revoke{Reason: "host silent beyond the scope's grace"}, lease.Cause{Actor: "broker", Later: true}); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// errRow is returned for a host that can't be read.
+var errRow = errors.New("the store's row is not readable; `countersign fsck` says more")
+
+// judge makes a host stale that is silent still, and returns its leases that are to
+// be revoked; or, where the brake doesn't let it, that the host is held.
+func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.Time, mayRevoke bool) (due []string, held bool, err error) {
+	h, err := inventory.Get(tx, id)
+	if err != nil {
+		return nil, false, fmt.Errorf("%w: %w", errRow, err)
+	}
+	if h.SilentAt.IsZero() || h.SilentAt.After(now) || !heard.Since(h.SilentAt, id) {
+		return nil, false, nil // it was heard meanwhile
+	}
+	grants, err := journal.List(tx, journal.Filter{Host: id, States: []journal.State{journal.Live, journal.Retiring}})
+	if err != nil {
+		return nil, false, fmt.Errorf("%w: %w", errRow, err)
+	}
+	if h.State == inventory.Trusted {
+		h.State, h.Reason = inventory.Stale, "silent since "+h.LastProved.Format(time.RFC3339)
+		if err := w.record(tx, h, now, "host.stale"); err != nil {
+			return nil, false, err
+		}
+	}
+	h.SilentAt = time.Time{}
+	for _, g := range grants {
+		limit := g.ProveBy.Add(g.Grace)
+		switch {
+		case !limit.After(now):
+			due = append(due, g.ID)
+		case h.SilentAt.IsZero() || limit.Before(h.SilentAt):
+			h.SilentAt = limit
+		}
+	}
+	if len(due) > 0 && !mayRevoke {
+		due, held = nil, true
+		h.SilentAt = time.Time{}
+		h.Reason = fmt.Sprintf("silent since %s; held by the brake: `countersign lease revoke --host %s` ends its leases", h.LastProved.Format(time.RFC3339), h.ID)
+		if err := w.record(tx, h, now, "host.held"); err != nil {
+			return nil, false, err
+		}
+	}
+	return due, held, inventory.Save(tx, h)
 }
 
 func (w *Watch) record(tx *store.Tx, h inventory.Host, now time.Time, kind string) error {
@@ -197,26 +286,22 @@ func (w *Watch) record(tx *store.Tx, h inventory.Host, now time.Time, kind strin
 	return err
 }
 
-// mayRevoke says whether the brake lets one more host lose its leases.
-func (w *Watch) mayRevoke(now time.Time) bool {
-	n := 0
-	for _, t := range w.recent {
-		if now.Sub(t) < time.Minute {
-			n++
-		}
-	}
-	if n == 0 {
-		w.recent = nil
-	}
-	return n < w.Brake
+// mayRevoke reports whether the brake lets one more host lose its leases, beside the
+// ones of this moment.
+func (w *Watch) mayRevoke(now time.Time, more int) bool {
+	w.recent = slices.DeleteFunc(w.recent, func(t time.Time) bool { return now.Sub(t) >= time.Minute })
+	return len(w.recent)+more < w.Brake
 }
 
-// Alarms says what waits for an operator.
-func (w *Watch) Alarms() []string {
+// Alarms are what waits for an operator.
+func (w *Watch) Alarms() (alarms []string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.held) == 0 {
-		return nil
+	if w.unheard > 0 {
+		alarms = append(alarms, fmt.Sprintf("%d hosts are silent, and no other was heard since: nothing is taken from them; can hosts reach this broker?", w.unheard))
 	}
-	return []string{fmt.Sprintf("%d silent hosts are held by the brake; `countersign host list --state stale` shows them", len(w.held))}
+	if len(w.held) == 0 {
+		return alarms
+	}
+	return append(alarms, fmt.Sprintf("%d silent hosts are held by the brake; `countersign host list --state stale` shows them", len(w.held)))
 }

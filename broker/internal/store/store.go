@@ -39,17 +39,27 @@ var migrations embed.FS
 
 // A Tx is one caller's part of a transaction. Its statements are portable SQL
 // with ? placeholders.
-type Tx struct{ tx *sql.Tx }
+type Tx struct {
+	ctx context.Context // interrupts statements of a Report; else never done
+	tx  *sql.Tx
+}
 
-func (t *Tx) Exec(query string, args ...any) (sql.Result, error) { return t.tx.Exec(query, args...) }
-func (t *Tx) QueryRow(query string, args ...any) *sql.Row        { return t.tx.QueryRow(query, args...) }
+// Exec runs a statement that returns no rows.
+func (t *Tx) Exec(query string, args ...any) (sql.Result, error) {
+	return t.tx.ExecContext(t.ctx, query, args...)
+}
+
+// QueryRow reads at most one row.
+func (t *Tx) QueryRow(query string, args ...any) *sql.Row {
+	return t.tx.QueryRowContext(t.ctx, query, args...)
+}
 
 // A Row is one that is being read: of a query, or of QueryRow.
 type Row interface{ Scan(...any) error }
 
 // Each reads every row of a query.
 func (t *Tx) Each(read func(Row) error, query string, args ...any) error {
-	rows, err := t.tx.Query(query, args...)
+	rows, err := t.tx.QueryContext(t.ctx, query, args...)
 	if err != nil {
 		return err
 	}
@@ -80,7 +90,8 @@ type Store struct {
 	path    string
 	lock    *os.File // nil where it is only read
 	writer  *sql.DB  // one connection, used by commitLoop alone
-	readers *sql.DB
+	readers *sql.DB  // of View
+	reports *sql.DB  // of Report
 	queue   chan *update
 	quit    chan struct{} // closed by Close
 	done    chan struct{} // closed when no update is taken any more
@@ -88,6 +99,8 @@ type Store struct {
 	mu      sync.Mutex
 	closed  bool  // guarded by mu
 	stopped error // guarded by mu; set once, by commitLoop
+
+	shrunk time.Time // commitLoop's own; when the log was last tried to be emptied
 }
 
 type update struct {
@@ -163,14 +176,37 @@ func OpenReadOnly(path string) (*Store, error) {
 	}
 	s.closed = true
 	close(s.done)
+	if err := s.current(); err != nil {
+		return nil, errors.Join(fmt.Errorf("store %s: %w", path, err), s.closeDBs())
+	}
 	return s, nil
+}
+
+// current fails unless the schema is the one that this program knows: who only reads
+// can't bring it up to date.
+func (s *Store) current() error {
+	names, err := fs.Glob(migrations, "migrations/*.sql")
+	if err != nil {
+		return err
+	}
+	var have int
+	if err := s.readers.QueryRow(`SELECT COALESCE(MAX(version), 0) FROM schema_version`).Scan(&have); err != nil {
+		return err
+	}
+	switch {
+	case have > len(names):
+		return fmt.Errorf("has schema version %d, this program knows up to %d: use the broker's own version of it", have, len(names))
+	case have < len(names):
+		return fmt.Errorf("has schema version %d, this program needs %d: start this version's broker on it once", have, len(names))
+	}
+	return nil
 }
 
 func open(path, mode string) (*Store, error) {
 	dsn := (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath()}).String()
 	pragmas := "&_pragma=busy_timeout(10000)&_pragma=foreign_keys(1)"
 	if mode != "ro" {
-		pragmas += "&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)"
+		pragmas += fmt.Sprintf("&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=journal_size_limit(%d)", keepLog)
 	}
 	writer, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas+"&_txlock=immediate")
 	if err != nil {
@@ -181,11 +217,22 @@ func open(path, mode string) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(err, writer.Close())
 	}
-	readers.SetMaxOpenConns(4)
+	reports, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas)
+	if err != nil {
+		return nil, errors.Join(err, writer.Close(), readers.Close())
+	}
+	for _, db := range []struct {
+		*sql.DB
+		most int
+	}{{readers, viewers}, {reports, reporters}} {
+		// Kept open: a connection that is opened anew reads the schema first.
+		db.SetMaxOpenConns(db.most)
+		db.SetMaxIdleConns(db.most)
+	}
 	if err := writer.Ping(); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", path, err)
 	}
-	return &Store{path: path, writer: writer, readers: readers, queue: make(chan *update), quit: make(chan struct{}), done: make(chan struct{})}, nil
+	return &Store{path: path, writer: writer, readers: readers, reports: reports, queue: make(chan *update), quit: make(chan struct{}), done: make(chan struct{})}, nil
 }
 
 func (s *Store) migrate() error {
@@ -239,14 +286,43 @@ func (s *Store) Update(ctx context.Context, change func(*Tx) error) error {
 	return <-u.result
 }
 
-// View runs read over one consistent snapshot.
+// View runs read over one consistent snapshot. It is for requests of hosts and for
+// the broker's own loops, and must be quick: read little, by an index.
 func (s *Store) View(ctx context.Context, read func(*Tx) error) error {
 	tx, err := s.readers.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = tx.Rollback() }()
-	return read(&Tx{tx})
+	return read(&Tx{context.Background(), tx})
+}
+
+const (
+	viewers   = 4 // connections of View
+	reporters = 2 // connections of Report
+	// reportTime is how long a Report may take, its wait for a connection included.
+	// It bounds how long one snapshot keeps the write-ahead log from being reused.
+	reportTime = 10 * time.Second
+)
+
+// ErrSlow is returned for a Report that took too long.
+var ErrSlow = fmt.Errorf("the store did not answer within %v: ask for less at a time, or again when fewer operators ask", reportTime)
+
+// Report runs read over one consistent snapshot, for operators. It has connections of
+// its own, so that no number of them keeps a host waiting, and ends with ErrSlow
+// after ten seconds: what is longer is read in pages.
+func (s *Store) Report(ctx context.Context, read func(*Tx) error) error {
+	bounded, cancel := context.WithTimeoutCause(ctx, reportTime, ErrSlow)
+	defer cancel()
+	tx, err := s.reports.BeginTx(bounded, nil)
+	if err == nil {
+		defer func() { _ = tx.Rollback() }()
+		err = read(&Tx{bounded, tx})
+	}
+	if err != nil && ctx.Err() == nil && bounded.Err() != nil {
+		return ErrSlow
+	}
+	return err
 }
 
 // Stopped is closed when the store no longer takes updates.
@@ -276,7 +352,9 @@ func (s *Store) Close() error {
 	return err
 }
 
-func (s *Store) closeDBs() error { return errors.Join(s.readers.Close(), s.writer.Close()) }
+func (s *Store) closeDBs() error {
+	return errors.Join(s.readers.Close(), s.reports.Close(), s.writer.Close())
+}
 
 func (s *Store) stopReason() error {
 	if err := s.Err(); err != nil {
@@ -310,6 +388,7 @@ func (s *Store) commitLoop() {
 			s.mu.Unlock()
 			return
 		}
+		s.shrinkLog()
 	}
 }
 
@@ -330,7 +409,7 @@ func (s *Store) commit(batch []*update) error {
 			if _, err := tx.Exec(`SAVEPOINT one`); err != nil {
 				return err
 			}
-			if results[i] = run(u.change, &Tx{tx}); results[i] != nil {
+			if results[i] = run(u.change, &Tx{context.Background(), tx}); results[i] != nil {
 				if _, err := tx.Exec(`ROLLBACK TO one`); err != nil {
 					return errors.Join(results[i], err)
 				}

@@ -2374,7 +2374,10 @@ type ListHostsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Selector      string                 `protobuf:"bytes,1,opt,name=selector,proto3" json:"selector,omitempty"` // labels, "k=v,k2=v2"
 	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
-	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"` // id or unique name
+	Host          string                 `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`    // id or unique name
+	Limit         uint32                 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"` // of this answer; 0: as many as one answer has
+	After         string                 `protobuf:"bytes,5,opt,name=after,proto3" json:"after,omitempty"`  // page: next of the answer before, with the same sort
+	Sort          string                 `protobuf:"bytes,6,opt,name=sort,proto3" json:"sort,omitempty"`    // name (as if empty), or proved: the longest silent first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2430,9 +2433,31 @@ func (x *ListHostsRequest) GetHost() string {
 	return ""
 }
 
+func (x *ListHostsRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListHostsRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *ListHostsRequest) GetSort() string {
+	if x != nil {
+		return x.Sort
+	}
+	return ""
+}
+
 type ListHostsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Hosts         []*Host                `protobuf:"bytes,1,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	Next          string                 `protobuf:"bytes,2,opt,name=next,proto3" json:"next,omitempty"` // where the next page begins, which may be empty; empty: there is none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2472,6 +2497,13 @@ func (x *ListHostsResponse) GetHosts() []*Host {
 		return x.Hosts
 	}
 	return nil
+}
+
+func (x *ListHostsResponse) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
 }
 
 type NewHost struct {
@@ -3449,7 +3481,10 @@ func (x *Reference) GetUntil() *timestamppb.Timestamp {
 
 type ListReferencesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // empty: all
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`        // empty: all
+	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"` // of name; 0: all
+	Limit         uint32                 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`     // of this answer; 0: as many as one answer has
+	After         string                 `protobuf:"bytes,4,opt,name=after,proto3" json:"after,omitempty"`      // page: next of the answer before
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3491,9 +3526,31 @@ func (x *ListReferencesRequest) GetName() string {
 	return ""
 }
 
+func (x *ListReferencesRequest) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *ListReferencesRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListReferencesRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
 type ListReferencesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	References    []*Reference           `protobuf:"bytes,1,rep,name=references,proto3" json:"references,omitempty"`
+	References    []*Reference           `protobuf:"bytes,1,rep,name=references,proto3" json:"references,omitempty"` // by name, the newest version first
+	Next          string                 `protobuf:"bytes,2,opt,name=next,proto3" json:"next,omitempty"`             // where the next page begins; empty: there is none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3533,6 +3590,13 @@ func (x *ListReferencesResponse) GetReferences() []*Reference {
 		return x.References
 	}
 	return nil
+}
+
+func (x *ListReferencesResponse) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
 }
 
 type AddReferenceRequest struct {
@@ -4267,7 +4331,9 @@ type ApplyScopesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Version       uint64                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	Changes       []*ScopeChange         `protobuf:"bytes,2,rep,name=changes,proto3" json:"changes,omitempty"`
-	Leases        []*LeaseChange         `protobuf:"bytes,3,rep,name=leases,proto3" json:"leases,omitempty"`
+	Leases        []*LeaseChange         `protobuf:"bytes,3,rep,name=leases,proto3" json:"leases,omitempty"` // that are lost, the first thousand
+	Keeps         uint64                 `protobuf:"varint,4,opt,name=keeps,proto3" json:"keeps,omitempty"`  // how many live leases the change leaves
+	Loses         uint64                 `protobuf:"varint,5,opt,name=loses,proto3" json:"loses,omitempty"`  // how many it ends
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4321,6 +4387,20 @@ func (x *ApplyScopesResponse) GetLeases() []*LeaseChange {
 		return x.Leases
 	}
 	return nil
+}
+
+func (x *ApplyScopesResponse) GetKeeps() uint64 {
+	if x != nil {
+		return x.Keeps
+	}
+	return 0
+}
+
+func (x *ApplyScopesResponse) GetLoses() uint64 {
+	if x != nil {
+		return x.Loses
+	}
+	return 0
 }
 
 type ScopeChange struct {
@@ -4380,7 +4460,7 @@ type LeaseChange struct {
 	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
 	Scope         string                 `protobuf:"bytes,2,opt,name=scope,proto3" json:"scope,omitempty"`
 	LeaseId       string                 `protobuf:"bytes,3,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
-	Change        string                 `protobuf:"bytes,4,opt,name=change,proto3" json:"change,omitempty"` // gains, loses, keeps
+	Change        string                 `protobuf:"bytes,4,opt,name=change,proto3" json:"change,omitempty"` // loses
 	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -5006,8 +5086,10 @@ type ListLeasesRequest struct {
 	Scope         string                 `protobuf:"bytes,2,opt,name=scope,proto3" json:"scope,omitempty"`
 	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
 	Lease         string                 `protobuf:"bytes,4,opt,name=lease,proto3" json:"lease,omitempty"`
-	Ended         bool                   `protobuf:"varint,5,opt,name=ended,proto3" json:"ended,omitempty"` // also the ones that are gone
-	After         string                 `protobuf:"bytes,6,opt,name=after,proto3" json:"after,omitempty"`  // page: leases with an id above this
+	Ended         bool                   `protobuf:"varint,5,opt,name=ended,proto3" json:"ended,omitempty"`   // also the ones that are gone
+	After         string                 `protobuf:"bytes,6,opt,name=after,proto3" json:"after,omitempty"`    // page: next of the answer before, in the same order
+	Limit         uint32                 `protobuf:"varint,7,opt,name=limit,proto3" json:"limit,omitempty"`   // of this answer; 0: as many as one answer has
+	Newest        bool                   `protobuf:"varint,8,opt,name=newest,proto3" json:"newest,omitempty"` // by the time of issue, the newest first; else the oldest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5084,10 +5166,24 @@ func (x *ListLeasesRequest) GetAfter() string {
 	return ""
 }
 
+func (x *ListLeasesRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListLeasesRequest) GetNewest() bool {
+	if x != nil {
+		return x.Newest
+	}
+	return false
+}
+
 type ListLeasesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Leases        []*Lease               `protobuf:"bytes,1,rep,name=leases,proto3" json:"leases,omitempty"`
-	Next          string                 `protobuf:"bytes,2,opt,name=next,proto3" json:"next,omitempty"`
+	Next          string                 `protobuf:"bytes,2,opt,name=next,proto3" json:"next,omitempty"` // where the next page begins; empty: there is none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5558,6 +5654,8 @@ type ListFindingsRequest struct {
 	Severity      string                 `protobuf:"bytes,4,opt,name=severity,proto3" json:"severity,omitempty"`
 	Finding       string                 `protobuf:"bytes,5,opt,name=finding,proto3" json:"finding,omitempty"` // one, by id
 	After         uint64                 `protobuf:"varint,6,opt,name=after,proto3" json:"after,omitempty"`    // page: findings opened after this one; a reopened one comes again
+	Limit         uint32                 `protobuf:"varint,7,opt,name=limit,proto3" json:"limit,omitempty"`    // of this answer; 0: as many as one answer has
+	Newest        bool                   `protobuf:"varint,8,opt,name=newest,proto3" json:"newest,omitempty"`  // the last opened first: after is then the one before which a page begins
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5632,6 +5730,20 @@ func (x *ListFindingsRequest) GetAfter() uint64 {
 		return x.After
 	}
 	return 0
+}
+
+func (x *ListFindingsRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListFindingsRequest) GetNewest() bool {
+	if x != nil {
+		return x.Newest
+	}
+	return false
 }
 
 type ListFindingsResponse struct {
@@ -6662,13 +6774,17 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\vreenrolling\x18\r \x01(\bR\vreenrolling\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"X\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x98\x01\n" +
 	"\x10ListHostsRequest\x12\x1a\n" +
 	"\bselector\x18\x01 \x01(\tR\bselector\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x12\n" +
-	"\x04host\x18\x03 \x01(\tR\x04host\"?\n" +
+	"\x04host\x18\x03 \x01(\tR\x04host\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05after\x18\x05 \x01(\tR\x05after\x12\x12\n" +
+	"\x04sort\x18\x06 \x01(\tR\x04sort\"S\n" +
 	"\x11ListHostsResponse\x12*\n" +
-	"\x05hosts\x18\x01 \x03(\v2\x14.countersign.v1.HostR\x05hosts\"\xd0\x01\n" +
+	"\x05hosts\x18\x01 \x03(\v2\x14.countersign.v1.HostR\x05hosts\x12\x12\n" +
+	"\x04next\x18\x02 \x01(\tR\x04next\"\xd0\x01\n" +
 	"\aNewHost\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tek_hashes\x18\x02 \x03(\tR\bekHashes\x12;\n" +
@@ -6742,13 +6858,17 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\flearned_from\x18\x04 \x01(\tR\vlearnedFrom\x124\n" +
 	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x14\n" +
 	"\x05state\x18\x06 \x01(\tR\x05state\x120\n" +
-	"\x05until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"+\n" +
+	"\x05until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"q\n" +
 	"\x15ListReferencesRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"S\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05after\x18\x04 \x01(\tR\x05after\"g\n" +
 	"\x16ListReferencesResponse\x129\n" +
 	"\n" +
 	"references\x18\x01 \x03(\v2\x19.countersign.v1.ReferenceR\n" +
-	"references\"C\n" +
+	"references\x12\x12\n" +
+	"\x04next\x18\x02 \x01(\tR\x04next\"C\n" +
 	"\x13AddReferenceRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\acontent\x18\x02 \x01(\fR\acontent\"O\n" +
@@ -6792,11 +6912,13 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\acontent\x18\x02 \x01(\fR\acontent\"]\n" +
 	"\x12ApplyScopesRequest\x12*\n" +
 	"\x05files\x18\x01 \x03(\v2\x14.countersign.v1.FileR\x05files\x12\x1b\n" +
-	"\tplan_only\x18\x02 \x01(\bR\bplanOnly\"\x9b\x01\n" +
+	"\tplan_only\x18\x02 \x01(\bR\bplanOnly\"\xc7\x01\n" +
 	"\x13ApplyScopesResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\x04R\aversion\x125\n" +
 	"\achanges\x18\x02 \x03(\v2\x1b.countersign.v1.ScopeChangeR\achanges\x123\n" +
-	"\x06leases\x18\x03 \x03(\v2\x1b.countersign.v1.LeaseChangeR\x06leases\";\n" +
+	"\x06leases\x18\x03 \x03(\v2\x1b.countersign.v1.LeaseChangeR\x06leases\x12\x14\n" +
+	"\x05keeps\x18\x04 \x01(\x04R\x05keeps\x12\x14\n" +
+	"\x05loses\x18\x05 \x01(\x04R\x05loses\";\n" +
 	"\vScopeChange\x12\x14\n" +
 	"\x05scope\x18\x01 \x01(\tR\x05scope\x12\x16\n" +
 	"\x06change\x18\x02 \x01(\tR\x06change\"\x82\x01\n" +
@@ -6858,14 +6980,16 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"secureBoot\x88\x01\x01\x12.\n" +
 	"\x13kernel_command_line\x18\x02 \x01(\tR\x11kernelCommandLine\x12\x1c\n" +
 	"\treference\x18\x03 \x01(\tR\treferenceB\x0e\n" +
-	"\f_secure_boot\"\x95\x01\n" +
+	"\f_secure_boot\"\xc3\x01\n" +
 	"\x11ListLeasesRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
 	"\x05scope\x18\x02 \x01(\tR\x05scope\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12\x14\n" +
 	"\x05lease\x18\x04 \x01(\tR\x05lease\x12\x14\n" +
 	"\x05ended\x18\x05 \x01(\bR\x05ended\x12\x14\n" +
-	"\x05after\x18\x06 \x01(\tR\x05after\"W\n" +
+	"\x05after\x18\x06 \x01(\tR\x05after\x12\x14\n" +
+	"\x05limit\x18\a \x01(\rR\x05limit\x12\x16\n" +
+	"\x06newest\x18\b \x01(\bR\x06newest\"W\n" +
 	"\x12ListLeasesResponse\x12-\n" +
 	"\x06leases\x18\x01 \x03(\v2\x15.countersign.v1.LeaseR\x06leases\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\tR\x04next\"o\n" +
@@ -6903,14 +7027,16 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x15ReportFindingResponse\x121\n" +
 	"\afinding\x18\x01 \x01(\v2\x17.countersign.v1.FindingR\afinding\x12\x16\n" +
 	"\x06opened\x18\x02 \x01(\bR\x06opened\x12\x1a\n" +
-	"\breopened\x18\x03 \x01(\bR\breopened\"\xa9\x01\n" +
+	"\breopened\x18\x03 \x01(\bR\breopened\"\xd7\x01\n" +
 	"\x13ListFindingsRequest\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\tR\x06status\x12\x1a\n" +
 	"\bdetector\x18\x02 \x01(\tR\bdetector\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12\x1a\n" +
 	"\bseverity\x18\x04 \x01(\tR\bseverity\x12\x18\n" +
 	"\afinding\x18\x05 \x01(\tR\afinding\x12\x14\n" +
-	"\x05after\x18\x06 \x01(\x04R\x05after\"s\n" +
+	"\x05after\x18\x06 \x01(\x04R\x05after\x12\x14\n" +
+	"\x05limit\x18\a \x01(\rR\x05limit\x12\x16\n" +
+	"\x06newest\x18\b \x01(\bR\x06newest\"s\n" +
 	"\x14ListFindingsResponse\x123\n" +
 	"\bfindings\x18\x01 \x03(\v2\x17.countersign.v1.FindingR\bfindings\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\x04R\x04next\x12\x12\n" +

@@ -1,0 +1,151 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/countersign/countersign/broker/internal/config"
+	"github.com/countersign/countersign/broker/internal/fsck"
+	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/broker/wire/faults"
+)
+
+// A backedUp is what a backup came to.
+type backedUp struct {
+	File   string      `json:"file"`
+	Bytes  int64       `json:"bytes"`
+	Keys   string      `json:"keys,omitempty"` // the folder with them
+	Report fsck.Report `json:"fsck"`
+}
+
+func backupCommand(o *options, file *string) *cobra.Command {
+	var keys bool
+	cmd := &cobra.Command{
+		Use: "backup FILE", Short: "Copy the store while the broker runs, and verify the copy", Args: exactly(1),
+		Long: `Copy the store while the broker runs, and verify the copy.
+
+The copy is one snapshot: what the broker writes meanwhile is not in it. It is made
+beside FILE, checked against the invariants and its own audit log, and given its name
+only then. FILE must not exist. The broker's keys are not in the store: --keys copies
+them to FILE.keys, but never the key password, without which they are of no use and
+which is kept elsewhere.`,
+		Example: `  countersign broker backup /backup/countersign-$(date +%F).db
+  countersign broker backup --keys /backup/countersign.db -o json`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := config.Load(*file)
+			if err != nil {
+				return err
+			}
+			b := backedUp{File: args[0]}
+			if err := b.store(cmd, c); err != nil {
+				return err
+			}
+			if keys {
+				if b.Keys, err = copyKeys(c, args[0]+".keys"); err != nil {
+					return err
+				}
+			}
+			if err := o.print(cmd.OutOrStdout(), b, func(w io.Writer) {
+				for _, v := range b.Report.Violations {
+					fmt.Fprintf(w, "%s: %s\n", v.Invariant, v.Detail)
+				}
+				fmt.Fprintf(w, "%s: %d bytes, with %d records, %d leases and %d hosts\n", b.File, b.Bytes, b.Report.Records, b.Report.Grants, b.Report.Hosts)
+				if b.Keys != "" {
+					fmt.Fprintf(w, "%s: the broker's keys, encrypted where they are in the state folder; keep the key password elsewhere\n", b.Keys)
+				}
+			}); err != nil {
+				return err
+			}
+			if b.Report.Total > 0 {
+				return no("the copy is whole, and %d invariants don't hold in the store itself", b.Report.Total)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&keys, "keys", false, "copy the broker's keys, too, to FILE.keys")
+	return cmd
+}
+
+// store copies and verifies the store.
+func (b *backedUp) store(cmd *cobra.Command, c *config.Broker) error {
+	if _, err := os.Lstat(b.File); !errors.Is(err, os.ErrNotExist) {
+		return no("%s exists: a backup never overwrites a file", b.File)
+	}
+	s, err := store.OpenReadOnly(c.StoreFile())
+	if err != nil {
+		return err
+	}
+	defer func() { _ = s.Close() }()
+	// What an earlier try left behind is of no use.
+	partial := b.File + ".partial"
+	if err := removeStore(partial); err != nil {
+		return err
+	}
+	p := newProgress(cmd.ErrOrStderr())
+	defer p.end()
+	err = s.Backup(cmd.Context(), partial, func(done, all int) { p.show("pages copied", int64(done), int64(all)) })
+	if err == nil {
+		b.Report, err = check(cmd, partial, p)
+	}
+	if err != nil {
+		return errors.Join(err, removeStore(partial))
+	}
+	info, err := os.Stat(partial)
+	if err != nil {
+		return err
+	}
+	b.Bytes = info.Size()
+	// A link, unlike a rename, never takes the place of a file that came meanwhile.
+	if err := os.Link(partial, b.File); err != nil {
+		return err
+	}
+	return errors.Join(removeStore(partial), durable.SyncDir(filepath.Dir(b.File)))
+}
+
+func check(cmd *cobra.Command, file string, p *progress) (fsck.Report, error) {
+	s, err := store.OpenReadOnly(file)
+	if err != nil {
+		return fsck.Report{}, err
+	}
+	report, err := fsck.Check(cmd.Context(), s, faults.Now(), p.show)
+	return report, errors.Join(err, s.Close())
+}
+
+// removeStore removes a store's file, and what SQLite may have left beside it.
+func removeStore(file string) error {
+	var errs []error
+	for _, ending := range []string{"", "-wal", "-shm", "-journal"} {
+		if err := os.Remove(file + ending); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// copyKeys copies keys and certificates from the state folder to a new folder.
+func copyKeys(c *config.Broker, dir string) (string, error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return "", err
+	}
+	entries, err := os.ReadDir(c.StateDir)
+	if err != nil {
+		return "", err
+	}
+	for _, e := range entries {
+		from := filepath.Join(c.StateDir, e.Name())
+		if !e.Type().IsRegular() || strings.HasPrefix(e.Name(), filepath.Base(c.StoreFile())) || from == filepath.Clean(c.KeyPasswordFile) {
+			continue
+		}
+		if err := copyFile(from, filepath.Join(dir, e.Name())); err != nil {
+			return "", err
+		}
+	}
+	return dir, durable.SyncDir(dir)
+}

@@ -1,0 +1,176 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/store"
+)
+
+// swept runs a sweeper over grants in a bubble of its own clock, beside what meanwhile
+// does, until that returns.
+func swept(t *testing.T, issuers map[string]issue.Issuer, grants []journal.Grant, meanwhile func(t *testing.T, m *Manager, load func(string) journal.Grant)) {
+	synctest.Test(t, func(t *testing.T) {
+		s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = s.Close() }()
+		if err := s.Update(t.Context(), func(tx *store.Tx) error {
+			for _, g := range grants {
+				g.Host, g.Scope = "h", "s"
+				if err := journal.Save(tx, g); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		m := New(s, issuers, slog.New(slog.NewTextHandler(io.Discard, nil)), time.Now)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- m.Sweep(ctx) }()
+		meanwhile(t, m, func(id string) (g journal.Grant) {
+			if err := s.View(context.Background(), func(tx *store.Tx) (err error) {
+				g, err = journal.Load(tx, id)
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+			return g
+		})
+		cancel()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Minute) // of the bubble: acts that were started come to their end
+	})
+}
+
+// A sweeper that is woken all the time does its work all the same: every grant is ended
+// within two seconds of its due time, whatever else happens.
+func TestSweepsUnderSteadyEvents(t *testing.T) {
+	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC) // of every bubble
+	var mu sync.Mutex
+	ended := map[string]time.Time{}
+	revoker := recorder{revoke: func(h issue.Handle) error {
+		mu.Lock()
+		defer mu.Unlock()
+		ended[h.Grant] = time.Now()
+		return nil
+	}}
+	const due = 300 // more than some pages
+	grants := []journal.Grant{{ID: "busy", Kind: journal.KindCertificate, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin}}
+	for i := range due {
+		grants = append(grants, journal.Grant{ID: fmt.Sprintf("g%04d", i), Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(5 * time.Second), Issued: begin})
+	}
+	swept(t, map[string]issue.Issuer{journal.KindCertificate: revoker}, grants, func(t *testing.T, m *Manager, _ func(string) journal.Grant) {
+		for range 25 { // ten seconds of it
+			time.Sleep(400 * time.Millisecond)
+			if _, err := m.Event(t.Context(), "busy", journal.Proved{By: time.Now().Add(time.Minute)}, Cause{Actor: "host:h"}); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if len(ended) != due {
+		t.Errorf("%d of %d due grants were ended", len(ended), due)
+	}
+	for id, at := range ended {
+		if late := at.Sub(begin.Add(5 * time.Second)); late < 0 || late > 2*time.Second {
+			t.Errorf("%s was ended %v after its due time", id, late)
+		}
+	}
+}
+
+// An issuer that hangs holds up the grants of its own kind alone, and what waits for it
+// counts as overdue.
+func TestAHangingIssuerHoldsUpNoOther(t *testing.T) {
+	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+	var grants []journal.Grant
+	for i := range 2 * (backlog + share) {
+		grants = append(grants, journal.Grant{ID: fmt.Sprintf("v%04d", i), Kind: journal.KindVault, State: journal.Retiring, Due: begin, Issued: begin})
+	}
+	grants = append(grants, journal.Grant{ID: "c", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(30 * time.Second), Issued: begin})
+	hanging := stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}
+	swept(t, map[string]issue.Issuer{journal.KindVault: hanging, journal.KindCertificate: recorder{revoke: func(issue.Handle) error { return nil }}}, grants,
+		func(t *testing.T, m *Manager, load func(string) journal.Grant) {
+			time.Sleep(32 * time.Second)
+			if state := load("c").State; state != journal.Gone {
+				t.Errorf("a certificate is %s two seconds after its end, behind a Vault that hangs", state)
+			}
+			n, oldest, err := m.Overdue(t.Context())
+			if err != nil || n == 0 || oldest < 30*time.Second || len(m.Alarms(t.Context())) != 1 {
+				t.Errorf("overdue: %d, the oldest by %v, alarms %q, %v", n, oldest, m.Alarms(t.Context()), err)
+			}
+		})
+}
+
+// One grant that can't be read holds up no other.
+func TestAnUnreadableGrantHoldsUpNoOther(t *testing.T) {
+	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+	grants := []journal.Grant{
+		{ID: "bad", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(time.Second), Issued: begin},
+		{ID: "good", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(2 * time.Second), Issued: begin},
+	}
+	swept(t, map[string]issue.Issuer{journal.KindCertificate: recorder{revoke: func(issue.Handle) error { return nil }}}, grants, func(t *testing.T, m *Manager, load func(string) journal.Grant) {
+		if err := m.store.Update(t.Context(), func(tx *store.Tx) error {
+			_, err := tx.Exec(`UPDATE grants SET body = 'x' WHERE id = 'bad'`)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(20 * time.Second)
+		if state := load("good").State; state != journal.Gone {
+			t.Errorf("the good grant is %s", state)
+		}
+		if n, _, err := m.Overdue(t.Context()); n != 1 || err != nil {
+			t.Errorf("%d overdue, %v; want the unreadable one", n, err)
+		}
+	})
+}
+
+// A mass revocation is recorded whole before it returns, however slow the issuer is.
+func TestRevokeAllRecordsAll(t *testing.T) {
+	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+	var grants []journal.Grant
+	for i := range 5*revokePage + 7 {
+		grants = append(grants, journal.Grant{ID: fmt.Sprintf("g%04d", i), Kind: journal.KindVault, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin})
+	}
+	slow := stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}
+	swept(t, map[string]issue.Issuer{journal.KindVault: slow}, grants, func(t *testing.T, m *Manager, load func(string) journal.Grant) {
+		ids, err := m.RevokeAll(t.Context(), journal.Filter{Scope: "s"}, "leaked", Cause{Actor: "operator:x"}, true)
+		if err != nil || len(ids) != len(grants) {
+			t.Fatalf("%d of %d were revoked, %v", len(ids), len(grants), err)
+		}
+		if took := time.Since(begin); took > confirmTime+time.Second {
+			t.Errorf("it took %v", took)
+		}
+		for _, id := range ids {
+			if g := load(id); g.State != journal.Revoking || g.Reason != "leaked" {
+				t.Fatalf("%s is %s (%s)", id, g.State, g.Reason)
+			}
+		}
+	})
+}
+
+// A recorder is an issuer of which only ends are asked.
+type recorder struct {
+	issue.Issuer
+	revoke func(issue.Handle) error
+}
+
+func (r recorder) Revoke(_ context.Context, h issue.Handle) error { return r.revoke(h) }
+func (r recorder) Extend(context.Context, issue.Handle, time.Duration) (time.Time, error) {
+	return time.Time{}, errors.New("not asked for here")
+}
