@@ -11,10 +11,10 @@ AGENT     = ./hostagent/cmd/countersign-agent
 FUZZTIME ?= 3000x
 
 .DEFAULT_GOAL := help
-.PHONY: help build faults-build setup test test-vm demo bench corpus faults fuzz lint generate clean
+.PHONY: help build faults-build setup test test-vm demo bench bench-large corpus faults fuzz lint generate clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' Makefile
 
 build: ## bin/countersign and bin/countersign-agent, static
 	$(BUILD) -ldflags '$(LDFLAGS)' -o bin/countersign $(BROKER)
@@ -40,6 +40,11 @@ demo: setup build ## a legacy program gets in with an earned credential, and los
 
 bench: setup build ## speed and size, as ratios against floors; writes bench.json
 	@$(GO) run ./test/bench
+
+bench-large: setup build ## a broker whose store is like a year's use, and a watch over 2 GB of logs; SCALE=0.1 BYTES=200M is a tenth
+	$(BUILD) -o bin/fill ./broker/internal/fill
+	@$(GO) run ./test/large -scale $(or $(SCALE),1)
+	@$(GO) run ./test/bench/largelog -bytes $(or $(BYTES),2G)
 
 corpus: build ## what the watch finds in labelled logs, of a seed that is drawn; SEED repeats one
 	@$(GO) run ./test/corpus $(if $(SEED),-seed $(SEED))
