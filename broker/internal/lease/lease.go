@@ -444,12 +444,6 @@ func (m *Manager) claim(id string) bool {
 	return true
 }
 
-func (m *Manager) claimed(id string) bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.running[id]
-}
-
 func (m *Manager) release(id string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
