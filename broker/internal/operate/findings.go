@@ -98,7 +98,7 @@ func (d *Desk) Finding(ctx context.Context, a Actor, id string) (f findings.Find
 	if err := a.need(Viewer); err != nil {
 		return f, err
 	}
-	err = d.Store.Report(ctx, func(tx *store.Tx) error {
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
 		f, err = findings.Load(tx, id)
 		return err
 	})

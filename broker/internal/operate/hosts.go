@@ -121,7 +121,7 @@ func (d *Desk) Host(ctx context.Context, a Actor, idOrName string) (h inventory.
 	if err := a.need(Viewer); err != nil {
 		return h, err
 	}
-	err = d.Store.Report(ctx, func(tx *store.Tx) error {
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
 		h, err = inventory.Find(tx, idOrName)
 		return err
 	})

@@ -293,7 +293,7 @@ func (d *Desk) Lease(ctx context.Context, a Actor, id string) (g journal.Grant, 
 	if err := a.need(Viewer); err != nil {
 		return g, err
 	}
-	err = d.Store.Report(ctx, func(tx *store.Tx) error {
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
 		g, err = journal.Load(tx, id)
 		return err
 	})
