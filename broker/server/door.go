@@ -2,11 +2,15 @@
 // that translate between the wire and the rooms behind.
 //
 // A peer is one of three: a host, by a certificate of the host CA; a host that
-// wants to join, by a certificate that its key signed itself; an operator, by
-// a certificate of the operator CA, or as root on the local socket. Every
-// other certificate, a workload's among them, ends the handshake. Behind the
-// handshake a certificate counts for nothing: hosts and operators are looked
-// up by their key.
+// wants to join, by a certificate that its key signed itself, or by one of the
+// host CA that has ended; an operator, by a certificate of the operator CA, or
+// as root on the local socket. Every other certificate, a workload's among
+// them, ends the handshake. Behind the handshake a certificate counts for
+// nothing more: hosts and operators are looked up by their key.
+//
+// A certificate that has ended is turned away by an answer and not by the
+// handshake, so that its owner learns what to do. One that hasn't begun counts:
+// only this broker's own clock, when it was ahead, can have made it.
 package server
 
 import (
@@ -24,6 +28,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/challenge"
+	"github.com/countersign/countersign/broker/wire/lifetime"
 )
 
 type peerKind int
@@ -33,7 +38,8 @@ const (
 	joiningPeer
 	hostPeer
 	operatorPeer
-	localPeer // root, on the local socket
+	endedOperatorPeer // by a certificate that has ended: it hears so, and nothing else
+	localPeer         // root, on the local socket
 )
 
 // A conn is what the door knows of one connection.
@@ -42,7 +48,7 @@ type conn struct {
 	err       error
 	kind      peerKind
 	challenge *challenge.Conn
-	ends      time.Time // of the peer's certificate
+	leaf      *x509.Certificate // the peer's
 	known     atomic.Bool
 }
 
@@ -86,20 +92,37 @@ func (d *Door) classify(state tls.ConnectionState) (peerKind, error) {
 		return unknownPeer, errCertificate
 	}
 	leaf := state.PeerCertificates[0]
-	for kind, ca := range map[peerKind]*x509.Certificate{hostPeer: d.HostCA, operatorPeer: d.OperatorCA} {
-		roots := x509.NewCertPool()
-		roots.AddCert(ca)
-		_, err := leaf.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: d.Now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
-		if err == nil {
-			return kind, nil
+
+	for _, p := range []struct {
+		ca          *x509.Certificate
+		kind, ended peerKind
+	}{
+		{d.HostCA, hostPeer, joiningPeer},
+		{d.OperatorCA, operatorPeer, endedOperatorPeer},
+	} {
+		if !issued(leaf, p.ca) {
+			continue
 		}
+		if d.Now().After(leaf.NotAfter) {
+			return p.ended, nil
+		}
+		return p.kind, nil
 	}
+
 	// A host without a good certificate joins by its bare key: the handshake
 	// proved that it has it.
 	if bytes.Equal(leaf.RawIssuer, leaf.RawSubject) && !leaf.IsCA && leaf.CheckSignature(leaf.SignatureAlgorithm, leaf.RawTBSCertificate, leaf.Signature) == nil {
 		return joiningPeer, nil
 	}
 	return unknownPeer, errCertificate
+}
+
+// issued reports whether ca signed leaf for a client, whatever the time is.
+func issued(leaf, ca *x509.Certificate) bool {
+	_, err := leaf.Verify(x509.VerifyOptions{
+		Roots: lifetime.Anchor(ca), CurrentTime: leaf.NotAfter, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	return err == nil
 }
 
 // ConnContext gives each connection its place for challenges.
@@ -173,7 +196,7 @@ func (d *Door) complete(c *conn, r *http.Request) error {
 	if err != nil {
 		return errCertificate
 	}
-	c.kind, c.ends = kind, leaf.NotAfter
+	c.kind, c.leaf = kind, leaf
 	c.challenge = &challenge.Conn{KeySPKI: spki, Exporter: [evidence.ExporterSize]byte(exported), Address: address}
 	return nil
 }

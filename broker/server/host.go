@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -35,13 +36,14 @@ type Hosts struct {
 	CA          []byte // DER of the host CA
 	Now         func() time.Time
 
-	joins *sourceLimit
-	asks  *sourceLimit
-	opens *sourceLimit
+	joins   *sourceLimit // by address
+	rejoins *sourceLimit // by the host's key
+	asks    *sourceLimit
+	opens   *sourceLimit
 }
 
-// host is the connection of an admitted host, or a fault.
-func hostConn(ctx context.Context) (*conn, error) {
+// anyHost returns the connection of a host, admitted or joining, or a fault.
+func anyHost(ctx context.Context) (*conn, error) {
 	c := connOf(ctx)
 	if c.kind != hostPeer && c.kind != joiningPeer {
 		return nil, (&wire.Error{Outcome: wire.Fault, Check: "peer", Request: requestID(ctx), Message: "this call is for hosts"}).Connect()
@@ -49,13 +51,33 @@ func hostConn(ctx context.Context) (*conn, error) {
 	return c, nil
 }
 
+// hostConn returns the connection of a host with a certificate that counts, or
+// a fault that asks the host to join again.
+func hostConn(ctx context.Context) (*conn, error) {
+	c, err := anyHost(ctx)
+	if err != nil || c.kind == hostPeer {
+		return c, err
+	}
+
+	e := &wire.Error{Outcome: wire.Fault, Check: wire.CheckCertificate, Request: requestID(ctx),
+		Message: "a certificate that its key signed itself is for joining alone: join first"}
+	if !bytes.Equal(c.leaf.RawIssuer, c.leaf.RawSubject) {
+		e.Message = fmt.Sprintf("this host's certificate ended at %s by the broker's clock: join again", c.leaf.NotAfter.UTC().Format(time.RFC3339))
+	}
+	return nil, e.Connect()
+}
+
 // Join answers an application with a challenge.
 func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error) {
-	c, err := hostConn(ctx)
+	c, err := anyHost(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if !s.joins.allow(source(c.challenge.Address)) {
+	allowed, err := s.mayJoin(ctx, c)
+	if err != nil {
+		return nil, s.fault(ctx, err)
+	}
+	if !allowed {
 		return nil, (&wire.Error{Outcome: wire.Fault, Check: "join-rate", Request: requestID(ctx), Message: "too many joins from this address; try again in a while"}).Connect()
 	}
 	var body v1.JoinBody
@@ -75,9 +97,20 @@ func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) 
 	}), nil
 }
 
+// mayJoin bounds joins: those of keys that the broker knows by key, so that a
+// fleet behind one address comes back at once after its certificates ended, and
+// all others by address.
+func (s *Hosts) mayJoin(ctx context.Context, c *conn) (bool, error) {
+	known, err := s.Admission.KnowsKey(ctx, c.challenge.Key())
+	if err != nil || !known {
+		return err == nil && s.joins.allow(source(c.challenge.Address)), err
+	}
+	return s.rejoins.allow(c.challenge.Key().String()), nil
+}
+
 // Activate finishes what Join began on the same connection.
 func (s *Hosts) Activate(ctx context.Context, req *connect.Request[v1.ActivateRequest]) (*connect.Response[v1.ActivateResponse], error) {
-	c, err := hostConn(ctx)
+	c, err := anyHost(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -139,7 +172,7 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	if err != nil {
 		return nil, malformed(ctx, err)
 	}
-	p := credential.Proof{Evidence: e, CertificateEnds: c.ends}
+	p := credential.Proof{Evidence: e, Certificate: c.leaf}
 	for _, l := range body.GetLeases() {
 		p.Leases = append(p.Leases, credential.LeaseProof{Lease: l.GetLeaseId(), Scope: l.GetScope(), Program: l.GetProgram(), Ticket: l.GetTicket()})
 	}
@@ -327,7 +360,9 @@ func (s *Hosts) admissionError(ctx context.Context, err error) error {
 	case errors.Is(err, inventory.ErrToken):
 		e.Outcome, e.Check, e.Message = wire.Refused, "join-token", inventory.ErrToken.Error()
 	case errors.Is(err, admission.ErrRemoved):
-		e.Outcome, e.Check, e.Message = wire.Refused, "host-removed", err.Error()
+		e.Outcome, e.Check, e.Message = wire.Rejected, "host-removed", err.Error()
+	case errors.Is(err, admission.ErrQuarantined):
+		e.Outcome, e.Check, e.Message = wire.Rejected, "host-quarantined", err.Error()
 	case errors.Is(err, admission.ErrUncertified):
 		e.Outcome, e.Check, e.Message = wire.Refused, "ek-uncertified", err.Error()
 	case errors.Is(err, admission.ErrPendingFull):

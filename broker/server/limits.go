@@ -23,6 +23,8 @@ const (
 	bodyTime    = 20 * time.Second    // in which a request has to be sent
 	joinsPerSec = 2                   // from one source, after joinBurst
 	joinBurst   = 20
+	againPerSec = 1.0 / 30 // joins of a host that the broker knows, after againBurst: each is kept
+	againBurst  = 10
 	asksPerSec  = 10 // for credentials and proofs, by one host, after askBurst: what comes of them is kept
 	askBurst    = 1000
 	opensPerSec = 1.0 / 300 // that one host tells of files that were opened, after opensBurst: it stands in the audit log

@@ -22,6 +22,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/operate"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/wire"
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
@@ -48,6 +49,9 @@ func (s *Operators) actor(ctx context.Context) (operate.Actor, error) {
 		c.known.Store(true)
 		a.Request = requestID(ctx)
 		return a, nil
+	case endedOperatorPeer:
+		return operate.Actor{}, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("operator %s's certificate ended at %s by the broker's clock: %s",
+			c.leaf.Subject.CommonName, c.leaf.NotAfter.UTC().Format(time.RFC3339), wire.MendOperator(c.leaf.Subject.CommonName)))
 	}
 	return operate.Actor{}, connect.NewError(connect.CodePermissionDenied, errors.New("this call is for operators"))
 }
@@ -237,6 +241,18 @@ func (s *Operators) ListOperators(ctx context.Context, _ *connect.Request[v1.Lis
 func (s *Operators) RemoveOperator(ctx context.Context, req *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
 	return serve(ctx, s, func(a operate.Actor) (*v1.RemoveOperatorResponse, error) {
 		return &v1.RemoveOperatorResponse{}, s.Desk.RemoveOperator(ctx, a, req.Msg.GetName())
+	})
+}
+
+// RenewOperator gives who calls a new certificate.
+func (s *Operators) RenewOperator(ctx context.Context, req *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error) {
+	return serve(ctx, s, func(a operate.Actor) (*v1.RenewOperatorResponse, error) {
+		c := connOf(ctx)
+		if c.kind != operatorPeer {
+			return nil, &operate.InvalidError{Reason: "root on the local socket has no certificate to renew"}
+		}
+		der, err := s.Desk.RenewOperator(ctx, a, c.challenge.KeySPKI, c.leaf, req.Msg.GetCsr())
+		return &v1.RenewOperatorResponse{Certificate: [][]byte{der, s.Desk.OperatorCA.Certificate.Raw}}, err
 	})
 }
 

@@ -44,6 +44,7 @@ type Server struct {
 // Run serves until ctx ends, then lets running requests finish.
 func (s *Server) Run(ctx context.Context) error {
 	s.Hosts.joins = newSourceLimit(joinsPerSec, joinBurst, s.Door.Now)
+	s.Hosts.rejoins = newSourceLimit(againPerSec, againBurst, s.Door.Now)
 	s.Hosts.asks = newSourceLimit(asksPerSec, askBurst, s.Door.Now)
 	s.Hosts.opens = newSourceLimit(opensPerSec, opensBurst, s.Door.Now)
 	// Nothing is unpacked: bound counts what is sent.

@@ -44,9 +44,15 @@ const (
 	CheckReenrol     = "reenrol"      // join again: an operator allowed it
 	CheckResync      = "resync"       // send event log and IMA list whole
 	CheckGone        = "gone"         // the lease is over: ask for a new credential
+	CheckCertificate = "certificate"  // join again: the host's certificate doesn't count now
 )
 
 func (e *Error) Error() string { return fmt.Sprintf("%s (%s): %s", e.Outcome, e.Check, e.Message) }
+
+// MendOperator says how an operator whose certificate has ended comes back.
+func MendOperator(name string) string {
+	return fmt.Sprintf("an admin runs `countersign operator add %s --role ROLE`, or root on the broker's machine does", name)
+}
 
 // codes that the outcomes travel under, for peers that look no further.
 var codes = map[Outcome]connect.Code{

@@ -18,6 +18,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/broker/wire/lifetime"
 )
 
 const (
@@ -35,6 +36,7 @@ type Session struct {
 	Operators countersignv1connect.OperatorServiceClient
 	Address   string // of the broker, as configured
 	Exporter  [evidence.ExporterSize]byte
+	CA        *x509.Certificate // the pinned one, as the broker showed it
 
 	conn *http.ClientConn
 }
@@ -96,6 +98,7 @@ func dialOne(ctx context.Context, p Peer, address string) (*Session, error) {
 				return nil, errors.Join(err, c.Close())
 			}
 			s.Exporter = [evidence.ExporterSize]byte(exported)
+			s.CA = pinned(state.PeerCertificates, p.CASHA256)
 			return c, nil
 		},
 	}
@@ -115,28 +118,54 @@ func (e *MiddleboxError) Error() string {
 	return fmt.Sprintf("the certificate was issued by %q, not by the broker's pinned CA: a proxy that intercepts TLS stands in between, or ca_sha256 is not this broker's", e.Issuer)
 }
 
-// verifyBroker accepts a server certificate that the pinned CA issued for name.
-// The broker sends the CA's certificate along.
-func verifyBroker(state tls.ConnectionState, p Peer, name string) error {
-	certs := state.PeerCertificates
+// A ClockError is returned when the broker's certificate isn't valid by this
+// machine's clock. The broker renews it by itself, so one of the clocks is
+// wrong.
+type ClockError struct{ Begins, Ends, Now time.Time }
+
+func (e *ClockError) Error() string {
+	return fmt.Sprintf("the broker's certificate is valid from %s to %s, and this machine's clock says %s: set the clock that is wrong; the broker makes itself a new certificate when its clock is right",
+		stamp(e.Begins), stamp(e.Ends), stamp(e.Now))
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+// pinned returns the certificate with the given digest, or nil.
+func pinned(certs []*x509.Certificate, digest string) *x509.Certificate {
 	i := slices.IndexFunc(certs, func(c *x509.Certificate) bool {
 		sum := sha256.Sum256(c.Raw)
-		return hex.EncodeToString(sum[:]) == p.CASHA256
+		return hex.EncodeToString(sum[:]) == digest
 	})
 	if i < 0 {
+		return nil
+	}
+	return certs[i]
+}
+
+// verifyBroker accepts a server certificate that the pinned CA issued for name.
+// The broker sends the CA's certificate along. The CA's own dates don't count:
+// the pin is what trusts it.
+func verifyBroker(state tls.ConnectionState, p Peer, name string) error {
+	certs := state.PeerCertificates
+	ca := pinned(certs, p.CASHA256)
+	if ca == nil {
 		issuer := "nobody"
 		if len(certs) > 0 {
 			issuer = certs[0].Issuer.String()
 		}
 		return &MiddleboxError{issuer}
 	}
-	roots := x509.NewCertPool()
-	roots.AddCert(certs[i])
-	now := time.Now
+
+	now := time.Now()
 	if p.Now != nil {
-		now = p.Now
+		now = p.Now()
 	}
-	_, err := certs[0].Verify(x509.VerifyOptions{Roots: roots, DNSName: name, CurrentTime: now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+	_, err := certs[0].Verify(x509.VerifyOptions{Roots: lifetime.Anchor(ca), DNSName: name, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+
+	var invalid x509.CertificateInvalidError
+	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+		return &ClockError{certs[0].NotBefore, certs[0].NotAfter, now}
+	}
 	return err
 }
 

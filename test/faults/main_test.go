@@ -156,8 +156,8 @@ func (s *site) invariants(t *testing.T) {
 	live := map[string]bool{}    // PostgreSQL users
 	for _, l := range s.leases(t) {
 		known[l.ID] = l.State
-		if l.State == "live" || l.State == "retiring" {
-			live[l.Names["db_username"]] = true
+		if user := l.Names["db_username"]; user != "" && (l.State == "live" || l.State == "retiring") {
+			live[user] = true
 		}
 	}
 	roles := check.Must(services.PG.Query(ctx, "postgres", "SELECT rolname FROM pg_roles WHERE rolname LIKE 'v-%'"))(t)

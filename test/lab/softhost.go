@@ -32,6 +32,7 @@ type SoftHost struct {
 	TPM  *SoftTPM
 	ID   string
 	Boot string
+	Now  func() time.Time // its wall clock; nil: the machine's
 
 	broker *Broker
 	cert   *tls.Certificate
@@ -71,7 +72,7 @@ func (h *SoftHost) Dial(ctx context.Context) (*wire.Session, error) {
 
 // DialWith opens a connection with another certificate.
 func (h *SoftHost) DialWith(ctx context.Context, cert *tls.Certificate) (*wire.Session, error) {
-	return wire.Dial(ctx, wire.Peer{Addresses: []string{"https://" + h.broker.Addr}, CASHA256: h.broker.CASHA256, Certificate: cert})
+	return wire.Dial(ctx, wire.Peer{Addresses: []string{"https://" + h.broker.Addr}, CASHA256: h.broker.CASHA256, Certificate: cert, Now: h.Now})
 }
 
 // Certificate is the host's, nil before it joined.

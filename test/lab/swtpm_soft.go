@@ -72,6 +72,15 @@ func NewSoftTPM(ca *TPMCA) (*SoftTPM, error) {
 	return s, err
 }
 
+// NewTLSKey has the TPM make another TLS key in the place of the first.
+func (s *SoftTPM) NewTLSKey() (err error) {
+	if s.TLSKey, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		return err
+	}
+	s.TLSPublic, err = publicArea(tpm.TLSKeyTemplate(), s.TLSKey.Public())
+	return err
+}
+
 func publicArea(template tpm2.TPMTPublic, key crypto.PublicKey) ([]byte, error) {
 	public, err := tpm.WithKey(template, key)
 	if err != nil {

@@ -92,7 +92,7 @@ func (b *backedUp) store(cmd *cobra.Command, c *config.Broker) error {
 	defer p.end()
 	err = s.Backup(cmd.Context(), partial, func(done, all int) { p.show("pages copied", int64(done), int64(all)) })
 	if err == nil {
-		b.Report, err = check(cmd, partial, p)
+		b.Report, err = verified(cmd, partial, p)
 	}
 	if err != nil {
 		return errors.Join(err, removeStore(partial))
@@ -109,7 +109,8 @@ func (b *backedUp) store(cmd *cobra.Command, c *config.Broker) error {
 	return errors.Join(removeStore(partial), durable.SyncDir(filepath.Dir(b.File)))
 }
 
-func check(cmd *cobra.Command, file string, p *progress) (fsck.Report, error) {
+// verified holds a copy of a store against the invariants.
+func verified(cmd *cobra.Command, file string, p *progress) (fsck.Report, error) {
 	s, err := store.OpenReadOnly(file)
 	if err != nil {
 		return fsck.Report{}, err

@@ -20,6 +20,7 @@ import (
 
 	"github.com/countersign/countersign/broker/wire"
 	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/broker/wire/faults"
 )
 
 // defaultSocket is where a broker with the default state folder listens.
@@ -84,7 +85,7 @@ func (o *options) dial(ctx context.Context) (countersignv1connect.OperatorServic
 	if err != nil {
 		return nil, nil, &exitError{exitUsage, fmt.Errorf("--address needs the operator's --cert and --key: %w", err)}
 	}
-	s, err := wire.Dial(ctx, wire.Peer{Addresses: []string{o.address}, CASHA256: strings.ToLower(o.caSHA256), Certificate: &cert})
+	s, err := wire.Dial(ctx, wire.Peer{Addresses: []string{o.address}, CASHA256: strings.ToLower(o.caSHA256), Certificate: &cert, Now: faults.Now})
 	if err != nil {
 		return nil, nil, &exitError{exitUnreach, err}
 	}

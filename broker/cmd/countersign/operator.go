@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/wire/faults"
 )
 
 func operatorCommand(o *options) *cobra.Command {
@@ -47,7 +48,7 @@ func operatorCommand(o *options) *cobra.Command {
 		if err := writeNew(out+".key", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600); err != nil {
 			return err
 		}
-		r, err := client.AddOperator(cmd.Context(), connect.NewRequest(&v1.AddOperatorRequest{Name: args[0], Role: role, Csr: csr, Expires: timestamppb.New(time.Now().Add(ttl))}))
+		r, err := client.AddOperator(cmd.Context(), connect.NewRequest(&v1.AddOperatorRequest{Name: args[0], Role: role, Csr: csr, Expires: timestamppb.New(faults.Now().Add(ttl))}))
 		if err != nil {
 			_ = os.Remove(out + ".key")
 			return err
@@ -121,7 +122,7 @@ func joinTokenCommand(o *options) *cobra.Command {
 			return err
 		}
 		r, err := client.CreateJoinToken(cmd.Context(), connect.NewRequest(&v1.CreateJoinTokenRequest{
-			Name: name, Labels: labels, Reference: reference, Expires: timestamppb.New(time.Now().Add(ttl))}))
+			Name: name, Labels: labels, Reference: reference, Expires: timestamppb.New(faults.Now().Add(ttl))}))
 		if err != nil {
 			return err
 		}

@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,6 +26,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/basis"
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/credential"
+	"github.com/countersign/countersign/broker/internal/expiry"
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
@@ -38,8 +40,8 @@ import (
 	"github.com/countersign/countersign/broker/internal/retention"
 	"github.com/countersign/countersign/broker/internal/silence"
 	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/timekeeper"
 	"github.com/countersign/countersign/broker/server"
-	"github.com/countersign/countersign/broker/wire/clock"
 	"github.com/countersign/countersign/broker/wire/faults"
 	"github.com/countersign/countersign/broker/wire/secret"
 )
@@ -79,7 +81,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	if err != nil {
 		return err
 	}
-	roots, intermediates, err := ekRoots(c.EKRoots)
+	vendors, roots, intermediates, err := ekRoots(c.EKRoots)
 	if err != nil {
 		return err
 	}
@@ -95,9 +97,15 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 
 	// Leases and silence run by a clock that nobody can set; certificates by
 	// the wall clock.
-	steady := clock.Steady(faults.Now())
+	keeper, err := timekeeper.Open(ctx, s, log, faults.Now)
+	if err != nil {
+		return err
+	}
+	steady := keeper.Now
 
 	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return keeper.Run(ctx) })
+	known := ends{store: s, hostCA: hostCA.Certificate, ekRoots: vendors}
 	issuers := map[string]issue.Issuer{}
 	vaultStatus := func() string { return "not configured" }
 	if c.Vault != nil {
@@ -107,28 +115,33 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		}
 		group.Go(func() error { return v.Run(ctx) })
 		issuers[journal.KindVault] = fingerprint.Issuer{Issuer: v, Key: fingerprints}
-		vaultStatus = v.Status
+		vaultStatus, known.vault = v.Status, v
 	}
 	crl := func() []byte { return nil }
 	if c.CA != nil {
 		workloads, err := ca.Open(ctx, ca.Options{
 			Dir: c.StateDir, Password: password, TrustDomain: c.TrustDomain, Store: s,
-			CRLURL: c.CA.CRLURL, CRLEvery: c.CA.Every(), Log: log, Now: faults.Now,
+			CRLURL: c.CA.CRLURL, CRLEvery: c.CA.Every(), Log: log, Now: faults.Now, Sure: keeper.Sure,
 		})
 		if err != nil {
 			return err
 		}
 		group.Go(func() error { return workloads.Run(ctx) })
 		issuers[journal.KindCertificate] = workloads
-		crl = workloads.CRL
+		crl, known.workloads = workloads.CRL, workloads
 	}
 	book, logs := basis.New(s), measured.New(measured.Most)
 	leases := lease.New(s, issuers, log, steady)
 	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
 	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
 	root := operate.Actor{Name: "root", Role: operate.Viewer}
-	alarms := func(ctx context.Context) []string { return append(watch.Alarms(), leases.Alarms(ctx)...) }
-	keeper := &retention.Keeper{Store: s, Keep: c.Retention(), Policy: inForce.Load, Log: log, Now: steady}
+	forgets := &retention.Keeper{Store: s, Keep: c.Retention(), Policy: inForce.Load, Log: log, Now: steady}
+	alarms := func(ctx context.Context) []string {
+		return slices.Concat(watch.Alarms(), leases.Alarms(ctx), known.alarms(log, faults.Now()))
+	}
+	for _, a := range known.alarms(log, faults.Now()) {
+		log.Error("something ends, and no program renews it", "alarm", a)
+	}
 	handler, requests := metrics.New(metrics.Source{
 		Counts: func(ctx context.Context) (metrics.Counts, error) {
 			st, err := desk.Status(ctx, root)
@@ -139,6 +152,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 			return metrics.Counts{Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings, Overdue: overdue}, err
 		},
 		Alarms: alarms,
+		Ends:   func(ctx context.Context) ([]expiry.End, error) { return known.list(ctx, faults.Now()) },
 		Ready: func(context.Context) error {
 			select {
 			case <-s.Stopped():
@@ -150,11 +164,11 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		CRL: crl,
 	})
 	broker := &server.Server{
-		Door: &server.Door{HostCA: hostCA.Certificate, OperatorCA: operatorCA.Certificate, Certificate: listenerCertificate(hostCA, c.Names), Now: faults.Now},
+		Door: &server.Door{HostCA: hostCA.Certificate, OperatorCA: operatorCA.Certificate, Certificate: listenerCertificate(hostCA, c.Names, faults.Now), Now: faults.Now},
 		Hosts: &server.Hosts{
-			Admission: &admission.Desk{Store: s, Leases: leases, CA: hostCA, Roots: roots, Intermediates: intermediates, MostPending: c.PendingHosts, Now: faults.Now},
+			Admission: &admission.Desk{Store: s, Leases: leases, CA: hostCA, Roots: roots, Intermediates: intermediates, MostPending: c.PendingHosts, Now: steady, Wall: faults.Now},
 			Credentials: &credential.Desk{Store: s, Leases: leases, Policy: inForce.Load, Basis: book, Logs: logs, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
-				Log: log, Now: steady},
+				Log: log, Now: steady, Wall: faults.Now},
 			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: steady,
 		},
 		Operators: &server.Operators{Desk: desk, BrokerID: id, Version: version, Alarms: alarms, Vault: vaultStatus},
@@ -163,7 +177,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	}
 	group.Go(func() error { return leases.Sweep(ctx) })
 	group.Go(func() error { return watch.Run(ctx) })
-	group.Go(func() error { return keeper.Run(ctx) })
+	group.Go(func() error { return forgets.Run(ctx) })
 	group.Go(func() error { return broker.Run(ctx) })
 	group.Go(func() error {
 		select {
@@ -201,15 +215,15 @@ func brokerID(ctx context.Context, s *store.Store) (id string, err error) {
 }
 
 // ekRoots reads TPM vendors' certificates: the self-signed are roots.
-func ekRoots(files []string) (roots, intermediates *x509.CertPool, err error) {
+func ekRoots(files []string) (all []*x509.Certificate, roots, intermediates *x509.CertPool, err error) {
 	if len(files) == 0 {
-		return nil, nil, nil
+		return nil, nil, nil, nil
 	}
 	roots, intermediates = x509.NewCertPool(), x509.NewCertPool()
 	for _, file := range files {
 		rest, err := os.ReadFile(file)
 		if err != nil {
-			return nil, nil, fmt.Errorf("ek_roots: %w", err)
+			return nil, nil, nil, fmt.Errorf("ek_roots: %w", err)
 		}
 		n := 0
 		for {
@@ -219,9 +233,10 @@ func ekRoots(files []string) (roots, intermediates *x509.CertPool, err error) {
 			}
 			cert, err := x509.ParseCertificate(block.Bytes)
 			if err != nil {
-				return nil, nil, fmt.Errorf("ek_roots: %s: %w", file, err)
+				return nil, nil, nil, fmt.Errorf("ek_roots: %s: %w", file, err)
 			}
 			n++
+			all = append(all, cert)
 			if cert.CheckSignatureFrom(cert) == nil {
 				roots.AddCert(cert)
 			} else {
@@ -229,27 +244,31 @@ func ekRoots(files []string) (roots, intermediates *x509.CertPool, err error) {
 			}
 		}
 		if n == 0 {
-			return nil, nil, fmt.Errorf("ek_roots: %s holds no PEM certificate", file)
+			return nil, nil, nil, fmt.Errorf("ek_roots: %s holds no PEM certificate", file)
 		}
 	}
-	return roots, intermediates, nil
+	return all, roots, intermediates, nil
 }
 
 // listenerLifetime is short: the key is made anew at every start and never
 // leaves memory.
 const listenerLifetime = 90 * 24 * time.Hour
 
-func listenerCertificate(ca *authority.CA, names []string) func() (*tls.Certificate, error) {
+// listenerCertificate returns what gives the listener's certificate, which is
+// made anew at two thirds of its life. One that was made by a clock that was
+// ahead is replaced as soon as the clock is back, as hosts don't accept it yet.
+func listenerCertificate(ca *authority.CA, names []string, now func() time.Time) func() (*tls.Certificate, error) {
 	var mu sync.Mutex
 	var current *tls.Certificate
-	var renew time.Time
+	var made time.Time
 	return func() (*tls.Certificate, error) {
 		mu.Lock()
 		defer mu.Unlock()
-		now := faults.Now()
-		if current != nil && now.Before(renew) && now.After(renew.Add(-listenerLifetime)) {
+		now := now()
+		if current != nil && !now.Before(made) && now.Before(made.Add(listenerLifetime*2/3)) {
 			return current, nil
 		}
+
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		if err != nil {
 			return nil, err
@@ -258,8 +277,7 @@ func listenerCertificate(ca *authority.CA, names []string) func() (*tls.Certific
 		if err != nil {
 			return nil, err
 		}
-		current = &tls.Certificate{Certificate: [][]byte{der, ca.Certificate.Raw}, PrivateKey: key}
-		renew = now.Add(listenerLifetime / 2)
+		current, made = &tls.Certificate{Certificate: [][]byte{der, ca.Certificate.Raw}, PrivateKey: key}, now
 		return current, nil
 	}
 }

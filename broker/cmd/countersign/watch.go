@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/broker/wire/faults"
 	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/compensating/finding"
 	"github.com/countersign/countersign/compensating/ledger"
@@ -45,13 +48,17 @@ func watchServeCommand() *cobra.Command {
 			if err := secret.ProtectProcess(); err != nil {
 				return err
 			}
-			b := c.Broker
-			o := &options{socket: b.Socket, address: b.Address, caSHA256: b.CASHA256, cert: b.Cert, key: b.Key}
-			w, err := watch.Open(c, o.dial, newLog("text", cmd.ErrOrStderr()), time.Now)
+			b, log := c.Broker, newLog("text", cmd.ErrOrStderr())
+			dial := func(ctx context.Context) (countersignv1connect.OperatorServiceClient, func(), error) {
+				o := &options{socket: b.Socket, address: b.Address, caSHA256: b.CASHA256, cert: c.Certificate(), key: b.Key}
+				return o.dial(ctx)
+			}
+			w, err := watch.Open(c, dial, log, faults.Now)
 			if err != nil {
 				return err
 			}
 			defer w.Close()
+			go c.KeepCertificate(cmd.Context(), dial, log, faults.Now)
 			return w.Run(cmd.Context())
 		},
 	}

@@ -9,6 +9,7 @@ package admission
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/subtle"
@@ -33,12 +34,15 @@ import (
 )
 
 // CertificateLifetime is how long a host certificate lives; it is made anew in
-// a proof when half of that is over.
+// a proof when two thirds of that are over.
 const CertificateLifetime = 30 * 24 * time.Hour
 
 // firstProof is how long a host that joined may take to prove itself before it
 // counts as silent.
 const firstProof = 30 * time.Minute
+
+// knownScore is what counts most in choosing an EK: that the inventory has it.
+const knownScore = 2
 
 // maxEKs is how many EKs a host may offer.
 const maxEKs = 8
@@ -51,7 +55,8 @@ type Desk struct {
 	Roots         *x509.CertPool // of TPM vendors
 	Intermediates *x509.CertPool
 	MostPending   int
-	Now           func() time.Time
+	Now           func() time.Time // of leases and silence
+	Wall          func() time.Time // of certificates and tokens
 }
 
 // An Application is what a host asks with.
@@ -68,6 +73,7 @@ type Application struct {
 var (
 	ErrPendingFull = errors.New("too many hosts wait for an operator; ask for a join token")
 	ErrRemoved     = errors.New("this TPM's host was removed; an operator has to reenrol it")
+	ErrQuarantined = errors.New("this host is quarantined; an operator knows why")
 	ErrUncertified = errors.New("this TPM's key has no certificate of a configured root: an operator has to register its EK hash, or give a join token")
 )
 
@@ -91,36 +97,36 @@ func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (
 	if err != nil {
 		return Challenge{}, err
 	}
-	now := d.Now()
+	now := d.Wall()
 	best, bestScore := -1, -1
 	var chosen *tpmappraise.EK
+	var bad error // the first key that is not good
 	for i, offered := range a.EKs {
 		known, err := d.known(ctx, offered.Hash())
 		if err != nil {
 			return Challenge{}, err
 		}
-		if d.Roots == nil {
-			offered.Certificate = nil // nothing to hold it against: the tier is known at best
-		}
-		ek, err := tpmappraise.VerifyEK(offered, d.Roots, d.Intermediates, now)
-		if known && evidence.CheckOf(err) == tpmappraise.CheckEKChain {
-			// Operators vouch for this key, whoever its maker is.
-			offered.Certificate = nil
-			ek, err = tpmappraise.VerifyEK(offered, nil, nil, now)
-		}
+		ek, err := d.verifyEK(offered, known, now)
 		if err != nil {
-			return Challenge{}, err
+			bad = cmp.Or(bad, err)
+			continue
 		}
 		score := 0
 		if ek.Certified {
 			score = 1
 		}
 		if known {
-			score += 2
+			score += knownScore
 		}
 		if score > bestScore {
 			best, bestScore, chosen = i, score, ek
 		}
+	}
+	// A key that the broker knows is the one that is challenged: what the host
+	// offers beside it, such as a second key whose certificate has ended since,
+	// says nothing against it.
+	if bad != nil && bestScore < knownScore {
+		return Challenge{}, bad
 	}
 	toTPM, answer, err := tpmappraise.NewChallenge(rand.Reader, chosen, ak)
 	if err != nil {
@@ -129,8 +135,51 @@ func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (
 	nonce := challenge.NewNonce()
 	conn.Join(&challenge.Joining{
 		Nonce: nonce, Secret: answer, Body: a.Body, EK: chosen, AK: ak, TLS: a.TLSPublic, Token: a.Token, Name: hostname(a.Hostname),
-	}, now)
+	}, d.Now())
 	return Challenge{Challenge: toTPM, EK: best, Nonce: nonce}, nil
+}
+
+// verifyEK judges one endorsement key. Of a known one no dates count: a key that
+// was certified in a TPM doesn't leave it when the certificate, or the vendor's
+// CA, comes to its end.
+func (d *Desk) verifyEK(offered tpm.EK, known bool, now time.Time) (*tpmappraise.EK, error) {
+	if d.Roots == nil {
+		offered.Certificate = nil // nothing to hold it against: the tier is known at best
+	}
+
+	ek, err := tpmappraise.VerifyEK(offered, d.Roots, d.Intermediates, now)
+	if check := evidence.CheckOf(err); known && (check == tpmappraise.CheckEKExpired || check == tpmappraise.CheckEKChain) {
+		if made, parseErr := x509.ParseCertificate(offered.Certificate); parseErr == nil {
+			ek, err = tpmappraise.VerifyEK(offered, d.Roots, d.Intermediates, made.NotBefore)
+		}
+	}
+
+	switch check := evidence.CheckOf(err); {
+	case known && check == tpmappraise.CheckEKChain:
+		// Operators vouch for this key, whoever its maker is.
+		offered.Certificate = nil
+		return tpmappraise.VerifyEK(offered, nil, nil, now)
+	case check == tpmappraise.CheckEKExpired || check == tpmappraise.CheckEKChain:
+		var r *evidence.Rejected
+		if errors.As(err, &r) {
+			err = &evidence.Rejected{Check: r.Check, Detail: fmt.Sprintf("%s (the broker's clock says %s); an operator can register the key: `countersign host add NAME --ek-hash %s`",
+				r.Detail, now.UTC().Format(time.RFC3339), offered.Hash())}
+		}
+	}
+	return ek, err
+}
+
+// KnowsKey reports whether a host of the inventory has this TLS key.
+func (d *Desk) KnowsKey(ctx context.Context, key evidence.Digest) (known bool, err error) {
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		_, err := inventory.ByTLSKey(tx, key)
+		known = err == nil
+		if errors.Is(err, inventory.ErrUnknown) {
+			err = nil
+		}
+		return err
+	})
+	return known, err
 }
 
 func (d *Desk) known(ctx context.Context, ek evidence.Digest) (known bool, err error) {
@@ -160,8 +209,12 @@ type Result struct {
 }
 
 // Finish verifies the TPM's answer and admits the host, or leaves it pending.
+//
+// A host that was admitted before and shows the same EK, AK and TLS key gets a
+// new certificate and keeps its state: joining again trusts nobody. One that is
+// quarantined gets nothing, and one with another key waits for an operator.
 func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, requestID string) (Result, error) {
-	now := d.Now()
+	now, wall := d.Now(), d.Wall()
 	j, err := conn.TakeJoin(now)
 	if err != nil {
 		return Result{}, err
@@ -195,10 +248,15 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 			return ErrRemoved
 		}
 		sameAK := bytes.Equal(h.AKPublic, j.AK.Encoded())
-		if h.Admitted && len(h.AKPublic) > 0 && (!sameAK || h.State == inventory.Quarantined) && !h.Reenrolling {
-			h.Reason = "a TPM that it owns asks to join again; `countersign host reenrol` lets it"
-			r = Result{Host: h, Pending: true}
-			return d.save(tx, h, "host.reenrol-wanted", requestID, now)
+		sameKeys := sameAK && h.TLSKey == conn.Key()
+		if h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling {
+			switch {
+			case h.State == inventory.Quarantined && sameKeys:
+				return ErrQuarantined
+			case h.State == inventory.Quarantined || !sameKeys:
+				r = Result{Host: h, Pending: true}
+				return d.wanted(tx, h, requestID, now)
+			}
 		}
 		if sameAK && h.Counters != nil && quoted.Counters.Before(*h.Counters) && !h.Reenrolling {
 			h.State, h.Reason = inventory.Quarantined, "the TPM's counters went back: a copy or a reverted snapshot"
@@ -213,7 +271,7 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 		kind := "host.joined"
 		if !h.Admitted {
 			if j.Token != "" {
-				t, err := inventory.UseToken(tx, j.Token, h.ID, now)
+				t, err := inventory.UseToken(tx, j.Token, h.ID, wall)
 				if err != nil {
 					return err
 				}
@@ -256,7 +314,7 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 			if h.SilentAt.IsZero() {
 				h.SilentAt = now.Add(firstProof)
 			}
-			if r.Certificate, err = d.CA.Host(mustKey(spki), h.ID, now, CertificateLifetime); err != nil {
+			if r.Certificate, err = d.CA.Host(mustKey(spki), h.ID, wall, CertificateLifetime); err != nil {
 				return err
 			}
 		}
@@ -272,6 +330,23 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 		}
 	}
 	return r, nil
+}
+
+// wantsReenrol is the reason of a host whose TPM asks to join with other keys.
+const wantsReenrol = "a TPM that it owns asks to join again; `countersign host reenrol` lets it"
+
+// wanted records, once, that a host's TPM asks to join with other keys. Why a
+// host is quarantined stays its reason.
+func (d *Desk) wanted(tx *store.Tx, h inventory.Host, requestID string, now time.Time) error {
+	if strings.HasSuffix(h.Reason, wantsReenrol) {
+		return nil
+	}
+	if h.State == inventory.Quarantined && h.Reason != "" {
+		h.Reason += "; " + wantsReenrol
+	} else {
+		h.Reason = wantsReenrol
+	}
+	return d.save(tx, h, "host.reenrol-wanted", requestID, now)
 }
 
 func (d *Desk) save(tx *store.Tx, h inventory.Host, kind, requestID string, now time.Time) error {

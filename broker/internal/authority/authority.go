@@ -27,14 +27,16 @@ import (
 	"time"
 
 	"go.step.sm/crypto/pemutil"
+
+	"github.com/countersign/countersign/broker/wire/lifetime"
 )
 
 // caLifetime is long because agents pin the host CA; docs say how to change it.
 const caLifetime = 20 * 365 * 24 * time.Hour
 
-// backdate forgives hosts whose clock is behind, by a day and an hour: what
-// counts at this door is the key.
-const backdate = 25 * time.Hour
+// backdate forgives hosts whose clock is behind: what counts at this door is
+// the key.
+const backdate = lifetime.Backdate
 
 // A CA signs certificates of one kind of peer.
 type CA struct {

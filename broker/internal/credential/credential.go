@@ -55,7 +55,8 @@ type Desk struct {
 	Signer note.Signer   // of tickets
 	Verify note.Verifier
 	Log    *slog.Logger
-	Now    func() time.Time
+	Now    func() time.Time // of leases
+	Wall   func() time.Time // of certificates
 }
 
 // Evidence is what a request proves itself with.

@@ -2,6 +2,7 @@ package credential
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"slices"
@@ -11,7 +12,6 @@ import (
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/countersign/countersign/attestors/evidence"
-	"github.com/countersign/countersign/broker/internal/admission"
 	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/challenge"
@@ -21,6 +21,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/store"
 	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/wire/lifetime"
 )
 
 // maxProofs bounds how many leases one proof speaks of.
@@ -38,8 +39,8 @@ type LeaseProof struct {
 type Proof struct {
 	Evidence
 	Leases []LeaseProof
-	// CertificateEnds is when the certificate of the connection does.
-	CertificateEnds time.Time
+	// Certificate is the one that the connection was opened with.
+	Certificate *x509.Certificate
 }
 
 // A Verdict is what a proof means for one lease.
@@ -126,8 +127,8 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 			return Proven{}, d.fault(request, err)
 		}
 	}
-	if proof.CertificateEnds.Sub(now) < admission.CertificateLifetime/2 {
-		if out.Certificate, err = d.renewCertificate(conn, p.host.ID, now); err != nil {
+	if wall := d.Wall(); lifetime.Due(proof.Certificate, wall) {
+		if out.Certificate, err = d.renewCertificate(conn, p.host.ID, wall); err != nil {
 			return Proven{}, d.fault(request, err)
 		}
 	}
@@ -135,6 +136,10 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 }
 
 const live = "live"
+
+// aheadOf is how far in the future a certificate may have been issued and still
+// be accepted: for so long it begins before its making.
+const aheadOf = time.Minute
 
 // judge decides on one lease, writes what stays, and says why it has to end
 // where it has to.
@@ -153,6 +158,11 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 	case g.State != journal.Live && g.State != journal.Retiring && g.State != journal.Provisional:
 		v.Outcome, v.Reason = wire.CheckGone, g.Reason
 		return v, "", nil
+	}
+	if g.Kind == journal.KindCertificate && g.Issued.After(now.Add(aheadOf)) {
+		// Nobody accepts it yet; the host asks for another at once.
+		v.Outcome, v.Reason = wire.CheckGone, "the certificate was issued by a clock that was ahead, and is not valid yet"
+		return v, v.Reason, nil
 	}
 	verified, err := p.verified.WithProgram(lp.Program)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/countersign/countersign/broker/internal/expiry"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
@@ -19,6 +20,8 @@ type Source struct {
 	// Ready is nil while the broker can serve requests.
 	Ready func(context.Context) error
 	CRL   func() []byte // DER; nil while there is none
+	// Ends are of what ends by itself.
+	Ends func(context.Context) ([]expiry.End, error)
 }
 
 // Counts are what the store has.
@@ -37,8 +40,8 @@ func (r *Requests) Observe(procedure, outcome string, took time.Duration) {
 }
 
 type collector struct {
-	source                                   Source
-	hosts, leases, findings, overdue, alarms *prometheus.Desc
+	source                                            Source
+	hosts, leases, findings, overdue, alarms, expires *prometheus.Desc
 }
 
 func (c collector) Describe(out chan<- *prometheus.Desc) {
@@ -47,6 +50,7 @@ func (c collector) Describe(out chan<- *prometheus.Desc) {
 	out <- c.findings
 	out <- c.overdue
 	out <- c.alarms
+	out <- c.expires
 }
 
 // collectTime bounds one scrape's look into the store.
@@ -70,6 +74,23 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	}
 	out <- prometheus.MustNewConstMetric(c.overdue, prometheus.GaugeValue, float64(counts.Overdue))
 	out <- prometheus.MustNewConstMetric(c.alarms, prometheus.GaugeValue, float64(len(c.source.Alarms(ctx))))
+	c.collectEnds(ctx, out)
+}
+
+func (c collector) collectEnds(ctx context.Context, out chan<- prometheus.Metric) {
+	ends, err := c.source.Ends(ctx)
+	if err != nil {
+		out <- prometheus.NewInvalidMetric(c.expires, err)
+		return
+	}
+	type labels struct{ what, name string }
+	seen := map[labels]bool{} // two vendors' roots may have one name: the first ends first
+	for _, e := range ends {
+		if l := (labels{e.What, e.Name}); !seen[l] {
+			seen[l] = true
+			out <- prometheus.MustNewConstMetric(c.expires, prometheus.GaugeValue, float64(e.At.Unix()), e.What, e.Name)
+		}
+	}
 }
 
 // New makes the handler of /metrics, /healthz, /readyz and /crl.
@@ -85,6 +106,7 @@ func New(source Source) (http.Handler, *Requests) {
 		prometheus.NewDesc("countersign_findings_open", "Findings of the watch that nobody closed, by severity.", []string{"severity"}, nil),
 		prometheus.NewDesc("countersign_leases_overdue", "Leases that wait for the broker more than 10 s beyond their due time.", nil, nil),
 		prometheus.NewDesc("countersign_alarms", "Things that wait for an operator.", nil, nil),
+		prometheus.NewDesc("countersign_expires_timestamp_seconds", "When something ends by itself, in Unix seconds.", []string{"what", "name"}, nil),
 	})
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))

@@ -1,6 +1,7 @@
 package operate
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"database/sql"
@@ -11,6 +12,7 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/wire/lifetime"
 )
 
 // longestOperator bounds operators' certificates.
@@ -55,6 +57,49 @@ func (d *Desk) AddOperator(ctx context.Context, a Actor, name string, role Role,
 		_, err := tx.Exec(`INSERT INTO operators (key_hash, name, role, created, expires) VALUES (?, ?, ?, ?, ?)`,
 			evidence.Sum(spki).String(), name, role.String(), store.Millis(now), store.Millis(until))
 		return err
+	})
+	return der, err
+}
+
+// RenewOperator certifies the key of a connection anew, for as long as the
+// certificate shown was made for. Only responders can: theirs is the role of
+// programs, which nobody tends. The end of a person's certificate is an admin's
+// choice, and renewing it would undo that.
+func (d *Desk) RenewOperator(ctx context.Context, a Actor, spki []byte, shown *x509.Certificate, csr []byte) ([]byte, error) {
+	now := d.Now()
+	if a.Role != Responder {
+		return nil, fmt.Errorf("%w: only certificates of the role %s are renewed; for %s's, an admin runs `countersign operator remove %s` and `countersign operator add %s --role %s`",
+			ErrForbidden, Responder, a.Name, a.Name, a.Name, a.Role)
+	}
+	if !lifetime.Due(shown, now) {
+		return nil, invalid("operator %s's certificate is renewed from %s on", a.Name, lifetime.RenewAt(shown).UTC().Format(time.RFC3339))
+	}
+
+	until := now.Add(min(lifetime.Of(shown), longestOperator))
+	der, key, err := d.OperatorCA.Operator(csr, a.Name, now, until)
+	if err != nil {
+		return nil, invalid("%v", err)
+	}
+	asked, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(asked, spki) {
+		return nil, invalid("certificate request: its key is not the one that opened this connection")
+	}
+
+	hash := evidence.Sum(spki).String()
+	err = d.act(ctx, a, Responder, "operator.renewed", map[string]any{"name": a.Name, "role": a.Role.String(), "key": hash, "until": until}, func(tx *store.Tx, _ *audit.Record) error {
+		// Looked up again here: an admin may have removed it meanwhile.
+		r, err := tx.Exec(`UPDATE operators SET created = ?, expires = ? WHERE key_hash = ? AND name = ? AND role = ? AND expires > ?`,
+			store.Millis(now), store.Millis(until), hash, a.Name, a.Role.String(), store.Millis(now))
+		if err != nil {
+			return err
+		}
+		if n, err := r.RowsAffected(); err != nil || n == 0 {
+			return errors.Join(err, fmt.Errorf("%w: no operator has this key", ErrForbidden))
+		}
+		return nil
 	})
 	return der, err
 }

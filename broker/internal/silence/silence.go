@@ -31,6 +31,15 @@ const Every = 5 * time.Second
 // jump is how far wall clock and running time may part in one look.
 const jump = 10 * time.Second
 
+const (
+	// far is how far a clock has to go back until due times are set back, too:
+	// what waits an hour longer harms nobody.
+	far = 24 * time.Hour
+	// late is how long a time may have passed that still waits for what it was
+	// set for.
+	late = time.Hour
+)
+
 // A Watch looks for silent hosts.
 type Watch struct {
 	Store  *store.Store
@@ -114,6 +123,12 @@ func (w *Watch) alive(ctx context.Context, now time.Time, gap time.Duration) err
 			return nil
 		}
 		w.Log.Warn("the broker did not serve, or the clock jumped; hosts get the time back", "gap", gap)
+		if gap < -far {
+			// What was set by the clock that was ahead lies around its last time or
+			// after it; what was set since then lies around now.
+			ahead := now.Add(-gap - late)
+			return errors.Join(journal.SetBack(tx, ahead, gap), inventory.SetBack(tx, ahead, now, gap))
+		}
 		return inventory.Shift(tx, gap)
 	})
 }

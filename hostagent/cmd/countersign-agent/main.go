@@ -217,7 +217,7 @@ func serveCommand(o *options) *cobra.Command {
 		defer cl.Close()
 		finder := instance.New()
 		defer finder.Close()
-		s, err := service.New(c, cl, finder, log, now)
+		s, err := service.New(c, cl, finder, log, now, faults.Now)
 		if err != nil {
 			return err
 		}
@@ -244,6 +244,12 @@ func statusCommand(o *options) *cobra.Command {
 			proven = st.Now.Sub(st.Proved).Round(time.Second).String() + " ago"
 		}
 		fmt.Fprintf(w, "host %s, proven %s\n", st.HostID, proven)
+		if !st.CertificateEnds.IsZero() {
+			fmt.Fprintf(w, "host certificate until %s, renewed before that\n", st.CertificateEnds.UTC().Format(time.RFC3339))
+		}
+		if st.Attention != "" {
+			fmt.Fprintln(w, "ATTENTION:", st.Attention)
+		}
 		if st.Problem != "" {
 			fmt.Fprintln(w, "PROBLEM:", st.Problem)
 		}

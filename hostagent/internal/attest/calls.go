@@ -126,7 +126,7 @@ func (c *Client) Witness(ctx context.Context, opens []FileOpen) error {
 }
 
 // plain sends a request that needs no quote, once more if the connection was
-// lost.
+// lost or the broker asks for a new certificate.
 func (c *Client) plain(ctx context.Context, send func(*wire.Session) error) error {
 	var last error
 	for range 2 {
@@ -137,10 +137,17 @@ func (c *Client) plain(ctx context.Context, send func(*wire.Session) error) erro
 		if last = send(s); last == nil {
 			return nil
 		}
-		if s.Err() == nil {
-			break
+
+		switch e := wire.FromConnect(last); {
+		case e.Check == wire.CheckCertificate:
+			if err := c.rejoin(ctx, s, e); err != nil {
+				return err
+			}
+		case s.Err() != nil:
+			c.forget(s)
+		default:
+			return e
 		}
-		c.forget(s)
 	}
 	return wire.FromConnect(last)
 }

@@ -142,6 +142,9 @@ func (c *Client) connect(ctx context.Context) (*wire.Session, *keys, error) {
 		return nil, nil, fmt.Errorf("no broker: %w", err)
 	}
 	c.session = s
+	if s.CA != nil && c.wall().After(s.CA.NotAfter) {
+		c.log.Warn(attentionCA(s.CA.NotAfter, c.wall()))
+	}
 	return s, c.keys, nil
 }
 
@@ -157,9 +160,40 @@ func binding(call evidence.Call, s *wire.Session, nonce evidence.Nonce, request 
 // tries is how often a request is made anew after Retry or a lost connection.
 const tries = 3
 
+// joinAgain reports whether the broker asks for a join: it doesn't know the
+// host's key, an operator allowed other keys, or the certificate has ended.
+func joinAgain(e *wire.Error) bool {
+	return e.Check == wire.CheckUnknownHost || e.Check == wire.CheckReenrol || e.Check == wire.CheckCertificate
+}
+
+// rejoin joins because the broker asked for it, by e, on session s. Where
+// another request has left s meanwhile, there is nothing to do but to try again.
+func (c *Client) rejoin(ctx context.Context, s *wire.Session, e *wire.Error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.session != s {
+		return nil
+	}
+	c.log.Warn("the broker asks this host to join again", "reason", e.Message)
+
+	r, err := c.join(ctx, "")
+	var answer *wire.Error
+	switch {
+	case err == nil && !r.Pending:
+		c.log.Info("joined again", "host", r.HostID)
+		return nil
+	case err == nil:
+		return &wire.Error{Outcome: e.Outcome, Check: e.Check, Request: e.Request,
+			Message: fmt.Sprintf("%s; joining again waits for an operator: `countersign host show %s` says why, `countersign host approve %s` or `countersign host reenrol %s` lets it in", e.Message, r.HostID, r.HostID, r.HostID)}
+	case errors.As(err, &answer) && answer.Outcome == wire.Rejected && (answer.Check == "host-removed" || answer.Check == "host-quarantined"):
+		return answer // what a proof would have been told
+	}
+	return &wire.Error{Outcome: e.Outcome, Check: e.Check, Request: e.Request, Message: fmt.Sprintf("%s; joining again failed, and is tried again: %v", e.Message, err)}
+}
+
 // attested makes body's evidence and sends it. A lost connection rebuilds
-// nonce and quote on the next; a host that the broker doesn't know joins
-// again.
+// nonce and quote on the next; a host that the broker asks to join again does,
+// once.
 func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, send func(*wire.Session, *v1.Attested) error) error {
 	var last error
 	rejoined := false
@@ -181,11 +215,10 @@ func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, 
 		case e.Check == wire.CheckResync: // the next challenge names nothing as known
 		case e.Outcome == wire.Retry, s.Err() != nil:
 			c.forget(s)
-		case (e.Check == wire.CheckUnknownHost || e.Check == wire.CheckReenrol) && !rejoined:
+		case joinAgain(e) && !rejoined:
 			rejoined = true
-			c.log.Warn("the broker asks this host to join again", "reason", e.Message)
-			if r, err := c.Join(ctx, ""); err != nil || r.Pending {
-				return e
+			if err := c.rejoin(ctx, s, e); err != nil {
+				return err
 			}
 		default:
 			return e

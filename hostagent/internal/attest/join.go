@@ -25,6 +25,11 @@ type Joined struct {
 func (c *Client) Join(ctx context.Context, token string) (Joined, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return c.join(ctx, token)
+}
+
+// join is Join; c.mu is held.
+func (c *Client) join(ctx context.Context, token string) (Joined, error) {
 	c.drop()
 	if err := c.ensureKeys(ctx); err != nil {
 		return Joined{}, err

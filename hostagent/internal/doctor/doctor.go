@@ -23,6 +23,7 @@ import (
 	imalist "github.com/countersign/countersign/attestors/ima/collect"
 	"github.com/countersign/countersign/attestors/tpm/collect"
 	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/wire/faults"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/instance"
@@ -79,6 +80,7 @@ func Examine(ctx context.Context, file string) Report {
 	r.measurements(attest.Logs(c.EventLog, c.IMAList))
 	r.clock()
 	r.network(ctx, c.Broker)
+	r.certificate(c.StateDir)
 	if c.Witness {
 		r.witness()
 	}
@@ -190,11 +192,11 @@ func readList(path string) (entries int, err error) {
 var earliest = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 func (r *Report) clock() {
-	if now := time.Now(); now.Before(earliest) {
+	if now := faults.Now(); now.Before(earliest) {
 		r.add("clock", Wrong, now.UTC().Format(time.RFC3339), "set the clock: certificates are checked against it")
 		return
 	}
-	r.add("clock", OK, time.Now().UTC().Format(time.RFC3339), "")
+	r.add("clock", OK, faults.Now().UTC().Format(time.RFC3339), "")
 }
 
 // network connects to each broker as a host that wants to join would.
@@ -205,8 +207,9 @@ func (r *Report) network(ctx context.Context, b config.Broker) {
 		return
 	}
 	for _, address := range b.Addresses {
-		s, err := wire.Dial(ctx, wire.Peer{Addresses: []string{address}, CASHA256: b.CASHA256, Certificate: cert})
+		s, err := wire.Dial(ctx, wire.Peer{Addresses: []string{address}, CASHA256: b.CASHA256, Certificate: cert, Now: faults.Now})
 		var middlebox *wire.MiddleboxError
+		var clock *wire.ClockError
 		var name x509.HostnameError
 		switch {
 		case err == nil:
@@ -214,6 +217,8 @@ func (r *Report) network(ctx context.Context, b config.Broker) {
 			r.add("network", OK, address, "")
 		case errors.As(err, &middlebox):
 			r.add("network", Wrong, err.Error(), "pass TLS to the broker through unopened, or correct ca_sha256")
+		case errors.As(err, &clock):
+			r.add("network", Wrong, err.Error(), "compare `date -u` here and on the broker's machine, and set the clock that is wrong")
 		case errors.As(err, &name):
 			r.add("network", Wrong, err.Error(), "add the name to names in the broker's config")
 		default:
@@ -221,6 +226,34 @@ func (r *Report) network(ctx context.Context, b config.Broker) {
 		}
 	}
 }
+
+// certificate looks at what the host shows to brokers, and at the CA that it
+// trusts. Both were kept by the last join or proof.
+func (r *Report) certificate(stateDir string) {
+	if stateDir == "" {
+		return
+	}
+	ends, err := attest.ReadEnds(stateDir)
+	switch now := faults.Now(); {
+	case err != nil:
+		r.add("certificate", Wrong, err.Error(), "move the file away, and run `countersign-agent join`")
+		return
+	case ends.Certificate.IsZero():
+		r.add("certificate", Warning, "this host has not joined", "`countersign-agent join` asks a broker to admit it")
+		return
+	case !now.Before(ends.Certificate), now.Before(ends.Begins):
+		r.add("certificate", Warning, fmt.Sprintf("valid from %s to %s, and the clock says %s", stamp(ends.Begins), stamp(ends.Certificate), stamp(now)),
+			"`countersign-agent serve` joins again by itself, without a token, when it reaches a broker; `countersign-agent status` says why where it can't")
+	default:
+		r.add("certificate", OK, "until "+stamp(ends.Certificate)+", renewed before that", "")
+	}
+
+	if text := ends.Attention(faults.Now()); text != "" {
+		r.add("broker-ca", Warning, text, "ask the broker's administrator for the new broker's address and ca_sha256")
+	}
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // throwAway is a certificate of a key that signs itself.
 func throwAway() (*tls.Certificate, error) {

@@ -26,6 +26,11 @@ type Status struct {
 	Problem     string         `json:"problem,omitempty"`
 	Rejected    bool           `json:"rejected,omitempty"`
 	Credentials []renew.Status `json:"credentials"`
+	// CertificateEnds is when the host's certificate does, by the wall clock. The
+	// agent renews it.
+	CertificateEnds time.Time `json:"certificate_ends,omitzero"`
+	// Attention is what ends and no program renews.
+	Attention string `json:"attention,omitempty"`
 	// FailsFirst is the credential that would expire first if no broker came
 	// back, and FailsAt when.
 	FailsFirst string    `json:"fails_first,omitempty"`
@@ -35,6 +40,8 @@ type Status struct {
 func (s *Service) status() Status {
 	st := Status{Now: s.now(), Credentials: []renew.Status{}}
 	st.HostID = s.broker.Host()
+	ends := s.broker.Ends()
+	st.CertificateEnds, st.Attention = ends.Certificate, ends.Attention(s.wall())
 	s.mu.Lock()
 	st.Proved, st.ProveBy, st.Problem, st.Rejected = s.proved, s.proveBy, s.problem, s.rejected
 	s.mu.Unlock()

@@ -25,6 +25,7 @@ type Broker interface {
 	Prove(context.Context, []attest.LeaseProof) (attest.Proven, error)
 	Witness(context.Context, []attest.FileOpen) error
 	Host() string
+	Ends() attest.Ends
 }
 
 // A Service is one running agent.
@@ -35,6 +36,7 @@ type Service struct {
 	cfg     *config.Agent
 	log     *slog.Logger
 	now     func() time.Time
+	wall    func() time.Time
 	prove   chan struct{} // capacity 1: prove as soon as may be
 
 	mu       sync.Mutex
@@ -44,9 +46,10 @@ type Service struct {
 	rejected bool      // guarded by mu; the broker takes nothing of this host
 }
 
-// New makes a Service with a Runner for each credential of cfg.
-func New(cfg *config.Agent, broker Broker, programs renew.Programs, log *slog.Logger, now func() time.Time) (*Service, error) {
-	s := &Service{broker: broker, cfg: cfg, log: log, now: now, prove: make(chan struct{}, 1)}
+// New makes a Service with a Runner for each credential of cfg. Leases run by
+// now, certificates by wall.
+func New(cfg *config.Agent, broker Broker, programs renew.Programs, log *slog.Logger, now, wall func() time.Time) (*Service, error) {
+	s := &Service{broker: broker, cfg: cfg, log: log, now: now, wall: wall, prove: make(chan struct{}, 1)}
 	for _, c := range cfg.Credentials {
 		r, err := renew.New(renew.Options{Credential: c, Broker: broker, Programs: programs, StateDir: cfg.StateDir, RunDir: cfg.RunDir,
 			ProveNow: s.proveNow, Log: log, Now: now})

@@ -26,7 +26,8 @@ type broker struct {
 	asked          int // for proofs
 }
 
-func (b *broker) Host() string { return "h" }
+func (b *broker) Host() string      { return "h" }
+func (b *broker) Ends() attest.Ends { return attest.Ends{} }
 func (b *broker) Issue(context.Context, attest.Order) (attest.Issued, error) {
 	return attest.Issued{}, errors.New("nothing is issued here")
 }
@@ -76,7 +77,7 @@ func holding(t *testing.T, b *broker, p programs) (s *Service, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s, err = New(cfg, b, p, slog.New(slog.DiscardHandler), time.Now); err != nil {
+	if s, err = New(cfg, b, p, slog.New(slog.DiscardHandler), time.Now, time.Now); err != nil {
 		t.Fatal(err)
 	}
 	return s, dir

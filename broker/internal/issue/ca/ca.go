@@ -51,10 +51,17 @@ import (
 // backdate forgives verifiers whose clock is behind.
 const backdate = time.Minute
 
-// forgetAfter is how long a certificate that is over is still remembered: a
-// clock that was set forward and back again must not make one be forgotten that
-// is good.
+// forgetAfter is how long a certificate that is over is still remembered, for
+// verifiers whose clock is behind.
 const forgetAfter = 24 * time.Hour
+
+// over reports whether a certificate that ended at t can be forgotten: not by a
+// clock that is ahead, or one would be forgotten that is good when the clock is
+// back.
+func (i *Issuer) over(t time.Time) bool {
+	forget := t.Add(forgetAfter)
+	return i.Now().After(forget) && i.Sure().After(forget)
+}
 
 // Options are what Open needs.
 type Options struct {
@@ -66,6 +73,7 @@ type Options struct {
 	CRLEvery    time.Duration // between CRLs while nothing is revoked
 	Log         *slog.Logger
 	Now         func() time.Time
+	Sure        func() time.Time // what has surely passed, by no clock that was ahead for a while
 }
 
 // An Issuer is safe for concurrent use.
@@ -147,7 +155,7 @@ func readCertificate(dir, name string) (*x509.Certificate, error) {
 // Extend says how long the certificate lives: it was signed with its full
 // length. It is called over only when no clock step can bring it back.
 func (i *Issuer) Extend(_ context.Context, h issue.Handle, _ time.Duration) (time.Time, error) {
-	if i.Now().After(h.Expires.Add(forgetAfter)) {
+	if i.over(h.Expires) {
 		return time.Time{}, issue.ErrGone
 	}
 	return h.Expires, nil

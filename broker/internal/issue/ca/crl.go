@@ -19,19 +19,34 @@ const rest = time.Second
 // retry is how soon a CRL that couldn't be made is tried again.
 const retry = 10 * time.Second
 
-// Run makes a CRL at its start, at each interval and after each revocation,
-// until ctx ends.
+// look is how often the clock is looked at: a CRL of a clock that was ahead is
+// refused by verifiers, as is one that was over when the clock went on.
+const look = time.Second
+
+// due reports whether the newest CRL is to be replaced, though nothing was
+// revoked.
+func (i *Issuer) due() bool {
+	last, now := i.crl.Load(), i.Now()
+	return last == nil || now.Before(last.Made) || !now.Before(last.Made.Add(i.CRLEvery))
+}
+
+// Run makes a CRL at its start, at each interval by the wall clock, after each
+// revocation, and when the clock was set back, until ctx ends.
 func (i *Issuer) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	for {
+	for first := true; ; first = false {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-timer.C:
+			if !first && i.failed.Load() == nil && !i.due() {
+				timer.Reset(look)
+				continue
+			}
 		case <-i.revoked:
 		}
-		next := i.CRLEvery
+		next := look
 		err := i.publish(ctx)
 		switch {
 		case ctx.Err() != nil:
@@ -39,7 +54,7 @@ func (i *Issuer) Run(ctx context.Context) error {
 		case err != nil:
 			i.Log.Error("workload CA: no new CRL", "err", err)
 			i.failed.Store(&err)
-			next = min(next, retry)
+			next = retry
 		default:
 			i.failed.Store(nil)
 		}
@@ -65,7 +80,7 @@ func (i *Issuer) publish(ctx context.Context) error {
 	var entries []x509.RevocationListEntry
 	var forget []string
 	for _, r := range all {
-		if now.After(r.ExpiresAt.Add(forgetAfter)) {
+		if i.over(r.ExpiresAt) {
 			forget = append(forget, r.Serial)
 			continue
 		}
@@ -81,7 +96,7 @@ func (i *Issuer) publish(ctx context.Context) error {
 		number = max(number, last.Number+1)
 	}
 	der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
-		Number: big.NewInt(number), ThisUpdate: now.Add(-backdate), NextUpdate: now.Add(max(crlLife, 3*i.CRLEvery)), RevokedCertificateEntries: entries,
+		Number: big.NewInt(number), ThisUpdate: now.Add(-backdate), NextUpdate: now.Add(i.crlLife()), RevokedCertificateEntries: entries,
 	}, i.issuer, i.key)
 	if err != nil {
 		return err
@@ -101,6 +116,21 @@ func (i *Issuer) CRL() []byte {
 	}
 	return nil
 }
+
+// NextUpdate is when the newest CRL ends; zero before there is one.
+func (i *Issuer) NextUpdate() time.Time {
+	c := i.crl.Load()
+	if c == nil {
+		return time.Time{}
+	}
+	return c.Made.Add(i.crlLife())
+}
+
+// crlLife is for how long a CRL is good.
+func (i *Issuer) crlLife() time.Duration { return max(crlLife, 3*i.CRLEvery) }
+
+// Certificates are the root's and the issuer's.
+func (i *Issuer) Certificates() (root, issuer *x509.Certificate) { return i.root, i.issuer }
 
 // Status says in words how the CA is.
 func (i *Issuer) Status() string {

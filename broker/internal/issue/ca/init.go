@@ -85,7 +85,9 @@ func caTemplate(name, domain string, now time.Time) *x509.Certificate {
 	}
 	return &x509.Certificate{
 		SerialNumber: serial.SetBit(serial, 126, 1), Subject: pkix.Name{CommonName: name}, URIs: []*url.URL{trustDomainID(domain)},
-		NotBefore: now.Add(-backdate), NotAfter: now.Add(lifetime),
+		// Long before: a clock that was ahead at init would make a CA that nobody
+		// trusts yet.
+		NotBefore: now.AddDate(-1, 0, 0), NotAfter: now.Add(lifetime),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 	}
 }

@@ -259,7 +259,13 @@ func TestExtend(t *testing.T) {
 			t.Errorf("%s later: %s, %v; want %s", ahead, until, err, leaf.NotAfter)
 		}
 	}
+	// A clock alone ends nothing, however far it is ahead.
+	r.ahead.Store(int64(31 * 24 * time.Hour))
+	if until, err := r.Extend(t.Context(), c.Handle, time.Hour); err != nil || !until.Equal(leaf.NotAfter) {
+		t.Errorf("a clock a month ahead: %s, %v; want %s", until, err, leaf.NotAfter)
+	}
 	r.ahead.Store(int64(26 * time.Hour))
+	r.sure.Store(int64(26 * time.Hour))
 	if _, err := r.Extend(t.Context(), c.Handle, time.Hour); !errors.Is(err, issue.ErrGone) {
 		t.Errorf("a day after its end: %v", err)
 	}

@@ -94,6 +94,7 @@ type rig struct {
 	*Issuer
 	dir   string
 	ahead atomic.Int64 // nanoseconds, of the clock
+	sure  atomic.Int64 // nanoseconds, of what has surely passed
 	log   bytes.Buffer
 }
 
@@ -112,7 +113,7 @@ func (r *rig) now() time.Time { return time.Now().Add(time.Duration(r.ahead.Load
 
 func (r *rig) options(s *store.Store) Options {
 	return Options{Dir: r.dir, Password: password, TrustDomain: domain, Store: s, CRLURL: crlURL, CRLEvery: time.Hour,
-		Log: slog.New(slog.NewTextHandler(&r.log, nil)), Now: r.now}
+		Log: slog.New(slog.NewTextHandler(&r.log, nil)), Now: r.now, Sure: func() time.Time { return time.Now().Add(time.Duration(r.sure.Load())) }}
 }
 
 // open opens store and issuer as a start of the broker does.

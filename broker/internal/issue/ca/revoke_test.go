@@ -117,8 +117,8 @@ func TestFailedOrderIsNotOnTheCRL(t *testing.T) {
 	}
 }
 
-// What is over for a day is forgotten, and nothing before that, whatever the
-// clock says for a while.
+// What is surely over for a day is forgotten, and nothing before that, whatever
+// the clock says for a while.
 func TestCRLIsPruned(t *testing.T) {
 	r := newRig(t)
 	short, _, _ := r.mustIssue(t, "billing-id")
@@ -128,10 +128,15 @@ func TestCRLIsPruned(t *testing.T) {
 	both, one := []string{short.Serial, long.Serial}, []string{long.Serial}
 	slices.Sort(both)
 	for _, c := range []struct {
-		ahead time.Duration
-		want  []string
-	}{{0, both}, {24 * time.Hour, both}, {-time.Hour, both}, {26 * time.Hour, one}, {0, one}} {
+		ahead, sure time.Duration
+		want        []string
+	}{
+		{0, 0, both}, {24 * time.Hour, 24 * time.Hour, both}, {-time.Hour, 0, both},
+		{31 * 24 * time.Hour, time.Hour, both}, {0, 26 * time.Hour, both}, // one of the two is wrong
+		{26 * time.Hour, 26 * time.Hour, one}, {0, 0, one},
+	} {
 		r.ahead.Store(int64(c.ahead))
+		r.sure.Store(int64(c.sure))
 		before := r.crl.Load()
 		check(t, r.publish(t.Context()))
 		_, serials := r.listed(t)
@@ -165,6 +170,43 @@ func TestNumbersGoUpAfterARestore(t *testing.T) {
 	check(t, r.publish(t.Context()))
 	if n := r.crl.Load().Number; n <= newest {
 		t.Errorf("number %d after %d", n, newest)
+	}
+}
+
+// A CRL of a clock that was ahead is replaced as soon as the clock is back, and
+// one that is old when the clock goes on: verifiers refuse both. Numbers go up
+// all the same.
+func TestACRLFollowsTheClock(t *testing.T) {
+	r := newRig(t)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	defer func() { stop(); check(t, <-done) }()
+
+	last := int64(0)
+	for _, ahead := range []time.Duration{0, 30 * 24 * time.Hour, 0, 400 * 24 * time.Hour} {
+		r.ahead.Store(int64(ahead))
+		good := func() bool {
+			if r.CRL() == nil {
+				return false
+			}
+			list, _ := r.listed(t)
+			return !list.ThisUpdate.After(r.now()) && list.NextUpdate.After(r.now()) && r.crl.Load().Made.After(r.now().Add(-time.Hour))
+		}
+		for range 1000 {
+			if good() {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		list, _ := r.listed(t)
+		if !good() || list.Number.Int64() < last {
+			t.Errorf("%s ahead: CRL %s, after %d, is good from %s to %s", ahead, list.Number, last, list.ThisUpdate, list.NextUpdate)
+		}
+		if !r.NextUpdate().Equal(list.NextUpdate) {
+			t.Errorf("it is said to end at %s, and ends at %s", r.NextUpdate(), list.NextUpdate)
+		}
+		last = list.Number.Int64()
 	}
 }
 

@@ -104,7 +104,7 @@ func (i *Issuer) sign(ctx context.Context, c content, csr []byte) ([]*x509.Certi
 		return nil, err
 	}
 	if c.NotAfter.After(i.issuer.NotAfter) {
-		return nil, fmt.Errorf("%w: the issuer's certificate ends at %s, before what it would sign", issue.ErrConfig, i.issuer.NotAfter)
+		return nil, fmt.Errorf("%w: the issuer's certificate ends at %s, before what it would sign: \"Rotate CAs\" in docs/OPERATIONS.md says how to make a new one", issue.ErrConfig, i.issuer.NotAfter)
 	}
 	request, err := parseCSR(csr)
 	if err != nil {

@@ -3,6 +3,7 @@ package vault
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"net/url"
 	"os"
 	"sync"
 	"time"
@@ -44,6 +46,13 @@ type session struct {
 	reach   error     // why the last call got no answer, nil if it got one
 	failing error     // why the last login failed, nil if it didn't
 	tried   time.Time // when it failed, in real time
+	secret  secretID
+}
+
+// A secretID is what is known of the AppRole's in the file, but for itself.
+type secretID struct {
+	sum  [sha256.Size]byte
+	ends time.Time // zero: never, or Vault doesn't say
 }
 
 type ownToken struct {
@@ -51,6 +60,7 @@ type ownToken struct {
 	renewable bool
 	ttl       time.Duration // when it was last asked for; zero: endless
 	until     time.Time     // in real, monotonic time, whatever the wall clock does; zero: endless
+	role      string        // the AppRole that it came of
 }
 
 func newSession(cfg config.Vault, log *slog.Logger) (*session, error) {
@@ -169,7 +179,52 @@ func (s *session) authenticate(ctx context.Context) (ownToken, error) {
 	if answer == nil || answer.Auth == nil || answer.Auth.ClientToken == "" {
 		return ownToken{}, fmt.Errorf("login by %s: Vault's answer holds no token", s.way())
 	}
-	return made(answer.Auth), nil
+	own := made(answer.Auth)
+	own.role = answer.Auth.Metadata["role_name"]
+	return own, nil
+}
+
+// lookSecretID asks Vault, once for each secret id that is put into the file,
+// when it ends. The broker's policy may not allow that; then it isn't known.
+func (s *session) lookSecretID(ctx context.Context, own ownToken) {
+	if s.cfg.AppRole == nil || own.role == "" {
+		return
+	}
+	text, err := readSecretFile(s.cfg.AppRole.SecretIDFile)
+	sum := sha256.Sum256([]byte(text))
+	s.mu.Lock()
+	same := s.secret.sum == sum
+	s.mu.Unlock()
+	if err != nil || same {
+		return
+	}
+
+	answer, err := s.do(ctx, call{path: "auth/" + orDefault(s.cfg.AppRole.Mount, "approle") + "/role/" + url.PathEscape(own.role) + "/secret-id/lookup",
+		token: own.value, body: map[string]any{"secret_id": text}, secret: true})
+	if code := status(err); err != nil && code != http.StatusForbidden && code != http.StatusNotFound {
+		return // it is asked again
+	}
+	found := secretID{sum: sum}
+	if err == nil && answer != nil {
+		stamp, _ := answer.Data["expiration_time"].(string)
+		if ends, err := time.Parse(time.RFC3339Nano, stamp); err == nil && ends.Year() > 1 {
+			found.ends = ends
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.secret = found
+}
+
+// ends returns when a token ends that nobody but a person renews, and when the
+// secret id does. Zero is never, or unknown.
+func (s *session) ends() (token, secretID time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cfg.TokenFile != "" && s.own.value != "" && !s.own.renewable {
+		token = s.own.until.Round(0)
+	}
+	return token, s.secret.ends
 }
 
 func made(a *api.SecretAuth) ownToken {
@@ -269,6 +324,7 @@ func (s *session) keepOnce(ctx context.Context) (time.Duration, error) {
 	s.mu.Lock()
 	own := s.own
 	s.mu.Unlock()
+	s.lookSecretID(ctx, own)
 	left := time.Until(own.until)
 	switch {
 	case own.until.IsZero() || left > own.ttl*2/3:
@@ -291,7 +347,7 @@ func (s *session) keepOnce(ctx context.Context) (time.Duration, error) {
 		if err == nil && answer != nil && answer.Auth != nil {
 			longer := made(answer.Auth)
 			if longer.ttl > own.ttl/3 { // else its longest life is near
-				longer.value = token
+				longer.value, longer.role = token, own.role
 				s.replace(token, longer)
 				return max(longer.ttl/2, time.Second), nil
 			}

@@ -72,6 +72,10 @@ func (i *Issuer) Run(ctx context.Context) error {
 	return nil
 }
 
+// Ends returns when the broker's token ends, if nobody but a person can renew
+// it, and when its AppRole's secret id does. Zero is never, or unknown.
+func (i *Issuer) Ends() (token, secretID time.Time) { return i.session.ends() }
+
 // Status says in words how the broker stands with Vault.
 func (i *Issuer) Status() string {
 	words, _ := i.session.status()

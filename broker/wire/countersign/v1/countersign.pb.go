@@ -3283,6 +3283,94 @@ func (*RemoveOperatorResponse) Descriptor() ([]byte, []int) {
 	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
 }
 
+type RenewOperatorRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Csr           []byte                 `protobuf:"bytes,1,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS #10 DER, of the connection's key; its names are ignored
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewOperatorRequest) Reset() {
+	*x = RenewOperatorRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewOperatorRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewOperatorRequest) ProtoMessage() {}
+
+func (x *RenewOperatorRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewOperatorRequest.ProtoReflect.Descriptor instead.
+func (*RenewOperatorRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *RenewOperatorRequest) GetCsr() []byte {
+	if x != nil {
+		return x.Csr
+	}
+	return nil
+}
+
+type RenewOperatorResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificate   [][]byte               `protobuf:"bytes,1,rep,name=certificate,proto3" json:"certificate,omitempty"` // DER chain, leaf first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewOperatorResponse) Reset() {
+	*x = RenewOperatorResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewOperatorResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewOperatorResponse) ProtoMessage() {}
+
+func (x *RenewOperatorResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewOperatorResponse.ProtoReflect.Descriptor instead.
+func (*RenewOperatorResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *RenewOperatorResponse) GetCertificate() [][]byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
 type LearnReferenceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -3294,7 +3382,7 @@ type LearnReferenceRequest struct {
 
 func (x *LearnReferenceRequest) Reset() {
 	*x = LearnReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3306,7 +3394,7 @@ func (x *LearnReferenceRequest) String() string {
 func (*LearnReferenceRequest) ProtoMessage() {}
 
 func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3319,7 +3407,7 @@ func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceRequest.ProtoReflect.Descriptor instead.
 func (*LearnReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *LearnReferenceRequest) GetName() string {
@@ -3352,7 +3440,7 @@ type LearnReferenceResponse struct {
 
 func (x *LearnReferenceResponse) Reset() {
 	*x = LearnReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3364,7 +3452,7 @@ func (x *LearnReferenceResponse) String() string {
 func (*LearnReferenceResponse) ProtoMessage() {}
 
 func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3377,7 +3465,7 @@ func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceResponse.ProtoReflect.Descriptor instead.
 func (*LearnReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *LearnReferenceResponse) GetReference() *Reference {
@@ -3402,7 +3490,7 @@ type Reference struct {
 
 func (x *Reference) Reset() {
 	*x = Reference{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3414,7 +3502,7 @@ func (x *Reference) String() string {
 func (*Reference) ProtoMessage() {}
 
 func (x *Reference) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3427,7 +3515,7 @@ func (x *Reference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reference.ProtoReflect.Descriptor instead.
 func (*Reference) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Reference) GetName() string {
@@ -3491,7 +3579,7 @@ type ListReferencesRequest struct {
 
 func (x *ListReferencesRequest) Reset() {
 	*x = ListReferencesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3503,7 +3591,7 @@ func (x *ListReferencesRequest) String() string {
 func (*ListReferencesRequest) ProtoMessage() {}
 
 func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3516,7 +3604,7 @@ func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesRequest.ProtoReflect.Descriptor instead.
 func (*ListReferencesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ListReferencesRequest) GetName() string {
@@ -3557,7 +3645,7 @@ type ListReferencesResponse struct {
 
 func (x *ListReferencesResponse) Reset() {
 	*x = ListReferencesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3569,7 +3657,7 @@ func (x *ListReferencesResponse) String() string {
 func (*ListReferencesResponse) ProtoMessage() {}
 
 func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3582,7 +3670,7 @@ func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesResponse.ProtoReflect.Descriptor instead.
 func (*ListReferencesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ListReferencesResponse) GetReferences() []*Reference {
@@ -3609,7 +3697,7 @@ type AddReferenceRequest struct {
 
 func (x *AddReferenceRequest) Reset() {
 	*x = AddReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3621,7 +3709,7 @@ func (x *AddReferenceRequest) String() string {
 func (*AddReferenceRequest) ProtoMessage() {}
 
 func (x *AddReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3634,7 +3722,7 @@ func (x *AddReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReferenceRequest.ProtoReflect.Descriptor instead.
 func (*AddReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *AddReferenceRequest) GetName() string {
@@ -3660,7 +3748,7 @@ type AddReferenceResponse struct {
 
 func (x *AddReferenceResponse) Reset() {
 	*x = AddReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3672,7 +3760,7 @@ func (x *AddReferenceResponse) String() string {
 func (*AddReferenceResponse) ProtoMessage() {}
 
 func (x *AddReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3685,7 +3773,7 @@ func (x *AddReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReferenceResponse.ProtoReflect.Descriptor instead.
 func (*AddReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *AddReferenceResponse) GetReference() *Reference {
@@ -3706,7 +3794,7 @@ type ApproveReferenceRequest struct {
 
 func (x *ApproveReferenceRequest) Reset() {
 	*x = ApproveReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3718,7 +3806,7 @@ func (x *ApproveReferenceRequest) String() string {
 func (*ApproveReferenceRequest) ProtoMessage() {}
 
 func (x *ApproveReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3731,7 +3819,7 @@ func (x *ApproveReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveReferenceRequest.ProtoReflect.Descriptor instead.
 func (*ApproveReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ApproveReferenceRequest) GetName() string {
@@ -3764,7 +3852,7 @@ type ApproveReferenceResponse struct {
 
 func (x *ApproveReferenceResponse) Reset() {
 	*x = ApproveReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3776,7 +3864,7 @@ func (x *ApproveReferenceResponse) String() string {
 func (*ApproveReferenceResponse) ProtoMessage() {}
 
 func (x *ApproveReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3789,7 +3877,7 @@ func (x *ApproveReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveReferenceResponse.ProtoReflect.Descriptor instead.
 func (*ApproveReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ApproveReferenceResponse) GetReference() *Reference {
@@ -3809,7 +3897,7 @@ type MaintainReferenceRequest struct {
 
 func (x *MaintainReferenceRequest) Reset() {
 	*x = MaintainReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3821,7 +3909,7 @@ func (x *MaintainReferenceRequest) String() string {
 func (*MaintainReferenceRequest) ProtoMessage() {}
 
 func (x *MaintainReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3834,7 +3922,7 @@ func (x *MaintainReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MaintainReferenceRequest.ProtoReflect.Descriptor instead.
 func (*MaintainReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *MaintainReferenceRequest) GetName() string {
@@ -3859,7 +3947,7 @@ type MaintainReferenceResponse struct {
 
 func (x *MaintainReferenceResponse) Reset() {
 	*x = MaintainReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3871,7 +3959,7 @@ func (x *MaintainReferenceResponse) String() string {
 func (*MaintainReferenceResponse) ProtoMessage() {}
 
 func (x *MaintainReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3884,7 +3972,7 @@ func (x *MaintainReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MaintainReferenceResponse.ProtoReflect.Descriptor instead.
 func (*MaintainReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
 }
 
 type AddReleaseRequest struct {
@@ -3899,7 +3987,7 @@ type AddReleaseRequest struct {
 
 func (x *AddReleaseRequest) Reset() {
 	*x = AddReleaseRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3911,7 +3999,7 @@ func (x *AddReleaseRequest) String() string {
 func (*AddReleaseRequest) ProtoMessage() {}
 
 func (x *AddReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3924,7 +4012,7 @@ func (x *AddReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReleaseRequest.ProtoReflect.Descriptor instead.
 func (*AddReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *AddReleaseRequest) GetName() string {
@@ -3965,7 +4053,7 @@ type ReleaseFile struct {
 
 func (x *ReleaseFile) Reset() {
 	*x = ReleaseFile{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3977,7 +4065,7 @@ func (x *ReleaseFile) String() string {
 func (*ReleaseFile) ProtoMessage() {}
 
 func (x *ReleaseFile) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3990,7 +4078,7 @@ func (x *ReleaseFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseFile.ProtoReflect.Descriptor instead.
 func (*ReleaseFile) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ReleaseFile) GetPath() string {
@@ -4016,7 +4104,7 @@ type AddReleaseResponse struct {
 
 func (x *AddReleaseResponse) Reset() {
 	*x = AddReleaseResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4028,7 +4116,7 @@ func (x *AddReleaseResponse) String() string {
 func (*AddReleaseResponse) ProtoMessage() {}
 
 func (x *AddReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4041,7 +4129,7 @@ func (x *AddReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReleaseResponse.ProtoReflect.Descriptor instead.
 func (*AddReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *AddReleaseResponse) GetRelease() *Release {
@@ -4065,7 +4153,7 @@ type Release struct {
 
 func (x *Release) Reset() {
 	*x = Release{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4077,7 +4165,7 @@ func (x *Release) String() string {
 func (*Release) ProtoMessage() {}
 
 func (x *Release) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4090,7 +4178,7 @@ func (x *Release) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Release.ProtoReflect.Descriptor instead.
 func (*Release) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Release) GetName() string {
@@ -4144,7 +4232,7 @@ type ListReleasesRequest struct {
 
 func (x *ListReleasesRequest) Reset() {
 	*x = ListReleasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4156,7 +4244,7 @@ func (x *ListReleasesRequest) String() string {
 func (*ListReleasesRequest) ProtoMessage() {}
 
 func (x *ListReleasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4169,7 +4257,7 @@ func (x *ListReleasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReleasesRequest.ProtoReflect.Descriptor instead.
 func (*ListReleasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ListReleasesRequest) GetName() string {
@@ -4188,7 +4276,7 @@ type ListReleasesResponse struct {
 
 func (x *ListReleasesResponse) Reset() {
 	*x = ListReleasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4200,7 +4288,7 @@ func (x *ListReleasesResponse) String() string {
 func (*ListReleasesResponse) ProtoMessage() {}
 
 func (x *ListReleasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4213,7 +4301,7 @@ func (x *ListReleasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReleasesResponse.ProtoReflect.Descriptor instead.
 func (*ListReleasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ListReleasesResponse) GetReleases() []*Release {
@@ -4233,7 +4321,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4245,7 +4333,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4258,7 +4346,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *File) GetName() string {
@@ -4285,7 +4373,7 @@ type ApplyScopesRequest struct {
 
 func (x *ApplyScopesRequest) Reset() {
 	*x = ApplyScopesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4297,7 +4385,7 @@ func (x *ApplyScopesRequest) String() string {
 func (*ApplyScopesRequest) ProtoMessage() {}
 
 func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4310,7 +4398,7 @@ func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesRequest.ProtoReflect.Descriptor instead.
 func (*ApplyScopesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ApplyScopesRequest) GetFiles() []*File {
@@ -4340,7 +4428,7 @@ type ApplyScopesResponse struct {
 
 func (x *ApplyScopesResponse) Reset() {
 	*x = ApplyScopesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4352,7 +4440,7 @@ func (x *ApplyScopesResponse) String() string {
 func (*ApplyScopesResponse) ProtoMessage() {}
 
 func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4365,7 +4453,7 @@ func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesResponse.ProtoReflect.Descriptor instead.
 func (*ApplyScopesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ApplyScopesResponse) GetVersion() uint64 {
@@ -4413,7 +4501,7 @@ type ScopeChange struct {
 
 func (x *ScopeChange) Reset() {
 	*x = ScopeChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4425,7 +4513,7 @@ func (x *ScopeChange) String() string {
 func (*ScopeChange) ProtoMessage() {}
 
 func (x *ScopeChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4438,7 +4526,7 @@ func (x *ScopeChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScopeChange.ProtoReflect.Descriptor instead.
 func (*ScopeChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ScopeChange) GetScope() string {
@@ -4468,7 +4556,7 @@ type LeaseChange struct {
 
 func (x *LeaseChange) Reset() {
 	*x = LeaseChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4480,7 +4568,7 @@ func (x *LeaseChange) String() string {
 func (*LeaseChange) ProtoMessage() {}
 
 func (x *LeaseChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4493,7 +4581,7 @@ func (x *LeaseChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseChange.ProtoReflect.Descriptor instead.
 func (*LeaseChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{73}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *LeaseChange) GetHost() string {
@@ -4541,7 +4629,7 @@ type FactsRequest struct {
 
 func (x *FactsRequest) Reset() {
 	*x = FactsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4553,7 +4641,7 @@ func (x *FactsRequest) String() string {
 func (*FactsRequest) ProtoMessage() {}
 
 func (x *FactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4566,7 +4654,7 @@ func (x *FactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
 func (*FactsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{74}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *FactsRequest) GetHost() string {
@@ -4592,7 +4680,7 @@ type FactsResponse struct {
 
 func (x *FactsResponse) Reset() {
 	*x = FactsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4604,7 +4692,7 @@ func (x *FactsResponse) String() string {
 func (*FactsResponse) ProtoMessage() {}
 
 func (x *FactsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4617,7 +4705,7 @@ func (x *FactsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsResponse.ProtoReflect.Descriptor instead.
 func (*FactsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{75}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *FactsResponse) GetJson() []byte {
@@ -4637,7 +4725,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4649,7 +4737,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4662,7 +4750,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{76}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *WhyRequest) GetHost() string {
@@ -4693,7 +4781,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4705,7 +4793,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4718,7 +4806,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{77}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *WhyResponse) GetAllowed() bool {
@@ -4775,7 +4863,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4787,7 +4875,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4800,7 +4888,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{78}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *Selector) GetName() string {
@@ -4858,7 +4946,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4870,7 +4958,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4883,7 +4971,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{79}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *Lease) GetId() string {
@@ -5031,7 +5119,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5043,7 +5131,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5056,7 +5144,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *Machine) GetSecureBoot() bool {
@@ -5096,7 +5184,7 @@ type ListLeasesRequest struct {
 
 func (x *ListLeasesRequest) Reset() {
 	*x = ListLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5108,7 +5196,7 @@ func (x *ListLeasesRequest) String() string {
 func (*ListLeasesRequest) ProtoMessage() {}
 
 func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5121,7 +5209,7 @@ func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ListLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *ListLeasesRequest) GetHost() string {
@@ -5190,7 +5278,7 @@ type ListLeasesResponse struct {
 
 func (x *ListLeasesResponse) Reset() {
 	*x = ListLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5202,7 +5290,7 @@ func (x *ListLeasesResponse) String() string {
 func (*ListLeasesResponse) ProtoMessage() {}
 
 func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5215,7 +5303,7 @@ func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ListLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListLeasesResponse) GetLeases() []*Lease {
@@ -5244,7 +5332,7 @@ type RevokeLeasesRequest struct {
 
 func (x *RevokeLeasesRequest) Reset() {
 	*x = RevokeLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5256,7 +5344,7 @@ func (x *RevokeLeasesRequest) String() string {
 func (*RevokeLeasesRequest) ProtoMessage() {}
 
 func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5269,7 +5357,7 @@ func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesRequest.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *RevokeLeasesRequest) GetLeases() []string {
@@ -5309,7 +5397,7 @@ type RevokeLeasesResponse struct {
 
 func (x *RevokeLeasesResponse) Reset() {
 	*x = RevokeLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5321,7 +5409,7 @@ func (x *RevokeLeasesResponse) String() string {
 func (*RevokeLeasesResponse) ProtoMessage() {}
 
 func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5334,7 +5422,7 @@ func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesResponse.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *RevokeLeasesResponse) GetRevoking() []string {
@@ -5373,7 +5461,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5385,7 +5473,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5398,7 +5486,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *Finding) GetId() string {
@@ -5544,7 +5632,7 @@ type ReportFindingRequest struct {
 
 func (x *ReportFindingRequest) Reset() {
 	*x = ReportFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5556,7 +5644,7 @@ func (x *ReportFindingRequest) String() string {
 func (*ReportFindingRequest) ProtoMessage() {}
 
 func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5569,7 +5657,7 @@ func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingRequest.ProtoReflect.Descriptor instead.
 func (*ReportFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ReportFindingRequest) GetFinding() *Finding {
@@ -5597,7 +5685,7 @@ type ReportFindingResponse struct {
 
 func (x *ReportFindingResponse) Reset() {
 	*x = ReportFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5609,7 +5697,7 @@ func (x *ReportFindingResponse) String() string {
 func (*ReportFindingResponse) ProtoMessage() {}
 
 func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5622,7 +5710,7 @@ func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingResponse.ProtoReflect.Descriptor instead.
 func (*ReportFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ReportFindingResponse) GetFinding() *Finding {
@@ -5662,7 +5750,7 @@ type ListFindingsRequest struct {
 
 func (x *ListFindingsRequest) Reset() {
 	*x = ListFindingsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5674,7 +5762,7 @@ func (x *ListFindingsRequest) String() string {
 func (*ListFindingsRequest) ProtoMessage() {}
 
 func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5687,7 +5775,7 @@ func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListFindingsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ListFindingsRequest) GetStatus() string {
@@ -5757,7 +5845,7 @@ type ListFindingsResponse struct {
 
 func (x *ListFindingsResponse) Reset() {
 	*x = ListFindingsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5769,7 +5857,7 @@ func (x *ListFindingsResponse) String() string {
 func (*ListFindingsResponse) ProtoMessage() {}
 
 func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5782,7 +5870,7 @@ func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListFindingsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ListFindingsResponse) GetFindings() []*Finding {
@@ -5819,7 +5907,7 @@ type CloseFindingRequest struct {
 
 func (x *CloseFindingRequest) Reset() {
 	*x = CloseFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5831,7 +5919,7 @@ func (x *CloseFindingRequest) String() string {
 func (*CloseFindingRequest) ProtoMessage() {}
 
 func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5844,7 +5932,7 @@ func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingRequest.ProtoReflect.Descriptor instead.
 func (*CloseFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *CloseFindingRequest) GetFinding() string {
@@ -5877,7 +5965,7 @@ type CloseFindingResponse struct {
 
 func (x *CloseFindingResponse) Reset() {
 	*x = CloseFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5889,7 +5977,7 @@ func (x *CloseFindingResponse) String() string {
 func (*CloseFindingResponse) ProtoMessage() {}
 
 func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5902,7 +5990,7 @@ func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingResponse.ProtoReflect.Descriptor instead.
 func (*CloseFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *CloseFindingResponse) GetFinding() *Finding {
@@ -5927,7 +6015,7 @@ type Canary struct {
 
 func (x *Canary) Reset() {
 	*x = Canary{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5939,7 +6027,7 @@ func (x *Canary) String() string {
 func (*Canary) ProtoMessage() {}
 
 func (x *Canary) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5952,7 +6040,7 @@ func (x *Canary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Canary.ProtoReflect.Descriptor instead.
 func (*Canary) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *Canary) GetId() string {
@@ -6007,7 +6095,7 @@ type IssueCanaryRequest struct {
 
 func (x *IssueCanaryRequest) Reset() {
 	*x = IssueCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6019,7 +6107,7 @@ func (x *IssueCanaryRequest) String() string {
 func (*IssueCanaryRequest) ProtoMessage() {}
 
 func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6032,7 +6120,7 @@ func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryRequest.ProtoReflect.Descriptor instead.
 func (*IssueCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *IssueCanaryRequest) GetScope() string {
@@ -6058,7 +6146,7 @@ type IssueCanaryResponse struct {
 
 func (x *IssueCanaryResponse) Reset() {
 	*x = IssueCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6070,7 +6158,7 @@ func (x *IssueCanaryResponse) String() string {
 func (*IssueCanaryResponse) ProtoMessage() {}
 
 func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6083,7 +6171,7 @@ func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryResponse.ProtoReflect.Descriptor instead.
 func (*IssueCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *IssueCanaryResponse) GetCanary() *Canary {
@@ -6102,7 +6190,7 @@ type ListCanariesRequest struct {
 
 func (x *ListCanariesRequest) Reset() {
 	*x = ListCanariesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6114,7 +6202,7 @@ func (x *ListCanariesRequest) String() string {
 func (*ListCanariesRequest) ProtoMessage() {}
 
 func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6127,7 +6215,7 @@ func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesRequest.ProtoReflect.Descriptor instead.
 func (*ListCanariesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *ListCanariesRequest) GetScope() string {
@@ -6146,7 +6234,7 @@ type ListCanariesResponse struct {
 
 func (x *ListCanariesResponse) Reset() {
 	*x = ListCanariesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6158,7 +6246,7 @@ func (x *ListCanariesResponse) String() string {
 func (*ListCanariesResponse) ProtoMessage() {}
 
 func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6171,7 +6259,7 @@ func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesResponse.ProtoReflect.Descriptor instead.
 func (*ListCanariesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ListCanariesResponse) GetCanaries() []*Canary {
@@ -6190,7 +6278,7 @@ type RemoveCanaryRequest struct {
 
 func (x *RemoveCanaryRequest) Reset() {
 	*x = RemoveCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6202,7 +6290,7 @@ func (x *RemoveCanaryRequest) String() string {
 func (*RemoveCanaryRequest) ProtoMessage() {}
 
 func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6215,7 +6303,7 @@ func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *RemoveCanaryRequest) GetCanary() string {
@@ -6233,7 +6321,7 @@ type RemoveCanaryResponse struct {
 
 func (x *RemoveCanaryResponse) Reset() {
 	*x = RemoveCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6245,7 +6333,7 @@ func (x *RemoveCanaryResponse) String() string {
 func (*RemoveCanaryResponse) ProtoMessage() {}
 
 func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6258,7 +6346,7 @@ func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
 }
 
 type ReadAuditRequest struct {
@@ -6271,7 +6359,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6283,7 +6371,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6296,7 +6384,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -6323,7 +6411,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6335,7 +6423,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6348,7 +6436,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *AuditRecord) GetIndex() uint64 {
@@ -6374,7 +6462,7 @@ type AuditReceiptRequest struct {
 
 func (x *AuditReceiptRequest) Reset() {
 	*x = AuditReceiptRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6386,7 +6474,7 @@ func (x *AuditReceiptRequest) String() string {
 func (*AuditReceiptRequest) ProtoMessage() {}
 
 func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6399,7 +6487,7 @@ func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptRequest.ProtoReflect.Descriptor instead.
 func (*AuditReceiptRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *AuditReceiptRequest) GetIndex() uint64 {
@@ -6420,7 +6508,7 @@ type AuditReceiptResponse struct {
 
 func (x *AuditReceiptResponse) Reset() {
 	*x = AuditReceiptResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6432,7 +6520,7 @@ func (x *AuditReceiptResponse) String() string {
 func (*AuditReceiptResponse) ProtoMessage() {}
 
 func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6445,7 +6533,7 @@ func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptResponse.ProtoReflect.Descriptor instead.
 func (*AuditReceiptResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *AuditReceiptResponse) GetRecord() []byte {
@@ -6478,7 +6566,7 @@ type AuditCheckpointRequest struct {
 
 func (x *AuditCheckpointRequest) Reset() {
 	*x = AuditCheckpointRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6490,7 +6578,7 @@ func (x *AuditCheckpointRequest) String() string {
 func (*AuditCheckpointRequest) ProtoMessage() {}
 
 func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6503,7 +6591,7 @@ func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *AuditCheckpointRequest) GetConsistentWith() uint64 {
@@ -6524,7 +6612,7 @@ type AuditCheckpointResponse struct {
 
 func (x *AuditCheckpointResponse) Reset() {
 	*x = AuditCheckpointResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6536,7 +6624,7 @@ func (x *AuditCheckpointResponse) String() string {
 func (*AuditCheckpointResponse) ProtoMessage() {}
 
 func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6549,7 +6637,7 @@ func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{104}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *AuditCheckpointResponse) GetCheckpoint() []byte {
@@ -6844,7 +6932,11 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\aexpires\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"+\n" +
 	"\x15RemoveOperatorRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x18\n" +
-	"\x16RemoveOperatorResponse\"S\n" +
+	"\x16RemoveOperatorResponse\"(\n" +
+	"\x14RenewOperatorRequest\x12\x10\n" +
+	"\x03csr\x18\x01 \x01(\fR\x03csr\"9\n" +
+	"\x15RenewOperatorResponse\x12 \n" +
+	"\vcertificate\x18\x01 \x03(\fR\vcertificate\"S\n" +
 	"\x15LearnReferenceRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x12\n" +
@@ -7096,7 +7188,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05Issue\x12\x1c.countersign.v1.IssueRequest\x1a\x1d.countersign.v1.IssueResponse\x12V\n" +
 	"\vAcknowledge\x12\".countersign.v1.AcknowledgeRequest\x1a#.countersign.v1.AcknowledgeResponse\x12J\n" +
 	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse\x12J\n" +
-	"\aWitness\x12\x1e.countersign.v1.WitnessRequest\x1a\x1f.countersign.v1.WitnessResponse2\xaf\x14\n" +
+	"\aWitness\x12\x1e.countersign.v1.WitnessRequest\x1a\x1f.countersign.v1.WitnessResponse2\x8d\x15\n" +
 	"\x0fOperatorService\x12P\n" +
 	"\tGetStatus\x12 .countersign.v1.GetStatusRequest\x1a!.countersign.v1.GetStatusResponse\x12P\n" +
 	"\tListHosts\x12 .countersign.v1.ListHostsRequest\x1a!.countersign.v1.ListHostsResponse\x12M\n" +
@@ -7106,7 +7198,8 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x0fCreateJoinToken\x12&.countersign.v1.CreateJoinTokenRequest\x1a'.countersign.v1.CreateJoinTokenResponse\x12V\n" +
 	"\vAddOperator\x12\".countersign.v1.AddOperatorRequest\x1a#.countersign.v1.AddOperatorResponse\x12\\\n" +
 	"\rListOperators\x12$.countersign.v1.ListOperatorsRequest\x1a%.countersign.v1.ListOperatorsResponse\x12_\n" +
-	"\x0eRemoveOperator\x12%.countersign.v1.RemoveOperatorRequest\x1a&.countersign.v1.RemoveOperatorResponse\x12_\n" +
+	"\x0eRemoveOperator\x12%.countersign.v1.RemoveOperatorRequest\x1a&.countersign.v1.RemoveOperatorResponse\x12\\\n" +
+	"\rRenewOperator\x12$.countersign.v1.RenewOperatorRequest\x1a%.countersign.v1.RenewOperatorResponse\x12_\n" +
 	"\x0eLearnReference\x12%.countersign.v1.LearnReferenceRequest\x1a&.countersign.v1.LearnReferenceResponse\x12_\n" +
 	"\x0eListReferences\x12%.countersign.v1.ListReferencesRequest\x1a&.countersign.v1.ListReferencesResponse\x12Y\n" +
 	"\fAddReference\x12#.countersign.v1.AddReferenceRequest\x1a$.countersign.v1.AddReferenceResponse\x12e\n" +
@@ -7143,7 +7236,7 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 	return file_countersign_v1_countersign_proto_rawDescData
 }
 
-var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 113)
+var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 115)
 var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: countersign.v1.JoinRequest
 	(*JoinBody)(nil),                  // 1: countersign.v1.JoinBody
@@ -7197,68 +7290,70 @@ var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*Operator)(nil),                  // 49: countersign.v1.Operator
 	(*RemoveOperatorRequest)(nil),     // 50: countersign.v1.RemoveOperatorRequest
 	(*RemoveOperatorResponse)(nil),    // 51: countersign.v1.RemoveOperatorResponse
-	(*LearnReferenceRequest)(nil),     // 52: countersign.v1.LearnReferenceRequest
-	(*LearnReferenceResponse)(nil),    // 53: countersign.v1.LearnReferenceResponse
-	(*Reference)(nil),                 // 54: countersign.v1.Reference
-	(*ListReferencesRequest)(nil),     // 55: countersign.v1.ListReferencesRequest
-	(*ListReferencesResponse)(nil),    // 56: countersign.v1.ListReferencesResponse
-	(*AddReferenceRequest)(nil),       // 57: countersign.v1.AddReferenceRequest
-	(*AddReferenceResponse)(nil),      // 58: countersign.v1.AddReferenceResponse
-	(*ApproveReferenceRequest)(nil),   // 59: countersign.v1.ApproveReferenceRequest
-	(*ApproveReferenceResponse)(nil),  // 60: countersign.v1.ApproveReferenceResponse
-	(*MaintainReferenceRequest)(nil),  // 61: countersign.v1.MaintainReferenceRequest
-	(*MaintainReferenceResponse)(nil), // 62: countersign.v1.MaintainReferenceResponse
-	(*AddReleaseRequest)(nil),         // 63: countersign.v1.AddReleaseRequest
-	(*ReleaseFile)(nil),               // 64: countersign.v1.ReleaseFile
-	(*AddReleaseResponse)(nil),        // 65: countersign.v1.AddReleaseResponse
-	(*Release)(nil),                   // 66: countersign.v1.Release
-	(*ListReleasesRequest)(nil),       // 67: countersign.v1.ListReleasesRequest
-	(*ListReleasesResponse)(nil),      // 68: countersign.v1.ListReleasesResponse
-	(*File)(nil),                      // 69: countersign.v1.File
-	(*ApplyScopesRequest)(nil),        // 70: countersign.v1.ApplyScopesRequest
-	(*ApplyScopesResponse)(nil),       // 71: countersign.v1.ApplyScopesResponse
-	(*ScopeChange)(nil),               // 72: countersign.v1.ScopeChange
-	(*LeaseChange)(nil),               // 73: countersign.v1.LeaseChange
-	(*FactsRequest)(nil),              // 74: countersign.v1.FactsRequest
-	(*FactsResponse)(nil),             // 75: countersign.v1.FactsResponse
-	(*WhyRequest)(nil),                // 76: countersign.v1.WhyRequest
-	(*WhyResponse)(nil),               // 77: countersign.v1.WhyResponse
-	(*Selector)(nil),                  // 78: countersign.v1.Selector
-	(*Lease)(nil),                     // 79: countersign.v1.Lease
-	(*Machine)(nil),                   // 80: countersign.v1.Machine
-	(*ListLeasesRequest)(nil),         // 81: countersign.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),        // 82: countersign.v1.ListLeasesResponse
-	(*RevokeLeasesRequest)(nil),       // 83: countersign.v1.RevokeLeasesRequest
-	(*RevokeLeasesResponse)(nil),      // 84: countersign.v1.RevokeLeasesResponse
-	(*Finding)(nil),                   // 85: countersign.v1.Finding
-	(*ReportFindingRequest)(nil),      // 86: countersign.v1.ReportFindingRequest
-	(*ReportFindingResponse)(nil),     // 87: countersign.v1.ReportFindingResponse
-	(*ListFindingsRequest)(nil),       // 88: countersign.v1.ListFindingsRequest
-	(*ListFindingsResponse)(nil),      // 89: countersign.v1.ListFindingsResponse
-	(*CloseFindingRequest)(nil),       // 90: countersign.v1.CloseFindingRequest
-	(*CloseFindingResponse)(nil),      // 91: countersign.v1.CloseFindingResponse
-	(*Canary)(nil),                    // 92: countersign.v1.Canary
-	(*IssueCanaryRequest)(nil),        // 93: countersign.v1.IssueCanaryRequest
-	(*IssueCanaryResponse)(nil),       // 94: countersign.v1.IssueCanaryResponse
-	(*ListCanariesRequest)(nil),       // 95: countersign.v1.ListCanariesRequest
-	(*ListCanariesResponse)(nil),      // 96: countersign.v1.ListCanariesResponse
-	(*RemoveCanaryRequest)(nil),       // 97: countersign.v1.RemoveCanaryRequest
-	(*RemoveCanaryResponse)(nil),      // 98: countersign.v1.RemoveCanaryResponse
-	(*ReadAuditRequest)(nil),          // 99: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),               // 100: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),       // 101: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),      // 102: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),    // 103: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil),   // 104: countersign.v1.AuditCheckpointResponse
-	nil,                               // 105: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                               // 106: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                               // 107: countersign.v1.GetStatusResponse.FindingsEntry
-	nil,                               // 108: countersign.v1.Host.LabelsEntry
-	nil,                               // 109: countersign.v1.NewHost.LabelsEntry
-	nil,                               // 110: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                               // 111: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 112: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),     // 113: google.protobuf.Timestamp
+	(*RenewOperatorRequest)(nil),      // 52: countersign.v1.RenewOperatorRequest
+	(*RenewOperatorResponse)(nil),     // 53: countersign.v1.RenewOperatorResponse
+	(*LearnReferenceRequest)(nil),     // 54: countersign.v1.LearnReferenceRequest
+	(*LearnReferenceResponse)(nil),    // 55: countersign.v1.LearnReferenceResponse
+	(*Reference)(nil),                 // 56: countersign.v1.Reference
+	(*ListReferencesRequest)(nil),     // 57: countersign.v1.ListReferencesRequest
+	(*ListReferencesResponse)(nil),    // 58: countersign.v1.ListReferencesResponse
+	(*AddReferenceRequest)(nil),       // 59: countersign.v1.AddReferenceRequest
+	(*AddReferenceResponse)(nil),      // 60: countersign.v1.AddReferenceResponse
+	(*ApproveReferenceRequest)(nil),   // 61: countersign.v1.ApproveReferenceRequest
+	(*ApproveReferenceResponse)(nil),  // 62: countersign.v1.ApproveReferenceResponse
+	(*MaintainReferenceRequest)(nil),  // 63: countersign.v1.MaintainReferenceRequest
+	(*MaintainReferenceResponse)(nil), // 64: countersign.v1.MaintainReferenceResponse
+	(*AddReleaseRequest)(nil),         // 65: countersign.v1.AddReleaseRequest
+	(*ReleaseFile)(nil),               // 66: countersign.v1.ReleaseFile
+	(*AddReleaseResponse)(nil),        // 67: countersign.v1.AddReleaseResponse
+	(*Release)(nil),                   // 68: countersign.v1.Release
+	(*ListReleasesRequest)(nil),       // 69: countersign.v1.ListReleasesRequest
+	(*ListReleasesResponse)(nil),      // 70: countersign.v1.ListReleasesResponse
+	(*File)(nil),                      // 71: countersign.v1.File
+	(*ApplyScopesRequest)(nil),        // 72: countersign.v1.ApplyScopesRequest
+	(*ApplyScopesResponse)(nil),       // 73: countersign.v1.ApplyScopesResponse
+	(*ScopeChange)(nil),               // 74: countersign.v1.ScopeChange
+	(*LeaseChange)(nil),               // 75: countersign.v1.LeaseChange
+	(*FactsRequest)(nil),              // 76: countersign.v1.FactsRequest
+	(*FactsResponse)(nil),             // 77: countersign.v1.FactsResponse
+	(*WhyRequest)(nil),                // 78: countersign.v1.WhyRequest
+	(*WhyResponse)(nil),               // 79: countersign.v1.WhyResponse
+	(*Selector)(nil),                  // 80: countersign.v1.Selector
+	(*Lease)(nil),                     // 81: countersign.v1.Lease
+	(*Machine)(nil),                   // 82: countersign.v1.Machine
+	(*ListLeasesRequest)(nil),         // 83: countersign.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),        // 84: countersign.v1.ListLeasesResponse
+	(*RevokeLeasesRequest)(nil),       // 85: countersign.v1.RevokeLeasesRequest
+	(*RevokeLeasesResponse)(nil),      // 86: countersign.v1.RevokeLeasesResponse
+	(*Finding)(nil),                   // 87: countersign.v1.Finding
+	(*ReportFindingRequest)(nil),      // 88: countersign.v1.ReportFindingRequest
+	(*ReportFindingResponse)(nil),     // 89: countersign.v1.ReportFindingResponse
+	(*ListFindingsRequest)(nil),       // 90: countersign.v1.ListFindingsRequest
+	(*ListFindingsResponse)(nil),      // 91: countersign.v1.ListFindingsResponse
+	(*CloseFindingRequest)(nil),       // 92: countersign.v1.CloseFindingRequest
+	(*CloseFindingResponse)(nil),      // 93: countersign.v1.CloseFindingResponse
+	(*Canary)(nil),                    // 94: countersign.v1.Canary
+	(*IssueCanaryRequest)(nil),        // 95: countersign.v1.IssueCanaryRequest
+	(*IssueCanaryResponse)(nil),       // 96: countersign.v1.IssueCanaryResponse
+	(*ListCanariesRequest)(nil),       // 97: countersign.v1.ListCanariesRequest
+	(*ListCanariesResponse)(nil),      // 98: countersign.v1.ListCanariesResponse
+	(*RemoveCanaryRequest)(nil),       // 99: countersign.v1.RemoveCanaryRequest
+	(*RemoveCanaryResponse)(nil),      // 100: countersign.v1.RemoveCanaryResponse
+	(*ReadAuditRequest)(nil),          // 101: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),               // 102: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),       // 103: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),      // 104: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),    // 105: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil),   // 106: countersign.v1.AuditCheckpointResponse
+	nil,                               // 107: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                               // 108: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                               // 109: countersign.v1.GetStatusResponse.FindingsEntry
+	nil,                               // 110: countersign.v1.Host.LabelsEntry
+	nil,                               // 111: countersign.v1.NewHost.LabelsEntry
+	nil,                               // 112: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                               // 113: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 114: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),     // 115: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	2,   // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
@@ -7272,79 +7367,79 @@ var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	12,  // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
 	16,  // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
 	17,  // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	113, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	115, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
 	19,  // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
 	20,  // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	113, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
-	113, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	113, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	115, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	115, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	115, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
 	12,  // 17: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
 	16,  // 18: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
 	24,  // 19: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	113, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	113, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	113, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	113, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	113, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	113, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	113, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	115, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	115, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	115, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	115, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	115, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	115, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	115, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
 	30,  // 27: countersign.v1.WitnessRequest.opens:type_name -> countersign.v1.FileOpen
-	113, // 28: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
-	105, // 29: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	106, // 30: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	107, // 31: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
-	108, // 32: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	113, // 33: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	113, // 34: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	115, // 28: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
+	107, // 29: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	108, // 30: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	109, // 31: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
+	110, // 32: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	115, // 33: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	115, // 34: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
 	35,  // 35: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	109, // 36: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	111, // 36: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
 	38,  // 37: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	110, // 38: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	112, // 38: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
 	35,  // 39: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	113, // 40: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	111, // 41: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	113, // 42: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	113, // 43: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	115, // 40: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	113, // 41: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	115, // 42: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	115, // 43: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
 	49,  // 44: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
-	113, // 45: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
-	113, // 46: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
-	54,  // 47: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	113, // 48: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	113, // 49: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
-	54,  // 50: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
-	54,  // 51: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
-	113, // 52: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
-	54,  // 53: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
-	113, // 54: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
-	64,  // 55: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
-	113, // 56: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
-	66,  // 57: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
-	113, // 58: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
-	113, // 59: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
-	66,  // 60: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
-	69,  // 61: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
-	72,  // 62: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
-	73,  // 63: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
-	78,  // 64: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	113, // 65: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	112, // 66: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	113, // 67: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	113, // 68: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	113, // 69: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	113, // 70: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	80,  // 71: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
-	79,  // 72: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	113, // 73: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
-	113, // 74: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
-	113, // 75: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
-	85,  // 76: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
-	85,  // 77: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
-	85,  // 78: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
-	113, // 79: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
-	85,  // 80: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
-	113, // 81: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
-	92,  // 82: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
-	92,  // 83: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
+	115, // 45: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	115, // 46: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	56,  // 47: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
+	115, // 48: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	115, // 49: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
+	56,  // 50: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
+	56,  // 51: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
+	115, // 52: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
+	56,  // 53: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
+	115, // 54: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
+	66,  // 55: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
+	115, // 56: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
+	68,  // 57: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
+	115, // 58: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
+	115, // 59: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
+	68,  // 60: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
+	71,  // 61: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
+	74,  // 62: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
+	75,  // 63: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
+	80,  // 64: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	115, // 65: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	114, // 66: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	115, // 67: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	115, // 68: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	115, // 69: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	115, // 70: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	82,  // 71: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
+	81,  // 72: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	115, // 73: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
+	115, // 74: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
+	115, // 75: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
+	87,  // 76: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
+	87,  // 77: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
+	87,  // 78: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
+	115, // 79: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
+	87,  // 80: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
+	115, // 81: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
+	94,  // 82: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
+	94,  // 83: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
 	0,   // 84: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
 	4,   // 85: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
 	9,   // 86: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
@@ -7361,66 +7456,68 @@ var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	45,  // 97: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
 	47,  // 98: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
 	50,  // 99: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
-	52,  // 100: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	55,  // 101: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	57,  // 102: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
-	59,  // 103: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
-	61,  // 104: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
-	63,  // 105: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
-	67,  // 106: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
-	70,  // 107: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	74,  // 108: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	76,  // 109: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	81,  // 110: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	83,  // 111: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	86,  // 112: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
-	88,  // 113: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
-	90,  // 114: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
-	93,  // 115: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
-	95,  // 116: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
-	97,  // 117: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
-	99,  // 118: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	101, // 119: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	103, // 120: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	3,   // 121: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	8,   // 122: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	10,  // 123: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	18,  // 124: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	23,  // 125: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	26,  // 126: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	28,  // 127: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	31,  // 128: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
-	34,  // 129: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	37,  // 130: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	40,  // 131: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	42,  // 132: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	44,  // 133: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	46,  // 134: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	48,  // 135: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
-	51,  // 136: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
-	53,  // 137: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	56,  // 138: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	58,  // 139: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
-	60,  // 140: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
-	62,  // 141: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
-	65,  // 142: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
-	68,  // 143: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
-	71,  // 144: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	75,  // 145: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	77,  // 146: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	82,  // 147: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	84,  // 148: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	87,  // 149: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
-	89,  // 150: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
-	91,  // 151: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
-	94,  // 152: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
-	96,  // 153: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
-	98,  // 154: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
-	100, // 155: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	102, // 156: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	104, // 157: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	121, // [121:158] is the sub-list for method output_type
-	84,  // [84:121] is the sub-list for method input_type
+	52,  // 100: countersign.v1.OperatorService.RenewOperator:input_type -> countersign.v1.RenewOperatorRequest
+	54,  // 101: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	57,  // 102: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	59,  // 103: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
+	61,  // 104: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
+	63,  // 105: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
+	65,  // 106: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
+	69,  // 107: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
+	72,  // 108: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	76,  // 109: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	78,  // 110: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	83,  // 111: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	85,  // 112: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	88,  // 113: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
+	90,  // 114: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
+	92,  // 115: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
+	95,  // 116: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
+	97,  // 117: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
+	99,  // 118: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
+	101, // 119: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	103, // 120: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	105, // 121: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	3,   // 122: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	8,   // 123: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	10,  // 124: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	18,  // 125: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	23,  // 126: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	26,  // 127: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	28,  // 128: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	31,  // 129: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
+	34,  // 130: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	37,  // 131: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	40,  // 132: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	42,  // 133: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	44,  // 134: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	46,  // 135: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	48,  // 136: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	51,  // 137: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	53,  // 138: countersign.v1.OperatorService.RenewOperator:output_type -> countersign.v1.RenewOperatorResponse
+	55,  // 139: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	58,  // 140: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	60,  // 141: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
+	62,  // 142: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
+	64,  // 143: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
+	67,  // 144: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
+	70,  // 145: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
+	73,  // 146: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	77,  // 147: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	79,  // 148: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	84,  // 149: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	86,  // 150: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	89,  // 151: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
+	91,  // 152: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
+	93,  // 153: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
+	96,  // 154: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
+	98,  // 155: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
+	100, // 156: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
+	102, // 157: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	104, // 158: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	106, // 159: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	122, // [122:160] is the sub-list for method output_type
+	84,  // [84:122] is the sub-list for method input_type
 	84,  // [84:84] is the sub-list for extension type_name
 	84,  // [84:84] is the sub-list for extension extendee
 	0,   // [0:84] is the sub-list for field type_name
@@ -7431,14 +7528,14 @@ func file_countersign_v1_countersign_proto_init() {
 	if File_countersign_v1_countersign_proto != nil {
 		return
 	}
-	file_countersign_v1_countersign_proto_msgTypes[80].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[82].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   113,
+			NumMessages:   115,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -80,6 +80,9 @@ const (
 	// OperatorServiceRemoveOperatorProcedure is the fully-qualified name of the OperatorService's
 	// RemoveOperator RPC.
 	OperatorServiceRemoveOperatorProcedure = "/countersign.v1.OperatorService/RemoveOperator"
+	// OperatorServiceRenewOperatorProcedure is the fully-qualified name of the OperatorService's
+	// RenewOperator RPC.
+	OperatorServiceRenewOperatorProcedure = "/countersign.v1.OperatorService/RenewOperator"
 	// OperatorServiceLearnReferenceProcedure is the fully-qualified name of the OperatorService's
 	// LearnReference RPC.
 	OperatorServiceLearnReferenceProcedure = "/countersign.v1.OperatorService/LearnReference"
@@ -421,6 +424,9 @@ type OperatorServiceClient interface {
 	AddOperator(context.Context, *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error)
 	ListOperators(context.Context, *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error)
 	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
+	// RenewOperator gives the operator of this connection a new certificate for
+	// the same key, name, role and length of life.
+	RenewOperator(context.Context, *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error)
 	LearnReference(context.Context, *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error)
 	ListReferences(context.Context, *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error)
 	AddReference(context.Context, *connect.Request[v1.AddReferenceRequest]) (*connect.Response[v1.AddReferenceResponse], error)
@@ -503,6 +509,12 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			httpClient,
 			baseURL+OperatorServiceRemoveOperatorProcedure,
 			connect.WithSchema(operatorServiceMethods.ByName("RemoveOperator")),
+			connect.WithClientOptions(opts...),
+		),
+		renewOperator: connect.NewClient[v1.RenewOperatorRequest, v1.RenewOperatorResponse](
+			httpClient,
+			baseURL+OperatorServiceRenewOperatorProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("RenewOperator")),
 			connect.WithClientOptions(opts...),
 		),
 		learnReference: connect.NewClient[v1.LearnReferenceRequest, v1.LearnReferenceResponse](
@@ -644,6 +656,7 @@ type operatorServiceClient struct {
 	addOperator       *connect.Client[v1.AddOperatorRequest, v1.AddOperatorResponse]
 	listOperators     *connect.Client[v1.ListOperatorsRequest, v1.ListOperatorsResponse]
 	removeOperator    *connect.Client[v1.RemoveOperatorRequest, v1.RemoveOperatorResponse]
+	renewOperator     *connect.Client[v1.RenewOperatorRequest, v1.RenewOperatorResponse]
 	learnReference    *connect.Client[v1.LearnReferenceRequest, v1.LearnReferenceResponse]
 	listReferences    *connect.Client[v1.ListReferencesRequest, v1.ListReferencesResponse]
 	addReference      *connect.Client[v1.AddReferenceRequest, v1.AddReferenceResponse]
@@ -705,6 +718,11 @@ func (c *operatorServiceClient) ListOperators(ctx context.Context, req *connect.
 // RemoveOperator calls countersign.v1.OperatorService.RemoveOperator.
 func (c *operatorServiceClient) RemoveOperator(ctx context.Context, req *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
 	return c.removeOperator.CallUnary(ctx, req)
+}
+
+// RenewOperator calls countersign.v1.OperatorService.RenewOperator.
+func (c *operatorServiceClient) RenewOperator(ctx context.Context, req *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error) {
+	return c.renewOperator.CallUnary(ctx, req)
 }
 
 // LearnReference calls countersign.v1.OperatorService.LearnReference.
@@ -822,6 +840,9 @@ type OperatorServiceHandler interface {
 	AddOperator(context.Context, *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error)
 	ListOperators(context.Context, *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error)
 	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
+	// RenewOperator gives the operator of this connection a new certificate for
+	// the same key, name, role and length of life.
+	RenewOperator(context.Context, *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error)
 	LearnReference(context.Context, *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error)
 	ListReferences(context.Context, *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error)
 	AddReference(context.Context, *connect.Request[v1.AddReferenceRequest]) (*connect.Response[v1.AddReferenceResponse], error)
@@ -900,6 +921,12 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 		OperatorServiceRemoveOperatorProcedure,
 		svc.RemoveOperator,
 		connect.WithSchema(operatorServiceMethods.ByName("RemoveOperator")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceRenewOperatorHandler := connect.NewUnaryHandler(
+		OperatorServiceRenewOperatorProcedure,
+		svc.RenewOperator,
+		connect.WithSchema(operatorServiceMethods.ByName("RenewOperator")),
 		connect.WithHandlerOptions(opts...),
 	)
 	operatorServiceLearnReferenceHandler := connect.NewUnaryHandler(
@@ -1046,6 +1073,8 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 			operatorServiceListOperatorsHandler.ServeHTTP(w, r)
 		case OperatorServiceRemoveOperatorProcedure:
 			operatorServiceRemoveOperatorHandler.ServeHTTP(w, r)
+		case OperatorServiceRenewOperatorProcedure:
+			operatorServiceRenewOperatorHandler.ServeHTTP(w, r)
 		case OperatorServiceLearnReferenceProcedure:
 			operatorServiceLearnReferenceHandler.ServeHTTP(w, r)
 		case OperatorServiceListReferencesProcedure:
@@ -1127,6 +1156,10 @@ func (UnimplementedOperatorServiceHandler) ListOperators(context.Context, *conne
 
 func (UnimplementedOperatorServiceHandler) RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.RemoveOperator is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) RenewOperator(context.Context, *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.RenewOperator is not implemented"))
 }
 
 func (UnimplementedOperatorServiceHandler) LearnReference(context.Context, *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error) {

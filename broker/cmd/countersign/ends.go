@@ -1,0 +1,58 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"log/slog"
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/expiry"
+	"github.com/countersign/countersign/broker/internal/issue/ca"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
+	"github.com/countersign/countersign/broker/internal/operate"
+	"github.com/countersign/countersign/broker/internal/store"
+)
+
+// ends gathers what of a running broker ends by itself.
+type ends struct {
+	store     *store.Store
+	hostCA    *x509.Certificate
+	ekRoots   []*x509.Certificate
+	workloads *ca.Issuer    // nil: none
+	vault     *vault.Issuer // nil: none
+}
+
+func (e ends) list(ctx context.Context, now time.Time) ([]expiry.End, error) {
+	k := expiry.Known{HostCA: e.hostCA, EKRoots: e.ekRoots}
+	if e.workloads != nil {
+		k.WorkloadCA, k.WorkloadIssuer = e.workloads.Certificates()
+		k.CRL = e.workloads.NextUpdate()
+	}
+	if e.vault != nil {
+		k.VaultToken, k.VaultSecretID = e.vault.Ends()
+	}
+
+	desk := operate.Desk{Store: e.store}
+	operators, err := desk.Operators(ctx, operate.Actor{Name: "root", Role: operate.Viewer})
+	if err != nil {
+		return nil, err
+	}
+	for _, o := range operators {
+		k.Operators = append(k.Operators, expiry.OperatorKey{Name: o.Name, Role: o.Role, Program: o.Role == operate.Responder.String(), Created: o.Created, Expires: o.Expires})
+	}
+	return expiry.List(k, now), nil
+}
+
+// lookTime bounds one look into the store.
+const lookTime = 5 * time.Second
+
+func (e ends) alarms(log *slog.Logger, now time.Time) []string {
+	ctx, cancel := context.WithTimeout(context.Background(), lookTime)
+	defer cancel()
+	list, err := e.list(ctx, now)
+	if err != nil {
+		log.Error("what ends by itself is not known", "err", err)
+		return nil
+	}
+	return expiry.Alarms(list, now)
+}
