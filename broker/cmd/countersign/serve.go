@@ -135,7 +135,8 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
 	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
 	root := operate.Actor{Name: "root", Role: operate.Viewer}
-	forgets := &retention.Keeper{Store: s, Keep: c.Retention(), Policy: inForce.Load, Log: log, Now: steady}
+	// By the sure time: a lease that is forgotten too early could come back by its ticket.
+	forgets := &retention.Keeper{Store: s, Keep: c.Retention(), Policy: inForce.Load, Log: log, Now: keeper.Sure}
 	alarms := func(ctx context.Context) []string {
 		return slices.Concat(watch.Alarms(), leases.Alarms(ctx), known.alarms(log, faults.Now()))
 	}
