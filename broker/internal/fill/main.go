@@ -179,7 +179,10 @@ func (f *filler) facts(i int) appraise.Facts {
 		PCRs: pcrs, SecureBoot: &on, EventLog: log, IMA: &verified, List: &appraise.List{Proven: 2100}}}
 }
 
-// lease writes the k-th of host i: the first are live, the others ended over the year.
+// endedOver is the time in which the ended leases ended: within what is kept of them.
+const endedOver = 80 * 24 * time.Hour
+
+// lease writes the k-th of host i: the first are live, the others ended.
 func (f *filler) lease(tx *store.Tx, facts appraise.Facts, scopeName string, i, k int) error {
 	scope := f.set.Scope(scopeName)
 	program := process.Program{Boot: facts.Host.Boot, PID: 1000 + k, Start: uint64(100_000 + k), Exe: scope.Process.Exe, SHA256: sha256.Sum256([]byte(scopeName)),
@@ -198,7 +201,7 @@ func (f *filler) lease(tx *store.Tx, facts appraise.Facts, scopeName string, i, 
 	recorded.Program = &program
 	issued := f.now.Add(-time.Hour)
 	if k >= liveOfHost {
-		issued = f.now.Add(-time.Duration(k-liveOfHost+1) * 365 * 24 * time.Hour / endedOfHost)
+		issued = f.now.Add(-time.Duration(k-liveOfHost+2) * endedOver / endedOfHost)
 	}
 	g := journal.Intend(journal.Grant{ID: fmt.Sprintf("%s%04d", hostID(i), k), Host: facts.Host.ID, Scope: scopeName, Kind: scope.Kind(), DeliveryID: hex.EncodeToString(f.digestBytes(8)),
 		Instance: program.Instance().String(), Unit: program.Unit, Boot: program.Boot, SHA256: program.SHA256.String(), Subject: subject, Facts: text,

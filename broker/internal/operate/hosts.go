@@ -136,7 +136,12 @@ type NewHost struct {
 	Reference string
 }
 
-// AddHosts registers hosts beforehand: all of them, or none and why not.
+// addPage is how many hosts are registered in one transaction, for which all requests
+// wait.
+const addPage = 50
+
+// AddHosts registers hosts beforehand: all of them, or none and why not. They are written
+// little by little; a broker that dies in the middle has those that the audit log names.
 func (d *Desk) AddHosts(ctx context.Context, a Actor, hosts []NewHost, dryRun bool) (ids, problems []string, err error) {
 	if err := a.need(Operator); err != nil {
 		return nil, nil, err
@@ -191,15 +196,20 @@ func (d *Desk) AddHosts(ctx context.Context, a Actor, hosts []NewHost, dryRun bo
 	if err != nil || len(problems) > 0 || dryRun {
 		return nil, problems, err
 	}
-	err = d.act(ctx, a, Operator, "host.added", map[string]any{"count": len(list), "hosts": list}, func(tx *store.Tx, _ *audit.Record) error {
-		for _, h := range list {
-			if err := inventory.Save(tx, h); err != nil {
-				return err
+	for first := 0; first < len(list); first += addPage {
+		some := list[first:min(first+addPage, len(list))]
+		if err := d.act(ctx, a, Operator, "host.added", map[string]any{"count": len(some), "hosts": some}, func(tx *store.Tx, _ *audit.Record) error {
+			for _, h := range some {
+				if err := inventory.Save(tx, h); err != nil {
+					return err
+				}
 			}
+			return nil
+		}); err != nil {
+			return ids[:first], nil, fmt.Errorf("the first %d of %d hosts were added: %w", first, len(list), err)
 		}
-		return nil
-	})
-	return ids, nil, err
+	}
+	return ids, nil, nil
 }
 
 func checkLabels(labels map[string]string) error {

@@ -21,7 +21,7 @@ const (
 	// every is how often is looked for what can be forgotten.
 	every = time.Hour
 	// page is how much is deleted in one transaction, for which writers wait.
-	page = 100
+	page = 50
 	// rest lies between two pages.
 	rest = 100 * time.Millisecond
 )

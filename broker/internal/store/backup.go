@@ -51,7 +51,7 @@ func (s *Store) Backup(ctx context.Context, file string, progress func(done, all
 		if err != nil {
 			return err
 		}
-		return errors.Join(copyPages(ctx, b, progress), b.Finish())
+		return errors.Join(copyPages(ctx, b, f, progress), b.Finish())
 	})
 	if err != nil {
 		return fmt.Errorf("backup to %s: %w", file, err)
@@ -59,10 +59,15 @@ func (s *Store) Backup(ctx context.Context, file string, progress func(done, all
 	return f.Sync()
 }
 
-func copyPages(ctx context.Context, b *sqlite.Backup, progress func(done, all int)) error {
+func copyPages(ctx context.Context, b *sqlite.Backup, f *os.File, progress func(done, all int)) error {
 	for {
 		more, err := b.Step(backupStep)
 		if err != nil {
+			return err
+		}
+		// Little by little: a broker that syncs its log waits for what is written to
+		// the same file system.
+		if err := f.Sync(); err != nil {
 			return err
 		}
 		progress(b.PageCount()-b.Remaining(), b.PageCount())

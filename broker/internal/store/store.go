@@ -100,7 +100,7 @@ type Store struct {
 	closed  bool  // guarded by mu
 	stopped error // guarded by mu; set once, by commitLoop
 
-	shrunk time.Time // commitLoop's own; when the log was last tried to be emptied
+	log logKeeper
 }
 
 type update struct {
@@ -129,6 +129,8 @@ func Open(path string) (*Store, error) {
 	}
 	s.lock = lock
 	go s.commitLoop()
+	s.log.ended = make(chan struct{})
+	go s.log.run(s.done)
 	return s, nil
 }
 
@@ -206,7 +208,7 @@ func open(path, mode string) (*Store, error) {
 	dsn := (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath()}).String()
 	pragmas := "&_pragma=busy_timeout(10000)&_pragma=foreign_keys(1)"
 	if mode != "ro" {
-		pragmas += fmt.Sprintf("&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=journal_size_limit(%d)", keepLog)
+		pragmas += fmt.Sprintf("&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=journal_size_limit(%d)&_pragma=wal_autocheckpoint(0)", keepLog)
 	}
 	writer, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas+"&_txlock=immediate")
 	if err != nil {
@@ -221,10 +223,14 @@ func open(path, mode string) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(err, writer.Close(), readers.Close())
 	}
+	copier, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas)
+	if err != nil {
+		return nil, errors.Join(err, writer.Close(), readers.Close(), reports.Close())
+	}
 	for _, db := range []struct {
 		*sql.DB
 		most int
-	}{{readers, viewers}, {reports, reporters}} {
+	}{{readers, viewers}, {reports, reporters}, {copier, 1}} {
 		// Kept open: a connection that is opened anew reads the schema first.
 		db.SetMaxOpenConns(db.most)
 		db.SetMaxIdleConns(db.most)
@@ -232,7 +238,7 @@ func open(path, mode string) (*Store, error) {
 	if err := writer.Ping(); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", path, err)
 	}
-	return &Store{path: path, writer: writer, readers: readers, reports: reports, queue: make(chan *update), quit: make(chan struct{}), done: make(chan struct{})}, nil
+	return &Store{path: path, writer: writer, readers: readers, reports: reports, queue: make(chan *update), quit: make(chan struct{}), done: make(chan struct{}), log: newLogKeeper(path+"-wal", writer, copier)}, nil
 }
 
 func (s *Store) migrate() error {
@@ -353,7 +359,7 @@ func (s *Store) Close() error {
 }
 
 func (s *Store) closeDBs() error {
-	return errors.Join(s.readers.Close(), s.reports.Close(), s.writer.Close())
+	return errors.Join(s.readers.Close(), s.reports.Close(), s.log.close(), s.writer.Close())
 }
 
 func (s *Store) stopReason() error {
@@ -388,7 +394,7 @@ func (s *Store) commitLoop() {
 			s.mu.Unlock()
 			return
 		}
-		s.shrinkLog()
+		s.log.committed()
 	}
 }
 
