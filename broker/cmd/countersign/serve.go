@@ -56,7 +56,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	if err != nil {
 		return err
 	}
-	s, err := openStore(c)
+	s, err := openStore(c, log)
 	if err != nil {
 		return err
 	}
@@ -198,9 +198,13 @@ func newLog(format string, w io.Writer) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, nil))
 }
 
-func openStore(c *config.Broker) (*store.Store, error) {
+func openStore(c *config.Broker, log *slog.Logger) (*store.Store, error) {
 	if _, err := os.Stat(c.StoreFile()); err != nil {
 		return nil, fmt.Errorf("%w: `countersign broker init` makes a new broker, `countersign broker restore` brings one back", err)
+	}
+	// An error of this is Open's to tell, in its own words.
+	if behind, err := store.Behind(c.StoreFile()); err == nil && behind {
+		log.Info("bringing an earlier version's store up to date; a large one takes minutes", "store", c.StoreFile())
 	}
 	return store.Open(c.StoreFile())
 }

@@ -184,6 +184,19 @@ func OpenReadOnly(path string) (*Store, error) {
 	return s, nil
 }
 
+// Behind reports whether Open will change the schema of an existing store, which takes
+// minutes where it is large.
+func Behind(path string) (bool, error) {
+	s, err := open(path, "ro")
+	if err != nil {
+		return false, err
+	}
+	err = s.current()
+	return errors.Is(err, errBehind), s.closeDBs()
+}
+
+var errBehind = errors.New("start this version's broker on it once")
+
 // current fails unless the schema is the one that this program knows: who only reads
 // can't bring it up to date.
 func (s *Store) current() error {
@@ -199,7 +212,7 @@ func (s *Store) current() error {
 	case have > len(names):
 		return fmt.Errorf("has schema version %d, this program knows up to %d: use the broker's own version of it", have, len(names))
 	case have < len(names):
-		return fmt.Errorf("has schema version %d, this program needs %d: start this version's broker on it once", have, len(names))
+		return fmt.Errorf("has schema version %d, this program needs %d: %w", have, len(names), errBehind)
 	}
 	return nil
 }
