@@ -4,6 +4,7 @@ names          = ["broker-a.example.com"]          # what agents dial
 trust_domain   = "example.com"                     # of spiffe:// URIs in certificates
 metrics_listen = "[::]:9464"                       # /metrics, /healthz, /readyz, /crl
 ek_roots       = ["/etc/countersign/ek-roots.pem"] # TPM vendors' roots and intermediates
+keep_ended     = "2160h"                           # leases, after their end; the audit log keeps them for good
 
 vault {
   address = "https://vault.example.com:8200"
