@@ -9,6 +9,7 @@ package fsck
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -45,6 +46,7 @@ const (
 	SilentSecrets  = "silent-secrets"   // no record looks like it holds a secret
 	HostsAdmitted  = "hosts-admitted"   // no trusted host that nobody admitted
 	OnlyTrustedNow = "revoked-on-no"    // no working lease of a host that was refused
+	HostsReadable  = "hosts-readable"   // every host's row holds what a broker wrote
 	CountsTrue     = "counts-true"      // the numbers that are kept are those that there are
 	overdueBy      = 5 * time.Minute    // of a grant's due time, before it counts as forgotten
 	secretPattern  = "hvs."             // of Vault's service tokens
@@ -138,8 +140,15 @@ func (c *checker) hosts(ctx context.Context) error {
 	for more := true; more; {
 		var list []inventory.Host
 		if err := c.store.Report(ctx, func(tx *store.Tx) (err error) {
-			list, err = inventory.ByName(tx, after, page)
-			return err
+			if list, err = inventory.ByName(tx, after, page); err != nil {
+				return err
+			}
+			for _, h := range list {
+				if err := c.readable(tx, h.ID); err != nil {
+					return err
+				}
+			}
+			return nil
 		}); err != nil {
 			return err
 		}
@@ -151,6 +160,19 @@ func (c *checker) hosts(ctx context.Context) error {
 		}
 		c.report.Hosts += len(list)
 		more = len(list) == page
+	}
+	return nil
+}
+
+// readable reads a host whole: one that can't be read can't prove itself.
+func (c *checker) readable(tx *store.Tx, id string) error {
+	switch h, err := inventory.Get(tx, id); {
+	case errors.Is(err, inventory.ErrUnreadable):
+		c.bad(HostsReadable, "%v", err)
+	case err != nil:
+		return err
+	case !json.Valid(h.Facts):
+		c.bad(HostsReadable, "host %s: its facts are no JSON", id)
 	}
 	return nil
 }
@@ -244,9 +266,11 @@ func (c *checker) grant(tx *store.Tx, id string) (wrong []Violation, err error) 
 	switch {
 	case errors.Is(err, journal.ErrUnknown):
 		return nil, nil // it was forgotten meanwhile
-	case err != nil:
-		bad(NothingLost, "lease %s can't be read: %v", id, err)
+	case errors.Is(err, journal.ErrUnreadable):
+		bad(NothingLost, "%v", err)
 		return wrong, nil
+	case err != nil:
+		return nil, err
 	}
 	t := c.traces[g.ID]
 	if t.allowed == 0 {

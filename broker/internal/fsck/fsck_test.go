@@ -99,6 +99,7 @@ func TestWhileTheBrokerGoesOn(t *testing.T) {
 		"a host that nobody let in":  {`UPDATE hosts SET admitted = 0`, fsck.HostsAdmitted},
 		"a lease of a refused host":  {`UPDATE hosts SET state = 'failed'`, fsck.OnlyTrustedNow},
 		"a body that can't be read":  {`UPDATE grants SET body = 'x' WHERE id = 'l00004'`, fsck.NothingLost},
+		"a host that can't be read":  {`UPDATE hosts SET labels = 'x'`, fsck.HostsReadable},
 		"a secret among the records": {`UPDATE audit_records SET body = replace(body, '"actor"', '"x":"hvs.CAES","actor"') WHERE idx = 3`, fsck.SilentSecrets},
 	} {
 		t.Run(name, func(t *testing.T) {
