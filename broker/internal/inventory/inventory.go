@@ -262,8 +262,9 @@ type Heard []struct {
 	At time.Time
 }
 
-// LastHeard reads who proved itself last.
-func LastHeard(tx *store.Tx) (Heard, error) {
+// LastHeard reads who proved itself last until now. Later proofs are of a clock that was
+// ahead, and show nobody to be heard.
+func LastHeard(tx *store.Tx, now time.Time) (Heard, error) {
 	return store.Collect(tx, func(row store.Row) (h struct {
 		ID string
 		At time.Time
@@ -272,7 +273,7 @@ func LastHeard(tx *store.Tx) (Heard, error) {
 		err = row.Scan(&h.ID, &ms)
 		h.At = store.Time(ms)
 		return h, err
-	}, `SELECT id, last_proved FROM hosts WHERE last_proved > 0 ORDER BY last_proved DESC, id DESC LIMIT 2`)
+	}, `SELECT id, last_proved FROM hosts WHERE last_proved > 0 AND last_proved <= ? ORDER BY last_proved DESC, id DESC LIMIT 2`, store.Millis(now))
 }
 
 // Since reports whether another host than except proved itself after t.

@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -58,6 +59,9 @@ type Watch struct {
 func (w *Watch) Run(ctx context.Context) error {
 	last, err := w.lastAlive(ctx)
 	if err != nil {
+		return err
+	}
+	if err := w.recall(ctx); err != nil {
 		return err
 	}
 	ran := time.Duration(0) // since last, as far as this process knows
@@ -154,7 +158,7 @@ func (w *Watch) look(ctx context.Context, now time.Time) error {
 		var heard inventory.Heard
 		if err := w.Store.View(ctx, func(tx *store.Tx) (err error) {
 			if silent, err = inventory.Silent(tx, now, after, page); err == nil {
-				heard, err = inventory.LastHeard(tx)
+				heard, err = inventory.LastHeard(tx, now)
 			}
 			return err
 		}); err != nil {
@@ -178,7 +182,36 @@ func (w *Watch) look(ctx context.Context, now time.Time) error {
 	}
 }
 
-// letGo forgets held hosts that are stale no more: some in each look.
+// heldWords are in the reason of a host that the brake holds.
+const heldWords = "held by the brake"
+
+// recall finds the hosts that were held before a restart: they still wait for an
+// operator.
+func (w *Watch) recall(ctx context.Context) error {
+	held, after := map[string]bool{}, inventory.Cursor{}
+	for more := true; more; {
+		if err := w.Store.View(ctx, func(tx *store.Tx) error {
+			hosts, err := inventory.ByName(tx, after, page)
+			for _, h := range hosts {
+				after = h.Cursor()
+				if h.State == inventory.Stale && h.SilentAt.IsZero() && strings.Contains(h.Reason, heldWords) {
+					held[h.ID] = true
+				}
+			}
+			more = len(hosts) == page
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.held = held
+	return nil
+}
+
+// letGo forgets held hosts that are stale no more, or have nothing left to lose: some in
+// each look.
 func (w *Watch) letGo(ctx context.Context) error {
 	w.mu.Lock()
 	var ids []string
@@ -191,11 +224,15 @@ func (w *Watch) letGo(ctx context.Context) error {
 	return w.Store.View(ctx, func(tx *store.Tx) error {
 		for _, id := range ids {
 			h, err := inventory.Get(tx, id)
-			switch {
-			case err == nil && h.State == inventory.Stale && h.SilentAt.IsZero(), errors.Is(err, inventory.ErrUnreadable):
-				continue
-			case err != nil && !errors.Is(err, inventory.ErrUnknown):
+			if err != nil && !errors.Is(err, inventory.ErrUnknown) && !errors.Is(err, inventory.ErrUnreadable) {
 				return err
+			}
+			left, err := journal.CountUnended(tx, id)
+			if err != nil {
+				return err
+			}
+			if left > 0 && (h.Unreadable != nil || h.State == inventory.Stale && h.SilentAt.IsZero()) {
+				continue
 			}
 			w.mu.Lock()
 			delete(w.held, id)
@@ -289,7 +326,7 @@ func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.T
 	if len(due) > 0 && !mayRevoke {
 		due, held = nil, true
 		h.SilentAt = time.Time{}
-		h.Reason = fmt.Sprintf("silent since %s; held by the brake: `countersign lease revoke --host %s` ends its leases", h.LastProved.Format(time.RFC3339), h.ID)
+		h.Reason = fmt.Sprintf("silent since %s; %s: `countersign lease revoke --host %s` ends its leases", h.LastProved.Format(time.RFC3339), heldWords, h.ID)
 		if err := w.record(tx, h, now, "host.held"); err != nil {
 			return nil, false, err
 		}

@@ -239,6 +239,41 @@ func TestTheBrakeAfterAClockThatWasAhead(t *testing.T) {
 	}
 }
 
+// Held hosts wait for an operator over a restart, too, until their leases have ended.
+func TestHeldOverARestart(t *testing.T) {
+	w, s := watched(t, 3, 1, noon.Add(-time.Minute))
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Fatal(err)
+	}
+	w = &Watch{Store: s, Leases: w.Leases, Brake: w.Brake, Log: w.Log, Now: w.Now}
+	if err := w.recall(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if alarms := w.Alarms(); len(alarms) != 1 || !strings.Contains(alarms[0], "2 silent hosts are held") {
+		t.Errorf("after a restart: %q", alarms)
+	}
+	if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(`UPDATE grants SET state = 'gone'`); return err }); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Fatal(err)
+	}
+	if alarms := w.Alarms(); len(alarms) != 0 {
+		t.Errorf("with nothing left to end: %q", alarms)
+	}
+}
+
+// A proof of a clock that was ahead by some hours is nobody who was heard.
+func TestHeardByAClockThatWasAhead(t *testing.T) {
+	w, s := watched(t, 3, 3, noon.Add(20*time.Hour))
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Fatal(err)
+	}
+	if hosts, leases, _ := have(t, s, inventory.Stale, journal.Revoking); hosts != 0 || leases != 0 {
+		t.Errorf("%d hosts are stale, %d leases revoked, and nobody was heard", hosts, leases)
+	}
+}
+
 // Time in which the broker ran counts as served, however slow it was; a stop and a
 // jump of the clock don't.
 func TestUnservedTime(t *testing.T) {
