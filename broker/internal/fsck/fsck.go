@@ -9,9 +9,11 @@ package fsck
 import (
 	"bytes"
 	"context"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -75,11 +77,42 @@ type checker struct {
 // A trace is what the log has of a lease: indexes of records, counted from 1; 0: none.
 type trace struct{ allowed, issued, ended int64 }
 
-// Check looks at everything once.
+// aliveKey is when the broker last served, by package silence.
+const aliveKey = "silence.alive"
+
+// served reads the broker's own time, as far as it served: by that, leases are overdue or
+// not. The wall clock may have been set since its start, and while it is stopped nobody
+// looks after a lease in time.
+func (c *checker) served(ctx context.Context) error {
+	return c.store.Report(ctx, func(tx *store.Tx) error {
+		var text string
+		err := tx.QueryRow(`SELECT value FROM meta WHERE name = ?`, aliveKey).Scan(&text)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if ms, err := strconv.ParseInt(text, 10, 64); err == nil {
+			c.now = store.Time(ms)
+		}
+		return nil
+	})
+}
+
+// Check looks at everything once. Now counts where no broker has served from the store.
 func Check(ctx context.Context, s *store.Store, now time.Time, progress Progress) (Report, error) {
 	c := &checker{store: s, now: now, progress: progress, report: Report{Violations: []Violation{}}, traces: map[string]trace{}}
+	if err := c.served(ctx); err != nil {
+		return c.report, err
+	}
 	if err := c.log.Verify(ctx, s, c.record); err != nil {
 		return c.report, err
+	}
+	// Before the others, of which not all may be listed.
+	broken := c.log.Problem != nil
+	if broken {
+		c.bad(AuditIntact, "%v", c.log.Problem)
 	}
 	if err := c.hosts(ctx); err != nil {
 		return c.report, err
@@ -95,7 +128,7 @@ func Check(ctx context.Context, s *store.Store, now time.Time, progress Progress
 		return c.report, err
 	}
 	c.report.Records = c.log.Tree.Size()
-	if c.log.Problem != nil {
+	if !broken && c.log.Problem != nil {
 		c.bad(AuditIntact, "%v", c.log.Problem)
 	}
 	return c.report, nil
