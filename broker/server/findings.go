@@ -20,6 +20,9 @@ func findingMessage(f findings.Finding) *v1.Finding {
 	for _, e := range f.Evidence {
 		m.Evidence = append(m.Evidence, e)
 	}
+	if f.Unreadable != nil {
+		m.Why = f.Unreadable.Error()
+	}
 	return m
 }
 

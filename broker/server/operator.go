@@ -112,6 +112,9 @@ func hostMessage(h inventory.Host) *v1.Host {
 	for _, ek := range h.EKs {
 		m.EkHashes = append(m.EkHashes, ek.String())
 	}
+	if h.Unreadable != nil {
+		m.StateReason = h.Unreadable.Error()
+	}
 	return m
 }
 
@@ -404,6 +407,9 @@ func leaseMessage(g journal.Grant, hostName string) *v1.Lease {
 		if v != "" {
 			names[k] = v
 		}
+	}
+	if g.Unreadable != nil {
+		g.Reason = g.Unreadable.Error()
 	}
 	return &v1.Lease{Id: g.ID, Host: g.Host, HostName: hostName, Scope: g.Scope, Kind: g.Kind, State: string(g.State), Reason: g.Reason, Subject: g.Subject,
 		Names: names, Sources: g.Sources, Audience: g.Audience, Issued: stamp(g.Issued), Expires: stamp(g.Expires), Revoked: stamp(g.Ended), ProveBy: stamp(g.ProveBy),

@@ -6,12 +6,14 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/fsck"
+	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
 	"github.com/countersign/countersign/broker/internal/store"
 	"github.com/countersign/countersign/broker/wire/durable"
 	"github.com/countersign/countersign/broker/wire/faults"
@@ -44,13 +46,11 @@ which is kept elsewhere.`,
 				return err
 			}
 			b := backedUp{File: args[0]}
-			if err := b.store(cmd, c); err != nil {
-				return err
-			}
 			if keys {
-				if b.Keys, err = copyKeys(c, args[0]+".keys"); err != nil {
-					return err
-				}
+				b.Keys = args[0] + ".keys"
+			}
+			if err := b.make(cmd, c); err != nil {
+				return err
 			}
 			if err := o.print(cmd.OutOrStdout(), b, func(w io.Writer) {
 				for _, v := range b.Report.Violations {
@@ -73,11 +73,50 @@ which is kept elsewhere.`,
 	return cmd
 }
 
+// make copies the store, and the keys if they are wanted.
+func (b *backedUp) make(cmd *cobra.Command, c *config.Broker) error {
+	for _, file := range []string{b.File, b.Keys} {
+		if _, err := os.Lstat(file); !errors.Is(err, os.ErrNotExist) {
+			return no("%s exists: a backup never overwrites a file", file)
+		}
+	}
+	if err := private(filepath.Dir(b.File)); err != nil {
+		return err
+	}
+	// Two at once could take each other's copies.
+	lock, err := os.Open(c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Close() }()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return no("another backup of this store is being made (%s is locked: %v)", c.StateDir, err)
+	}
+	if err := b.store(cmd, c); err != nil || b.Keys == "" {
+		return err
+	}
+	if err := copyKeys(c.StateDir, b.Keys); err != nil {
+		return fmt.Errorf("%s is whole, but the keys are not copied: %w", b.File, err)
+	}
+	return nil
+}
+
+// private fails for a folder that others can write to: by a link in the place of the
+// copy they could have any file of the machine overwritten.
+func private(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	owner := info.Sys().(*syscall.Stat_t).Uid
+	if info.Mode().Perm()&0o022 != 0 || owner != 0 && int(owner) != os.Geteuid() {
+		return no("others can write to %s: back up into a folder that only its owner can write to (`chmod go-w`), and that is yours or root's", dir)
+	}
+	return nil
+}
+
 // store copies and verifies the store.
 func (b *backedUp) store(cmd *cobra.Command, c *config.Broker) error {
-	if _, err := os.Lstat(b.File); !errors.Is(err, os.ErrNotExist) {
-		return no("%s exists: a backup never overwrites a file", b.File)
-	}
 	s, err := store.OpenReadOnly(c.StoreFile())
 	if err != nil {
 		return err
@@ -130,23 +169,29 @@ func removeStore(file string) error {
 	return errors.Join(errs...)
 }
 
-// copyKeys copies keys and certificates from the state folder to a new folder.
-func copyKeys(c *config.Broker, dir string) (string, error) {
+// keyFiles are the broker's keys and certificates in the state folder, by name: whatever
+// else is there, such as the key password or Vault's secret id, is not copied.
+var keyFiles = []string{
+	"host-ca.crt", "host-ca.key", "operator-ca.crt", "operator-ca.key",
+	"workload-ca.crt", "workload-ca.key", "workload-ca-issuer.crt", "workload-ca-issuer.key",
+	"audit.key", "audit.pub", fingerprint.KeyFile,
+}
+
+// copyKeys copies what there is of keyFiles to a new folder: all of it, or nothing.
+func copyKeys(stateDir, dir string) (err error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
-		return "", err
+		return err
 	}
-	entries, err := os.ReadDir(c.StateDir)
-	if err != nil {
-		return "", err
-	}
-	for _, e := range entries {
-		from := filepath.Join(c.StateDir, e.Name())
-		if !e.Type().IsRegular() || strings.HasPrefix(e.Name(), filepath.Base(c.StoreFile())) || from == filepath.Clean(c.KeyPasswordFile) {
-			continue
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(dir))
 		}
-		if err := copyFile(from, filepath.Join(dir, e.Name())); err != nil {
-			return "", err
+	}()
+	for _, name := range keyFiles {
+		err := copyFile(filepath.Join(stateDir, name), filepath.Join(dir, name))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
 		}
 	}
-	return dir, durable.SyncDir(dir)
+	return durable.SyncDir(dir)
 }

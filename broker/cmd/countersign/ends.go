@@ -52,7 +52,7 @@ func (e ends) alarms(log *slog.Logger, now time.Time) []string {
 	list, err := e.list(ctx, now)
 	if err != nil {
 		log.Error("what ends by itself is not known", "err", err)
-		return nil
+		return []string{"what ends by itself is not known: " + err.Error()}
 	}
 	return expiry.Alarms(list, now)
 }

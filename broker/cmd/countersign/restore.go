@@ -37,7 +37,7 @@ func restoreCommand(file *string) *cobra.Command {
 			}
 			s, err := store.Open(c.StoreFile())
 			if err != nil {
-				return err
+				return errors.Join(err, removeStore(c.StoreFile()))
 			}
 			var epoch int64
 			err = verifyLog(cmd, s)
@@ -52,7 +52,7 @@ func restoreCommand(file *string) *cobra.Command {
 				})
 			}
 			if err := errors.Join(err, s.Close()); err != nil {
-				return errors.Join(err, os.Remove(c.StoreFile()))
+				return errors.Join(err, removeStore(c.StoreFile()))
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "restored as epoch %d. Leases that were issued after the backup come back as their hosts prove themselves; "+
 				"`countersign vault orphans` then lists what Vault has and nobody spoke for.\n", epoch)
@@ -79,6 +79,7 @@ func verifyLog(cmd *cobra.Command, s *store.Store) error {
 	return nil
 }
 
+// copyFile copies a file to a new one, or leaves none.
 func copyFile(from, to string) (err error) {
 	in, err := os.Open(from)
 	if err != nil {
@@ -89,7 +90,11 @@ func copyFile(from, to string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, out.Close()) }()
+	defer func() {
+		if err = errors.Join(err, out.Close()); err != nil {
+			err = errors.Join(err, os.Remove(to))
+		}
+	}()
 	if _, err := io.Copy(out, in); err != nil {
 		return err
 	}

@@ -186,7 +186,7 @@ func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(j
 		return err
 	}
 	for _, g := range grants {
-		if !which(g) {
+		if g.Unreadable != nil || !which(g) {
 			continue
 		}
 		if _, err := d.Leases.Event(ctx, g.ID, journal.Revoke{Reason: reason}, lease.Cause{Actor: "broker", Request: request, Later: true}); err != nil {

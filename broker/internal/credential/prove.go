@@ -108,7 +108,7 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 		}
 		for _, g := range grants {
 			// A lease that came while the proof was being made is not in it.
-			if !held[g.ID] && g.Acked.Add(journal.ProvisionalFor).Before(p.given.At) {
+			if !held[g.ID] && g.Unreadable == nil && g.Acked.Add(journal.ProvisionalFor).Before(p.given.At) {
 				ends = append(ends, end{g.ID, "the host no longer holds it"})
 			}
 		}
@@ -152,6 +152,10 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 	switch {
 	case errors.Is(err, journal.ErrUnknown), err == nil && g.Host != p.host.ID:
 		v.Outcome, v.Reason = wire.CheckGone, "this host has no such lease"
+		return v, "", nil
+	case errors.Is(err, journal.ErrUnreadable):
+		// The host's other leases are decided on all the same.
+		v.Outcome, v.Reason = string(wire.Fault), journal.ErrUnreadable.Error()
 		return v, "", nil
 	case err != nil:
 		return v, "", err

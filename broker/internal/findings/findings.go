@@ -61,6 +61,10 @@ type Finding struct {
 	Reason   string            `json:"reason,omitempty"` // for closing it
 	Until    time.Time         `json:"until,omitzero"`   // closed until then
 	Over     bool              `json:"over,omitempty"`   // closed by evidence: of what was seen up to Last
+
+	// Unreadable is why the row can't be read; only what its columns hold is known then.
+	// List returns such a finding with the others, Load fails on it.
+	Unreadable error `json:"-"`
 }
 
 // Bounds of what is kept.

@@ -1,6 +1,7 @@
 package findings
 
 import (
+	"cmp"
 	"database/sql"
 	"encoding/json"
 	"errors"
@@ -15,6 +16,9 @@ import (
 
 // ErrUnknown says that there is no such finding.
 var ErrUnknown = errors.New("no such finding")
+
+// ErrUnreadable is returned for a finding whose row holds what no broker wrote.
+var ErrUnreadable = errors.New("the finding's row can't be read")
 
 const columns = `id, detector, cause_key, severity, lease, host_id, scope, account, status, opened, first, last, count, body`
 
@@ -80,7 +84,7 @@ func prune(tx *store.Tx, now time.Time) error {
 			return err
 		}
 		for _, f := range old {
-			if after = f.Opened; f.Until.After(now) {
+			if after = f.Opened; f.Unreadable != nil || f.Until.After(now) {
 				continue
 			}
 			if _, err := tx.Exec(`DELETE FROM findings WHERE id = ?`, f.ID); err != nil {
@@ -132,7 +136,7 @@ func one(tx *store.Tx, query string, args ...any) (Finding, error) {
 	if errors.Is(err, sql.ErrNoRows) {
 		return f, fmt.Errorf("%w: %v; `countersign finding list --status all` shows them", ErrUnknown, args[len(args)-1])
 	}
-	return f, err
+	return f, cmp.Or(err, f.Unreadable)
 }
 
 func scan(row store.Row) (Finding, error) {
@@ -143,10 +147,12 @@ func scan(row store.Row) (Finding, error) {
 		return c, err
 	}
 	c.First, c.Last = store.Time(first), store.Time(last)
-	if err := json.Unmarshal([]byte(body), &c); err != nil {
-		return c, fmt.Errorf("finding %s: %w", c.ID, err)
+	f := c
+	if err := json.Unmarshal([]byte(body), &f); err != nil {
+		c.Unreadable = fmt.Errorf("%w: %s: %w", ErrUnreadable, c.ID, err)
+		return c, nil
 	}
-	return c, nil
+	return f, nil
 }
 
 // A Filter selects findings; empty fields select all.
@@ -180,7 +186,7 @@ func (f Filter) query() (string, []any) {
 	return `SELECT ` + columns + ` FROM findings WHERE ` + strings.Join(where, ` AND `) + ` ORDER BY ` + order + ` LIMIT ?`, append(args, f.Limit)
 }
 
-// List reads findings in the order of opening.
+// List reads findings in the order of opening, those that are unreadable among them.
 func List(tx *store.Tx, f Filter) ([]Finding, error) {
 	query, args := f.query()
 	return store.Collect(tx, scan, query, args...)

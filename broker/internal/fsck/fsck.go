@@ -9,8 +9,11 @@ package fsck
 import (
 	"bytes"
 	"context"
+	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -45,6 +48,7 @@ const (
 	SilentSecrets  = "silent-secrets"   // no record looks like it holds a secret
 	HostsAdmitted  = "hosts-admitted"   // no trusted host that nobody admitted
 	OnlyTrustedNow = "revoked-on-no"    // no working lease of a host that was refused
+	HostsReadable  = "hosts-readable"   // every host's row holds what a broker wrote
 	CountsTrue     = "counts-true"      // the numbers that are kept are those that there are
 	overdueBy      = 5 * time.Minute    // of a grant's due time, before it counts as forgotten
 	secretPattern  = "hvs."             // of Vault's service tokens
@@ -73,11 +77,42 @@ type checker struct {
 // A trace is what the log has of a lease: indexes of records, counted from 1; 0: none.
 type trace struct{ allowed, issued, ended int64 }
 
-// Check looks at everything once.
+// aliveKey is when the broker last served, by package silence.
+const aliveKey = "silence.alive"
+
+// served reads the broker's own time, as far as it served: by that, leases are overdue or
+// not. The wall clock may have been set since its start, and while it is stopped nobody
+// looks after a lease in time.
+func (c *checker) served(ctx context.Context) error {
+	return c.store.Report(ctx, func(tx *store.Tx) error {
+		var text string
+		err := tx.QueryRow(`SELECT value FROM meta WHERE name = ?`, aliveKey).Scan(&text)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if ms, err := strconv.ParseInt(text, 10, 64); err == nil {
+			c.now = store.Time(ms)
+		}
+		return nil
+	})
+}
+
+// Check looks at everything once. Now counts where no broker has served from the store.
 func Check(ctx context.Context, s *store.Store, now time.Time, progress Progress) (Report, error) {
 	c := &checker{store: s, now: now, progress: progress, report: Report{Violations: []Violation{}}, traces: map[string]trace{}}
+	if err := c.served(ctx); err != nil {
+		return c.report, err
+	}
 	if err := c.log.Verify(ctx, s, c.record); err != nil {
 		return c.report, err
+	}
+	// Before the others, of which not all may be listed.
+	broken := c.log.Problem != nil
+	if broken {
+		c.bad(AuditIntact, "%v", c.log.Problem)
 	}
 	if err := c.hosts(ctx); err != nil {
 		return c.report, err
@@ -93,7 +128,7 @@ func Check(ctx context.Context, s *store.Store, now time.Time, progress Progress
 		return c.report, err
 	}
 	c.report.Records = c.log.Tree.Size()
-	if c.log.Problem != nil {
+	if !broken && c.log.Problem != nil {
 		c.bad(AuditIntact, "%v", c.log.Problem)
 	}
 	return c.report, nil
@@ -138,8 +173,15 @@ func (c *checker) hosts(ctx context.Context) error {
 	for more := true; more; {
 		var list []inventory.Host
 		if err := c.store.Report(ctx, func(tx *store.Tx) (err error) {
-			list, err = inventory.ByName(tx, after, page)
-			return err
+			if list, err = inventory.ByName(tx, after, page); err != nil {
+				return err
+			}
+			for _, h := range list {
+				if err := c.readable(tx, h.ID); err != nil {
+					return err
+				}
+			}
+			return nil
 		}); err != nil {
 			return err
 		}
@@ -151,6 +193,19 @@ func (c *checker) hosts(ctx context.Context) error {
 		}
 		c.report.Hosts += len(list)
 		more = len(list) == page
+	}
+	return nil
+}
+
+// readable reads a host whole: one that can't be read can't prove itself.
+func (c *checker) readable(tx *store.Tx, id string) error {
+	switch h, err := inventory.Get(tx, id); {
+	case errors.Is(err, inventory.ErrUnreadable):
+		c.bad(HostsReadable, "%v", err)
+	case err != nil:
+		return err
+	case !json.Valid(h.Facts):
+		c.bad(HostsReadable, "host %s: its facts are no JSON", id)
 	}
 	return nil
 }
@@ -244,9 +299,11 @@ func (c *checker) grant(tx *store.Tx, id string) (wrong []Violation, err error) 
 	switch {
 	case errors.Is(err, journal.ErrUnknown):
 		return nil, nil // it was forgotten meanwhile
-	case err != nil:
-		bad(NothingLost, "lease %s can't be read: %v", id, err)
+	case errors.Is(err, journal.ErrUnreadable):
+		bad(NothingLost, "%v", err)
 		return wrong, nil
+	case err != nil:
+		return nil, err
 	}
 	t := c.traces[g.ID]
 	if t.allowed == 0 {

@@ -87,21 +87,22 @@ func TestWhileTheBrokerGoesOn(t *testing.T) {
 	if err != nil || report.Total != 0 || went < 3 {
 		t.Fatalf("%+v after %d changes, %v", report.Violations, went, err)
 	}
-	for name, c := range map[string]struct{ damage, invariant string }{
-		"an end that was forgotten":  {`UPDATE grants SET state = 'gone', due = 0 WHERE id = 'l00001'`, fsck.EndsRecorded},
-		"a lease that nobody ends":   {`UPDATE grants SET due = 0 WHERE id = 'l00002'`, fsck.NothingLost},
-		"a lease without an allow":   {`UPDATE grants SET id = 'other' WHERE id = 'l00003'`, fsck.AllowFirst},
-		"a number that isn't true":   {`UPDATE counts SET n = n + 1 WHERE topic = 'hosts'`, fsck.CountsTrue},
-		"a record that was changed":  {`UPDATE audit_records SET body = replace(body, 'host:h', 'host:x') WHERE idx = 700`, fsck.AuditIntact},
-		"a hash that was changed":    {`UPDATE audit_hashes SET hash = zeroblob(32) WHERE idx = 1500`, fsck.AuditIntact},
-		"a record that was cut out":  {`DELETE FROM audit_records WHERE idx = 1100`, fsck.AuditIntact},
-		"records that were cut off":  {`DELETE FROM audit_records WHERE idx > 1190`, fsck.AuditIntact},
-		"a host that nobody let in":  {`UPDATE hosts SET admitted = 0`, fsck.HostsAdmitted},
-		"a lease of a refused host":  {`UPDATE hosts SET state = 'failed'`, fsck.OnlyTrustedNow},
-		"a body that can't be read":  {`UPDATE grants SET body = 'x' WHERE id = 'l00004'`, fsck.NothingLost},
-		"a secret among the records": {`UPDATE audit_records SET body = replace(body, '"actor"', '"x":"hvs.CAES","actor"') WHERE idx = 3`, fsck.SilentSecrets},
+	for _, c := range []struct{ name, damage, invariant string }{
+		{"an end that was forgotten", `UPDATE grants SET state = 'gone', due = 0 WHERE id = 'l00001'`, fsck.EndsRecorded},
+		{"a lease that nobody ends", `UPDATE grants SET due = 0 WHERE id = 'l00002'`, fsck.NothingLost},
+		{"a lease without an allow", `UPDATE grants SET id = 'other' WHERE id = 'l00003'`, fsck.AllowFirst},
+		{"a number that isn't true", `UPDATE counts SET n = n + 1 WHERE topic = 'hosts'`, fsck.CountsTrue},
+		{"a record that was changed", `UPDATE audit_records SET body = replace(body, 'host:h', 'host:x') WHERE idx = 700`, fsck.AuditIntact},
+		{"a record that was cut out", `DELETE FROM audit_records WHERE idx = 1100`, fsck.AuditIntact},
+		{"records that were cut off", `DELETE FROM audit_records WHERE idx > 1190`, fsck.AuditIntact},
+		{"a host that nobody let in", `UPDATE hosts SET admitted = 0`, fsck.HostsAdmitted},
+		{"a body that can't be read", `UPDATE grants SET body = 'x' WHERE id = 'l00004'`, fsck.NothingLost},
+		{"a host that can't be read", `UPDATE hosts SET labels = 'x'`, fsck.HostsReadable},
+		{"a secret among the records", `UPDATE audit_records SET body = replace(body, '"actor"', '"x":"hvs.CAES","actor"') WHERE idx = 3`, fsck.SilentSecrets},
+		{"a lease of a refused host", `UPDATE hosts SET state = 'failed'`, fsck.OnlyTrustedNow},
+		{"a changed hash, beside more than are listed", `UPDATE audit_hashes SET hash = zeroblob(32) WHERE idx = 1500`, fsck.AuditIntact},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(c.name, func(t *testing.T) {
 			if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(c.damage); return err }); err != nil {
 				t.Fatal(err)
 			}
@@ -116,5 +117,25 @@ func TestWhileTheBrokerGoesOn(t *testing.T) {
 			}
 			t.Errorf("%s isn't among %d violations", c.invariant, report.Total)
 		})
+	}
+}
+
+// A lease is overdue by the broker's own time: not because the wall clock was set
+// forward, or because the broker is stopped.
+func TestOverdueByTheBrokersTime(t *testing.T) {
+	s := open(t)
+	issue(t, s, "l", now)
+	wall := now.Add(5 * time.Hour)
+	for at, want := range map[time.Time]int{now.Add(30 * time.Minute): 0, now.Add(2 * time.Hour): 1} {
+		if err := s.Update(t.Context(), func(tx *store.Tx) error {
+			_, err := tx.Exec(`INSERT INTO meta (name, value) VALUES ('silence.alive', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value`, fmt.Sprint(store.Millis(at)))
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		report, err := fsck.Check(t.Context(), s, wall, func(string, int64, int64) {})
+		if err != nil || report.Total != want {
+			t.Errorf("served until %s: %+v, %v; want %d violations", at, report.Violations, err, want)
+		}
 	}
 }

@@ -8,6 +8,7 @@
 package inventory
 
 import (
+	"cmp"
 	"crypto/rand"
 	"database/sql"
 	"encoding/base32"
@@ -63,6 +64,10 @@ type Host struct {
 	Created     time.Time
 	LastProved  time.Time
 	SilentAt    time.Time // when it counts as silent, in serving time; zero: never
+
+	// Unreadable is why the row can't be read whole. Lists have such a host, too; nothing
+	// else reads or writes it.
+	Unreadable error `json:"-"`
 }
 
 var (
@@ -70,6 +75,8 @@ var (
 	ErrUnknown = errors.New("no such host")
 	// ErrTaken says that an EK belongs to a host already.
 	ErrTaken = errors.New("the EK belongs to another host")
+	// ErrUnreadable is returned for a host whose row holds what no broker wrote.
+	ErrUnreadable = errors.New("the host's row can't be read")
 )
 
 // NewID makes a random id: 80 bits, lowercase base 32.
@@ -90,6 +97,9 @@ const (
 
 // Save writes h as it is now, its EKs too; an EK of another host is ErrTaken.
 func Save(tx *store.Tx, h Host) error {
+	if h.Unreadable != nil {
+		return h.Unreadable
+	}
 	labels, err := json.Marshal(h.Labels)
 	if err != nil {
 		return err
@@ -159,9 +169,8 @@ func ByEK(tx *store.Tx, ek evidence.Digest) (Host, error) {
 	return one(tx, `SELECT `+columns+` FROM hosts WHERE id = (SELECT host_id FROM host_eks WHERE ek_hash = ?)`, ek.String())
 }
 
-// mostNamesakes bounds the hosts of one name that Find looks at, admitted ones first: those that wait
-// for admission name
-// themselves.
+// mostNamesakes bounds the hosts of one name that Find looks at, admitted ones first:
+// those that wait for admission name themselves.
 const mostNamesakes = 1000
 
 // Find reads a host by id, or by its name where only one has that name.
@@ -184,7 +193,7 @@ func Find(tx *store.Tx, idOrName string) (Host, error) {
 	if len(list) > 1 {
 		return Host{}, fmt.Errorf("%d hosts are named %s: use the id", len(list), idOrName)
 	}
-	return list[0], nil
+	return list[0], list[0].Unreadable
 }
 
 // A Cursor is a host's place in a list; the zero Cursor is before the first.
@@ -253,8 +262,9 @@ type Heard []struct {
 	At time.Time
 }
 
-// LastHeard reads who proved itself last.
-func LastHeard(tx *store.Tx) (Heard, error) {
+// LastHeard reads who proved itself last until now. Later proofs are of a clock that was
+// ahead, and show nobody to be heard.
+func LastHeard(tx *store.Tx, now time.Time) (Heard, error) {
 	return store.Collect(tx, func(row store.Row) (h struct {
 		ID string
 		At time.Time
@@ -263,7 +273,7 @@ func LastHeard(tx *store.Tx) (Heard, error) {
 		err = row.Scan(&h.ID, &ms)
 		h.At = store.Time(ms)
 		return h, err
-	}, `SELECT id, last_proved FROM hosts WHERE last_proved > 0 ORDER BY last_proved DESC, id DESC LIMIT 2`)
+	}, `SELECT id, last_proved FROM hosts WHERE last_proved > 0 AND last_proved <= ? ORDER BY last_proved DESC, id DESC LIMIT 2`, store.Millis(now))
 }
 
 // Since reports whether another host than except proved itself after t.
@@ -287,7 +297,7 @@ func one(tx *store.Tx, query string, arg any) (Host, error) {
 	if errors.Is(err, sql.ErrNoRows) {
 		return h, fmt.Errorf("%w: %v", ErrUnknown, arg)
 	}
-	return h, err
+	return h, cmp.Or(err, h.Unreadable)
 }
 
 func scan(row store.Row) (Host, error) {
@@ -303,32 +313,40 @@ func scan(row store.Row) (Host, error) {
 	h.State = State(state)
 	h.Facts = json.RawMessage(facts)
 	h.Created, h.LastProved, h.SilentAt = store.Time(created), store.Time(proved), store.Time(silent)
+	if err := h.parse(key, eks.String, labels, counters, pcrs); err != nil {
+		h.Unreadable = fmt.Errorf("%w: %s: %w", ErrUnreadable, h.ID, err)
+	}
+	return h, nil
+}
+
+// parse reads the columns that hold more than a word or a number.
+func (h *Host) parse(key sql.NullString, eks, labels, counters, pcrs string) (err error) {
 	if key.Valid {
 		if h.TLSKey, err = evidence.ParseDigest(key.String); err != nil {
-			return h, fmt.Errorf("host %s: %w", h.ID, err)
+			return fmt.Errorf("TLS key: %w", err)
 		}
 	}
-	for text := range strings.SplitSeq(eks.String, ",") {
+	for text := range strings.SplitSeq(eks, ",") {
 		if text == "" {
 			continue
 		}
 		ek, err := evidence.ParseDigest(text)
 		if err != nil {
-			return h, fmt.Errorf("host %s: EK: %w", h.ID, err)
+			return fmt.Errorf("EK: %w", err)
 		}
 		h.EKs = append(h.EKs, ek)
 	}
 	slices.SortFunc(h.EKs, func(a, b evidence.Digest) int { return strings.Compare(a.String(), b.String()) })
 	for _, f := range []struct {
-		text string
-		into any
-	}{{labels, &h.Labels}, {counters, &h.Counters}, {pcrs, &h.PCRs}} {
+		name, text string
+		into       any
+	}{{"labels", labels, &h.Labels}, {"counters", counters, &h.Counters}, {"PCRs", pcrs, &h.PCRs}} {
 		if f.text == "" {
 			continue
 		}
 		if err := json.Unmarshal([]byte(f.text), f.into); err != nil {
-			return h, fmt.Errorf("host %s: %w", h.ID, err)
+			return fmt.Errorf("%s: %w", f.name, err)
 		}
 	}
-	return h, nil
+	return nil
 }

@@ -82,6 +82,10 @@ type Grant struct {
 	Reason    string `json:"reason,omitempty"`    // why it ends
 	Attempts  int    `json:"attempts,omitempty"`  // of revoking it
 	LastError string `json:"last_error,omitempty"`
+
+	// Unreadable is why the row can't be read; only what its columns hold is known then.
+	// List returns such a grant with the others, Load and Save fail on it.
+	Unreadable error `json:"-"`
 }
 
 // A Machine is how the host had booted, as the decision knew it that a grant was made

@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"cmp"
 	"database/sql"
 	"encoding/json"
 	"errors"
@@ -16,10 +17,16 @@ import (
 // ErrUnknown says that the journal has no such grant.
 var ErrUnknown = errors.New("no such lease")
 
+// ErrUnreadable is returned for a grant whose row holds what no broker wrote.
+var ErrUnreadable = errors.New("the lease's row can't be read")
+
 const columns = `id, host_id, scope, kind, state, delivery_id, instance, due, issued, ended, body`
 
 // Save writes g as it is now.
 func Save(tx *store.Tx, g Grant) error {
+	if g.Unreadable != nil {
+		return g.Unreadable
+	}
 	body, err := json.Marshal(g)
 	if err != nil {
 		return err
@@ -38,7 +45,7 @@ func Load(tx *store.Tx, id string) (Grant, error) {
 	if errors.Is(err, sql.ErrNoRows) {
 		return g, fmt.Errorf("%w: %s", ErrUnknown, id)
 	}
-	return g, err
+	return g, cmp.Or(err, g.Unreadable)
 }
 
 func scan(row store.Row) (Grant, error) {
@@ -50,7 +57,7 @@ func scan(row store.Row) (Grant, error) {
 		return g, err
 	}
 	if err := json.Unmarshal(body, &g); err != nil {
-		return g, fmt.Errorf("grant %s: %w", id, err)
+		g = Grant{Unreadable: fmt.Errorf("%w: %s: %w", ErrUnreadable, id, err)}
 	}
 	g.ID, g.Host, g.Scope, g.Kind, g.State = id, host, scope, kind, State(state)
 	g.DeliveryID, g.Instance = delivery, instance
@@ -183,7 +190,7 @@ func (f Filter) states(add func(string, ...any)) {
 	add(`+state IN (`+strings.TrimSuffix(strings.Repeat("?, ", len(args)), ", ")+`)`, args...)
 }
 
-// List reads grants by the time of issue.
+// List reads grants by the time of issue, those that are unreadable among them.
 func List(tx *store.Tx, f Filter) ([]Grant, error) {
 	query, args := f.query()
 	return store.Collect(tx, scan, query, args...)
@@ -231,20 +238,23 @@ func Overdue(tx *store.Tx, kind string, t time.Time) (n uint64, oldest time.Time
 
 // Forgettable looks at limit grants behind after, by the time of issue, and returns the
 // ids of those that ended at t or before, and whose ticket did: by a ticket a lease comes
-// back that the journal doesn't know. Next is where to go on, zero at the end.
+// back that the journal doesn't know. One that can't be read is passed over. Next is where
+// to go on, zero at the end.
 func Forgettable(tx *store.Tx, t time.Time, after Cursor, limit int) (ids []string, next Cursor, err error) {
 	n := 0
 	err = tx.Each(func(row store.Row) error {
-		var ended, ttl int64 // in milliseconds and nanoseconds
+		var ended int64       // in milliseconds
+		var ttl sql.NullInt64 // in nanoseconds; null: unreadable
 		if err := row.Scan(&next.Issued, &next.ID, &ended, &ttl); err != nil {
 			return err
 		}
 		n++
-		if expires := store.Time(next.Issued).Add(time.Duration(ttl)); !store.Time(ended).After(t) && !expires.After(t) {
+		if expires := store.Time(next.Issued).Add(time.Duration(ttl.Int64)); ttl.Valid && !store.Time(ended).After(t) && !expires.After(t) {
 			ids = append(ids, next.ID)
 		}
 		return nil
-	}, `SELECT issued, id, ended, COALESCE(json_extract(body, '$.ttl'), 0) FROM grants
+	}, `SELECT issued, id, ended,
+		CASE json_valid(body) WHEN 1 THEN CASE json_type(body, '$.ttl') WHEN 'integer' THEN json_extract(body, '$.ttl') END END FROM grants
 		WHERE state = 'gone' AND (issued, id) > (?, ?) AND issued <= ? ORDER BY issued, id LIMIT ?`, after.Issued, after.ID, store.Millis(t), limit)
 	if n < limit {
 		next = Cursor{}

@@ -190,7 +190,9 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 			return err
 		}
 		for _, e := range earlier {
-			superseded = append(superseded, e.ID)
+			if e.Unreadable == nil {
+				superseded = append(superseded, e.ID)
+			}
 		}
 		// Not all of the scope's: a host may have hundreds, and each is read whole.
 		same, err := journal.List(tx, journal.Filter{Host: g.Host, Scope: g.Scope, Instance: &g.Instance, States: journal.Unended})
@@ -319,31 +321,55 @@ func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Caus
 // recordAll steps many grants in one transaction. One that can't be read, or that the
 // event doesn't fit, is left as it is and returned in odd; the others go on.
 func (m *Manager) recordAll(ctx context.Context, ids []string, e journal.Event, c Cause) (steps []step, odd map[string]error, err error) {
-	err = m.store.Update(ctx, func(tx *store.Tx) error {
-		steps, odd = nil, map[string]error{}
-		now := m.now()
-		for _, id := range ids {
-			before, err := journal.Load(tx, id)
-			if err != nil {
-				odd[id] = err
-				continue
-			}
-			g, effects, err := journal.Step(before, e, now)
-			if err != nil {
-				odd[id] = err
-				continue
-			}
-			if err := write(tx, before, g, e, c, now); err != nil {
-				return err
-			}
-			steps = append(steps, step{g, effects})
-		}
-		return nil
+	err = m.store.Update(ctx, func(tx *store.Tx) (err error) {
+		steps, odd, err = m.recordIn(tx, ids, e, c)
+		return err
 	})
 	for _, s := range steps {
 		m.due(s.grant)
 	}
 	return steps, odd, err
+}
+
+// recordIn is recordAll in the caller's transaction.
+func (m *Manager) recordIn(tx *store.Tx, ids []string, e journal.Event, c Cause) (steps []step, odd map[string]error, err error) {
+	odd = map[string]error{}
+	now := m.now()
+	for _, id := range ids {
+		before, err := journal.Load(tx, id)
+		if err != nil {
+			odd[id] = err
+			continue
+		}
+		g, effects, err := journal.Step(before, e, now)
+		if err != nil {
+			odd[id] = err
+			continue
+		}
+		if err := write(tx, before, g, e, c, now); err != nil {
+			return nil, odd, err
+		}
+		steps = append(steps, step{g, effects})
+	}
+	return steps, odd, nil
+}
+
+// RevokeIn records in the caller's transaction that grants are to end, so that the reason
+// and the revocation are on disk together. Begin has issuers asked, in the background; it
+// is to be called once the transaction is durable. If it never is, the sweeper asks.
+func (m *Manager) RevokeIn(tx *store.Tx, ids []string, reason string, c Cause) (begin func(context.Context), err error) {
+	steps, odd, err := m.recordIn(tx, ids, journal.Revoke{Reason: reason}, c)
+	for id, err := range odd {
+		m.log.Error("lease: not revoked", "lease", id, "err", err)
+	}
+	return func(ctx context.Context) {
+		for _, s := range steps {
+			m.due(s.grant)
+			if len(s.effects) > 0 && m.claim(s.grant.ID) {
+				m.start(ctx, s, c, func() {})
+			}
+		}
+	}, err
 }
 
 // write keeps what an event made of a grant, with the audit record of it.

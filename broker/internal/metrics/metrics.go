@@ -6,6 +6,7 @@ package metrics
 import (
 	"context"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/expiry"
@@ -86,9 +87,10 @@ func (c collector) collectEnds(ctx context.Context, out chan<- prometheus.Metric
 	type labels struct{ what, name string }
 	seen := map[labels]bool{} // two vendors' roots may have one name: the first ends first
 	for _, e := range ends {
-		if l := (labels{e.What, e.Name}); !seen[l] {
+		// A vendor's name may hold any bytes; a label that is no UTF-8 would fail every scrape.
+		if l := (labels{e.What, strings.ToValidUTF8(e.Name, "\uFFFD")}); !seen[l] {
 			seen[l] = true
-			out <- prometheus.MustNewConstMetric(c.expires, prometheus.GaugeValue, float64(e.At.Unix()), e.What, e.Name)
+			out <- prometheus.MustNewConstMetric(c.expires, prometheus.GaugeValue, float64(e.At.Unix()), l.what, l.name)
 		}
 	}
 }

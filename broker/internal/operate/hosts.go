@@ -108,7 +108,7 @@ func (d *Desk) Hosts(ctx context.Context, a Actor, f HostFilter) (list []invento
 			return list, next, true, nil
 		}
 		next = h.Cursor()
-		if f.State == "" && h.State == inventory.Removed || f.State != "" && string(h.State) != f.State || !sel.Matches(h.Labels) {
+		if f.State == "" && h.State == inventory.Removed || f.State != "" && string(h.State) != f.State || h.Unreadable == nil && !sel.Matches(h.Labels) {
 			continue
 		}
 		list = append(list, h)

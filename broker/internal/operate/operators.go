@@ -62,7 +62,8 @@ func (d *Desk) AddOperator(ctx context.Context, a Actor, name string, role Role,
 }
 
 // RenewOperator certifies the key of a connection anew, for as long as the
-// certificate shown was made for. Only responders can: theirs is the role of
+// certificate shown was made for, and no longer than the newest of this key was:
+// an admin may have added the key again, for less. Only responders can: theirs is the role of
 // programs, which nobody tends. The end of a person's certificate is an admin's
 // choice, and renewing it would undo that.
 func (d *Desk) RenewOperator(ctx context.Context, a Actor, spki []byte, shown *x509.Certificate, csr []byte) ([]byte, error) {
@@ -75,7 +76,11 @@ func (d *Desk) RenewOperator(ctx context.Context, a Actor, spki []byte, shown *x
 		return nil, invalid("operator %s's certificate is renewed from %s on", a.Name, lifetime.RenewAt(shown).UTC().Format(time.RFC3339))
 	}
 
-	until := now.Add(min(lifetime.Of(shown), longestOperator))
+	life, err := d.operatorLife(ctx, spki)
+	if err != nil {
+		return nil, err
+	}
+	until := now.Add(min(lifetime.Of(shown), life, longestOperator))
 	der, key, err := d.OperatorCA.Operator(csr, a.Name, now, until)
 	if err != nil {
 		return nil, invalid("%v", err)
@@ -102,6 +107,18 @@ func (d *Desk) RenewOperator(ctx context.Context, a Actor, spki []byte, shown *x
 		return nil
 	})
 	return der, err
+}
+
+// operatorLife is for how long the newest certificate of a key was made.
+func (d *Desk) operatorLife(ctx context.Context, spki []byte) (time.Duration, error) {
+	var created, expires int64
+	err := d.Store.View(ctx, func(tx *store.Tx) error {
+		return tx.QueryRow(`SELECT created, expires FROM operators WHERE key_hash = ?`, evidence.Sum(spki).String()).Scan(&created, &expires)
+	})
+	if errors.Is(err, sql.ErrNoRows) {
+		return 0, fmt.Errorf("%w: no operator has this key", ErrForbidden)
+	}
+	return store.Time(expires).Sub(store.Time(created)), err
 }
 
 // ActorByKey is the operator with this key, by its PKIX DER.

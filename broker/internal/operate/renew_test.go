@@ -105,3 +105,26 @@ func TestRenewOperator(t *testing.T) {
 		t.Errorf("%d renewals are in the audit log", n)
 	}
 }
+
+// A key that an admin added again, for less, is not renewed for as long as its first
+// certificate was made for.
+func TestRenewNoLongerThanTheNewest(t *testing.T) {
+	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	t.Cleanup(func() { _ = s.Close() })
+	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	const day = 24 * time.Hour
+	ca := check.Must(authority.Create(t.TempDir(), authority.OperatorCA, "operators", []byte("a password of the key files"), now))(t)
+	d := &Desk{Store: s, OperatorCA: ca, Now: func() time.Time { return now }}
+	root := Actor{Name: "root", Role: Admin}
+	key := check.Must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t)
+	csr, spki := check.Must(x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key))(t), check.Must(x509.MarshalPKIXPublicKey(key.Public()))(t)
+
+	first := check.Must(x509.ParseCertificate(check.Must(d.AddOperator(t.Context(), root, "watch", Responder, csr, now.Add(90*day)))(t)))(t)
+	now = now.Add(70 * day)
+	check.Nil(t, d.RemoveOperator(t.Context(), root, "watch"))
+	check.Must(d.AddOperator(t.Context(), root, "watch", Responder, csr, now.Add(7*day)))(t)
+	renewed := check.Must(x509.ParseCertificate(check.Must(d.RenewOperator(t.Context(), Actor{Name: "watch", Role: Responder}, spki, first, csr))(t)))(t)
+	if !renewed.NotAfter.Equal(now.Add(7 * day)) {
+		t.Errorf("renewed until %s, want a week from now", renewed.NotAfter)
+	}
+}

@@ -1,6 +1,7 @@
 package operate
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -140,6 +141,10 @@ func (d *Desk) planHost(tx *store.Tx, p *Plan, id string) error {
 		return err
 	}
 	host, err := lastAppraised(tx, id)
+	var odd error
+	if errors.Is(err, inventory.ErrUnreadable) {
+		odd, err = err, nil
+	}
 	if err != nil {
 		return err
 	}
@@ -148,16 +153,12 @@ func (d *Desk) planHost(tx *store.Tx, p *Plan, id string) error {
 		return err
 	}
 	for _, g := range grants {
-		var recorded appraise.Recorded
-		if err := json.Unmarshal(g.Facts, &recorded); err != nil {
-			return fmt.Errorf("lease %s: recorded facts: %w", g.ID, err)
+		facts, err := factsOf(g, host)
+		if err = cmp.Or(odd, err); err != nil {
+			// One row that can't be read keeps no set from being applied.
+			p.lose(Loss{Host: g.Host, Scope: g.Scope, Lease: g.ID, Reason: "not known: " + err.Error()})
+			continue
 		}
-		program, err := process.Parse(g.Subject)
-		if err != nil {
-			return fmt.Errorf("lease %s: subject: %w", g.ID, err)
-		}
-		recorded.Program = &program
-		facts := recorded.Of(host)
 		facts.Subject.Risk = risk.Of(g.Scope)
 		if r := p.Set.Evaluate(g.Scope, facts, d.Now()); r.Outcome != policy.Allowed {
 			p.lose(Loss{Host: g.Host, Scope: g.Scope, Lease: g.ID, Reason: r.Reason})
@@ -166,6 +167,24 @@ func (d *Desk) planHost(tx *store.Tx, p *Plan, id string) error {
 		}
 	}
 	return nil
+}
+
+// factsOf are the facts that a lease was last decided on, on its host as it was last
+// appraised.
+func factsOf(g journal.Grant, host appraise.Host) (appraise.Facts, error) {
+	if g.Unreadable != nil {
+		return appraise.Facts{}, g.Unreadable
+	}
+	var recorded appraise.Recorded
+	if err := json.Unmarshal(g.Facts, &recorded); err != nil {
+		return appraise.Facts{}, fmt.Errorf("lease %s: recorded facts: %w", g.ID, err)
+	}
+	program, err := process.Parse(g.Subject)
+	if err != nil {
+		return appraise.Facts{}, fmt.Errorf("lease %s: subject: %w", g.ID, err)
+	}
+	recorded.Program = &program
+	return recorded.Of(host), nil
 }
 
 func (p *Plan) lose(l Loss) {
@@ -187,7 +206,7 @@ func lastAppraised(tx *store.Tx, id string) (appraise.Host, error) {
 func appraised(h inventory.Host) (appraise.Host, error) {
 	var f appraise.Facts
 	if err := json.Unmarshal(h.Facts, &f); err != nil {
-		return f.Host, fmt.Errorf("host %s: recorded facts: %w", h.ID, err)
+		return f.Host, fmt.Errorf("%w: %s: recorded facts: %w", inventory.ErrUnreadable, h.ID, err)
 	}
 	f.Host.ID, f.Host.Labels = h.ID, h.Labels
 	return f.Host, nil

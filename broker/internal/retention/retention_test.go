@@ -57,6 +57,16 @@ func TestForgetsOnlyWhatEnded(t *testing.T) {
 				return err
 			}
 		}
+		for id, damage := range map[string]string{"odd-body": `'x'`, "odd-ttl": `'{"ttl":"1h"}'`} { // unreadable rows hold up no other
+			ended := now.Add(-170 * day)
+			if err := journal.Save(tx, journal.Grant{ID: id, Host: "h", Scope: "kept", Kind: journal.KindVault, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}); err != nil {
+				return err
+			}
+			if _, err := tx.Exec(`UPDATE grants SET body = ` + damage + ` WHERE id = '` + id + `'`); err != nil {
+				return err
+			}
+			want = append(want, id)
+		}
 		for id, h := range map[string]inventory.Host{
 			"h": {State: inventory.Trusted, LastProved: now}, "gone": {State: inventory.Removed, LastProved: now}, "long": {State: inventory.Stale, LastProved: now.Add(-91 * day)},
 		} {

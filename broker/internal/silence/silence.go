@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -58,6 +59,9 @@ type Watch struct {
 func (w *Watch) Run(ctx context.Context) error {
 	last, err := w.lastAlive(ctx)
 	if err != nil {
+		return err
+	}
+	if err := w.recall(ctx); err != nil {
 		return err
 	}
 	ran := time.Duration(0) // since last, as far as this process knows
@@ -154,7 +158,7 @@ func (w *Watch) look(ctx context.Context, now time.Time) error {
 		var heard inventory.Heard
 		if err := w.Store.View(ctx, func(tx *store.Tx) (err error) {
 			if silent, err = inventory.Silent(tx, now, after, page); err == nil {
-				heard, err = inventory.LastHeard(tx)
+				heard, err = inventory.LastHeard(tx, now)
 			}
 			return err
 		}); err != nil {
@@ -178,7 +182,36 @@ func (w *Watch) look(ctx context.Context, now time.Time) error {
 	}
 }
 
-// letGo forgets held hosts that are stale no more: some in each look.
+// heldWords are in the reason of a host that the brake holds.
+const heldWords = "held by the brake"
+
+// recall finds the hosts that were held before a restart: they still wait for an
+// operator.
+func (w *Watch) recall(ctx context.Context) error {
+	held, after := map[string]bool{}, inventory.Cursor{}
+	for more := true; more; {
+		if err := w.Store.View(ctx, func(tx *store.Tx) error {
+			hosts, err := inventory.ByName(tx, after, page)
+			for _, h := range hosts {
+				after = h.Cursor()
+				if h.State == inventory.Stale && h.SilentAt.IsZero() && strings.Contains(h.Reason, heldWords) {
+					held[h.ID] = true
+				}
+			}
+			more = len(hosts) == page
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.held = held
+	return nil
+}
+
+// letGo forgets held hosts that are stale no more, or have nothing left to lose: some in
+// each look.
 func (w *Watch) letGo(ctx context.Context) error {
 	w.mu.Lock()
 	var ids []string
@@ -191,11 +224,15 @@ func (w *Watch) letGo(ctx context.Context) error {
 	return w.Store.View(ctx, func(tx *store.Tx) error {
 		for _, id := range ids {
 			h, err := inventory.Get(tx, id)
-			if err == nil && h.State == inventory.Stale && h.SilentAt.IsZero() {
-				continue
-			}
-			if err != nil && !errors.Is(err, inventory.ErrUnknown) {
+			if err != nil && !errors.Is(err, inventory.ErrUnknown) && !errors.Is(err, inventory.ErrUnreadable) {
 				return err
+			}
+			left, err := journal.CountUnended(tx, id)
+			if err != nil {
+				return err
+			}
+			if left > 0 && (h.Unreadable != nil || h.State == inventory.Stale && h.SilentAt.IsZero()) {
+				continue
 			}
 			w.mu.Lock()
 			delete(w.held, id)
@@ -208,14 +245,16 @@ func (w *Watch) letGo(ctx context.Context) error {
 // silent deals with hosts whose limit has passed while others were heard, in one
 // transaction, and revokes what their scopes' grace no longer covers.
 func (w *Watch) silent(ctx context.Context, hosts []inventory.Silence, heard inventory.Heard, now time.Time) error {
-	var due, held []string
+	var held []string
+	var begin func(context.Context)
 	revoking := 0
-	err := w.Store.Update(ctx, func(tx *store.Tx) error {
-		due, held, revoking = nil, nil, 0
+	err := w.Store.Update(ctx, func(tx *store.Tx) (err error) {
+		var due []string
+		held, revoking = nil, 0
 		for _, s := range hosts {
 			leases, brake, err := w.judge(tx, s.ID, heard, now, w.mayRevoke(now, revoking))
-			if errors.Is(err, errRow) {
-				w.Log.Error("silence: a host can't be judged", "host", s.ID, "err", err)
+			if errors.Is(err, inventory.ErrUnreadable) {
+				w.Log.Error("silence: a host can't be judged", "host", s.ID, "err", fmt.Errorf("%w; `countersign fsck` says more", err))
 				continue
 			}
 			if err != nil {
@@ -228,7 +267,9 @@ func (w *Watch) silent(ctx context.Context, hosts []inventory.Silence, heard inv
 				due, revoking = append(due, leases...), revoking+1
 			}
 		}
-		return nil
+		// Nobody looks at these hosts again: what they lose is lost in the same commit.
+		begin, err = w.Leases.RevokeIn(tx, due, "host silent beyond the scope's grace", lease.Cause{Actor: "broker"})
+		return err
 	})
 	if err != nil {
 		return err
@@ -244,30 +285,23 @@ func (w *Watch) silent(ctx context.Context, hosts []inventory.Silence, heard inv
 	for range revoking {
 		w.recent = append(w.recent, now)
 	}
-	for _, id := range due {
-		if _, err := w.Leases.Event(ctx, id, journal.Revoke{Reason: "host silent beyond the scope's grace"}, lease.Cause{Actor: "broker", Later: true}); err != nil {
-			return err
-		}
-	}
+	begin(ctx)
 	return nil
 }
-
-// errRow is returned for a host that can't be read.
-var errRow = errors.New("the store's row is not readable; `countersign fsck` says more")
 
 // judge makes a host stale that is silent still, and returns its leases that are to
 // be revoked; or, where the brake doesn't let it, that the host is held.
 func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.Time, mayRevoke bool) (due []string, held bool, err error) {
 	h, err := inventory.Get(tx, id)
 	if err != nil {
-		return nil, false, fmt.Errorf("%w: %w", errRow, err)
+		return nil, false, err
 	}
 	if h.SilentAt.IsZero() || h.SilentAt.After(now) || !heard.Since(h.SilentAt, id) {
 		return nil, false, nil // it was heard meanwhile
 	}
 	grants, err := journal.List(tx, journal.Filter{Host: id, States: []journal.State{journal.Live, journal.Retiring}})
 	if err != nil {
-		return nil, false, fmt.Errorf("%w: %w", errRow, err)
+		return nil, false, err
 	}
 	if h.State == inventory.Trusted {
 		h.State, h.Reason = inventory.Stale, "silent since "+h.LastProved.Format(time.RFC3339)
@@ -277,6 +311,10 @@ func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.T
 	}
 	h.SilentAt = time.Time{}
 	for _, g := range grants {
+		if g.Unreadable != nil {
+			w.Log.Error("silence: a lease can't be judged", "lease", g.ID, "err", g.Unreadable)
+			continue
+		}
 		limit := g.ProveBy.Add(g.Grace)
 		switch {
 		case !limit.After(now):
@@ -288,7 +326,7 @@ func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.T
 	if len(due) > 0 && !mayRevoke {
 		due, held = nil, true
 		h.SilentAt = time.Time{}
-		h.Reason = fmt.Sprintf("silent since %s; held by the brake: `countersign lease revoke --host %s` ends its leases", h.LastProved.Format(time.RFC3339), h.ID)
+		h.Reason = fmt.Sprintf("silent since %s; %s: `countersign lease revoke --host %s` ends its leases", h.LastProved.Format(time.RFC3339), heldWords, h.ID)
 		if err := w.record(tx, h, now, "host.held"); err != nil {
 			return nil, false, err
 		}
@@ -304,7 +342,7 @@ func (w *Watch) record(tx *store.Tx, h inventory.Host, now time.Time, kind strin
 // mayRevoke reports whether the brake lets one more host lose its leases, beside the
 // ones of this moment.
 func (w *Watch) mayRevoke(now time.Time, more int) bool {
-	w.recent = slices.DeleteFunc(w.recent, func(t time.Time) bool { return now.Sub(t) >= time.Minute })
+	w.recent = slices.DeleteFunc(w.recent, func(t time.Time) bool { return now.Sub(t).Abs() >= time.Minute })
 	return len(w.recent)+more < w.Brake
 }
 

@@ -164,6 +164,116 @@ func TestOneOddHost(t *testing.T) {
 	}
 }
 
+// One lease that can't be read keeps no other of its host from being revoked.
+func TestOneOddLease(t *testing.T) {
+	w, s := watched(t, 1, 5, noon.Add(-time.Minute))
+	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+		g, err := journal.Load(tx, "lease-silent-0000")
+		if err != nil {
+			return err
+		}
+		g.ID = "odd"
+		if err := journal.Save(tx, g); err != nil {
+			return err
+		}
+		_, err = tx.Exec(`UPDATE grants SET body = 'x' WHERE id = 'odd'`)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Fatal(err)
+	}
+	if hosts, leases, _ := have(t, s, inventory.Stale, journal.Revoking); hosts != 1 || leases != 1 {
+		t.Errorf("%d hosts are stale, %d leases revoked; want the one that can be read", hosts, leases)
+	}
+}
+
+// A host that nobody looks at again has lost its leases by then: what keeps a
+// revocation from being recorded keeps the host on the list, too.
+func TestNoRevocationIsLost(t *testing.T) {
+	w, s := watched(t, 3, 5, noon.Add(-time.Minute))
+	exec := func(statement string) {
+		t.Helper()
+		if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(statement); return err }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec(`CREATE TRIGGER stopped BEFORE UPDATE ON grants WHEN NEW.id = 'lease-silent-0001' AND NEW.state = 'revoking' BEGIN SELECT RAISE(ABORT, 'stopped'); END`)
+	if err := w.look(t.Context(), noon); err == nil {
+		t.Fatal("the look went well")
+	}
+	exec(`DROP TRIGGER stopped`)
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Fatal(err)
+	}
+	if hosts, leases, _ := have(t, s, inventory.Stale, journal.Revoking); hosts != 3 || leases != 3 {
+		t.Errorf("%d hosts are stale, %d leases revoked; want 3 and 3", hosts, leases)
+	}
+}
+
+// A held host that can't be read any more stays held, and stops no look.
+func TestOneOddHeldHost(t *testing.T) {
+	w, s := watched(t, 2, 1, noon.Add(-time.Minute))
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(`UPDATE hosts SET labels = 'x'`); return err }); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Error(err)
+	}
+	if alarms := w.Alarms(); len(alarms) != 1 {
+		t.Errorf("alarms: %q", alarms)
+	}
+}
+
+// What the brake counted by a clock that was ahead doesn't hold it once the clock is
+// back.
+func TestTheBrakeAfterAClockThatWasAhead(t *testing.T) {
+	w, _ := watched(t, 0, 1, noon)
+	w.recent = []time.Time{noon.Add(31 * 24 * time.Hour)}
+	if !w.mayRevoke(noon, 0) {
+		t.Error("the brake holds for a month")
+	}
+}
+
+// Held hosts wait for an operator over a restart, too, until their leases have ended.
+func TestHeldOverARestart(t *testing.T) {
+	w, s := watched(t, 3, 1, noon.Add(-time.Minute))
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Fatal(err)
+	}
+	w = &Watch{Store: s, Leases: w.Leases, Brake: w.Brake, Log: w.Log, Now: w.Now}
+	if err := w.recall(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if alarms := w.Alarms(); len(alarms) != 1 || !strings.Contains(alarms[0], "2 silent hosts are held") {
+		t.Errorf("after a restart: %q", alarms)
+	}
+	if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(`UPDATE grants SET state = 'gone'`); return err }); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Fatal(err)
+	}
+	if alarms := w.Alarms(); len(alarms) != 0 {
+		t.Errorf("with nothing left to end: %q", alarms)
+	}
+}
+
+// A proof of a clock that was ahead by some hours is nobody who was heard.
+func TestHeardByAClockThatWasAhead(t *testing.T) {
+	w, s := watched(t, 3, 3, noon.Add(20*time.Hour))
+	if err := w.look(t.Context(), noon); err != nil {
+		t.Fatal(err)
+	}
+	if hosts, leases, _ := have(t, s, inventory.Stale, journal.Revoking); hosts != 0 || leases != 0 {
+		t.Errorf("%d hosts are stale, %d leases revoked, and nobody was heard", hosts, leases)
+	}
+}
+
 // Time in which the broker ran counts as served, however slow it was; a stop and a
 // jump of the clock don't.
 func TestUnservedTime(t *testing.T) {

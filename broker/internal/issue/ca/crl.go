@@ -86,7 +86,8 @@ func (i *Issuer) publish(ctx context.Context) error {
 		}
 		serial, err := parseSerial(r.Serial)
 		if err != nil {
-			return err
+			i.Log.Error("workload CA: a revocation is of no serial", "err", err)
+			continue
 		}
 		entries = append(entries, x509.RevocationListEntry{SerialNumber: serial, RevocationTime: r.RevokedAt, ReasonCode: r.ReasonCode})
 	}

@@ -100,7 +100,11 @@ func (d *database) lastCRL(ctx context.Context) (*crl, error) {
 	return last, nil
 }
 
-// revocations are all that is recorded.
+// never is the end of a certificate whose end can't be read.
+var never = time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)
+
+// revocations are all that is recorded. One that can't be read is of a serial all the
+// same: it counts as revoked since ever, for good, and keeps no other off the CRL.
 func (d *database) revocations(ctx context.Context) (all []db.RevokedCertificateInfo, err error) {
 	err = d.store.View(ctx, func(tx *store.Tx) (err error) {
 		all, err = store.Collect(tx, func(row store.Row) (info db.RevokedCertificateInfo, err error) {
@@ -109,8 +113,8 @@ func (d *database) revocations(ctx context.Context) (all []db.RevokedCertificate
 			if err := row.Scan(&serial, &value); err != nil {
 				return info, err
 			}
-			if err := json.Unmarshal(value, &info); err != nil {
-				return info, fmt.Errorf("revocation of %s: %w", serial, err)
+			if err := json.Unmarshal(value, &info); err != nil || info.Serial != serial {
+				info = db.RevokedCertificateInfo{Serial: serial, RevokedAt: time.Unix(0, 0).UTC(), ExpiresAt: never}
 			}
 			return info, nil
 		}, `SELECT name, value FROM ca_values WHERE bucket = ? ORDER BY name`, revokedBucket)

@@ -338,3 +338,20 @@ func TestCancelled(t *testing.T) {
 		t.Errorf("waiting for others: %v", err)
 	}
 }
+
+// A revocation that can't be read counts for good, and keeps no other off the CRL.
+func TestAnUnreadableRevocation(t *testing.T) {
+	r := newRig(t)
+	bad, _, _ := r.mustIssue(t, "billing-tls")
+	check(t, r.Revoke(t.Context(), bad.Handle))
+	check(t, r.Store.Update(t.Context(), func(tx *store.Tx) error {
+		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, '7', 'x'), (?, 'no serial', '{}')`, revokedBucket, revokedBucket)
+		return err
+	}))
+	for range 2 {
+		check(t, r.publish(t.Context()))
+		if _, serials := r.listed(t); len(serials) != 2 || !slices.Contains(serials, "7") || !slices.Contains(serials, bad.Serial) {
+			t.Errorf("lists %v, want 7 and %s", serials, bad.Serial)
+		}
+	}
+}
