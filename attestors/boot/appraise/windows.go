@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/countersign/countersign/attestors/boot"
 	"github.com/countersign/countersign/attestors/evidence"
 )
 
@@ -91,39 +90,34 @@ func windowsEnd(pcr []measurement) int {
 }
 
 // windows reads what stands before the separators. A host that didn't close both
-// PCRs has no such facts.
-func (b *bootLog) windows(f *Facts) error {
+// PCRs has no such facts, and neither has one with an event there that can't be
+// read: it could weaken any of them.
+func (b *bootLog) windows(f *Facts) {
 	if windowsEnd(b.pcr[12]) < 0 || windowsEnd(b.pcr[13]) < 0 {
-		return nil
+		return
 	}
-	w := &Windows{}
+	w, ok := &Windows{}, true
 	for _, pcr := range []int{12, 13} {
-		end := windowsEnd(b.pcr[pcr])
-		for i := range b.pcr[pcr] {
+		for i := range b.pcr[pcr][:windowsEnd(b.pcr[pcr])] {
 			m := &b.pcr[pcr][i]
-			if i > end {
-				if m.digest == wbclSeparator {
-					return reject(CheckStructure, "%v is the second separator of its PCR", m)
+			why := "the digest isn't of the data, as everything before Windows' separator is"
+			if !m.opaque() {
+				err := w.read(m.proven, pcr)
+				if err == nil {
+					continue
 				}
-				continue
+				why = err.Error()
 			}
-			if !m.ofData {
-				return reject(CheckStructure, "%v: the digest isn't of the data, as everything before Windows' separator is", m)
-			}
-			if i == end {
-				if m.Type != boot.Separator {
-					return reject(CheckStructure, "%v hides a separator under another type", m)
-				}
-				continue
-			}
-			if err := w.read(m.Data, pcr); err != nil {
-				return reject(CheckStructure, "%v: %v", m, err)
-			}
+			b.limit(pcr, m.Event, why)
+			ok = false
 		}
+	}
+	if !ok {
+		return
 	}
 	w.Modules, w.ELAM = distinct(w.Modules), distinct(w.ELAM) // most are measured into both
 	f.Windows = w
-	return nil
+	b.took("windows", 12, 13)
 }
 
 // A sipaEvent is one of Windows' own events, many of which make up the data of

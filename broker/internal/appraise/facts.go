@@ -103,9 +103,13 @@ type EventLog struct {
 	Files              []string `json:"boot_files,omitempty"`           // PCR 9
 	Authorities        []string `json:"authorities,omitempty"`          // what images were verified by, PCR 7
 	PCRs               []int    `json:"pcrs_replayed"`
-	// Incomplete are PCRs that were extended by what the logs don't show: a list
-	// of what they hold is not the whole list.
+	Understood         []int    `json:"pcrs_understood,omitempty"` // proven, and with no event that the appraisal doesn't know
+	// Incomplete are PCRs that were extended by what the logs don't show, or whose
+	// list an event that isn't understood keeps from being known: a list of what they
+	// hold is not the whole list.
 	Incomplete []int `json:"pcrs_incomplete,omitempty"`
+	// Limits are the first event of each PCR that isn't understood, in words.
+	Limits map[int]string `json:"pcr_limits,omitempty"`
 	// LinesComplete says that KernelCommandLines are all: nothing in PCR 8 and 12
 	// is one under another name.
 	LinesComplete bool `json:"kernel_command_lines_complete"`
@@ -145,7 +149,18 @@ type Subject struct {
 func (k *Known) describe(h *Host) {
 	if f := k.facts; f != nil {
 		e := &EventLog{SecureBootMode: f.SecureBootMode, FirmwareVersion: f.FirmwareVersion, KernelCommandLine: f.KernelCommandLine,
-			KernelCommandLines: f.KernelCommandLines, PCRs: f.PCRsReplayed, Incomplete: slices.Concat(f.PCRsUnreplayed, f.PCRsUnexplained), Windows: f.Windows, LinesComplete: f.LinesComplete}
+			KernelCommandLines: f.KernelCommandLines, PCRs: f.PCRsReplayed, Understood: f.Understood(), Incomplete: slices.Concat(f.PCRsUnreplayed, f.PCRsUnexplained), Windows: f.Windows, LinesComplete: f.LinesComplete}
+		for _, p := range f.PCRs {
+			if p.Proven && !f.Complete(p.Index) {
+				e.Incomplete = append(e.Incomplete, p.Index)
+			}
+			if p.Limit != nil {
+				if e.Limits == nil {
+					e.Limits = map[int]string{}
+				}
+				e.Limits[p.Index] = p.Limit.String()
+			}
+		}
 		for _, c := range f.Components {
 			switch c.PCR {
 			case pcrImages:
