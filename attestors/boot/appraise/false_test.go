@@ -7,7 +7,9 @@ import (
 
 // falseFacts names the facts that another log of the same PCR values has, and that
 // are neither those of the honest log nor absent. A list that is given as whole
-// must hold everything that the honest one has.
+// must hold everything that the honest one has, in order. Lists of components may
+// hold more: a text that firmware measured can be presented as an image that it
+// isn't, which no policy allows.
 func falseFacts(honest, got Facts) (out []string) {
 	check := func(name string, want, have any) {
 		if v := reflect.ValueOf(have); !v.IsZero() && !reflect.DeepEqual(want, have) {
@@ -39,7 +41,8 @@ func falseFacts(honest, got Facts) (out []string) {
 	}
 	for pcr := range firmwarePCRs + 8 {
 		want, have := componentsOf(honest, pcr), componentsOf(got, pcr)
-		if pcr != pcrConfig && len(have) > 0 && !slices.Equal(want, have) {
+		known := slices.DeleteFunc(slices.Clone(have), func(c Component) bool { return !slices.Contains(want, c) })
+		if pcr != pcrConfig && len(have) > 0 && !slices.Equal(want, known) {
 			out = append(out, "components")
 		}
 		for _, c := range want {
