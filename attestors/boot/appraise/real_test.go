@@ -1,11 +1,13 @@
 package appraise
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/countersign/countersign/attestors/boot"
@@ -124,6 +126,10 @@ func TestSyntheticMachines(t *testing.T) {
 			}
 			if (f.FirmwareVersion == nil) != (m.name == "crtm-version-digest-not-of-data") {
 				t.Errorf("firmware version %v", f.FirmwareVersion)
+			}
+			policies := map[string]DEPPolicy{"windows-dep-0-optin": DEPOptIn, "windows-dep-1-optout": DEPOptOut, "windows-dep-2-alwaysoff": DEPAlwaysOff}
+			if want := policies[m.name]; want != "" && (f.Windows == nil || f.Windows.DEPPolicy != want || *f.Windows.DEP != (want == DEPOptOut)) {
+				t.Errorf("%+v", f.Windows)
 			}
 			for _, class := range []string{"control", "cos-gptpriority", "grub-cmd-without-colon-rhel-8", "same-line-twice-in-pcr12"} {
 				if m.name == class && f.KernelCommandLine == nil {
@@ -289,4 +295,42 @@ func shownFacts(f Facts) string {
 		return err.Error()
 	}
 	return string(b)
+}
+
+// Windows' numbers are what Windows means by them: not every one that isn't 0 is on.
+func TestWindowsNumbers(t *testing.T) {
+	for _, c := range []struct {
+		kind   uint32
+		values []uint64
+		want   string
+	}{
+		{sipaDEP, []uint64{0}, `"dep":false,"dep_policy":"opt-in"`},
+		{sipaDEP, []uint64{1, 1}, `"dep":true,"dep_policy":"opt-out"`},
+		{sipaDEP, []uint64{2}, `"dep":false,"dep_policy":"always-off"`},
+		{sipaDEP, []uint64{3}, `"dep":true,"dep_policy":"always-on"`},
+		{sipaDEP, []uint64{4}, ""}, {sipaDEP, []uint64{1, 2}, ""}, {sipaDEP, []uint64{1 << 32}, ""},
+		{sipaCodeIntegrity, []uint64{1}, `"code_integrity":true`}, {sipaCodeIntegrity, []uint64{1, 0}, `"code_integrity":false`},
+		{sipaVSMLaunch, []uint64{1}, `"vbs":true`}, {sipaVSMLaunch, []uint64{0}, `"vbs":false`}, {sipaVSMLaunch, []uint64{2}, ""},
+		{sipaHVCI, []uint64{1}, `"hvci":true`}, {sipaHVCI, []uint64{1, 3}, ""},
+	} {
+		l := plain()
+		var late []boot.Event
+		for _, n := range c.values {
+			data := binary.LittleEndian.AppendUint64(append(binary.LittleEndian.AppendUint32(nil, c.kind), 8, 0, 0, 0), n)
+			late = append(late, event(12, boot.EventTag, data, data))
+		}
+		for _, pcr := range []uint32{12, 13} {
+			late = append(late, event(pcr, boot.Separator, []byte("WBCL"), []byte("WBCL")))
+		}
+		l.Events = append(l.Events, late...)
+		f := appraised(t, l)
+		b, err := json.Marshal(f.Windows)
+		if err != nil || f.Windows == nil {
+			t.Fatalf("%x: %+v, %v", c.kind, f.PCRs, err)
+		}
+		known := strings.Contains(string(b), `"dep`) || strings.Contains(string(b), `"code_`) || strings.Contains(string(b), `"vbs"`) || strings.Contains(string(b), `"hvci"`)
+		if !strings.Contains(string(b), c.want) || known != (c.want != "") {
+			t.Errorf("%x %v: %s", c.kind, c.values, b)
+		}
+	}
 }

@@ -67,7 +67,7 @@ var vocabulary = map[string][]fact{
 		{"boot_debugging", cel.BoolType}, {"kernel_debugging", cel.BoolType}, {"hypervisor_debugging", cel.BoolType}, {"test_signing", cel.BoolType},
 		{"flight_signing", cel.BoolType}, {"safe_mode", cel.BoolType}, {"winpe", cel.BoolType},
 		// Absent where the log doesn't say.
-		{"code_integrity", cel.BoolType}, {"dep", cel.BoolType}, {"vbs", cel.BoolType}, {"hvci", cel.BoolType},
+		{"code_integrity", cel.BoolType}, {"dep", cel.BoolType}, {"dep_policy", cel.StringType}, {"vbs", cel.BoolType}, {"hvci", cel.BoolType},
 		{"bitlocker", cel.ListType(cel.IntType)}, {"images", cel.ListType(cel.StringType)},
 	},
 	mappingType.TypeName(): {{"path", cel.StringType}, {"deleted", cel.BoolType}},
@@ -322,6 +322,9 @@ func windows(w *boot.Windows) object {
 		if fact != nil {
 			out[name] = *fact
 		}
+	}
+	if w.DEPPolicy != "" {
+		out["dep_policy"] = string(w.DEPPolicy)
 	}
 	return out
 }
