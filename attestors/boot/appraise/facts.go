@@ -171,18 +171,6 @@ func (f *Facts) Complete(pcr int) bool {
 	return f.proven(pcr)
 }
 
-// Understood lists the PCRs that are proven and have no event that isn't
-// understood.
-func (f *Facts) Understood() []int {
-	out := []int{}
-	for _, p := range f.PCRs {
-		if p.Understood {
-			out = append(out, p.Index)
-		}
-	}
-	return out
-}
-
 func (f *Facts) proven(pcr int) bool {
 	return slices.Contains(f.PCRsReplayed, pcr) || slices.Contains(f.PCRsUnused, pcr)
 }

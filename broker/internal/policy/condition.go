@@ -264,7 +264,7 @@ func activation(f appraise.Facts, now time.Time) map[string]any {
 			host["windows"] = windows(l.Windows)
 		}
 		host["pcrs_replayed"], host["pcrs_incomplete"], host["kernel_command_lines_complete"] = l.PCRs, l.Incomplete, l.LinesComplete
-		host["pcrs_understood"] = l.Understood
+		host["pcrs_understood"] = l.Understood()
 	}
 	if f.Host.IMA != nil {
 		host["ima"] = *f.Host.IMA

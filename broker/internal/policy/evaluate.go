@@ -157,7 +157,7 @@ func (e *evaluation) boot(want HostSelector, h appraise.Host) {
 			e.is(part.name, wanted, "PCR 8 and 12 hold what may be another", false)
 		} else if part.pcr != 0 && slices.Contains(log.Incomplete, part.pcr) {
 			what := fmt.Sprintf("PCR %d is not explained by the event log", part.pcr)
-			if limit := log.Limits[part.pcr]; limit != "" {
+			if limit := log.Limit(part.pcr); limit != "" {
 				what += ": " + limit
 			}
 			e.is(part.name, wanted, what, false)
