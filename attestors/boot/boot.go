@@ -160,6 +160,12 @@ var typeNames = map[EventType]string{
 	0x800000E4:              "EV_EFI_SPDM_DEVICE_AUTHORITY",
 }
 
+// Known reports whether the Platform Firmware Profile names the type.
+func (t EventType) Known() bool {
+	_, ok := typeNames[t]
+	return ok
+}
+
 func (t EventType) String() string {
 	if name, ok := typeNames[t]; ok {
 		return name

@@ -8,9 +8,16 @@
 // What a quote proves. A PCR's value proves which digests were extended into it,
 // in which order, and nothing else: not an event's type, and its data only where
 // the digest is the hash of the data. So everything here is told apart by digest,
-// by PCR and by place before the PCR's separator, which firmware extends into PCR
-// 0 to 7 before it hands over; never by an event's type, which is only held
-// against those. What firmware measured before a separator is final. What stands
+// by what the digest is the hash of, by PCR and by place before the PCR's
+// separator, which firmware extends into PCR 0 to 7 before it hands over. An
+// event's type can only take a fact away, never make one.
+//
+// Each PCR is judged by itself. Replay proves it, whatever its events mean. An
+// event that isn't understood is named beside its PCR, and takes with it the facts
+// that it could hide or fake, and no others: firmware writes odd events, and a
+// refusal of the whole log would help nobody.
+//
+// What firmware measured before a separator is final. What stands
 // behind one, and all of PCR 8 and up, can be added to by root after boot, but
 // never taken from: such facts are lists that lack nothing and may hold too much.
 // A policy must hold every member of such a list against what it allows, never
@@ -46,8 +53,32 @@ func reject(check evidence.Check, format string, args ...any) error {
 type measurement struct {
 	*boot.Event
 	digest evidence.Digest
-	ofData bool // the digest is the hash of the event's data
+
+	// proven are the bytes that the digest is the hash of, or nil where the log
+	// doesn't hold them. They are the event's data, or the data less its last byte:
+	// shim up to 15 measures so, and so does firmware that leaves out a text's NUL.
+	// No two byte strings have one digest, so whatever is read of proven, and of
+	// nothing else, is the same in every log that replays.
+	proven []byte
 }
+
+func newMeasurement(e *boot.Event, digest evidence.Digest) measurement {
+	m := measurement{Event: e, digest: digest}
+	n := len(e.Data)
+	switch {
+	case digest == evidence.Sum(e.Data):
+		m.proven = e.Data[:n:n]
+		if m.proven == nil {
+			m.proven = []byte{}
+		}
+	case n > 0 && digest == evidence.Sum(e.Data[:n-1]):
+		m.proven = e.Data[: n-1 : n-1]
+	}
+	return m
+}
+
+// opaque reports whether the log doesn't hold what the event measured.
+func (m *measurement) opaque() bool { return m.proven == nil }
 
 // PCRs with a rule of their own.
 const (
@@ -58,7 +89,10 @@ const (
 // Appraise holds a log against the quoted SHA-256 PCRs. userspace is systemd's own
 // log, or empty where there is none; like the event log it is read after the
 // quote. PCRs that weren't quoted prove nothing, so there are no facts from them.
-// An error is always an *evidence.Rejected.
+//
+// Only a log that can't be parsed, and one that doesn't replay to the quoted value
+// of a PCR that it covers, is refused; the error is always an *evidence.Rejected.
+// An event that isn't understood limits the facts of its own PCR: see [Facts.PCRs].
 func Appraise(log, userspace []byte, pcrs map[int]evidence.Digest) (Facts, error) {
 	parsed, err := boot.Parse(log)
 	if err != nil {
@@ -68,20 +102,18 @@ func Appraise(log, userspace []byte, pcrs map[int]evidence.Digest) (Facts, error
 	if err != nil {
 		return Facts{}, reject(CheckStructure, "systemd's log can't be read: %v", err)
 	}
+
 	b := &bootLog{}
 	if err := b.sort(parsed); err != nil {
-		return Facts{}, err
-	}
-	if err := b.checkStructure(parsed.Events); err != nil {
 		return Facts{}, err
 	}
 	facts := Facts{Asserted: Asserted{Padding: len(parsed.Padding)}}
 	if err := b.replay(later, pcrs, &facts); err != nil {
 		return Facts{}, err
 	}
-	if err := b.read(&facts); err != nil {
-		return Facts{}, err
-	}
+
+	b.read(&facts)
+	b.report(pcrs, &facts)
 	return facts, nil
 }
 
@@ -90,62 +122,67 @@ func Appraise(log, userspace []byte, pcrs map[int]evidence.Digest) (Facts, error
 type bootLog struct {
 	pcr      [boot.PCRCount][]measurement
 	locality byte // of the TPM's start, which is PCR 0's first value
-	cut      [firmwarePCRs]int
+	state    [boot.PCRCount]PCR
 }
 
-// before is what firmware measured into a PCR before its separator, after what
-// came behind it.
-func (b *bootLog) before(pcr int) []measurement { return b.pcr[pcr][:min(b.cut[pcr], len(b.pcr[pcr]))] }
-func (b *bootLog) after(pcr int) []measurement {
-	return b.pcr[pcr][min(b.cut[pcr]+1, len(b.pcr[pcr])):]
+// limit notes an event of a PCR that isn't understood, or the lack of one.
+func (b *bootLog) limit(pcr int, e *boot.Event, why string) {
+	s := &b.state[pcr]
+	if s.NotUnderstood++; s.Limit == nil {
+		s.Limit = &Limit{Why: why}
+		if e != nil {
+			s.Limit.Event, s.Limit.Type = e.Number, e.Type.String()
+		}
+	}
+}
+
+// took notes that a fact rests on a PCR.
+func (b *bootLog) took(fact string, pcrs ...int) {
+	for _, pcr := range pcrs {
+		if s := &b.state[pcr]; !slices.Contains(s.Facts, fact) {
+			s.Facts = append(s.Facts, fact)
+		}
+	}
 }
 
 // sort finds the SHA-256 digest of each event and puts it to its PCR.
 func (b *bootLog) sort(log *boot.Log) error {
+	extends, without := 0, 0
 	for i := range log.Events {
 		e := &log.Events[i]
 		if e.Type == boot.NoAction {
-			if err := b.noAction(e); err != nil {
-				return err
-			}
+			b.noAction(e)
 			continue
 		}
+		extends++
 		digest := e.Digest(boot.SHA256)
 		if digest == nil {
-			return reject(CheckStructure, "%v has no SHA-256 digest, and the quote is over the SHA-256 bank", e)
+			without++
+			b.limit(int(e.PCR), e, "it has no SHA-256 digest")
+			continue
 		}
-		m := measurement{Event: e, digest: evidence.Digest(digest)}
-		m.ofData = m.digest == evidence.Sum(e.Data)
-		b.pcr[e.PCR] = append(b.pcr[e.PCR], m)
+		b.pcr[e.PCR] = append(b.pcr[e.PCR], newMeasurement(e, evidence.Digest(digest)))
+	}
+	if without > 0 && without == extends {
+		return reject(CheckStructure, "none of the log's %d events has a SHA-256 digest, and the quote is over the SHA-256 bank", without)
 	}
 	return nil
 }
 
 var startupLocality = []byte("StartupLocality\x00")
 
-// noAction judges an event that extends nothing.
-func (b *bootLog) noAction(e *boot.Event) error {
-	if e.PCR != boot.NoPCR { // Windows hashes the data of those that have no PCR
-		for _, d := range e.Digests {
-			if len(bytes.Trim(d.Value, "\x00")) != 0 {
-				return reject(CheckStructure, "%v is never extended and yet has a digest", e)
-			}
-		}
-	}
+// noAction takes the start-up locality (TCG PC Client Platform Firmware Profile,
+// TCG_EfiStartupLocalityEvent), the first that is told, from an event that extends
+// nothing. It is proven with PCR 0: another one leads to another value.
+func (b *bootLog) noAction(e *boot.Event) {
 	rest, ok := bytes.CutPrefix(e.Data, startupLocality)
-	if !ok {
-		return nil
-	}
 	switch {
-	case e.PCR != 0 || len(b.pcr[0]) != 0:
-		return reject(CheckStructure, "%v: the start-up locality stands before PCR 0's first event, and only there", e)
-	case b.locality != 0:
-		return reject(CheckStructure, "%v: the start-up locality is told twice", e)
-	case len(rest) != 1 || rest[0] != 0 && rest[0] != 3 && rest[0] != 4:
-		return reject(CheckStructure, "%v: the start-up locality is 0, 3 or 4", e)
+	case !ok || b.locality != 0:
+	case e.PCR == pcrFirmware && len(rest) == 1 && (rest[0] == 0 || rest[0] == 3 || rest[0] == 4):
+		b.locality = rest[0]
+	default:
+		b.limit(pcrFirmware, e, "the start-up locality is 0, 3 or 4, and of PCR 0")
 	}
-	b.locality = rest[0]
-	return nil
 }
 
 // replay extends each quoted PCR from its first value with what the logs say, and
@@ -154,6 +191,9 @@ func (b *bootLog) replay(later []boot.Measurement, pcrs map[int]evidence.Digest,
 	stub := sections(b.pcr[pcrSections]) != nil
 	for pcr := range b.pcr {
 		value, quoted := pcrs[pcr]
+		if quoted && pcr == pcrIMA && unused(value) {
+			facts.PCRsUnused = append(facts.PCRsUnused, pcr)
+		}
 		if !quoted || pcr == pcrIMA {
 			b.pcr[pcr] = nil
 			continue
@@ -165,6 +205,9 @@ func (b *bootLog) replay(later []boot.Measurement, pcrs map[int]evidence.Digest,
 		if len(b.pcr[pcr]) == 0 && unused(value) {
 			facts.PCRsUnused = append(facts.PCRsUnused, pcr)
 			continue
+		}
+		if len(b.pcr[pcr]) == 0 && pcr < firmwarePCRs {
+			return reject(CheckReplay, "PCR %d was quoted as %v, and the log has no event of it", pcr, value)
 		}
 		if len(b.pcr[pcr]) == 0 && len(recorded) == 0 {
 			facts.PCRsUnexplained = append(facts.PCRsUnexplained, pcr)

@@ -27,48 +27,68 @@ const (
 const maxText = 256
 
 // read makes facts of what replayed.
-func (b *bootLog) read(f *Facts) error {
+func (b *bootLog) read(f *Facts) {
 	b.firmware(f)
-	if err := b.secureBoot(f); err != nil {
-		return err
-	}
+	b.secureBoot(f)
 	b.components(f)
-	if err := b.commandLine(f); err != nil {
-		return err
-	}
-	return b.windows(f)
+	b.commandLine(f)
+	b.windows(f)
 }
 
-// firmware reads the version, which is the first that PCR 0 measures.
+// firmware reads the version, which PCR 0 measures first (Platform Firmware
+// Profile, EV_S_CRTM_VERSION), or second where an authenticated code module such as
+// Boot Guard's measures the CRTM before it runs (EV_S_CRTM_CONTENTS), whose digest
+// is of no data. Such a start is proven by the TPM's locality; where firmware leaves
+// that out, it is the host's word, so that only what reads like a version is one.
 func (b *bootLog) firmware(f *Facts) {
-	first := b.before(pcrFirmware)
-	if len(first) == 0 || !first[0].ofData {
+	events := b.pcr[pcrFirmware]
+	if len(events) == 0 {
 		return
 	}
-	version, ok := utf16Text(first[0].Data)
+	m := &events[0]
+	const contents = 0x07 // EV_S_CRTM_CONTENTS
+	if b.locality != 0 || m.opaque() && m.Type == contents {
+		if len(events) == 1 {
+			return
+		}
+		const guid = 16
+		m = &events[1]
+		if _, text := utf16Text(m.proven); !text && len(m.proven) != guid {
+			return
+		}
+	}
+	if m.opaque() || separators[m.digest] {
+		return
+	}
+
+	version, ok := utf16Text(m.proven)
 	switch {
-	case len(first[0].Data) > maxText:
-		version = "sha256:" + first[0].digest.String()
+	case len(m.proven) > maxText:
+		version = "sha256:" + m.digest.String()
 	case !ok: // a GUID, or a vendor's structure
-		version = "hex:" + hex.EncodeToString(first[0].Data)
+		version = "hex:" + hex.EncodeToString(m.proven)
 	}
 	f.FirmwareVersion = &version
+	b.took("firmware_version", pcrFirmware)
 }
+
+// componentFacts are the names of the facts that a PCR's components make.
+var componentFacts = map[uint32]string{pcrDrivers: "drivers", pcrImages: "boot_images", pcrFiles: "boot_files",
+	pcrSections: "sections", pcrConfig: "config", pcrExtensions: "extensions"}
 
 // components lists what was measured by digest, PCR by PCR.
 func (b *bootLog) components(f *Facts) {
 	add := func(m *measurement, kind, label string) {
 		f.Components = append(f.Components, Component{PCR: int(m.PCR), Kind: kind, SHA256: m.digest})
 		f.Asserted.Components = append(f.Asserted.Components, m.Type.String()+" "+label)
+		b.took(componentFacts[m.PCR], int(m.PCR))
 	}
-	for i := range b.before(pcrDrivers) {
-		if m := &b.pcr[pcrDrivers][i]; !message(m) {
-			add(m, KindDriver, imagePath(m.Data))
-		}
-	}
-	for i := range b.pcr[pcrImages] {
-		if m := &b.pcr[pcrImages][i]; i != b.cut[pcrImages] && !message(m) {
-			add(m, KindApplication, imagePath(m.Data))
+	for _, list := range []struct {
+		pcr  int
+		kind string
+	}{{pcrDrivers, KindDriver}, {pcrImages, KindApplication}} {
+		for _, m := range b.images(list.pcr) {
+			add(m, list.kind, imagePath(m.Data))
 		}
 	}
 	for i := range b.pcr[pcrFiles] {
@@ -91,13 +111,34 @@ func (b *bootLog) components(f *Facts) {
 		m := &b.pcr[pcrMOK][i]
 		f.MOK = append(f.MOK, m.digest)
 		f.Asserted.MOK = append(f.Asserted.MOK, label(m.Data))
+		b.took("mok", pcrMOK)
 	}
 }
 
-// message says whether an event is firmware's word on what it does ("Calling EFI
+// images lists what may be an image in a PCR: everything but separators and
+// messages. An image's digest is of no data, so an event that says that it hashes
+// its data, and doesn't, may be an image or a text: the PCR has no list then.
+func (b *bootLog) images(pcr int) (list []*measurement) {
+	for i := range b.pcr[pcr] {
+		m := &b.pcr[pcr][i]
+		switch {
+		case separators[m.digest] || messages[m.digest] != "" || message(m):
+		case m.digest == separatorError, m.opaque() && hashesData(m.Type):
+			b.state[pcr].withheld = true
+		default:
+			list = append(list, m)
+		}
+	}
+	if b.state[pcr].withheld {
+		return nil
+	}
+	return list
+}
+
+// message reports whether an event is firmware's word on what it does ("Calling EFI
 // Application from Boot Option") and no image.
 func message(m *measurement) bool {
-	return m.ofData && len(m.Data) <= maxText && printable(string(m.Data))
+	return !m.opaque() && len(m.proven) > 0 && len(m.proven) <= maxText && printable(strings.TrimSuffix(string(m.proven), "\x00"))
 }
 
 // sectionNames are what systemd's stub measures of a unified kernel image; each
@@ -131,62 +172,88 @@ func sections(pcr []measurement) []section {
 
 // What GRUB puts before a text that it measures; the digest is of the text alone,
 // so which of these it was is the host's word.
-var grubPrefixes = []string{"grub_cmd: ", "kernel_cmdline: ", "module_cmdline: ", "grub_kernel_cmdline ", "grub_module_cmdline "}
+var grubPrefixes = []string{"grub_cmd: ", "grub_cmd ", "kernel_cmdline: ", "module_cmdline: ", "grub_kernel_cmdline ", "grub_module_cmdline "}
 
 // otherLoaders are GRUB's commands that start or prepare something else than the
 // kernel of a kernel_cmdline.
 var otherLoaders = []string{"chainloader", "multiboot", "multiboot2", "xen_hypervisor", "kfreebsd", "knetbsd", "kopenbsd",
-	"xnu_kernel", "xnu_kernel64", "xnu_resume", "plan9", "ntldr", "freedos", "truecrypt", "lnxboot", "appleloader", "exit"}
+	"xnu_kernel", "xnu_kernel64", "xnu_resume", "plan9", "ntldr", "freedos", "truecrypt", "lnxboot", "appleloader", "pxechainloader", "legacy_kernel", "uki", "blsuki", "exit"}
 
 // commandLine reads GRUB's texts from PCR 8 and those of systemd-boot and its stub
 // from PCR 12.
 //
 // GRUB measures a command line as the text of the command that was given, and again
 // as the text that the kernel gets. A command's text hashes the same, so a line of
-// grub.cfg that is no command at all could be passed off as the kernel's. Hence
+// grub.cfg that is no command at all could be passed off as the kernel's, and a
+// kernel whose file has a command's name could be passed off as that command. Hence
 // every text that doesn't begin as a command does is a candidate, whatever it is
-// called, and the fact is there only with one candidate, no other loader, and both
-// PCRs known whole.
-func (b *bootLog) commandLine(f *Facts) error {
+// called, and so are the arguments of every command that loads a kernel. The fact is
+// there only with one candidate, no other loader, and both PCRs known whole.
+func (b *bootLog) commandLine(f *Facts) {
 	f.LinesComplete = f.Complete(pcrGRUB) && f.Complete(pcrConfig) &&
 		!slices.ContainsFunc(f.Userspace, func(r Record) bool { return r.PCR == pcrConfig })
-	var opaque *measurement
+
+	var kernels []string // arguments of linux commands
 	for i := range b.pcr[pcrGRUB] {
 		m := &b.pcr[pcrGRUB][i]
 		text, kernel, ok := grubText(m)
 		if !ok {
 			f.LinesComplete = false
-			if !m.ofData {
-				opaque = m
-			}
+			b.limit(pcrGRUB, m.Event, "the digest isn't of a text, as GRUB has it")
 			continue
 		}
 		f.GRUBCommands = append(f.GRUBCommands, text)
+		b.took("grub_commands", pcrGRUB)
+		word, arguments, _ := strings.Cut(text, " ")
+		if strings.HasPrefix(word, "linux") && !strings.Contains(word, "=") {
+			kernels = append(kernels, arguments)
+		}
 		if kernel || !commandLike(text) {
 			f.KernelCommandLines = append(f.KernelCommandLines, text)
 		}
-		if word, _, _ := strings.Cut(text, " "); slices.Contains(otherLoaders, word) {
+		if slices.Contains(otherLoaders, word) {
 			f.LinesComplete = false // it has a command line of its own
 		}
 	}
-	if opaque != nil && len(f.GRUBCommands) > 0 {
-		return reject(CheckStructure, "%v: the digest isn't of the text, as GRUB has it", opaque)
-	}
+
 	for i := range b.pcr[pcrConfig] {
 		m := &b.pcr[pcrConfig][i]
-		if text, ok := utf16Text(m.Data); ok && m.ofData && bytes.HasSuffix(m.Data, []byte{0, 0}) {
+		if text, ok := utf16Text(m.proven); ok && bytes.HasSuffix(m.proven, []byte{0, 0}) {
 			f.KernelConfig = append(f.KernelConfig, text)
+			b.took("kernel_config", pcrConfig)
 			f.KernelCommandLines = append(f.KernelCommandLines, text)
 			continue
 		}
 		f.LinesComplete = false
 		f.Components = append(f.Components, Component{PCR: pcrConfig, Kind: KindConfig, SHA256: m.digest})
 		f.Asserted.Components = append(f.Asserted.Components, m.Type.String()+" "+label(m.Data))
+		b.took(componentFacts[pcrConfig], pcrConfig)
+		if m.opaque() && i > windowsEnd(b.pcr[pcrConfig]) {
+			b.limit(pcrConfig, m.Event, "the digest isn't of the data, and may be a kernel's command line")
+		}
 	}
+
+	for _, line := range kernels {
+		if !slices.ContainsFunc(f.KernelCommandLines, func(l string) bool { return unquoted(l) == unquoted(line) }) {
+			f.KernelCommandLines = append(f.KernelCommandLines, line)
+		}
+	}
+	f.KernelCommandLines = distinct(f.KernelCommandLines) // systemd-boot and its stub measure one each
 	if f.LinesComplete && len(f.KernelCommandLines) == 1 {
 		f.KernelCommandLine = &f.KernelCommandLines[0]
+		b.took("kernel_command_line", pcrGRUB, pcrConfig)
 	}
-	return nil
+}
+
+// unquoted leaves out the marks by which GRUB's text of a command differs from that
+// of the kernel's command line which it makes.
+func unquoted(line string) string {
+	return strings.Map(func(r rune) rune {
+		if strings.ContainsRune("\"'\\", r) {
+			return -1
+		}
+		return r
+	}, line)
 }
 
 // commands are those of GRUB, and functions that distributions' grub.cfg defines.
@@ -206,7 +273,7 @@ var commands = func() map[string]bool {
 		syslinux_configfile syslinux_source terminal_input terminal_output terminfo test test_blockarg testload testspeed time tr true trust unset
 		usb blscfg hwmatch initrdfail increment decrement menu_color_normal menu_color_highlight bli btrfs-mount-subvol btrfs-list-snapshots
 		btrfs-info btrfs-get-default-subvol zfs-bootfs tpm tpm2_key_protector_init tpm2_key_protector_clear key_protector version efivar
-		verify_detached videoinfo wrmsr write_byte write_dword write_word xen_hypervisor xen_module zfsinfo zfskey`) {
+		verify_detached videoinfo wrmsr write_byte write_dword write_word xen_hypervisor xen_module zfsinfo zfskey gptpriority gptrepair`) {
 		words[w] = true
 	}
 	return words
@@ -226,7 +293,8 @@ func grubText(m *measurement) (text string, kernel, ok bool) {
 	data := strings.TrimSuffix(string(m.Data), "\x00")
 	for _, prefix := range grubPrefixes {
 		text, found := strings.CutPrefix(data, prefix)
-		if found && m.digest == evidence.Sum([]byte(text)) {
+		// GRUB of RHEL 8 hashes a command with its NUL.
+		if found && (m.digest == evidence.Sum([]byte(text)) || m.digest == evidence.Sum([]byte(text+"\x00"))) {
 			return text, strings.Contains(prefix, "kernel_cmdline"), true
 		}
 	}

@@ -1,6 +1,7 @@
 package appraise
 
 import (
+	"fmt"
 	"slices"
 
 	"github.com/countersign/countersign/attestors/boot"
@@ -14,6 +15,9 @@ type Facts struct {
 	PCRsUnused      []int `json:"pcrs_unused,omitempty"`      // quoted as never extended, which the logs agree with
 	PCRsUnreplayed  []int `json:"pcrs_unreplayed,omitempty"`  // extended after boot by what no log shows: no facts from these
 	PCRsUnexplained []int `json:"pcrs_unexplained,omitempty"` // quoted as extended, and no log speaks of them
+
+	// PCRs says of each quoted PCR what is known of it, in order.
+	PCRs []PCR `json:"pcrs,omitempty"`
 
 	// Final since the separator.
 	FirmwareVersion *string                       `json:"firmware_version,omitempty"`
@@ -42,6 +46,39 @@ type Facts struct {
 	Windows           *Windows `json:"windows,omitempty"`
 
 	Asserted Asserted `json:"asserted"`
+}
+
+// A PCR is what the appraisal made of one quoted PCR.
+type PCR struct {
+	Index  int  `json:"pcr"`
+	Events int  `json:"events"` // that the event log has of it
+	Proven bool `json:"proven"` // the logs lead to the quoted value, or it was never extended
+
+	// Understood says that the PCR is proven and each of its events is one that the
+	// reader knows. In PCR 0 to 6 it believes the events' types, which are the host's
+	// word: it is for people, and for a policy that wants nothing odd; no fact rests
+	// on it.
+	Understood    bool     `json:"understood"`
+	NotUnderstood int      `json:"not_understood,omitempty"` // events
+	Facts         []string `json:"facts,omitempty"`          // that rest on it
+	Limit         *Limit   `json:"limit,omitempty"`          // the first that isn't understood
+
+	withheld bool // its list is not given: an event could be a member of it, or none
+}
+
+// A Limit is an event that isn't understood, and keeps facts of its PCR from being
+// known.
+type Limit struct {
+	Event int    `json:"event,omitempty"` // place in the log; 0: the lack of one
+	Type  string `json:"type,omitempty"`  // as the host has it
+	Why   string `json:"why"`
+}
+
+func (l Limit) String() string {
+	if l.Event == 0 {
+		return l.Why
+	}
+	return fmt.Sprintf("event %d (%s): %s", l.Event, l.Type, l.Why)
 }
 
 // A SignatureDatabase is one of Secure Boot's variables.
@@ -125,8 +162,36 @@ func (f *Facts) userspace(later []boot.Measurement) {
 	}
 }
 
-// Complete says whether everything that extended a PCR is known: only then is a
-// list of what it holds the whole list.
+// Complete reports whether everything that extended a PCR is known, and listed: only
+// then is a list of what it holds the whole list.
 func (f *Facts) Complete(pcr int) bool {
+	if slices.ContainsFunc(f.PCRs, func(p PCR) bool { return p.Index == pcr && p.withheld }) {
+		return false
+	}
+	return f.proven(pcr)
+}
+
+func (f *Facts) proven(pcr int) bool {
 	return slices.Contains(f.PCRsReplayed, pcr) || slices.Contains(f.PCRsUnused, pcr)
+}
+
+// report says of each quoted PCR what became of it.
+func (b *bootLog) report(pcrs map[int]evidence.Digest, f *Facts) {
+	for pcr := range b.pcr {
+		if _, quoted := pcrs[pcr]; !quoted || pcr == pcrIMA {
+			continue
+		}
+		if pcr < firmwarePCRs && pcr != pcrSecureBoot {
+			for i := range b.pcr[pcr] {
+				if why := strange(&b.pcr[pcr][i]); why != "" {
+					b.limit(pcr, b.pcr[pcr][i].Event, why)
+				}
+			}
+		}
+		s := b.state[pcr]
+		s.Index, s.Events, s.Proven = pcr, len(b.pcr[pcr]), f.proven(pcr)
+		s.Understood = s.Proven && s.Limit == nil
+		slices.Sort(s.Facts)
+		f.PCRs = append(f.PCRs, s)
+	}
 }

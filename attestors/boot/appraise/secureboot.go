@@ -5,8 +5,8 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"slices"
+	"strings"
 
-	"github.com/countersign/countersign/attestors/boot"
 	"github.com/countersign/countersign/attestors/evidence"
 )
 
@@ -42,72 +42,149 @@ var (
 // secureBoot reads PCR 7. Everything in it hashes its data, so an event can't
 // call itself another variable; db's content and an entry of db that verified an
 // image are both named db, and told apart by coming first.
-func (b *bootLog) secureBoot(f *Facts) error {
-	seen := map[string]bool{}
-	state := map[string]bool{}
-	for i := range b.before(pcrSecureBoot) {
-		m := &b.pcr[pcrSecureBoot][i]
-		v, ok := parseVariable(m.Data)
-		if !ok {
-			if m.Type == boot.VariableDriverConfig || m.Type == boot.VariableAuthority {
-				return reject(CheckStructure, "%v: its data is no variable", m)
-			}
-			f.SecureBootNotes = append(f.SecureBootNotes, note(m))
-			continue
-		}
-		isState := states[v.name] == v.guid && v.guid == guidGlobal
-		isDatabase := databases[v.name] == v.guid && (v.guid == guidGlobal || v.guid == guidSecurity)
-		switch {
-		case (isState || isDatabase) && !seen[v.name]:
-			seen[v.name] = true
-			if m.Type != boot.VariableDriverConfig {
-				return reject(CheckStructure, "%v holds %s under another type", m, v.name)
-			}
-			if isDatabase {
-				if f.Databases == nil {
-					f.Databases = map[string]*SignatureDatabase{}
-				}
-				f.Databases[v.name] = parseDatabase(v.data)
-				continue
-			}
-			if len(v.data) > 1 || len(v.data) == 1 && v.data[0] > 1 {
-				return reject(CheckStructure, "%v: %s is neither 0 nor 1", m, v.name)
-			}
-			state[v.name] = len(v.data) == 1 && v.data[0] == 1
-		case isState || v.name == "PK" || v.name == "KEK":
-			return reject(CheckStructure, "%v measures %s a second time", m, v.name)
-		case m.Type == boot.VariableDriverConfig && isDatabase:
-			return reject(CheckStructure, "%v measures %s a second time", m, v.name)
-		default:
-			f.Authorities = append(f.Authorities, authority(m, v))
+//
+// An event before the separator that can't be read may be any variable, Secure
+// Boot's state measured again after a change among them: no fact is made then.
+// One behind the separator may be an authority, or shim's SBAT level.
+func (b *bootLog) secureBoot(f *Facts) {
+	events := b.pcr[pcrSecureBoot]
+	end := cut(events)
+	switch {
+	case len(events) == 0:
+		return
+	case end < 0:
+		b.limit(pcrSecureBoot, nil, "it has no separator")
+		b.state[pcrSecureBoot].withheld = true
+		return
+	case events[end].digest == separatorError:
+		b.limit(pcrSecureBoot, events[end].Event, "firmware measured that it failed")
+		b.state[pcrSecureBoot].withheld = true
+		return
+	}
+
+	before := secureBootVariables{}
+	for i := range events[:end] {
+		if why := before.add(&events[i]); why != "" {
+			b.limit(pcrSecureBoot, events[i].Event, why)
+			b.state[pcrSecureBoot].withheld = true
 		}
 	}
-	if seen["SecureBoot"] {
-		on := state["SecureBoot"]
+	if b.state[pcrSecureBoot].withheld {
+		return
+	}
+	before.facts(f)
+
+	after := secureBootVariables{loaders: true}
+	for i := range events[end+1:] {
+		m := &events[end+1+i]
+		if separators[m.digest] {
+			continue // some firmware measures all of them twice
+		}
+		if why := after.add(m); why != "" {
+			b.limit(pcrSecureBoot, m.Event, why)
+			b.state[pcrSecureBoot].withheld = true
+		}
+	}
+	if b.state[pcrSecureBoot].withheld {
+		f.Authorities, f.SecureBootNotes = nil, nil
+	} else {
+		f.Authorities = append(before.authorities, after.authorities...)
+		f.SecureBootNotes = append(before.notes, after.notes...)
+		if len(after.sbat) == 1 && printable(after.sbat[0]) {
+			f.SbatLevel = &after.sbat[0]
+		}
+	}
+	for fact, there := range map[string]bool{
+		"secure_boot": f.SecureBoot != nil, "secure_boot_mode": f.SecureBootMode != "", "signature_databases": f.Databases != nil,
+		"authorities": f.Authorities != nil, "secure_boot_notes": f.SecureBootNotes != nil, "sbat_level": f.SbatLevel != nil,
+	} {
+		if there {
+			b.took(fact, pcrSecureBoot)
+		}
+	}
+}
+
+// secureBootVariables is what one side of PCR 7's separator holds.
+type secureBootVariables struct {
+	loaders     bool // behind the separator, where nothing is Secure Boot's own state
+	states      map[string]bool
+	databases   map[string]*SignatureDatabase
+	authorities []Authority
+	notes       []string
+	sbat        []string
+}
+
+// add takes one event, or says why it isn't understood.
+func (s *secureBootVariables) add(m *measurement) (why string) {
+	v, ok := parseVariable(m.proven)
+	switch {
+	case messages[m.digest] != "":
+		s.notes = append(s.notes, messages[m.digest])
+		return ""
+	case m.opaque():
+		return "the digest isn't of the data, as everything in PCR 7 is"
+	case !ok && message(m):
+		s.notes = append(s.notes, strings.TrimSuffix(string(m.proven), "\x00"))
+		return ""
+	case !ok:
+		return "its data is neither a variable nor a text"
+	case s.loaders:
+		s.authorities = append(s.authorities, authority(m, v))
+		if v.guid == guidShim && v.name == "SbatLevel" {
+			s.sbat = append(s.sbat, string(v.data))
+		}
+		return ""
+	case states[v.name] == v.guid && v.guid == guidGlobal:
+		return s.state(v)
+	case databases[v.name] == v.guid && v.guid != [16]byte{}:
+		return s.database(m, v)
+	}
+	s.authorities = append(s.authorities, authority(m, v))
+	return ""
+}
+
+// state takes one of the variables that hold one byte. Firmware measures one again
+// where it is changed during boot.
+func (s *secureBootVariables) state(v variable) (why string) {
+	if len(v.data) > 1 || len(v.data) == 1 && v.data[0] > 1 {
+		return v.name + " is neither 0 nor 1"
+	}
+	on := len(v.data) == 1 && v.data[0] == 1
+	if was, again := s.states[v.name]; again && was != on {
+		return v.name + " was measured before with another value"
+	}
+	if s.states == nil {
+		s.states = map[string]bool{}
+	}
+	s.states[v.name] = on
+	return ""
+}
+
+func (s *secureBootVariables) database(m *measurement, v variable) (why string) {
+	db := parseDatabase(v.data)
+	switch was := s.databases[v.name]; {
+	case was == nil:
+		if s.databases == nil {
+			s.databases = map[string]*SignatureDatabase{}
+		}
+		s.databases[v.name] = db
+	case v.name == "db":
+		s.authorities = append(s.authorities, authority(m, v))
+	case was.SHA256 != db.SHA256:
+		return v.name + " was measured before with another content"
+	}
+	return ""
+}
+
+// facts writes down what firmware measured of Secure Boot itself.
+func (s *secureBootVariables) facts(f *Facts) {
+	if on, ok := s.states["SecureBoot"]; ok {
 		f.SecureBoot = &on
 	}
+	f.Databases = s.databases
 	if pk := f.Databases["PK"]; pk != nil {
-		f.SecureBootMode = mode(pk, state)
+		f.SecureBootMode = mode(pk, s.states)
 	}
-	var sbat []string
-	for i := range b.after(pcrSecureBoot) {
-		m := &b.after(pcrSecureBoot)[i]
-		v, ok := parseVariable(m.Data)
-		if !ok {
-			return reject(CheckStructure, "%v: its data is no variable", m)
-		}
-		if _, is := states[v.name]; is || v.name == "PK" || v.name == "KEK" {
-			return reject(CheckStructure, "%v measures %s behind the separator", m, v.name)
-		}
-		f.Authorities = append(f.Authorities, authority(m, v))
-		if v.guid == guidShim && v.name == "SbatLevel" {
-			sbat = append(sbat, string(v.data))
-		}
-	}
-	if len(sbat) == 1 && printable(sbat[0]) {
-		f.SbatLevel = &sbat[0]
-	}
-	return nil
 }
 
 // mode is Secure Boot's mode by UEFI's rules. Where firmware doesn't measure
@@ -122,15 +199,6 @@ func mode(pk *SignatureDatabase, state map[string]bool) string {
 		return "deployed"
 	}
 	return "user"
-}
-
-// note is what firmware says in PCR 7 beside variables, such as that DMA
-// protection was off.
-func note(m *measurement) string {
-	if len(m.Data) <= maxText && printable(string(m.Data)) {
-		return string(m.Data)
-	}
-	return "sha256:" + m.digest.String()
 }
 
 // parseDatabase reads EFI_SIGNATURE_LISTs.

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/countersign/countersign/attestors/boot"
 	"github.com/countersign/countersign/attestors/evidence"
 )
 
@@ -27,14 +26,29 @@ type Windows struct {
 	WinPE           bool           `json:"winpe"`
 	HypervisorDebug bool           `json:"hypervisor_debugging"`
 	CodeIntegrity   *bool          `json:"code_integrity,omitempty"`
-	DEP             *bool          `json:"dep,omitempty"`
-	VBS             *bool          `json:"vbs,omitempty"`       // virtual secure mode was launched
-	HVCI            *bool          `json:"hvci,omitempty"`      // hypervisor-enforced code integrity
-	BitLocker       []uint64       `json:"bitlocker,omitempty"` // how each volume was unlocked, in Microsoft's flags
+	DEP             *bool          `json:"dep,omitempty"`        // DEPPolicy protects programs by default
+	DEPPolicy       DEPPolicy      `json:"dep_policy,omitempty"` // absent where it isn't one policy that is known
+	VBS             *bool          `json:"vbs,omitempty"`        // virtual secure mode was launched
+	HVCI            *bool          `json:"hvci,omitempty"`       // hypervisor-enforced code integrity
+	BitLocker       []uint64       `json:"bitlocker,omitempty"`  // how each volume was unlocked, in Microsoft's flags
 	BootCount       *uint64        `json:"boot_count,omitempty"`
 	ELAM            []WindowsELAM  `json:"elam,omitempty"`
 	Modules         []WindowsImage `json:"modules,omitempty"` // boot manager, loader, kernel and boot drivers
+
+	protects map[uint32][]uint64 // values of settings that protect, as they were measured
 }
+
+// DEPPolicy is Windows' policy for data execution prevention, the boot option nx.
+type DEPPolicy string
+
+const (
+	DEPOptIn     DEPPolicy = "opt-in"     // 0: Windows' own programs, and those that ask for it
+	DEPOptOut    DEPPolicy = "opt-out"    // 1: all programs but those that are excepted
+	DEPAlwaysOff DEPPolicy = "always-off" // 2
+	DEPAlwaysOn  DEPPolicy = "always-on"  // 3
+)
+
+var depPolicies = []DEPPolicy{DEPOptIn, DEPOptOut, DEPAlwaysOff, DEPAlwaysOn}
 
 // WindowsELAM is the measured configuration of an early-launch antimalware driver.
 type WindowsELAM struct {
@@ -91,39 +105,35 @@ func windowsEnd(pcr []measurement) int {
 }
 
 // windows reads what stands before the separators. A host that didn't close both
-// PCRs has no such facts.
-func (b *bootLog) windows(f *Facts) error {
+// PCRs has no such facts, and neither has one with an event there that can't be
+// read: it could weaken any of them.
+func (b *bootLog) windows(f *Facts) {
 	if windowsEnd(b.pcr[12]) < 0 || windowsEnd(b.pcr[13]) < 0 {
-		return nil
+		return
 	}
-	w := &Windows{}
+	w, ok := &Windows{}, true
 	for _, pcr := range []int{12, 13} {
-		end := windowsEnd(b.pcr[pcr])
-		for i := range b.pcr[pcr] {
+		for i := range b.pcr[pcr][:windowsEnd(b.pcr[pcr])] {
 			m := &b.pcr[pcr][i]
-			if i > end {
-				if m.digest == wbclSeparator {
-					return reject(CheckStructure, "%v is the second separator of its PCR", m)
+			why := "the digest isn't of the data, as everything before Windows' separator is"
+			if !m.opaque() {
+				err := w.read(m.proven, pcr)
+				if err == nil {
+					continue
 				}
-				continue
+				why = err.Error()
 			}
-			if !m.ofData {
-				return reject(CheckStructure, "%v: the digest isn't of the data, as everything before Windows' separator is", m)
-			}
-			if i == end {
-				if m.Type != boot.Separator {
-					return reject(CheckStructure, "%v hides a separator under another type", m)
-				}
-				continue
-			}
-			if err := w.read(m.Data, pcr); err != nil {
-				return reject(CheckStructure, "%v: %v", m, err)
-			}
+			b.limit(pcr, m.Event, why)
+			ok = false
 		}
 	}
+	if !ok {
+		return
+	}
+	w.derive()
 	w.Modules, w.ELAM = distinct(w.Modules), distinct(w.ELAM) // most are measured into both
 	f.Windows = w
-	return nil
+	b.took("windows", 12, 13)
 }
 
 // A sipaEvent is one of Windows' own events, many of which make up the data of
@@ -194,7 +204,6 @@ func (w *Windows) read(data []byte, pcr int) error {
 // setting reads an event that holds one number. Those that aren't known are left.
 func (w *Windows) setting(e sipaEvent, pcr int) error {
 	var weakens *bool
-	var protects **bool
 	switch e.kind {
 	case sipaBootDebugging:
 		weakens = &w.BootDebugging
@@ -210,14 +219,7 @@ func (w *Windows) setting(e sipaEvent, pcr int) error {
 		weakens = &w.WinPE
 	case sipaHypervisorDebug:
 		weakens = &w.HypervisorDebug
-	case sipaCodeIntegrity:
-		protects = &w.CodeIntegrity
-	case sipaDEP:
-		protects = &w.DEP
-	case sipaVSMLaunch:
-		protects = &w.VBS
-	case sipaHVCI:
-		protects = &w.HVCI
+	case sipaCodeIntegrity, sipaDEP, sipaVSMLaunch, sipaHVCI:
 	case sipaBootCounter, sipaBitLockerUnlock:
 	default:
 		return nil
@@ -231,9 +233,11 @@ func (w *Windows) setting(e sipaEvent, pcr int) error {
 	switch {
 	case weakens != nil:
 		*weakens = *weakens || n != 0
-	case protects != nil:
-		on := n != 0 && (*protects == nil || **protects)
-		*protects = &on
+	case e.kind == sipaCodeIntegrity || e.kind == sipaDEP || e.kind == sipaVSMLaunch || e.kind == sipaHVCI:
+		if w.protects == nil {
+			w.protects = map[uint32][]uint64{}
+		}
+		w.protects[e.kind] = append(w.protects[e.kind], n)
 	case e.kind == sipaBitLockerUnlock:
 		if pcr == 12 { // measured into both
 			w.BitLocker = append(w.BitLocker, n)
@@ -244,6 +248,27 @@ func (w *Windows) setting(e sipaEvent, pcr int) error {
 		w.BootCount = &n
 	}
 	return nil
+}
+
+// derive makes facts of the settings that protect. Those that turn something on are
+// 1, and off 0; Windows has more values for some, so that another one is neither.
+func (w *Windows) derive() {
+	for kind, fact := range map[uint32]**bool{sipaCodeIntegrity: &w.CodeIntegrity, sipaVSMLaunch: &w.VBS, sipaHVCI: &w.HVCI} {
+		values := w.protects[kind]
+		if len(values) == 0 || slices.ContainsFunc(values, func(n uint64) bool { return n > 1 }) {
+			continue
+		}
+		on := !slices.Contains(values, 0)
+		*fact = &on
+	}
+	policies := w.protects[sipaDEP]
+	w.protects = nil
+	if len(policies) == 0 || slices.ContainsFunc(policies, func(n uint64) bool { return n >= uint64(len(depPolicies)) || n != policies[0] }) {
+		return
+	}
+	w.DEPPolicy = depPolicies[policies[0]]
+	on := w.DEPPolicy == DEPOptOut || w.DEPPolicy == DEPAlwaysOn
+	w.DEP = &on
 }
 
 func (w *Windows) module(data []byte) error {

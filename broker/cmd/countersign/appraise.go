@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/ima"
 	"github.com/countersign/countersign/broker/internal/offline"
 	"github.com/countersign/countersign/broker/internal/reference"
@@ -247,6 +248,7 @@ func reportText(w io.Writer, r offline.Report) {
 		}
 	})
 	f := r.Facts
+	pcrText(w, f.PCRs)
 	fmt.Fprintln(w)
 	if f.SecureBoot != nil {
 		fmt.Fprintf(w, "secure boot: %v %s\n", *f.SecureBoot, f.SecureBootMode)
@@ -261,4 +263,28 @@ func reportText(w io.Writer, r offline.Report) {
 		fmt.Fprintf(w, "ima: %d of %d entries proven, %d violations\n", f.IMA.Proven, f.IMA.Entries, f.IMA.Violations)
 	}
 	fmt.Fprintf(w, "verdict: %s\n", r.Verdict)
+}
+
+// pcrText lists what is known of each PCR, and the first event that limits it.
+func pcrText(w io.Writer, list []boot.PCR) {
+	if len(list) == 0 {
+		return
+	}
+	fmt.Fprintln(w)
+	table(w, "PCR EVENTS PROVEN UNDERSTOOD FACTS LIMIT", func(row func(...any)) {
+		for _, p := range list {
+			limit := "-"
+			if p.Limit != nil {
+				limit = p.Limit.String()
+				if p.NotUnderstood > 1 {
+					limit = fmt.Sprintf("%s, and %d more", limit, p.NotUnderstood-1)
+				}
+			}
+			facts := strings.Join(p.Facts, ",")
+			if facts == "" {
+				facts = "-"
+			}
+			row(p.Index, p.Events, p.Proven, p.Understood, facts, limit)
+		}
+	})
 }

@@ -12,6 +12,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
+	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/broker/internal/policy"
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
@@ -143,6 +144,10 @@ func whyCommand(o *options) *cobra.Command {
 			if r.Msg.GetReason() != "" {
 				fmt.Fprintln(w, r.Msg.GetReason())
 			}
+			// What the event log proves is a help beside the answer: without it, none.
+			if facts, err := client.Facts(cmd.Context(), connect.NewRequest(&v1.FactsRequest{Host: args[0]})); err == nil {
+				pcrText(w, pcrsOf(facts.Msg.GetJson()))
+			}
 		}); err != nil {
 			return err
 		}
@@ -151,6 +156,21 @@ func whyCommand(o *options) *cobra.Command {
 		}
 		return nil
 	}}
+}
+
+// pcrsOf takes what is known of each PCR from a host's facts.
+func pcrsOf(facts []byte) []boot.PCR {
+	var f struct {
+		Host struct {
+			EventLog struct {
+				States []boot.PCR `json:"pcr_states"`
+			} `json:"event_log"`
+		} `json:"host"`
+	}
+	if json.Unmarshal(facts, &f) != nil {
+		return nil
+	}
+	return f.Host.EventLog.States
 }
 
 func countsText(counts map[string]uint64) string {

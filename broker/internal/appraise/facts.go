@@ -103,14 +103,39 @@ type EventLog struct {
 	Files              []string `json:"boot_files,omitempty"`           // PCR 9
 	Authorities        []string `json:"authorities,omitempty"`          // what images were verified by, PCR 7
 	PCRs               []int    `json:"pcrs_replayed"`
-	// Incomplete are PCRs that were extended by what the logs don't show: a list
-	// of what they hold is not the whole list.
+	// Incomplete are PCRs that were extended by what the logs don't show, or whose
+	// list an event that isn't understood keeps from being known: a list of what they
+	// hold is not the whole list.
 	Incomplete []int `json:"pcrs_incomplete,omitempty"`
+	// States says of each quoted PCR what is known of it.
+	States []boot.PCR `json:"pcr_states,omitempty"`
 	// LinesComplete says that KernelCommandLines are all: nothing in PCR 8 and 12
 	// is one under another name.
 	LinesComplete bool `json:"kernel_command_lines_complete"`
 
 	Windows *boot.Windows `json:"windows,omitempty"` // of a Windows' log
+}
+
+// Understood lists the PCRs that are proven and have no event that the appraisal
+// doesn't know.
+func (e *EventLog) Understood() []int {
+	out := []int{}
+	for _, s := range e.States {
+		if s.Understood {
+			out = append(out, s.Index)
+		}
+	}
+	return out
+}
+
+// Limit is the first event of a PCR that isn't understood, in words, or empty.
+func (e *EventLog) Limit(pcr int) string {
+	for _, s := range e.States {
+		if s.Index == pcr && s.Limit != nil {
+			return s.Limit.String()
+		}
+	}
+	return ""
 }
 
 // CommandLines are all that may have been a kernel's: the one, where it is proven.
@@ -145,7 +170,12 @@ type Subject struct {
 func (k *Known) describe(h *Host) {
 	if f := k.facts; f != nil {
 		e := &EventLog{SecureBootMode: f.SecureBootMode, FirmwareVersion: f.FirmwareVersion, KernelCommandLine: f.KernelCommandLine,
-			KernelCommandLines: f.KernelCommandLines, PCRs: f.PCRsReplayed, Incomplete: slices.Concat(f.PCRsUnreplayed, f.PCRsUnexplained), Windows: f.Windows, LinesComplete: f.LinesComplete}
+			KernelCommandLines: f.KernelCommandLines, PCRs: f.PCRsReplayed, States: f.PCRs, Incomplete: slices.Concat(f.PCRsUnreplayed, f.PCRsUnexplained), Windows: f.Windows, LinesComplete: f.LinesComplete}
+		for _, p := range f.PCRs {
+			if p.Proven && !f.Complete(p.Index) {
+				e.Incomplete = append(e.Incomplete, p.Index)
+			}
+		}
 		for _, c := range f.Components {
 			switch c.PCR {
 			case pcrImages:

@@ -52,7 +52,7 @@ var vocabulary = map[string][]fact{
 		{"kernel_command_line", cel.StringType}, {"kernel_command_lines", cel.ListType(cel.StringType)},
 		{"boot_images", cel.ListType(cel.StringType)}, {"boot_files", cel.ListType(cel.StringType)}, {"authorities", cel.ListType(cel.StringType)},
 		{"windows", windowsType}, // absent unless it is a Windows' log
-		{"pcrs_replayed", cel.ListType(cel.IntType)}, {"pcrs_incomplete", cel.ListType(cel.IntType)}, {"kernel_command_lines_complete", cel.BoolType},
+		{"pcrs_replayed", cel.ListType(cel.IntType)}, {"pcrs_incomplete", cel.ListType(cel.IntType)}, {"pcrs_understood", cel.ListType(cel.IntType)}, {"kernel_command_lines_complete", cel.BoolType},
 		// Absent unless an IMA list was appraised.
 		{"ima", cel.StringType}, {"ima_bank", cel.StringType}, {"ima_entries", cel.IntType}, {"ima_violations", cel.IntType}, {"ima_unexpected", cel.IntType},
 	},
@@ -67,7 +67,7 @@ var vocabulary = map[string][]fact{
 		{"boot_debugging", cel.BoolType}, {"kernel_debugging", cel.BoolType}, {"hypervisor_debugging", cel.BoolType}, {"test_signing", cel.BoolType},
 		{"flight_signing", cel.BoolType}, {"safe_mode", cel.BoolType}, {"winpe", cel.BoolType},
 		// Absent where the log doesn't say.
-		{"code_integrity", cel.BoolType}, {"dep", cel.BoolType}, {"vbs", cel.BoolType}, {"hvci", cel.BoolType},
+		{"code_integrity", cel.BoolType}, {"dep", cel.BoolType}, {"dep_policy", cel.StringType}, {"vbs", cel.BoolType}, {"hvci", cel.BoolType},
 		{"bitlocker", cel.ListType(cel.IntType)}, {"images", cel.ListType(cel.StringType)},
 	},
 	mappingType.TypeName(): {{"path", cel.StringType}, {"deleted", cel.BoolType}},
@@ -248,11 +248,23 @@ func activation(f appraise.Facts, now time.Time) map[string]any {
 		if l.KernelCommandLine != nil {
 			host["kernel_command_line"] = *l.KernelCommandLine
 		}
-		host["kernel_command_lines"], host["boot_images"], host["boot_files"], host["authorities"] = l.CommandLines(), l.Images, l.Files, l.Authorities
+		host["kernel_command_lines"] = l.CommandLines()
+		// A list that isn't whole isn't known: what holds of each of its members may
+		// not hold of one that is missing.
+		for _, list := range []struct {
+			name string
+			pcr  int
+			have []string
+		}{{"boot_images", 4, l.Images}, {"boot_files", 9, l.Files}, {"authorities", 7, l.Authorities}} {
+			if !slices.Contains(l.Incomplete, list.pcr) {
+				host[list.name] = list.have
+			}
+		}
 		if l.Windows != nil {
 			host["windows"] = windows(l.Windows)
 		}
 		host["pcrs_replayed"], host["pcrs_incomplete"], host["kernel_command_lines_complete"] = l.PCRs, l.Incomplete, l.LinesComplete
+		host["pcrs_understood"] = l.Understood()
 	}
 	if f.Host.IMA != nil {
 		host["ima"] = *f.Host.IMA
@@ -310,6 +322,9 @@ func windows(w *boot.Windows) object {
 		if fact != nil {
 			out[name] = *fact
 		}
+	}
+	if w.DEPPolicy != "" {
+		out["dep_policy"] = string(w.DEPPolicy)
 	}
 	return out
 }

@@ -156,7 +156,11 @@ func (e *evaluation) boot(want HostSelector, h appraise.Host) {
 		if part.pcr == 0 && !log.LinesComplete {
 			e.is(part.name, wanted, "PCR 8 and 12 hold what may be another", false)
 		} else if part.pcr != 0 && slices.Contains(log.Incomplete, part.pcr) {
-			e.is(part.name, wanted, fmt.Sprintf("PCR %d is not explained by the event log", part.pcr), false)
+			what := fmt.Sprintf("PCR %d is not explained by the event log", part.pcr)
+			if limit := log.Limit(part.pcr); limit != "" {
+				what += ": " + limit
+			}
+			e.is(part.name, wanted, what, false)
 		} else if len(odd) > 0 {
 			e.is(part.name, wanted, strings.Join(odd[:min(len(odd), 5)], ", "), false)
 		} else {

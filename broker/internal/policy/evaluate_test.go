@@ -199,6 +199,16 @@ func TestFacts(t *testing.T) {
 			f.Host.EventLog.KernelCommandLine, f.Host.EventLog.KernelCommandLines = nil, []string{"/vmlinuz root=UUID=1 ro quiet", "/vmlinuz init=/bin/sh"}
 			return f
 		}, Refused},
+		{"an understood PCR, by condition", "", "4 in host.pcrs_understood && !(7 in host.pcrs_understood)", func() appraise.Facts {
+			f := known()
+			f.Host.EventLog.States = []boot.PCR{{Index: 4, Understood: true}, {Index: 7}}
+			return f
+		}, Allowed},
+		{"images that aren't all known, by condition", "", "host.boot_images.all(i, i == 'x')", func() appraise.Facts {
+			f := known()
+			f.Host.EventLog.Images, f.Host.EventLog.Incomplete = nil, []int{4}
+			return f
+		}, Fault},
 		{"boot facts by condition", "", "host.kernel_command_line.contains('quiet') && host.secure_boot_mode == 'user' && host.boot_images.size() == 2 && 4 in host.pcrs_replayed && host.pcrs_incomplete.size() == 0", known, Allowed},
 		{"a Windows' log", "", "!host.windows.test_signing && host.windows.hvci && !has(host.windows.vbs) && host.windows.bitlocker == [256] && host.windows.images.size() == 0", func() appraise.Facts {
 			f := known()

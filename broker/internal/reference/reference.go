@@ -151,12 +151,19 @@ func exactKeys(b []byte) error {
 }
 
 // Learn makes a set of what one host has shown: facts where its event log was
-// appraised, raw values of the given PCRs where it has none, and the files
-// that it measured.
+// appraised, and the files that it measured. It demands the raw values of the given
+// PCRs, and of those that the log explains, and that have no facts because an event
+// isn't understood.
 func Learn(facts *boot.Facts, pcrs map[int]evidence.Digest, raw []int, measured []ima.Measurement) Content {
 	var c Content
 	if facts != nil {
 		c.Boot = learnBoot(facts)
+		for _, p := range facts.PCRs {
+			lines := len(facts.KernelCommandLines) > 0 && !facts.LinesComplete && slices.Contains(linePCRs, p.Index)
+			if _, given := pcrs[p.Index]; given && p.Proven && (slices.Contains(listPCRs, p.Index) && !facts.Complete(p.Index) || lines) {
+				raw = append(slices.Clone(raw), p.Index)
+			}
+		}
 	}
 	for _, pcr := range raw {
 		if c.PCRs == nil {
@@ -187,7 +194,10 @@ var learned = []string{"PK", "KEK", "db"}
 var ownFolders = []string{"/var/lib/countersign-agent/", "/run/countersign-agent/"}
 
 func learnBoot(f *boot.Facts) *Boot {
-	b := &Boot{SecureBoot: f.SecureBoot, SecureBootMode: f.SecureBootMode, MOK: distinct(f.MOK), KernelCommandLines: f.KernelCommandLines}
+	b := &Boot{SecureBoot: f.SecureBoot, SecureBootMode: f.SecureBootMode, MOK: distinct(f.MOK)}
+	if f.LinesComplete {
+		b.KernelCommandLines = f.KernelCommandLines
+	}
 	for _, name := range learned {
 		if db := f.Databases[name]; db != nil {
 			if b.Databases == nil {
@@ -212,6 +222,12 @@ func learnBoot(f *boot.Facts) *Boot {
 	}
 	return b
 }
+
+// listPCRs hold boot images and authorities, linePCRs kernel command lines.
+var (
+	listPCRs = []int{4, 7}
+	linePCRs = []int{8, 12}
+)
 
 // extended are the PCRs that Boot.Extended can speak of.
 var extended = []int{11, 12, 13}

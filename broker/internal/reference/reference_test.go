@@ -241,3 +241,24 @@ func TestOwnFolders(t *testing.T) {
 		t.Errorf("with one: %+v", p)
 	}
 }
+
+// A log with an event that isn't understood is learned from, and its set holds the
+// host that it is of: by the value of the PCR that has no facts.
+func TestLearnOfOddLog(t *testing.T) {
+	facts := boot.Facts{PCRsReplayed: []int{4, 7, 8}, KernelCommandLines: []string{"/vmlinuz a", "/vmlinuz b"}}
+	for _, pcr := range []int{4, 7, 8} {
+		facts.PCRs = append(facts.PCRs, boot.PCR{Index: pcr, Proven: true})
+	}
+	pcrs := map[int]evidence.Digest{4: evidence.Sum([]byte("4")), 7: evidence.Sum([]byte("7")), 8: evidence.Sum([]byte("8"))}
+	c := reference.Learn(&facts, pcrs, nil, nil)
+	if len(c.Boot.KernelCommandLines) != 0 || len(c.PCRs) != 1 || c.PCRs[8] != pcrs[8] {
+		t.Errorf("learned %+v, PCRs %v", c.Boot, c.PCRs)
+	}
+	if diffs := c.Mismatch(&facts, pcrs); diffs != nil {
+		t.Errorf("its own host differs: %q", diffs)
+	}
+	pcrs[8] = evidence.Sum([]byte("other"))
+	if c.Mismatch(&facts, pcrs) == nil {
+		t.Error("another command line matches")
+	}
+}
