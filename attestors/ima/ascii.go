@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // IsASCII says whether a list is the ASCII form: it begins with the decimal
@@ -39,6 +40,9 @@ func FromASCII(list []byte) ([]byte, error) {
 
 func fromLine(line string) (e Entry, err error) {
 	words := strings.Split(strings.TrimLeft(line, " "), " ") // the PCR stands in a column of two
+	if strings.ContainsFunc(line, func(r rune) bool { return r < ' ' || r == utf8.RuneError }) {
+		return e, errors.New("it has bytes that are no text: a binary entry in an ASCII list")
+	}
 	if len(words) < 4 {
 		return e, errors.New("it is no `PCR DIGEST TEMPLATE FIELDS`")
 	}
@@ -58,7 +62,11 @@ func fromLine(line string) (e Entry, err error) {
 	if err != nil {
 		return e, err
 	}
-	if words = words[3:]; len(words) != len(names) {
+	words = words[3:]
+	if len(words) == len(names)-1 && kinds[names[len(words)]] != digest && !isName(names[len(words)]) {
+		words = append(words, "") // an empty field at the end, whose space was trimmed
+	}
+	if len(words) != len(names) {
 		return e, fmt.Errorf("%d fields, where template %s has %d", len(words), e.Template, len(names))
 	}
 	for i, name := range names {

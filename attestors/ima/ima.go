@@ -228,6 +228,7 @@ func prefixed(b []byte, most uint32) (data, rest []byte, err error) {
 // digestSize finds the one length of template digests under which the first
 // entry names a template.
 func digestSize(b []byte) (int, error) {
+	var unsupported error // the first entry's template has a name, and isn't known here
 	for _, size := range []int{20, 32, 48, 64} {
 		if len(b) < 8+size {
 			break
@@ -236,9 +237,17 @@ func digestSize(b []byte) (int, error) {
 		if n == 0 || n > maxTemplate || uint32(len(b)-8-size) < n {
 			continue
 		}
-		if _, err := fields(string(b[8+size : 8+size+int(n)])); err == nil {
+		name := string(b[8+size : 8+size+int(n)])
+		_, err := fields(name)
+		if err == nil {
 			return size, nil
 		}
+		if strings.HasPrefix(name, "ima") && unsupported == nil {
+			unsupported = err
+		}
+	}
+	if unsupported != nil {
+		return 0, unsupported
 	}
 	return 0, errors.New("no template's name where one stands in a list; is this ascii_runtime_measurements, or no IMA list?")
 }

@@ -55,8 +55,8 @@ type measurement struct {
 	digest evidence.Digest
 
 	// proven are the bytes that the digest is the hash of, or nil where the log
-	// doesn't hold them. They are the event's data, or the data less its last byte:
-	// shim up to 15 measures so, and so does firmware that leaves out a text's NUL.
+	// doesn't hold them. They are the event's data, or in PCR 0 to 7 the data less its
+	// last byte: shim up to 15 measures so, and firmware that leaves out a text's NUL.
 	// No two byte strings have one digest, so whatever is read of proven, and of
 	// nothing else, is the same in every log that replays.
 	proven []byte
@@ -71,7 +71,7 @@ func newMeasurement(e *boot.Event, digest evidence.Digest) measurement {
 		if m.proven == nil {
 			m.proven = []byte{}
 		}
-	case n > 0 && digest == evidence.Sum(e.Data[:n-1]):
+	case n > 0 && e.PCR < firmwarePCRs && digest == evidence.Sum(e.Data[:n-1]):
 		m.proven = e.Data[: n-1 : n-1]
 	}
 	return m

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-attestation/attest"
+
 	"github.com/countersign/countersign/attestors/boot"
 	"github.com/countersign/countersign/attestors/evidence"
 	tpm "github.com/countersign/countersign/attestors/tpm/appraise"
@@ -331,6 +333,47 @@ func TestWindowsNumbers(t *testing.T) {
 		known := strings.Contains(string(b), `"dep`) || strings.Contains(string(b), `"code_`) || strings.Contains(string(b), `"vbs"`) || strings.Contains(string(b), `"hvci"`)
 		if !strings.Contains(string(b), c.want) || known != (c.want != "") {
 			t.Errorf("%x %v: %s", c.kind, c.values, b)
+		}
+	}
+}
+
+// Where go-attestation reads a real log too, it sees the same events and the same
+// state of Secure Boot. Every difference is in docs/MACHINE_STATE.md.
+func TestRealMachinesAgainstGoAttestation(t *testing.T) {
+	differs := map[string]string{ // how its error begins
+		"intel-secl-uefi-event-log":                        "unknown algorithm ID ffff",
+		"guard-oss-test-HP-EliteBook-830-G6-add-mokx":      "event 12: unexpected EFI action event",
+		"guard-oss-test-before":                            "event 12: unexpected EFI action event",
+		"guard-oss-test-update":                            "event 12: unexpected EFI action event",
+		"ibmtss-ideapad1":                                  "event 3: failed parsing platform keys",
+		"tpm2-tools-event-arch-linux":                      "event 3: SecureBoot data len is 0",
+		"tpm2-tools-event-sd-boot-fedora37":                "event 4: SecureBoot data len is 0",
+		"guard-oss-IMN-SUPERMICRO-EPP-MSDefender.evidence": "off", // no variable was measured: nothing is known
+	}
+	for _, m := range machines(t, "logs") {
+		f := accepted(t, m.log, m.pcrs)
+		state, err := func() (*attest.SecurebootState, error) {
+			theirs, err := attest.ParseEventLog(m.log)
+			if err != nil {
+				return nil, err
+			}
+			if !sameEvents(parse(t, m.log).Events, theirs.Events(attest.HashSHA256)) {
+				t.Errorf("%s: other events", m.name)
+			}
+			events, err := theirs.Verify(attestPCRs(m.pcrs))
+			if err != nil {
+				return nil, err
+			}
+			return attest.ParseSecurebootState(events)
+		}()
+		why, expected := differs[m.name]
+		switch {
+		case err != nil && (!expected || !strings.HasPrefix(err.Error(), why)):
+			t.Errorf("%s: go-attestation: %v", m.name, err)
+		case err == nil && f.SecureBoot == nil && !expected, err == nil && f.SecureBoot != nil && *f.SecureBoot != state.Enabled:
+			t.Errorf("%s: go-attestation says %v, we %v", m.name, state.Enabled, f.SecureBoot)
+		case err == nil && expected && f.SecureBoot != nil:
+			t.Errorf("%s: no difference any more", m.name)
 		}
 	}
 }

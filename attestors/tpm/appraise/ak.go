@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/subtle"
 	"crypto/x509"
 	"fmt"
 	"strings"
@@ -139,7 +140,7 @@ func (ak *AK) VerifyCertification(tlsPublic []byte, c tpm.Certification, extra e
 	if !ak.signed(c.Attest, sig) {
 		return nil, reject(CheckSignature, "the AK didn't sign the certification")
 	}
-	if err := checkExtraData(s, extra, "certification"); err != nil {
+	if err := checkExtraData(s, extra[:], "certification"); err != nil {
 		return nil, err
 	}
 	if !bytes.Equal(s.name, key.name()) {
@@ -149,11 +150,11 @@ func (ak *AK) VerifyCertification(tlsPublic []byte, c tpm.Certification, extra e
 }
 
 // checkExtraData checks what a statement is bound to.
-func checkExtraData(s *statement, extra evidence.Digest, what string) error {
-	if extra.IsZero() {
+func checkExtraData(s *statement, extra []byte, what string) error {
+	if len(bytes.Trim(extra, "\x00")) == 0 {
 		return reject(CheckExtraData, "nothing was given that the %s is to be bound to", what)
 	}
-	if len(s.extraData) != len(extra) || !extra.Equal(evidence.Digest(s.extraData)) {
+	if len(extra) > MaxNonce || subtle.ConstantTimeCompare(s.extraData, extra) != 1 {
 		return reject(CheckExtraData, "the %s is bound to something else than this request", what)
 	}
 	return nil

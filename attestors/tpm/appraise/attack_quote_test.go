@@ -220,3 +220,29 @@ func TestCertificationAttacks(t *testing.T) {
 		})
 	}
 }
+
+// A quote that another tool asked for has a nonce of any length that a TPM takes,
+// and is bound to the whole of it.
+func TestRecordedQuotes(t *testing.T) {
+	soft := must[*lab.SoftTPM](t)(lab.NewSoftTPM(maker))
+	ak := must[*appraise.AK](t)(appraise.ParseAK(soft.AKPublic))
+	pcrs := []int{0, 4, 7}
+	for _, n := range []int{1, 16, 20, 32, 48, appraise.MaxNonce} {
+		nonce := make([]byte, n)
+		nonce[n-1] = 7
+		q := must[tpm.Quote](t)(soft.Quote(extra, pcrs, func(a *tpm2.TPMSAttest) { a.ExtraData.Buffer = nonce }))
+		must[*appraise.Verified](t)(ak.VerifyRecordedQuote(q, nonce, pcrs))
+
+		for _, other := range [][]byte{append(slices.Clone(nonce), 0), append([]byte{1}, nonce[1:]...), nonce[:n-1]} {
+			if slices.Equal(other, nonce) {
+				continue
+			}
+			_, err := ak.VerifyRecordedQuote(q, other, pcrs)
+			rejected(t, err, appraise.CheckExtraData)
+		}
+		if n != len(extra) { // a broker's own are digests
+			_, err := ak.VerifyQuote(q, extra, pcrs)
+			rejected(t, err, appraise.CheckExtraData)
+		}
+	}
+}

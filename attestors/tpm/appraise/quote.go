@@ -21,7 +21,18 @@ type Verified struct {
 // with exactly their values, all of the required ones among them, bound to
 // extra.
 func (ak *AK) VerifyQuote(q tpm.Quote, extra evidence.Digest, required []int) (verified *Verified, err error) {
+	return ak.VerifyRecordedQuote(q, extra[:], required)
+}
+
+// MaxNonce is the length in bytes of the longest nonce that a TPM takes
+// (TPM2B_DATA: a TPMT_HA, whose digest has 64 bytes at most).
+const MaxNonce = 64
+
+// VerifyRecordedQuote is VerifyQuote for a quote that other tools asked for, with a
+// nonce of 1 to MaxNonce bytes. A broker's own nonces are digests.
+func (ak *AK) VerifyRecordedQuote(q tpm.Quote, nonce []byte, required []int) (verified *Verified, err error) {
 	defer guard(&err)
+	extra := nonce
 	s, err := decodeStatement(q.Attest, tpm2.TPMSTAttestQuote, "quote")
 	if err != nil {
 		return nil, err
@@ -47,17 +58,17 @@ func (ak *AK) VerifyQuote(q tpm.Quote, extra evidence.Digest, required []int) (v
 }
 
 // attestation asks go-attestation about the quote.
-func (ak *AK) attestation(q tpm.Quote, extra evidence.Digest) error {
+func (ak *AK) attestation(q tpm.Quote, extra []byte) error {
 	pcrs := make([]attest.PCR, len(q.PCRs))
 	for i := range q.PCRs {
 		pcrs[i] = attest.PCR{Index: q.PCRs[i].Index, Digest: q.PCRs[i].SHA256[:], DigestAlg: crypto.SHA256}
 	}
 	public := attest.AKPublic{Public: ak.key, Hash: crypto.SHA256}
-	return public.VerifyAll([]attest.Quote{{Quote: q.Attest, Signature: q.Signature}}, pcrs, extra[:])
+	return public.VerifyAll([]attest.Quote{{Quote: q.Attest, Signature: q.Signature}}, pcrs, extra)
 }
 
 // checkQuote holds a signed quote against what is reported and required.
-func (s *statement) checkQuote(q tpm.Quote, extra evidence.Digest, required []int) (*Verified, error) {
+func (s *statement) checkQuote(q tpm.Quote, extra []byte, required []int) (*Verified, error) {
 	if err := checkExtraData(s, extra, "quote"); err != nil {
 		return nil, err
 	}

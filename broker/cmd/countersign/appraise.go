@@ -39,7 +39,9 @@ ima_ascii_runtime_measurements, pcrs.txt (what tpm2_pcrread prints), quote.tpms_
 quote.tpmt_signature, ak.tpm2b_public or ak.pem, nonce.hex, ek.pem and ek_*_cert.der.
 What isn't there is not checked.
 
-Exit codes: 0 all that was given holds, 1 something doesn't, 2 the command line or a file is wrong.`,
+Exit codes: 0 all that was given holds (pass), 1 something doesn't (fail), 2 the command line or a
+file is wrong, 4 nothing failed, and what was given isn't proven: no PCR values were given for a
+log, or nothing could be checked (not proven).`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			record, err := files.read()
@@ -68,8 +70,11 @@ Exit codes: 0 all that was given holds, 1 something doesn't, 2 the command line 
 			if err := o.print(cmd.OutOrStdout(), report, func(w io.Writer) { reportText(w, report) }); err != nil {
 				return err
 			}
-			if report.Verdict != offline.Pass {
+			switch report.Verdict {
+			case offline.Fail:
 				return &exitError{exitNo, errors.New("the evidence does not hold")}
+			case offline.NotProven:
+				return &exitError{exitNotProven, errors.New("the evidence is not proven; --pcrs or a quote with its values would")}
 			}
 			return nil
 		},

@@ -21,10 +21,11 @@ var version = "devel"
 
 // Exit codes that scripts can use.
 const (
-	exitOK      = 0
-	exitNo      = 1 // the answer is no: invalid, refused, a check failed
-	exitUsage   = 2 // the command line is wrong
-	exitUnreach = 3 // the broker, or Vault, can't be reached or failed
+	exitOK        = 0
+	exitNo        = 1 // the answer is no: invalid, refused, a check failed
+	exitUsage     = 2 // the command line is wrong
+	exitUnreach   = 3 // the broker, or Vault, can't be reached or failed
+	exitNotProven = 4 // appraise: nothing failed, and nothing proves what was given
 )
 
 func main() {

@@ -8,6 +8,7 @@
 package offline
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -58,6 +59,7 @@ const (
 	Pass       = "pass"
 	Fail       = "fail"
 	NotChecked = "not-checked"
+	NotProven  = "not proven" // a verdict: nothing failed, and something that was given isn't proven
 )
 
 // A Check is one question and its answer.
@@ -69,7 +71,7 @@ type Check struct {
 
 // A Report is the answer to all of them.
 type Report struct {
-	Verdict string  `json:"verdict"` // pass or fail
+	Verdict string  `json:"verdict"` // Pass, Fail or NotProven
 	Checks  []Check `json:"checks"`
 	Facts   Facts   `json:"facts"`
 
@@ -107,12 +109,29 @@ func Appraise(r Record, o Options) Report {
 	w.boot()
 	w.ima()
 	w.reference()
-	report := Report{Verdict: Pass, Checks: w.checks, Facts: w.facts, Measured: w.measured, Boot: w.bootFacts, PCRs: w.pcrs}
-	if slices.ContainsFunc(w.checks, func(c Check) bool { return c.Result == Fail }) {
-		report.Verdict = Fail
-	}
+	report := Report{Verdict: w.verdict(), Checks: w.checks, Facts: w.facts, Measured: w.measured, Boot: w.bootFacts, PCRs: w.pcrs}
 	slices.Sort(report.Facts.PCRsReplayed)
 	return report
+}
+
+// verdict is Fail where a check failed, and Pass where something was proven, and
+// each log that was given was. Nothing checked is never Pass.
+func (w *work) verdict() string {
+	is := func(result string, names ...string) bool {
+		return slices.ContainsFunc(w.checks, func(c Check) bool {
+			return c.Result == result && (names == nil || slices.Contains(names, c.Name))
+		})
+	}
+	switch {
+	case is(Fail):
+		return Fail
+	case !is(Pass),
+		w.record.EventLog != nil && is(NotChecked, "event-log-replay"),
+		w.record.EventLog == nil && len(w.record.UserspaceLog) > 0,
+		w.record.IMA != nil && is(NotChecked, "ima-replay"):
+		return NotProven
+	}
+	return Pass
 }
 
 type work struct {
@@ -194,9 +213,9 @@ func (w *work) quote() {
 			return
 		}
 	}
-	if len(bound) != len(evidence.Digest{}) {
+	if len(bound) == 0 || len(bound) > tpmappraise.MaxNonce {
 		w.say(quoteChecks[0], NotChecked, "it is bound to nothing that a request has")
-		w.failQuote(1, fmt.Errorf("%d bytes, %x, where quotes are bound to %d", len(bound), bound[:min(len(bound), 64)], len(evidence.Digest{})))
+		w.failQuote(1, fmt.Errorf("a nonce of %d bytes; a TPM takes 1 to %d", len(bound), tpmappraise.MaxNonce))
 		return
 	}
 	q := tpm.Quote{Attest: r.Attest, Signature: r.Signature}
@@ -205,7 +224,7 @@ func (w *work) quote() {
 			q.PCRs = append(q.PCRs, tpm.PCR{Index: pcr, SHA256: value})
 		}
 	}
-	verified, err := ak.VerifyQuote(q, evidence.Digest(bound), selected)
+	verified, err := ak.VerifyRecordedQuote(q, bound, selected)
 	at := 0
 	if err != nil {
 		switch evidence.CheckOf(err) {
@@ -319,6 +338,11 @@ func (w *work) against() string {
 
 func (w *work) boot() {
 	const structure, replay = "event-log-structure", "event-log-replay"
+	if _, err := boot.ParseUserspace(w.record.UserspaceLog); err != nil {
+		w.failed(structure, fmt.Errorf("systemd's log can't be read: %w", err))
+		w.say(replay, NotChecked, "the log isn't sound")
+		return
+	}
 	if w.record.EventLog == nil {
 		w.say(structure, NotChecked, "no event log was given")
 		w.say(replay, NotChecked, "no event log was given")
@@ -371,14 +395,26 @@ func (w *work) ima() {
 			return
 		}
 	}
+	if len(list) > 0 && len(bytes.Trim(list, "\x00")) == 0 {
+		w.failed(replay, fmt.Errorf("the file is %d zeros, and no list: it was lost, perhaps when the machine crashed", len(list)))
+		w.say(aggregate, NotChecked, "the list can't be read")
+		return
+	}
 	if w.pcrs == nil {
-		skip("no PCR values were given")
+		entries, err := imaappraise.CheckDigests(list)
+		if err != nil {
+			w.failed(replay, err)
+			w.say(aggregate, NotChecked, "the list doesn't hold")
+			return
+		}
+		w.say(replay, NotChecked, "no PCR values were given; the template digests of %d entries are those of their data", entries)
+		w.say(aggregate, NotChecked, "no PCR values were given")
 		return
 	}
 	r, err := imaappraise.Appraise(imaappraise.State{}, list, w.pcrs)
 	switch {
 	case evidence.CheckOf(err) == imaappraise.CheckAggregate:
-		w.say(replay, NotChecked, "the list is of another boot")
+		w.say(replay, NotChecked, "the boot aggregate doesn't hold")
 		w.failed(aggregate, err)
 		return
 	case err != nil:
@@ -397,7 +433,7 @@ func (w *work) ima() {
 	w.facts.PCRsReplayed = append(w.facts.PCRsReplayed, s.PCRs()...)
 	w.say(replay, Pass, "%d of %d entries lead to %s", s.Entries, s.Entries+r.Tail, w.against())
 	if s.Aggregate == "" {
-		w.say(aggregate, NotChecked, "it isn't of SHA-256")
+		w.say(aggregate, NotChecked, "it isn't of SHA-256, or PCR 0 to 7 were not given")
 	} else {
 		w.say(aggregate, Pass, "it stands for PCR %s", s.Aggregate)
 	}

@@ -167,8 +167,12 @@ func TestMissingParts(t *testing.T) {
 			r, o := record(t, "clean")
 			tt.drop(&r, &o)
 			got := offline.Appraise(r, o)
-			if got.Verdict != offline.Pass || len(got.Checks) != len(names) {
-				t.Errorf("%+v", got.Checks)
+			verdict := offline.Pass
+			if r.PCRs == nil { // nothing proves the logs
+				verdict = offline.NotProven
+			}
+			if got.Verdict != verdict || len(got.Checks) != len(names) {
+				t.Errorf("%s: %+v", got.Verdict, got.Checks)
 			}
 			for n, result := range results(got) {
 				if want := slices.Contains(slices.Concat(tt.not, names[8:]), n); (result == offline.NotChecked) != want {
@@ -318,4 +322,76 @@ func stranger(t *testing.T) *x509.Certificate {
 	t.Helper()
 	r, _ := record(t, "clean")
 	return check.Must(x509.ParseCertificate(r.EKCertificates[0].DER))(t)
+}
+
+// Nothing that is checked by half, or not at all, passes.
+func TestNotProven(t *testing.T) {
+	whole, _ := record(t, "clean")
+	list := whole.IMA
+	ascii := read(t, "clean", "ima_ascii_runtime_measurements")
+	tampered := bytes.Replace(list, []byte("/usr/local/bin/app"), []byte("/usr/local/bin/apq"), 1)
+	for name, tt := range map[string]struct {
+		record  offline.Record
+		verdict string
+		check   string // whose detail says it
+		says    string
+	}{
+		"nothing":                            {offline.Record{}, offline.NotProven, "event-log-replay", "no event log"},
+		"values alone":                       {offline.Record{PCRs: whole.PCRs}, offline.NotProven, "event-log-replay", "no event log"},
+		"an event log alone":                 {offline.Record{EventLog: whole.EventLog}, offline.NotProven, "event-log-replay", "no PCR values"},
+		"a list alone":                       {offline.Record{IMA: list}, offline.NotProven, "ima-replay", "the template digests of 43 entries"},
+		"a tampered list":                    {offline.Record{IMA: tampered}, offline.Fail, "ima-replay", "its template digest"},
+		"a list of zeros":                    {offline.Record{IMA: make([]byte, 100)}, offline.Fail, "ima-replay", "100 zeros"},
+		"garbage of systemd":                 {offline.Record{UserspaceLog: []byte("garbage")}, offline.Fail, "event-log-structure", "systemd's log"},
+		"garbage beside a log":               {offline.Record{EventLog: whole.EventLog, UserspaceLog: []byte("garbage")}, offline.Fail, "event-log-structure", "systemd's log"},
+		"a list with PCR 10":                 {offline.Record{IMA: list, PCRs: only(t, whole.PCRs, 10)}, offline.Pass, "ima-boot-aggregate", "PCR 0 to 7 were not given"},
+		"an unknown template":                {offline.Record{IMA: bytes.Replace(ascii, []byte("ima-sig"), []byte("ima-xyz"), 1)}, offline.Fail, "ima-replay", `template "ima-xyz"`},
+		"the same, binary":                   {offline.Record{IMA: bytes.Replace(list, []byte("ima-sig"), []byte("ima-xyz"), 1)}, offline.Fail, "ima-replay", `template "ima-xyz"`},
+		"a list whose editor trimmed spaces": {offline.Record{IMA: bytes.ReplaceAll(ascii, []byte(" \n"), []byte("\n"))}, offline.NotProven, "ima-replay", "the template digests of 43 entries"},
+		"a violation first":                  {offline.Record{IMA: violated(t, list), PCRs: whole.PCRs}, offline.Fail, "ima-boot-aggregate", "a violation, which proves no digest"},
+		"a binary line in text":              {offline.Record{IMA: append(bytes.Clone(ascii), "10 \x00\x01\x02\n"...)}, offline.Fail, "ima-replay", "a binary entry in an ASCII list"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := offline.Appraise(tt.record, offline.Options{Now: now})
+			if got.Verdict != tt.verdict || !strings.Contains(detail(got, tt.check), tt.says) {
+				t.Errorf("%s: %+v", got.Verdict, got.Checks)
+			}
+		})
+	}
+}
+
+// only is the values of some PCRs, as tpm2_pcrread prints them.
+func only(t *testing.T, text []byte, pcrs ...int) []byte {
+	t.Helper()
+	values := check.Must(tpmappraise.ParsePCRRead(string(text)))(t)
+	out := []byte("sha256:\n")
+	for _, pcr := range pcrs {
+		out = fmt.Appendf(out, "  %d : 0x%s\n", pcr, values[pcr])
+	}
+	return out
+}
+
+// violated is a list whose first entry is a violation.
+func violated(t *testing.T, list []byte) []byte {
+	t.Helper()
+	first, _, err := ima.NewReader(list, 0).Next()
+	check.Nil(t, err)
+	first.TemplateDigest = make([]byte, len(first.TemplateDigest))
+	return first.Append(nil)
+}
+
+// A quote that other tools asked for may have another nonce than a broker's.
+func TestNonceOfAnyLength(t *testing.T) {
+	r, o := record(t, "clean")
+	for _, n := range []int{1, 20, 31, 33, 64, 65} {
+		o.Nonce = bytes.Repeat([]byte{7}, n)
+		got := offline.Appraise(r, o)
+		want := "bound to something else"
+		if n > 64 {
+			want = "a TPM takes 1 to 64"
+		}
+		if results(got)["quote-nonce"] != offline.Fail || !strings.Contains(detail(got, "quote-nonce"), want) {
+			t.Errorf("%d bytes: %+v", n, got.Checks[:2])
+		}
+	}
 }
