@@ -238,10 +238,16 @@ func TestOddFirmware(t *testing.T) {
 		"a variable that can't be read before it":     {func(l *boot.Log) { l.Events = slices.Insert(l.Events, 3, opaque(7, boot.VariableDriverConfig)) }, noSecureBoot},
 		"an authority that can't be read behind it":   {late(opaque(7, boot.VariableAuthority)), func(f *Facts) { f.Authorities = nil }},
 		"DMA protection disabled, behind it":          {late(both(7, boot.EFIAction, []byte("DMA Protection Disabled"))), func(f *Facts) { f.SecureBootNotes = []string{"DMA Protection Disabled"} }},
-		"a vendor's own text behind it":               {late(both(7, boot.EFIAction, []byte("Security Level 0"))), func(f *Facts) { f.SecureBootNotes = []string{"Security Level 0"} }},
-		"S_CRTM_VERSION of other data":                {func(l *boot.Log) { l.Events[0] = opaque(0, boot.CRTMVersion) }, func(f *Facts) { f.FirmwareVersion = nil }},
-		"S_CRTM_CONTENTS first":                       {func(l *boot.Log) { l.Events = slices.Insert(l.Events, 0, opaque(0, 0x07)) }, same},
-		"S_CRTM_CONTENTS first, by a locality":        {func(l *boot.Log) { l.Events = slices.Insert(l.Events, 0, locality(0, 3), opaque(0, 0x07)) }, same},
+		"bytes that are no variable behind it": {late(both(7, boot.VariableAuthority, []byte{1, 2, 3})), func(f *Facts) {
+			f.Authorities = slices.Insert(f.Authorities, 0, Authority{SHA256: evidence.Sum([]byte{1, 2, 3})})
+		}},
+		"bytes that are no variable before it": {func(l *boot.Log) { l.Events = slices.Insert(l.Events, 3, both(7, 0x0A, []byte{1, 2, 3})) }, func(f *Facts) {
+			f.SecureBootNotes = []string{"sha256:" + evidence.Sum([]byte{1, 2, 3}).String()}
+		}},
+		"a vendor's own text behind it":        {late(both(7, boot.EFIAction, []byte("Security Level 0"))), func(f *Facts) { f.SecureBootNotes = []string{"Security Level 0"} }},
+		"S_CRTM_VERSION of other data":         {func(l *boot.Log) { l.Events[0] = opaque(0, boot.CRTMVersion) }, func(f *Facts) { f.FirmwareVersion = nil }},
+		"S_CRTM_CONTENTS first":                {func(l *boot.Log) { l.Events = slices.Insert(l.Events, 0, opaque(0, 0x07)) }, same},
+		"S_CRTM_CONTENTS first, by a locality": {func(l *boot.Log) { l.Events = slices.Insert(l.Events, 0, locality(0, 3), opaque(0, 0x07)) }, same},
 		"GRUB's commands without a colon, with a NUL": {func(l *boot.Log) {
 			i := first(l, 8, boot.IPL)
 			l.Events[i] = event(8, boot.IPL, []byte("set timeout=0\x00"), []byte("grub_cmd set timeout=0\x00"))

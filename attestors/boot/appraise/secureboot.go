@@ -85,9 +85,10 @@ func (b *bootLog) secureBoot(f *Facts) {
 			b.state[pcrSecureBoot].withheld = true
 		}
 	}
-	if b.state[pcrSecureBoot].withheld {
-		f.Authorities, f.SecureBootNotes = nil, nil
-	} else {
+	for _, m := range slices.Concat(before.odd, after.odd) {
+		b.limit(pcrSecureBoot, m.Event, "its data is neither a variable nor a text")
+	}
+	if !b.state[pcrSecureBoot].withheld {
 		f.Authorities = append(before.authorities, after.authorities...)
 		f.SecureBootNotes = append(before.notes, after.notes...)
 		if len(after.sbat) == 1 && printable(after.sbat[0]) {
@@ -112,6 +113,7 @@ type secureBootVariables struct {
 	authorities []Authority
 	notes       []string
 	sbat        []string
+	odd         []*measurement // their bytes are proven, and neither a variable nor a text
 }
 
 // add takes one event, or says why it isn't understood.
@@ -126,8 +128,12 @@ func (s *secureBootVariables) add(m *measurement) (why string) {
 	case !ok && message(m):
 		s.notes = append(s.notes, strings.TrimSuffix(string(m.proven), "\x00"))
 		return ""
-	case !ok:
-		return "its data is neither a variable nor a text"
+	case !ok && s.loaders: // whatever it is, it is listed
+		s.odd, s.authorities = append(s.odd, m), append(s.authorities, Authority{SHA256: m.digest})
+		return ""
+	case !ok: // its bytes are proven, and no variable
+		s.odd, s.notes = append(s.odd, m), append(s.notes, "sha256:"+m.digest.String())
+		return ""
 	case s.loaders:
 		s.authorities = append(s.authorities, authority(m, v))
 		if v.guid == guidShim && v.name == "SbatLevel" {
