@@ -78,8 +78,8 @@ const verifyPage = 1000
 
 // Verify hashes the log again, from where v stands, and holds every stored hash
 // against it. It reads page by page, so that a broker can go on meanwhile; what is
-// appended until the last page is read is verified, too. Each sees every record and is
-// told of all that there were at that moment; an error of its ends the reading.
+// appended until the last page is read is verified, too. Each receives every record, with
+// its index and the number of records at that moment; an error from it ends the reading.
 func (v *Verification) Verify(ctx context.Context, s *store.Store, each func(index, all int64, body []byte) error) error {
 	for more := true; more; {
 		if err := s.Report(ctx, func(tx *store.Tx) (err error) {

@@ -28,7 +28,7 @@ func alarms(k Known, at time.Time) (things []string) {
 	return things
 }
 
-// What no program renews is told of 30 days before, and after its end.
+// An end that no program renews is an alarm from 30 days before it on.
 func TestThirtyDaysBefore(t *testing.T) {
 	all := func(in time.Duration) Known {
 		return Known{HostCA: ending(in), WorkloadCA: ending(in), WorkloadIssuer: ending(in), EKRoots: []*x509.Certificate{ending(in)},
@@ -51,7 +51,7 @@ func TestThirtyDaysBefore(t *testing.T) {
 	}
 }
 
-// A program that renews itself is told of when it should have, and didn't.
+// A program that renews its own certificate is an alarm once it should have, and didn't.
 func TestOperators(t *testing.T) {
 	for _, c := range []struct {
 		what string

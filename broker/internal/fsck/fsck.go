@@ -62,7 +62,7 @@ const (
 	maxViolations = 1000
 )
 
-// Progress is told of what is being looked at, and how much of it was.
+// Progress receives what is being checked, how much of it is done, and how much there is.
 type Progress func(what string, done, all int64)
 
 type checker struct {

@@ -15,7 +15,8 @@ const backupStep = 2048
 
 // Backup copies one snapshot of the store into file, which must not exist, and syncs
 // it. It may be called while a broker writes to the store: what is written after the
-// beginning is not in the copy. Progress is told of the pages copied and of all.
+// beginning is not in the copy. Progress receives the number of pages copied
+// and of all pages.
 //
 // The read transaction that is held meanwhile is what keeps SQLite's backup from
 // beginning anew at each write of another process; it also keeps the write-ahead log
