@@ -52,7 +52,8 @@ corpus: build ## what the watch finds in labelled logs, of a seed that is drawn;
 faults: setup build faults-build ## kill, fill, seal and step clocks: 20 rounds each
 	$(GO) test -count=1 -timeout 80m ./test/faults -rounds 20
 
-fuzz: ## every fuzz target, FUZZTIME inputs each
+fuzz: ## every fuzz target, FUZZTIME inputs each, and every mutant of the boot logs
+	$(GO) test -count=1 ./attestors/boot/appraise -run '^TestMutants$$'
 	@sh test/fuzz.sh $(FUZZTIME)
 
 lint: ## gofmt, vet, staticcheck; cross-build and vet the agent

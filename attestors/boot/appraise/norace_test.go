@@ -1,0 +1,5 @@
+//go:build !race
+
+package appraise
+
+const mutantStride = 1 // see race_test.go
