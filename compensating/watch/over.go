@@ -13,7 +13,7 @@ import (
 // lookEvery is how often findings are held against what is known since.
 const lookEvery = 10 * time.Second
 
-// settleFindings marks findings whose cause is over; a later sighting reopens them. It
+// settleFindings marks findings whose cause is resolved; a later sighting reopens them. It
 // goes on where it was when its time is spent.
 func (w *Watch) settleFindings(ctx context.Context) error {
 	for inTime := w.spender(ctx, sliceTime); w.looking < len(w.kept.Findings); w.looking++ {

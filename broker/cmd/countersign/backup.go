@@ -36,8 +36,9 @@ func backupCommand(o *options, file *string) *cobra.Command {
 The copy is one snapshot: what the broker writes meanwhile is not in it. It is made
 beside FILE, checked against the invariants and its own audit log, and given its name
 only then. FILE must not exist. The broker's keys are not in the store: --keys copies
-them to FILE.keys, but never the key password, without which they are of no use and
-which is kept elsewhere.`,
+them to FILE.keys. The CAs' keys stay encrypted there, under the key password, which is
+not copied; audit.key and secret-hmac.key are not encrypted, so keep the folder as safe
+as the state folder.`,
 		Example: `  countersign broker backup /backup/countersign-$(date +%F).db
   countersign broker backup --keys /backup/countersign.db -o json`,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -58,7 +59,7 @@ which is kept elsewhere.`,
 				}
 				fmt.Fprintf(w, "%s: %d bytes, with %d records, %d leases and %d hosts\n", b.File, b.Bytes, b.Report.Records, b.Report.Grants, b.Report.Hosts)
 				if b.Keys != "" {
-					fmt.Fprintf(w, "%s: the broker's keys, encrypted where they are in the state folder; keep the key password elsewhere\n", b.Keys)
+					fmt.Fprintf(w, "%s: the broker's keys; audit.key and secret-hmac.key are not encrypted, and the key password is not there: keep it elsewhere\n", b.Keys)
 				}
 			}); err != nil {
 				return err

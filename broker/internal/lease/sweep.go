@@ -19,6 +19,9 @@ const (
 	rest = time.Second
 	// late is how long after its due time a grant counts as overdue.
 	late = 10 * time.Second
+	// oddAgain is how often grants that couldn't be stepped are tried again: what failed
+	// may have been the disk for a moment.
+	oddAgain = time.Minute
 )
 
 // Sweep sends Tick to every grant whose time has come, until ctx ends. It is
@@ -42,10 +45,14 @@ func (m *Manager) Sweep(ctx context.Context) error {
 // sweep looks after one kind of grants: at their due times, and again at once where a
 // look found as many as it could take on.
 func (m *Manager) sweep(ctx context.Context, l *lane) {
-	odd := map[string]bool{}
+	odd, tried := map[string]bool{}, m.now()
 	for {
 		// From here on whoever sets a due time is heard.
 		began := m.now()
+		if began.Sub(tried) >= oddAgain {
+			clear(odd)
+			tried = began
+		}
 		l.alarm.set(began.Add(longestSleep))
 		full, err := m.sweepPage(ctx, l, odd)
 		switch {
@@ -74,7 +81,7 @@ func (m *Manager) sweep(ctx context.Context, l *lane) {
 // sweepPage sends Tick to as many due grants as the lane has place for, in one
 // transaction, and starts what comes of it. It waits for a place where there is none,
 // and returns whether all its places were taken: there may be more to do. Grants that
-// can't be stepped are put into odd and passed over from then on.
+// can't be stepped are put into odd, which are passed over.
 func (m *Manager) sweepPage(ctx context.Context, l *lane, odd map[string]bool) (full bool, err error) {
 	places := l.take(ctx)
 	started := 0

@@ -137,6 +137,17 @@ func TestAnUnreadableGrantHoldsUpNoOther(t *testing.T) {
 		if n, _, err := m.Overdue(t.Context()); n != 1 || err != nil {
 			t.Errorf("%d overdue, %v; want the unreadable one", n, err)
 		}
+		// It was the disk's fault, for a while.
+		if err := m.store.Update(t.Context(), func(tx *store.Tx) error {
+			_, err := tx.Exec(`UPDATE grants SET body = '{}' WHERE id = 'bad'`)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * oddAgain)
+		if state := load("bad").State; state != journal.Gone {
+			t.Errorf("once it can be read, the grant stays %s", state)
+		}
 	})
 }
 
