@@ -216,7 +216,8 @@ of the keys.`,
 			case count[ekFailed] > 0:
 				return fmt.Errorf("fetching failed for %d of %d endorsement keys", count[ekFailed], len(results))
 			case count[ekNotServed] > 0 && count[ekKept] == 0 && !h.certified():
-				return errors.New("the maker has no certificate for any of the endorsement keys, as for a TPM whose endorsement seed was changed (register the host by `countersign host add NAME --ek-hash` instead)")
+				return errors.New("the maker has no certificate for any of the endorsement keys, as for a TPM whose seed was changed " +
+					"(register the host by `countersign host add NAME --ek-hash` instead)")
 			}
 			return nil
 		}}
