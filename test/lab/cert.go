@@ -16,8 +16,8 @@ import (
 )
 
 // writeServerCert writes a CA's certificate (ca.pem), and a certificate and key
-// for 127.0.0.1 and localhost (server.pem, server.key), into dir.
-func writeServerCert(dir string) error {
+// for 127.0.0.1, localhost and the given names (server.pem, server.key), into dir.
+func writeServerCert(dir string, names ...string) error {
 	now := time.Now()
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -47,7 +47,7 @@ func writeServerCert(dir string) error {
 		NotAfter:     ca.NotAfter,
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-		DNSNames:     []string{"localhost"},
+		DNSNames:     append([]string{"localhost"}, names...),
 		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
 	}
 	leafDER, err := x509.CreateCertificate(rand.Reader, leaf, ca, key.Public(), caKey)

@@ -15,16 +15,12 @@ import (
 	"github.com/google/go-tpm/tpm2"
 )
 
-// maxCertificate bounds an EK's certificate.
-const maxCertificate = 8192
-
 // secretSize is the length of a challenge's secret.
 const secretSize = 32
 
 var (
 	oidEKCertificate = asn1.ObjectIdentifier{2, 23, 133, 8, 1} // tcg-kp-EKCertificate
 	oidSAN           = asn1.ObjectIdentifier{2, 5, 29, 17}
-	oidRSAESOAEP     = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 7}
 	oidManufacturer  = asn1.ObjectIdentifier{2, 23, 133, 2, 1}
 	oidModel         = asn1.ObjectIdentifier{2, 23, 133, 2, 2}
 	oidVersion       = asn1.ObjectIdentifier{2, 23, 133, 2, 3}
@@ -54,7 +50,7 @@ type EK struct {
 // roots no certificate is good.
 func VerifyEK(ek tpm.EK, roots, intermediates *x509.CertPool, now time.Time) (verified *EK, err error) {
 	defer guard(&err)
-	if len(ek.Public) > maxStructure || len(ek.Certificate) > maxCertificate {
+	if len(ek.Public) > maxStructure || len(ek.Certificate) > tpm.MaxCertificate {
 		return nil, reject(CheckEncoding, "the EK has %d bytes and its certificate %d", len(ek.Public), len(ek.Certificate))
 	}
 	key, err := x509.ParsePKIXPublicKey(ek.Public)
@@ -113,30 +109,10 @@ func verifyCertificate(der []byte, key crypto.PublicKey, roots, intermediates *x
 	if cert.IsCA || !slices.ContainsFunc(cert.UnknownExtKeyUsage, oidEKCertificate.Equal) {
 		return nil, reject(CheckEKUsage, "the certificate isn't for endorsement keys (%s)", oidEKCertificate)
 	}
-	if certified, ok := CertifiedKey(cert).(interface{ Equal(crypto.PublicKey) bool }); !ok || !certified.Equal(key) {
+	if certified, ok := tpm.CertifiedKey(cert).(interface{ Equal(crypto.PublicKey) bool }); !ok || !certified.Equal(key) {
 		return nil, reject(CheckEKCertificate, "the certificate is for another key than this EK")
 	}
 	return cert, nil
-}
-
-// CertifiedKey is the certificate's key. Some makers name its algorithm RSA
-// with OAEP, which Go doesn't parse.
-func CertifiedKey(cert *x509.Certificate) crypto.PublicKey {
-	if cert.PublicKey != nil {
-		return cert.PublicKey
-	}
-	var info struct {
-		Algorithm pkix.AlgorithmIdentifier
-		Key       asn1.BitString
-	}
-	if rest, err := asn1.Unmarshal(cert.RawSubjectPublicKeyInfo, &info); err != nil || len(rest) > 0 || !info.Algorithm.Algorithm.Equal(oidRSAESOAEP) {
-		return nil
-	}
-	key, err := x509.ParsePKCS1PublicKey(info.Key.RightAlign())
-	if err != nil {
-		return nil
-	}
-	return key
 }
 
 // makeOf reads who made the TPM out of the alternative name; parts that can't

@@ -17,9 +17,6 @@ import (
 // allows that much.
 const nvChunk = 512
 
-// maxCertificate bounds what is read as a certificate.
-const maxCertificate = 8192
-
 // A foundEK is an endorsement key and how to get at it again.
 type foundEK struct {
 	tpm.EK
@@ -97,12 +94,8 @@ func (s *session) findEK(template tpm.EKTemplate, persistent []foundEK, provisio
 
 // withCertificate adds the certificate if it is the key's.
 func withCertificate(ek foundEK, certificate []byte) *foundEK {
-	if cert, err := x509.ParseCertificate(certificate); err == nil {
-		// Some makers mark the key as RSA-OAEP, which Go doesn't parse; the modulus is
-		// in there all the same, and the broker looks closer.
-		if bytes.Equal(cert.RawSubjectPublicKeyInfo, ek.EK.Public) || cert.PublicKey == nil {
-			ek.Certificate = certificate
-		}
+	if cert, err := x509.ParseCertificate(certificate); err == nil && tpm.Certifies(cert, ek.EK.Public) {
+		ek.Certificate = certificate
 	}
 	return &ek
 }
@@ -229,7 +222,7 @@ func (s *session) readNV(index tpm2.TPMHandle) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !public.Attributes.Written || public.DataSize > maxCertificate {
+	if !public.Attributes.Written || public.DataSize > tpm.MaxCertificate {
 		return nil, nil
 	}
 	reader := tpm2.AuthHandle{Handle: index, Name: rsp.NVName, Auth: tpm2.PasswordAuth(nil)}

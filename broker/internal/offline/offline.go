@@ -321,7 +321,7 @@ func (w *work) ek() {
 
 // certifiedKey is the key that a certificate is for.
 func certifiedKey(cert *x509.Certificate) ([]byte, error) {
-	key := tpmappraise.CertifiedKey(cert)
+	key := tpm.CertifiedKey(cert)
 	if key == nil {
 		return nil, errors.New("its key is none that TPMs have")
 	}

@@ -68,7 +68,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &exitError{exitUsage, err} })
 	root.PersistentFlags().StringVarP(&o.config, "config", "c", defaultConfig, "the agent's config file")
 	root.PersistentFlags().StringVarP(&o.output, "output", "o", "text", "output format: text or json")
-	root.AddCommand(joinCommand(o), serveCommand(o), statusCommand(o), inspectCommand(o), readyCommand(o), doctorCommand(o), configCommand(o))
+	root.AddCommand(joinCommand(o), serveCommand(o), statusCommand(o), inspectCommand(o), readyCommand(o), doctorCommand(o), configCommand(o), ekCommand(o))
 	for _, sub := range root.Commands() {
 		strict(sub)
 	}

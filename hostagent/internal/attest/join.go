@@ -12,6 +12,7 @@ import (
 	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/countersign/countersign/broker/wire"
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/hostagent/internal/ekcert"
 )
 
 // Joined is how a join ended.
@@ -48,6 +49,10 @@ func (c *Client) join(ctx context.Context, token string) (Joined, error) {
 	eks, err := c.device.EKs(ctx)
 	if err != nil {
 		return Joined{}, fmt.Errorf("TPM: endorsement keys: %w", err)
+	}
+	eks, problems := ekcert.Complete(c.dir, eks)
+	for _, problem := range problems {
+		c.log.Warn("a kept EK certificate is not used", "err", problem)
 	}
 	hostname, _ := os.Hostname()
 	msg := &v1.JoinBody{AkPublic: c.keys.ak.Public(), TlsPublic: c.keys.tls.Public(), Token: token, Hostname: hostname}

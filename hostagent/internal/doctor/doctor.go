@@ -15,6 +15,7 @@ import (
 	"math/big"
 	"os"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/countersign/countersign/attestors/boot"
@@ -26,6 +27,7 @@ import (
 	"github.com/countersign/countersign/broker/wire/faults"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/ekcert"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/witness"
 )
@@ -47,8 +49,9 @@ type Finding struct {
 
 // A Report is all findings, in the order of the checks.
 type Report struct {
-	Findings []Finding `json:"findings"`
-	EKHashes []string  `json:"ek_hashes,omitempty"` // what `countersign host add` wants
+	Findings []Finding    `json:"findings"`
+	EKHashes []string     `json:"ek_hashes,omitempty"` // what `countersign host add` wants
+	EKs      []ekcert.Key `json:"eks,omitempty"`
 }
 
 // Healthy says whether nothing is wrong.
@@ -76,7 +79,7 @@ func Examine(ctx context.Context, file string) Report {
 		r.add("config", OK, file, "")
 	}
 	r.privileges()
-	r.tpm(ctx, c.TPM)
+	r.tpm(ctx, c.TPM, c.StateDir)
 	r.measurements(attest.Logs(c.EventLog, c.IMAList))
 	r.clock()
 	r.network(ctx, c.Broker)
@@ -96,7 +99,7 @@ func (r *Report) privileges() {
 	r.add("privileges", OK, "root", "")
 }
 
-func (r *Report) tpm(ctx context.Context, path string) {
+func (r *Report) tpm(ctx context.Context, path, stateDir string) {
 	device, err := collect.Open(path)
 	if err != nil {
 		r.add("tpm", Wrong, err.Error(), "set tpm in the config")
@@ -124,18 +127,47 @@ func (r *Report) tpm(ctx context.Context, path string) {
 		r.add("ek", Wrong, err.Error(), "the TPM has no usable endorsement key; ask its vendor")
 		return
 	}
-	certified := 0
 	for _, ek := range eks {
 		r.EKHashes = append(r.EKHashes, ek.Hash().String())
-		if len(ek.Certificate) > 0 {
+	}
+	r.EKs = ekcert.List(stateDir, info.Manufacturer, eks)
+	r.ekCertificates(info.Manufacturer)
+}
+
+// ekCertificates looks at who vouches for the endorsement keys, and names where
+// a certificate can be had.
+func (r *Report) ekCertificates(manufacturer string) {
+	const (
+		check   = "ek-certificate"
+		without = "without one the host's tier will be known, not certified: register its EK hash by `countersign host add`"
+	)
+	var urls []string
+	certified, kept := 0, 0
+	for _, k := range r.EKs {
+		if k.Problem != "" {
+			r.add(check, Warning, k.Problem, "")
+		}
+		switch {
+		case k.Source == ekcert.InFile:
+			kept++
 			certified++
+		case k.Source == ekcert.InTPM:
+			certified++
+		case k.URL != "":
+			urls = append(urls, fmt.Sprintf("%s (%s)", k.URL, k.Algorithm))
 		}
 	}
-	if certified == 0 {
-		r.add("ek-certificate", Warning, fmt.Sprintf("%d endorsement keys, none with a certificate", len(eks)), "the host's tier will be known, not certified: register its EK hash by `countersign host add`")
-		return
+
+	switch {
+	case certified > 0:
+		r.add(check, OK, fmt.Sprintf("%d endorsement keys, %d with a certificate (%d in the TPM, %d kept)", len(r.EKs), certified, certified-kept, kept), "")
+	case len(urls) > 0:
+		r.add(check, Warning, fmt.Sprintf("%d endorsement keys, none with a certificate; %s may serve it at %s", len(r.EKs), ekcert.Maker(manufacturer), strings.Join(urls, ", ")),
+			"`countersign-agent ek fetch` asks there (with --proxy URL by a proxy), or `countersign-agent ek import FILE` takes one from a file; "+without)
+	default:
+		r.add(check, Warning, fmt.Sprintf("%d endorsement keys, none with a certificate; %v", len(r.EKs), &ekcert.NoServiceError{Manufacturer: manufacturer}),
+			"if you have one in a file, `countersign-agent ek import FILE`; "+without)
 	}
-	r.add("ek-certificate", OK, fmt.Sprintf("%d endorsement keys, %d with a certificate", len(eks), certified), "")
 }
 
 // measurements looks for the logs that explain PCRs.

@@ -1,0 +1,47 @@
+package tpm
+
+import (
+	"crypto"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+)
+
+// MaxCertificate bounds the certificate of an EK, on both sides.
+const MaxCertificate = 8192
+
+var oidRSAESOAEP = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 7}
+
+// CertifiedKey returns the key that cert certifies, or nil if it is of no known
+// kind. Some makers name the algorithm of an RSA EK "RSA with OAEP", which
+// crypto/x509 doesn't parse; CertifiedKey does.
+func CertifiedKey(cert *x509.Certificate) crypto.PublicKey {
+	if cert.PublicKey != nil {
+		return cert.PublicKey
+	}
+
+	var info struct {
+		Algorithm pkix.AlgorithmIdentifier
+		Key       asn1.BitString
+	}
+	if rest, err := asn1.Unmarshal(cert.RawSubjectPublicKeyInfo, &info); err != nil || len(rest) > 0 || !info.Algorithm.Algorithm.Equal(oidRSAESOAEP) {
+		return nil
+	}
+	key, err := x509.ParsePKCS1PublicKey(info.Key.RightAlign())
+	if err != nil {
+		return nil
+	}
+	return key
+}
+
+// Certifies reports whether cert is for the key whose PKIX DER is public. It
+// compares the keys themselves, so that it doesn't matter how the certificate
+// names the key's algorithm.
+func Certifies(cert *x509.Certificate, public []byte) bool {
+	key, err := x509.ParsePKIXPublicKey(public)
+	if err != nil {
+		return false
+	}
+	certified, ok := CertifiedKey(cert).(interface{ Equal(crypto.PublicKey) bool })
+	return ok && certified.Equal(key)
+}
