@@ -196,21 +196,7 @@ func ekCertificates(dir string, keyPEM []byte) (list []offline.EKCertificate, er
 	return list, nil
 }
 
-func readBounded(name string) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	b, err := io.ReadAll(io.LimitReader(f, maxFile))
-	if err != nil {
-		return nil, err
-	}
-	if len(b) == maxFile {
-		return nil, fmt.Errorf("%s: more than %d bytes", name, maxFile-1)
-	}
-	return b, nil
-}
+func readBounded(name string) ([]byte, error) { return readUpTo(name, maxFile-1) }
 
 func certificates(file string) (list []*x509.Certificate, err error) {
 	b, err := readBounded(file)

@@ -86,7 +86,7 @@ func rootCommand() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &exitError{exitUsage, err} })
 	o.flags(root)
-	root.AddCommand(brokerCommand(o), hostCommand(o), operatorCommand(o), joinTokenCommand(o), referenceCommand(o), releaseCommand(o), scopeCommand(o), appraiseCommand(o),
+	root.AddCommand(brokerCommand(o), hostCommand(o), ekRootsCommand(o), operatorCommand(o), joinTokenCommand(o), referenceCommand(o), releaseCommand(o), scopeCommand(o), appraiseCommand(o),
 		whyCommand(o), leaseCommand(o), watchCommand(o), findingCommand(o), canaryCommand(o), auditCommand(o), vaultCommand(o), fsckCommand(o), configCommand(o), statusCommand(o))
 	for _, sub := range root.Commands() {
 		strict(sub)

@@ -6,8 +6,6 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -41,6 +39,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/silence"
 	"github.com/countersign/countersign/broker/internal/store"
 	"github.com/countersign/countersign/broker/internal/timekeeper"
+	"github.com/countersign/countersign/broker/internal/vendors"
 	"github.com/countersign/countersign/broker/server"
 	"github.com/countersign/countersign/broker/wire/faults"
 	"github.com/countersign/countersign/broker/wire/secret"
@@ -81,7 +80,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	if err != nil {
 		return err
 	}
-	vendors, roots, intermediates, err := ekRoots(c.EKRoots)
+	ekRoots, err := vendors.Load(c.EKRoots)
 	if err != nil {
 		return err
 	}
@@ -105,7 +104,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return keeper.Run(ctx) })
-	known := ends{store: s, hostCA: hostCA.Certificate, ekRoots: vendors}
+	known := ends{store: s, hostCA: hostCA.Certificate, ekRoots: ekRoots.All}
 	issuers := map[string]issue.Issuer{}
 	vaultStatus := func() string { return "not configured" }
 	if c.Vault != nil {
@@ -167,7 +166,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	broker := &server.Server{
 		Door: &server.Door{HostCA: hostCA.Certificate, OperatorCA: operatorCA.Certificate, Certificate: listenerCertificate(hostCA, c.Names, faults.Now), Now: faults.Now},
 		Hosts: &server.Hosts{
-			Admission: &admission.Desk{Store: s, Leases: leases, CA: hostCA, Roots: roots, Intermediates: intermediates, MostPending: c.PendingHosts, Now: steady, Wall: faults.Now},
+			Admission: &admission.Desk{Store: s, Leases: leases, CA: hostCA, Roots: ekRoots.Roots, Intermediates: ekRoots.Intermediates, MostPending: c.PendingHosts, Now: steady, Wall: faults.Now},
 			Credentials: &credential.Desk{Store: s, Leases: leases, Policy: inForce.Load, Basis: book, Logs: logs, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
 				Log: log, Now: steady, Wall: faults.Now},
 			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: steady,
@@ -217,42 +216,6 @@ func brokerID(ctx context.Context, s *store.Store) (id string, err error) {
 		return "", fmt.Errorf("this store is of no broker: %w", err)
 	}
 	return id, nil
-}
-
-// ekRoots reads TPM vendors' certificates: the self-signed are roots.
-func ekRoots(files []string) (all []*x509.Certificate, roots, intermediates *x509.CertPool, err error) {
-	if len(files) == 0 {
-		return nil, nil, nil, nil
-	}
-	roots, intermediates = x509.NewCertPool(), x509.NewCertPool()
-	for _, file := range files {
-		rest, err := os.ReadFile(file)
-		if err != nil {
-			return nil, nil, nil, fmt.Errorf("ek_roots: %w", err)
-		}
-		n := 0
-		for {
-			var block *pem.Block
-			if block, rest = pem.Decode(rest); block == nil {
-				break
-			}
-			cert, err := x509.ParseCertificate(block.Bytes)
-			if err != nil {
-				return nil, nil, nil, fmt.Errorf("ek_roots: %s: %w", file, err)
-			}
-			n++
-			all = append(all, cert)
-			if cert.CheckSignatureFrom(cert) == nil {
-				roots.AddCert(cert)
-			} else {
-				intermediates.AddCert(cert)
-			}
-		}
-		if n == 0 {
-			return nil, nil, nil, fmt.Errorf("ek_roots: %s holds no PEM certificate", file)
-		}
-	}
-	return all, roots, intermediates, nil
 }
 
 // listenerLifetime is short: the key is made anew at every start and never
