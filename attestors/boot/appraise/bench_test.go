@@ -5,6 +5,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/countersign/countersign/attestors/boot"
 	"github.com/countersign/countersign/attestors/evidence"
 )
 
@@ -42,5 +43,48 @@ func BenchmarkFloor(b *testing.B) {
 	b.SetBytes(int64(len(log)))
 	for b.Loop() {
 		sha256.Sum256(log)
+	}
+}
+
+// largest is the largest log of a real machine beside the repository, or else the
+// one of the benchmark above.
+func largest(b *testing.B) ([]byte, map[int]evidence.Digest) {
+	log, pcrs := long(b)
+	size := 0
+	for _, m := range machines(b, "logs") {
+		if len(m.log) > size {
+			size, log, pcrs = len(m.log), m.log, m.pcrs
+		}
+	}
+	return log, pcrs
+}
+
+func BenchmarkLargest(b *testing.B) {
+	log, pcrs := largest(b)
+	b.SetBytes(int64(len(log)))
+	for b.Loop() {
+		if _, err := Appraise(log, nil, pcrs); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkReplay is what an appraisal can't do without: it parses the log, sorts
+// its measurements by PCR and replays them.
+func BenchmarkReplay(b *testing.B) {
+	log, pcrs := largest(b)
+	b.SetBytes(int64(len(log)))
+	for b.Loop() {
+		parsed, err := boot.Parse(log)
+		if err != nil {
+			b.Fatal(err)
+		}
+		l, facts := &bootLog{}, Facts{}
+		if err := l.sort(parsed); err != nil {
+			b.Fatal(err)
+		}
+		if err := l.replay(nil, pcrs, &facts); err != nil {
+			b.Fatal(err)
+		}
 	}
 }

@@ -144,17 +144,56 @@ func TestAgainstGoAttestation(t *testing.T) {
 }
 
 var (
+	bankLine   = regexp.MustCompile(`^  (sha\d+) *:$`)
 	eventLine  = regexp.MustCompile(`^  PCRIndex: (\d+)$`)
 	digestLine = regexp.MustCompile(`^    Digest: "([0-9a-f]{64})"$`)
 	pcrLine    = regexp.MustCompile(`^    (\d+) *: 0x([0-9a-f]{64})$`)
 )
 
-// tpm2_eventlog reads the same events and computes the same PCRs.
-func TestAgainstTPM2Tools(t *testing.T) {
+// tpm2EventLog has tpm2_eventlog read a log: its events, as eventDigests has them,
+// and the PCRs that it computes.
+func tpm2EventLog(t *testing.T, log []byte) (events []string, pcrs map[int]evidence.Digest, err error) {
+	t.Helper()
 	tool, err := exec.LookPath("tpm2_eventlog")
 	if err != nil {
 		t.Fatal("tpm2_eventlog isn't installed: apt-get install tpm2-tools")
 	}
+	file := filepath.Join(t.TempDir(), "log")
+	if err := os.WriteFile(file, log, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(tool, file).Output()
+	if err != nil {
+		return nil, nil, err
+	}
+
+	pcrs, pcr, bank := map[int]evidence.Digest{}, "", ""
+	for line := range strings.Lines(string(out)) {
+		line = strings.TrimRight(line, "\n")
+		if m := bankLine.FindStringSubmatch(line); m != nil {
+			bank = m[1]
+		} else if m := eventLine.FindStringSubmatch(line); m != nil {
+			pcr = m[1]
+		} else if m := digestLine.FindStringSubmatch(line); m != nil {
+			events = append(events, pcr+" "+m[1])
+		} else if m := pcrLine.FindStringSubmatch(line); m != nil && bank == "sha256" {
+			i, _ := strconv.Atoi(m[1])
+			pcrs[i], _ = evidence.ParseDigest(m[2])
+		}
+	}
+	return events, pcrs, nil
+}
+
+// eventDigests are a log's events: PCR and SHA-256 digest of each.
+func eventDigests(log *boot.Log) (list []string) {
+	for _, e := range log.Events {
+		list = append(list, strconv.Itoa(int(e.PCR))+" "+hex.EncodeToString(e.Digest(boot.SHA256)))
+	}
+	return list
+}
+
+// tpm2_eventlog reads the same events and computes the same PCRs.
+func TestAgainstTPM2Tools(t *testing.T) {
 	logs := map[string][]byte{}
 	for _, fixture := range []string{"clean", "cmdline", "tampered", "direct-kernel"} {
 		logs[fixture], _ = recorded(t, fixture)
@@ -163,31 +202,11 @@ func TestAgainstTPM2Tools(t *testing.T) {
 		logs[name] = library(t, name)
 	}
 	for name, log := range logs {
-		file := filepath.Join(t.TempDir(), "log")
-		if err := os.WriteFile(file, log, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		out, err := exec.Command(tool, file).Output()
+		theirs, pcrs, err := tpm2EventLog(t, log)
 		if err != nil {
 			t.Fatalf("%s: tpm2_eventlog: %v", name, err)
 		}
-		var theirs, ours []string
-		pcrs, pcr := map[int]evidence.Digest{}, ""
-		for line := range strings.Lines(string(out)) {
-			line = strings.TrimRight(line, "\n")
-			if m := eventLine.FindStringSubmatch(line); m != nil {
-				pcr = m[1]
-			} else if m := digestLine.FindStringSubmatch(line); m != nil {
-				theirs = append(theirs, pcr+" "+m[1])
-			} else if m := pcrLine.FindStringSubmatch(line); m != nil {
-				i, _ := strconv.Atoi(m[1])
-				pcrs[i], _ = evidence.ParseDigest(m[2])
-			}
-		}
-		for _, e := range parse(t, log).Events {
-			ours = append(ours, strconv.Itoa(int(e.PCR))+" "+hex.EncodeToString(e.Digest(boot.SHA256)))
-		}
-		if !slices.Equal(ours, theirs) {
+		if ours := eventDigests(parse(t, log)); !slices.Equal(ours, theirs) {
 			t.Errorf("%s: tpm2_eventlog reads other events:\n%q\n%q", name, ours, theirs)
 		}
 		f, err := Appraise(log, nil, pcrs)

@@ -1,6 +1,7 @@
 package appraise
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"maps"
@@ -32,7 +33,7 @@ type machine struct {
 }
 
 // machines reads the logs of a folder beside the repository; without it, none.
-func machines(t *testing.T, folder string) (list []machine) {
+func machines(t testing.TB, folder string) (list []machine) {
 	t.Helper()
 	dirs, err := filepath.Glob(filepath.Join("../../../../shared/fixtures", folder, "*"))
 	if err != nil {
@@ -380,6 +381,35 @@ func TestRealMachinesAgainstGoAttestation(t *testing.T) {
 			t.Errorf("%s: go-attestation says %v, we %v", m.name, state.Enabled, f.SecureBoot)
 		case err == nil && expected && f.SecureBoot != nil:
 			t.Errorf("%s: no difference any more", m.name)
+		}
+	}
+}
+
+// Where tpm2_eventlog reads a real log too, it sees the same events, and computes
+// PCRs that the appraisal takes. Every difference is in docs/MACHINE_STATE.md.
+func TestRealMachinesAgainstTPM2Tools(t *testing.T) {
+	unread := []string{ // by Debian 12's version 5.4
+		"guard-oss-IMN-SUPERMICRO-EPP-MSDefender.evidence", "guard-oss-tpm2-windows-lenovo-yogax1v2", "ibmtss-ideapad1", "intel-secl-uefi-event-log",
+	}
+	for _, m := range machines(t, "logs") {
+		theirs, pcrs, err := tpm2EventLog(t, m.log)
+		if expected := slices.Contains(unread, m.name); (err != nil) != expected {
+			t.Errorf("%s: tpm2_eventlog: %v; expected to fail: %v", m.name, err, expected)
+		}
+		if err != nil {
+			continue
+		}
+		if ours := eventDigests(parse(t, m.log)); !slices.Equal(ours, theirs) {
+			t.Errorf("%s: tpm2_eventlog reads %d other events of %d", m.name, len(theirs), len(ours))
+		}
+
+		// It doesn't know the event that says at which locality the TPM started, which
+		// is PCR 0's first value.
+		if bytes.Contains(m.log, []byte("StartupLocality")) {
+			delete(pcrs, 0)
+		}
+		if f, err := Appraise(m.log, nil, pcrs); err != nil || len(f.PCRsReplayed) != len(pcrs) {
+			t.Errorf("%s: PCRs of tpm2_eventlog: %v, replayed %v of %d", m.name, err, f.PCRsReplayed, len(pcrs))
 		}
 	}
 }
