@@ -28,11 +28,25 @@ type Algorithm uint16
 const (
 	SHA1   Algorithm = 0x0004
 	SHA256 Algorithm = 0x000B
+	sha384 Algorithm = 0x000C
 )
+
+var algorithmNames = map[Algorithm]string{
+	SHA1: "SHA-1", SHA256: "SHA-256", sha384: "SHA-384", 0x000D: "SHA-512", 0x0012: "SM3-256",
+	0x0027: "SHA3-256", 0x0028: "SHA3-384", 0x0029: "SHA3-512",
+}
+
+// String returns the algorithm's usual name, or its number where it isn't known.
+func (a Algorithm) String() string {
+	if name, ok := algorithmNames[a]; ok {
+		return name
+	}
+	return fmt.Sprintf("algorithm 0x%04x", uint16(a))
+}
 
 // sizes are the digest lengths of the algorithms whose names are settled.
 var sizes = map[Algorithm]int{
-	SHA1: 20, SHA256: 32, 0x000C: 48, 0x000D: 64, // SHA-384, SHA-512
+	SHA1: 20, SHA256: 32, sha384: 48, 0x000D: 64, // SHA-512
 	0x0012: 32, 0x0027: 32, 0x0028: 48, 0x0029: 64, // SM3, SHA3
 }
 
@@ -53,6 +67,7 @@ type SpecID struct {
 	UintnSize     byte
 	Banks         []Bank
 	Vendor        []byte
+	Register      uint32 // the header's: 0, or 1 in the CC event log of a TDX VM
 }
 
 // A Log is a parsed event log. Its slices point into the bytes it was parsed

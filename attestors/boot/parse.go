@@ -29,11 +29,15 @@ func Parse(b []byte) (*Log, error) {
 		return nil, fmt.Errorf("event 0 at byte 0: %w", err)
 	}
 	if first.Type == NoAction && bytes.HasPrefix(first.Data, specID03) {
-		if first.PCR != 0 || !zero(first.Digests[0].Value) {
-			return nil, errors.New("event 0: a log's header stands in PCR 0 with a digest of zeros")
-		}
 		if log.SpecID, err = parseSpecID(first.Data); err != nil {
 			return nil, fmt.Errorf("event 0, the log's header: %w", err)
+		}
+		log.SpecID.Register = first.PCR
+		// Firmware of TDX VMs puts the header of a CC event log in register 1. It is
+		// read so that Unsuited can name it; no TPM's log is like that.
+		cc := first.PCR == 1 && slices.Equal(log.SpecID.Banks, []Bank{{sha384, 48}})
+		if first.PCR != 0 && !cc || !zero(first.Digests[0].Value) {
+			return nil, errors.New("event 0: a log's header stands in PCR 0 with a digest of zeros")
 		}
 	} else {
 		log.Events = append(log.Events, first)
@@ -74,7 +78,7 @@ func (l *Log) Encode() []byte {
 		}
 		data = append(data, byte(len(s.Vendor)))
 		data = append(data, s.Vendor...)
-		b = binary.LittleEndian.AppendUint32(b, 0)
+		b = binary.LittleEndian.AppendUint32(b, s.Register)
 		b = binary.LittleEndian.AppendUint32(b, uint32(NoAction))
 		b = append(b, make([]byte, sizes[SHA1])...)
 		b = binary.LittleEndian.AppendUint32(b, uint32(len(data)))

@@ -155,7 +155,7 @@ func TestAttacks(t *testing.T) {
 			for i := range l.Events {
 				l.Events[i].Digests = l.Events[i].Digests[:1]
 			}
-		}, false, CheckStructure, "none of the log's 44 events has a SHA-256 digest"},
+		}, false, CheckStructure, "the log has no SHA-256 digests, only SHA-1"},
 
 		{"no ExitBootServices", func(t *testing.T, l *boot.Log) { l.Events = l.Events[:42] }, true, "", ""},
 		{"ExitBootServices left out of the log", func(t *testing.T, l *boot.Log) { l.Events = l.Events[:42] }, false, CheckReplay, "PCR 5 was quoted as"},

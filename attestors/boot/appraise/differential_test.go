@@ -253,7 +253,7 @@ func TestLogsOfOtherMachines(t *testing.T) {
 func TestWindows(t *testing.T) {
 	log := library(t, "option_rom_eventlog")
 	_, err := Appraise(log, nil, map[int]evidence.Digest{})
-	rejected(t, err, CheckStructure, "has a SHA-256 digest")
+	rejected(t, err, CheckStructure, "the log has no SHA-256 digests, only SHA-1")
 
 	l := agile(t, log)
 	pcrs := recompute(l, nil)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/csv"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/countersign/countersign/broker/internal/cloud"
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
@@ -159,16 +161,22 @@ func hostAddCommand(o *options) *cobra.Command {
 const maxImport = 64 << 20
 
 func hostImportCommand(o *options) *cobra.Command {
-	var file string
+	var file, from string
 	var dryRun bool
-	cmd := &cobra.Command{Use: "import -f FILE", Short: "Expect many hosts: CSV of name,ek_hash[;ek_hash…],k=v;k=v,reference", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
-		hosts, err := readImport(file)
+	cmd := &cobra.Command{Use: "import -f FILE", Short: "Expect many hosts: CSV of name,ek_hash[;ek_hash…],k=v;k=v,reference", Long: `Expect many hosts, by the hashes of their EKs. The file is CSV with the header
+line name,ek_hash,labels,reference; with --from it is the JSON that a cloud's
+command line prints about VMs (see docs/CLOUDS.md). If anything in the file is
+wrong, all problems are listed and no host is added.`, Example: `  countersign host import -f hosts.csv --dry-run
+  countersign host import -f identities.json --from gce`, Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		hosts, err := readImport(file, from)
 		if err != nil {
 			return err
 		}
 		return addHosts(cmd, o, hosts, dryRun)
 	}}
-	cmd.Flags().StringVarP(&file, "file", "f", "", "the file, with a header line")
+	cmd.Flags().StringVarP(&file, "file", "f", "", "the file")
+	cmd.Flags().StringVar(&from, "from", "", "the file is JSON of this cloud: "+strings.Join(cloud.Names(), ", "))
+	_ = cmd.RegisterFlagCompletionFunc("from", cobra.FixedCompletions(cloud.Names(), cobra.ShellCompDirectiveNoFileComp))
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "say what is wrong, add nothing")
 	_ = cmd.MarkFlagRequired("file")
 	return cmd
@@ -176,13 +184,24 @@ func hostImportCommand(o *options) *cobra.Command {
 
 // readImport reads the whole file, so that a mistake in its last line adds
 // nobody.
-func readImport(file string) ([]*v1.NewHost, error) {
+func readImport(file, from string) ([]*v1.NewHost, error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = f.Close() }()
-	r := csv.NewReader(io.LimitReader(f, maxImport))
+	data, err := io.ReadAll(io.LimitReader(f, maxImport+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > maxImport {
+		return nil, no("import %s: it has more than %d bytes: split it", file, maxImport)
+	}
+	if from != "" {
+		return readCloud(file, from, data)
+	}
+
+	r := csv.NewReader(bytes.NewReader(data))
 	r.FieldsPerRecord = -1
 	header, err := r.Read()
 	if err != nil || len(header) < 2 || header[0] != "name" || header[1] != "ek_hash" {
@@ -209,6 +228,19 @@ func readImport(file string) ([]*v1.NewHost, error) {
 		}
 		hosts = append(hosts, h)
 	}
+}
+
+// readCloud reads the JSON of a cloud's command line.
+func readCloud(file, from string, data []byte) ([]*v1.NewHost, error) {
+	found, problems := cloud.Read(from, data)
+	if len(problems) > 0 {
+		return nil, no("import %s: no host was added: %d problems:\n%s", file, len(problems), strings.Join(problems, "\n"))
+	}
+	hosts := make([]*v1.NewHost, 0, len(found))
+	for _, h := range found {
+		hosts = append(hosts, &v1.NewHost{Name: h.Name, EkHashes: h.EKHashes, Labels: h.Labels})
+	}
+	return hosts, nil
 }
 
 func changeHost(cmd *cobra.Command, o *options, req *v1.ChangeHostRequest) error {

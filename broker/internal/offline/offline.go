@@ -351,6 +351,8 @@ func (w *work) boot() {
 	if w.pcrs == nil {
 		if log, err := boot.Parse(w.record.EventLog); err != nil {
 			w.failed(structure, err)
+		} else if err := log.Unsuited(); err != nil {
+			w.failed(structure, err)
 		} else {
 			w.say(structure, Pass, "%d events can be read; their order and content are looked at with PCR values", len(log.Events))
 		}

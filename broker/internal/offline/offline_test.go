@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/attestors/boot"
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/ima"
 	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
@@ -393,5 +394,18 @@ func TestNonceOfAnyLength(t *testing.T) {
 		if results(got)["quote-nonce"] != offline.Fail || !strings.Contains(detail(got, "quote-nonce"), want) {
 			t.Errorf("%d bytes: %+v", n, got.Checks[:2])
 		}
+	}
+}
+
+// Without PCR values a log that no quote can prove fails all the same.
+func TestLogWithoutSHA256(t *testing.T) {
+	log := check.Must(boot.Parse(read(t, "clean", "binary_bios_measurements")))(t)
+	log.SpecID = nil
+	for i := range log.Events {
+		log.Events[i].Digests = log.Events[i].Digests[:1]
+	}
+	got := offline.Appraise(offline.Record{EventLog: log.Encode()}, offline.Options{Now: now})
+	if results(got)["event-log-structure"] != offline.Fail || !strings.Contains(detail(got, "event-log-structure"), "only SHA-1") {
+		t.Errorf("%+v", got.Checks)
 	}
 }

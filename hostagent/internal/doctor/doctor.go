@@ -107,7 +107,7 @@ func (r *Report) tpm(ctx context.Context, path, stateDir string) {
 	}
 	info, err := device.Info(ctx)
 	if err != nil {
-		r.add("tpm", Wrong, err.Error(), "switch the TPM on in the firmware's settings, or add a virtual TPM 2.0 to the VM; "+path+" must be there")
+		r.add("tpm", Wrong, tpmError(err, ccelTable), "switch the TPM on in the firmware's settings, or add a virtual TPM 2.0 to the VM; "+path+" must be there")
 		return
 	}
 	r.add("tpm", OK, fmt.Sprintf("%s %s, firmware %s", info.Manufacturer, info.Vendor, info.Firmware), "")
@@ -170,6 +170,20 @@ func (r *Report) ekCertificates(manufacturer string) {
 	}
 }
 
+// ccelTable is there where the firmware measures into the registers of a
+// confidential VM (ACPI's CCEL table).
+const ccelTable = "/sys/firmware/acpi/tables/CCEL"
+
+// tpmError is the text of an error of the TPM. It adds why the TPM may be missing:
+// a confidential VM has registers of its own, which this agent can't quote.
+func tpmError(err error, ccel string) string {
+	text := err.Error()
+	if _, missing := os.Stat(ccel); missing == nil && errors.Is(err, os.ErrNotExist) {
+		text += "; this is a confidential VM without a vTPM: its firmware has a table of CC measurements (CCEL)"
+	}
+	return text
+}
+
 // measurements looks for the logs that explain PCRs.
 func (r *Report) measurements(logs attest.LogPaths) {
 	const noLog = "boot by UEFI; with GRUB's `linux` and Secure Boot off, some distributions expose no log"
@@ -199,6 +213,9 @@ func readEvents(path string) (events int, err error) {
 	}
 	log, err := boot.Parse(b)
 	if err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	if err := log.Unsuited(); err != nil {
 		return 0, fmt.Errorf("%s: %w", path, err)
 	}
 	return len(log.Events), nil
