@@ -9,7 +9,7 @@ import (
 	"fmt"
 	"path"
 
-	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
+	"github.com/countersign/countersign/attestors/tpm"
 )
 
 // gceKey is a key as `gcloud compute instances get-shielded-identity` prints it.
@@ -74,7 +74,7 @@ func (k *gceKey) key() (crypto.PublicKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ekCert: %w", err)
 	}
-	certified, ok := tpmappraise.CertifiedKey(cert).(interface{ Equal(crypto.PublicKey) bool })
+	certified, ok := tpm.CertifiedKey(cert).(interface{ Equal(crypto.PublicKey) bool })
 	if !ok || !certified.Equal(key) {
 		return nil, errors.New("ekCert is for another key than ekPub")
 	}
