@@ -144,7 +144,7 @@ func TestAgainstGoAttestation(t *testing.T) {
 }
 
 var (
-	bankLine   = regexp.MustCompile(`^  (sha\d+) *:$`)
+	bankLine   = regexp.MustCompile(`^  (\w+) *:$`)
 	eventLine  = regexp.MustCompile(`^  PCRIndex: (\d+)$`)
 	digestLine = regexp.MustCompile(`^    Digest: "([0-9a-f]{64})"$`)
 	pcrLine    = regexp.MustCompile(`^    (\d+) *: 0x([0-9a-f]{64})$`)

@@ -94,12 +94,8 @@ func readFile(source, vendor string, data []byte, now time.Time) (items []Item) 
 	}
 
 	if bytes.Contains(data, []byte("-----BEGIN ")) {
-		blocks := 0
-		for rest := data; ; blocks++ {
-			var block *pem.Block
-			if block, rest = pem.Decode(rest); block == nil {
-				break
-			}
+		blocks, damaged := pemBlocks(data)
+		for _, block := range blocks {
 			switch block.Type {
 			case "CERTIFICATE", "X509 CERTIFICATE":
 				addDER(block.Bytes)
@@ -109,7 +105,7 @@ func readFile(source, vendor string, data []byte, now time.Time) (items []Item) 
 				leaveOut("a PEM block of type %q holds no certificate", block.Type)
 			}
 		}
-		if damaged := bytes.Count(data, []byte("-----BEGIN ")) - blocks; damaged > 0 {
+		if damaged > 0 {
 			leaveOut("%d PEM blocks are damaged", damaged)
 		}
 		return items

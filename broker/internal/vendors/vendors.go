@@ -11,6 +11,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -62,21 +63,35 @@ func NewSet(all []*x509.Certificate) Set {
 
 // parsePEM reads every certificate of a PEM file.
 func parsePEM(data []byte) (all []*x509.Certificate, err error) {
-	for n := 1; ; n++ {
-		var block *pem.Block
-		if block, data = pem.Decode(data); block == nil {
-			break
-		}
+	blocks, damaged := pemBlocks(data)
+	for i, block := range blocks {
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("PEM block %d: %w", n, err)
+			return nil, fmt.Errorf("PEM block %d: %w", i+1, err)
 		}
 		all = append(all, cert)
 	}
-	if len(all) == 0 {
-		return nil, fmt.Errorf("no certificate in PEM")
+
+	switch {
+	case damaged > 0:
+		return nil, fmt.Errorf("%d PEM blocks are damaged", damaged)
+	case len(all) == 0:
+		return nil, errors.New("no certificate in PEM")
 	}
 	return all, nil
+}
+
+// pemBlocks returns the PEM blocks of a file, and how many are damaged: the
+// decoder passes over those without an error.
+func pemBlocks(data []byte) (blocks []*pem.Block, damaged int) {
+	begun := bytes.Count(data, []byte("-----BEGIN "))
+	for {
+		var block *pem.Block
+		if block, data = pem.Decode(data); block == nil {
+			return blocks, max(0, begun-len(blocks))
+		}
+		blocks = append(blocks, block)
+	}
 }
 
 // selfSigned reports whether a CA's certificate is signed by its own key. The
@@ -106,7 +121,8 @@ func flaw(cert *x509.Certificate, now time.Time) string {
 	case selfSigned(cert):
 		return ""
 	case cert.SignatureAlgorithm == x509.SHA1WithRSA, cert.SignatureAlgorithm == x509.ECDSAWithSHA1,
-		cert.SignatureAlgorithm == x509.MD5WithRSA, cert.SignatureAlgorithm == x509.UnknownSignatureAlgorithm:
+		cert.SignatureAlgorithm == x509.MD5WithRSA, cert.SignatureAlgorithm == x509.MD2WithRSA, cert.SignatureAlgorithm == x509.DSAWithSHA1,
+		cert.SignatureAlgorithm == x509.DSAWithSHA256, cert.SignatureAlgorithm == x509.UnknownSignatureAlgorithm:
 		return fmt.Sprintf("its issuer signed it with %s, which no chain may rest on", cert.SignatureAlgorithm)
 	}
 	return ""

@@ -193,6 +193,21 @@ func TestRootWithSHA1(t *testing.T) {
 	}
 }
 
+// A damaged block is an error: the decoder would pass over it, and the broker
+// would start with fewer roots than its config names.
+func TestLoadDamaged(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "roots.pem")
+	root := asPEM(newCA(t, "Acme root", nil).cert)
+	for name, data := range map[string][]byte{"cut": root[:len(root)-30], "not base64": bytes.Replace(root, []byte("\nMII"), []byte("\n*II"), 1)} {
+		if err := os.WriteFile(file, slices.Concat(root, data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Load([]string{file}); err == nil || !strings.Contains(err.Error(), "damaged") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestMergeKeepsWhatIsThere(t *testing.T) {
 	root, other := newCA(t, "Acme root", nil), newCA(t, "Other-----END root\nX", nil)
 	out := filepath.Join(t.TempDir(), "roots.pem")

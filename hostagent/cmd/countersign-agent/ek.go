@@ -24,8 +24,8 @@ const maxEKFile = 64 << 10
 
 func ekCommand(o *options) *cobra.Command {
 	cmd := &cobra.Command{Use: "ek", Short: "Certificates of the TPM's endorsement keys",
-		Long: `The certificate of an endorsement key (EK) says who made the TPM. With one, the
-broker gives the host the tier "certified"; without, "known".
+		Long: `The certificate of an endorsement key (EK) names the maker of the TPM. The
+broker gives a host with one the tier "certified", and a host without one "known".
 
 Most TPMs hold their certificates themselves, and there is nothing to do. The
 makers of some firmware TPMs (AMD, and Intel before the 11th generation) serve

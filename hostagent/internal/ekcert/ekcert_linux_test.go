@@ -224,7 +224,7 @@ func TestKeep(t *testing.T) {
 	}
 }
 
-// Nothing that stands in the kept files' place keeps a host from joining.
+// A host joins even if its kept files are damaged, or are another TPM's.
 func TestComplete(t *testing.T) {
 	ca, dir := newCA(t), t.TempDir()
 	bare, _ := certified(t, ca, tpm.P256)

@@ -73,8 +73,7 @@ func TestFetch(t *testing.T) {
 	}
 }
 
-// Whatever a server answers, a certificate for this key comes out of it or an
-// error that says what to do.
+// Fetch returns the certificate of this key, or an error with the next step.
 func TestFetchHostileAnswers(t *testing.T) {
 	ca := newCA(t)
 	ek, cert := certified(t, ca, tpm.P256)
@@ -201,7 +200,7 @@ func TestProxy(t *testing.T) {
 		}
 	}
 
-	// The password of a proxy that can't be reached is not shown either.
+	// Fetch doesn't show the proxy's password when it can't reach the proxy.
 	ek, _ := certified(t, newCA(t), tpm.P256)
 	c := check.Must(NewClient("http://user:secret@127.0.0.1:1"))(t)
 	if _, err := c.Fetch(t.Context(), check.Must(URL("AMD", ek))(t), ek); err == nil || strings.Contains(err.Error(), "secret") || !strings.Contains(err.Error(), "--proxy") {
