@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"errors"
 )
 
 // MaxCertificate bounds the certificate of an EK, on both sides.
@@ -32,6 +33,15 @@ func CertifiedKey(cert *x509.Certificate) crypto.PublicKey {
 		return nil
 	}
 	return key
+}
+
+// CertifiedPublic returns the PKIX DER of the key that cert certifies.
+func CertifiedPublic(cert *x509.Certificate) ([]byte, error) {
+	key := CertifiedKey(cert)
+	if key == nil {
+		return nil, errors.New("the certificate's key is neither RSA nor ECC, as endorsement keys are")
+	}
+	return x509.MarshalPKIXPublicKey(key)
 }
 
 // Certifies reports whether cert is for the key whose PKIX DER is public. It

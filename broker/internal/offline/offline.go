@@ -305,7 +305,7 @@ func (w *work) ek() {
 		}
 		key := c.Key
 		if key == nil {
-			key, err = certifiedKey(cert)
+			key, err = tpm.CertifiedPublic(cert)
 		}
 		if err == nil {
 			_, err = tpmappraise.VerifyEK(tpm.EK{Public: key, Certificate: c.DER}, roots, intermediates, w.options.Now)
@@ -317,15 +317,6 @@ func (w *work) ek() {
 		good = append(good, c.Name)
 	}
 	w.say(name, Pass, "%s: by the given roots; that the AK is in the same TPM only a challenge tells", strings.Join(good, ", "))
-}
-
-// certifiedKey is the key that a certificate is for.
-func certifiedKey(cert *x509.Certificate) ([]byte, error) {
-	key := tpm.CertifiedKey(cert)
-	if key == nil {
-		return nil, errors.New("its key is none that TPMs have")
-	}
-	return x509.MarshalPKIXPublicKey(key)
 }
 
 // against says what values a replay was held against.

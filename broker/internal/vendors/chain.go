@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/pem"
-	"errors"
 	"fmt"
 	"time"
 
@@ -47,11 +46,7 @@ func (s Set) Check(certificate []byte, now time.Time) (Chain, error) {
 	if err != nil {
 		return Chain{}, fmt.Errorf("it isn't a certificate in DER or PEM: %w", err)
 	}
-	key := tpm.CertifiedKey(cert)
-	if key == nil {
-		return Chain{}, errors.New("its key is neither RSA nor ECC, as endorsement keys are")
-	}
-	public, err := x509.MarshalPKIXPublicKey(key)
+	public, err := tpm.CertifiedPublic(cert)
 	if err != nil {
 		return Chain{}, err
 	}
