@@ -2,7 +2,6 @@ package appraise
 
 import (
 	"bytes"
-	"crypto"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -73,7 +72,7 @@ func VerifyEK(ek tpm.EK, roots, intermediates *x509.CertPool, now time.Time) (ve
 	if len(ek.Certificate) == 0 {
 		return verified, nil
 	}
-	cert, err := verifyCertificate(ek.Certificate, key, roots, intermediates, now)
+	cert, err := verifyCertificate(ek, roots, intermediates, now)
 	if err != nil {
 		return nil, err
 	}
@@ -84,8 +83,8 @@ func VerifyEK(ek tpm.EK, roots, intermediates *x509.CertPool, now time.Time) (ve
 	return verified, nil
 }
 
-func verifyCertificate(der []byte, key crypto.PublicKey, roots, intermediates *x509.CertPool, now time.Time) (*x509.Certificate, error) {
-	cert, err := x509.ParseCertificate(der)
+func verifyCertificate(ek tpm.EK, roots, intermediates *x509.CertPool, now time.Time) (*x509.Certificate, error) {
+	cert, err := x509.ParseCertificate(ek.Certificate)
 	if err != nil {
 		return nil, reject(CheckEKCertificate, "the certificate can't be read: %v", err)
 	}
@@ -109,7 +108,7 @@ func verifyCertificate(der []byte, key crypto.PublicKey, roots, intermediates *x
 	if cert.IsCA || !slices.ContainsFunc(cert.UnknownExtKeyUsage, oidEKCertificate.Equal) {
 		return nil, reject(CheckEKUsage, "the certificate isn't for endorsement keys (%s)", oidEKCertificate)
 	}
-	if certified, ok := tpm.CertifiedKey(cert).(interface{ Equal(crypto.PublicKey) bool }); !ok || !certified.Equal(key) {
+	if !tpm.Certifies(cert, ek.Public) {
 		return nil, reject(CheckEKCertificate, "the certificate is for another key than this EK")
 	}
 	return cert, nil

@@ -74,8 +74,7 @@ func (k *gceKey) key() (crypto.PublicKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ekCert: %w", err)
 	}
-	certified, ok := tpm.CertifiedKey(cert).(interface{ Equal(crypto.PublicKey) bool })
-	if !ok || !certified.Equal(key) {
+	if public, err := x509.MarshalPKIXPublicKey(key); err != nil || !tpm.Certifies(cert, public) {
 		return nil, errors.New("ekCert is for another key than ekPub")
 	}
 	return key, nil

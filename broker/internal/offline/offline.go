@@ -25,6 +25,7 @@ import (
 	"github.com/countersign/countersign/attestors/tpm"
 	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
 	"github.com/countersign/countersign/broker/internal/reference"
+	"github.com/countersign/countersign/broker/internal/vendors"
 )
 
 // A Record is what was kept of a host's evidence; nil parts weren't.
@@ -289,10 +290,8 @@ func (w *work) ek() {
 		w.say(name, NotChecked, "no roots were given")
 		return
 	}
-	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
-	for _, c := range w.options.EKRoots {
-		roots.AddCert(c)
-	}
+	set := vendors.NewSet(w.options.EKRoots)
+	roots, intermediates := set.Roots, set.Intermediates
 	for _, c := range w.options.Between {
 		intermediates.AddCert(c)
 	}

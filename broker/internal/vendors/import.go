@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -201,10 +202,44 @@ func Merge(out string, items []Item) (added int, err error) {
 	if added == 0 {
 		return 0, nil
 	}
-	if err := durable.Write(out, content); err != nil {
-		return 0, err
+	return added, replace(out, content)
+}
+
+// replace writes a file whole or not at all, and keeps its mode and a link that
+// leads to it. The new file has a name that nobody can foresee: out may be in a
+// folder where others may write, who could put a link of that name there.
+func replace(out string, content []byte) (err error) {
+	mode := fs.FileMode(0o644) // certificates are public
+	if target, err := filepath.EvalSymlinks(out); err == nil {
+		out = target
 	}
-	return added, os.Chmod(out, 0o644) // certificates are public, and others check with them
+	if info, err := os.Stat(out); err == nil {
+		mode = info.Mode().Perm()
+	}
+
+	f, err := os.CreateTemp(filepath.Dir(out), ".new-*.pem")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(f.Name())
+		}
+	}()
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Chmod(mode)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err = os.Rename(f.Name(), out); err != nil {
+		return err
+	}
+	return durable.SyncDir(filepath.Dir(out))
 }
 
 // oneLine keeps a name of somebody else's from ending a comment in PEM.

@@ -243,6 +243,39 @@ func TestMergeKeepsWhatIsThere(t *testing.T) {
 	}
 }
 
+// The file is replaced where a link leads, with the mode that it had, and by way
+// of no name that another user could have put a link at.
+func TestMergeInSharedFolder(t *testing.T) {
+	dir := t.TempDir()
+	target, out, victim := filepath.Join(dir, "target.pem"), filepath.Join(dir, "roots.pem"), filepath.Join(dir, "victim")
+	for name, data := range map[string][]byte{target: asPEM(newCA(t, "Acme root", nil).cert), victim: []byte("precious")} {
+		if err := os.WriteFile(name, data, 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for link, to := range map[string]string{out: target, filepath.Join(dir, ".new-roots.pem"): victim, filepath.Join(dir, ".new-target.pem"): victim} {
+		if err := os.Symlink(to, link); err != nil {
+			t.Fatal(err)
+		}
+	}
+	items := must(Read("file", asPEM(newCA(t, "Other root", nil).cert), now))
+	if added, err := Merge(out, items); err != nil || added != 1 {
+		t.Fatal(added, err)
+	}
+	if data := must(os.ReadFile(victim)); string(data) != "precious" {
+		t.Errorf("another file was written: %.40q", data)
+	}
+	if info := must(os.Lstat(out)); info.Mode()&os.ModeSymlink == 0 {
+		t.Error("the link was replaced")
+	}
+	if info := must(os.Stat(target)); info.Mode().Perm() != 0o640 {
+		t.Errorf("mode %v", info.Mode())
+	}
+	if set, err := Load([]string{target}); err != nil || len(set.All) != 2 {
+		t.Errorf("%d certificates, %v", len(set.All), err)
+	}
+}
+
 func TestCheck(t *testing.T) {
 	root := newCA(t, "Acme root", nil)
 	between := newCA(t, "Acme between", root)
