@@ -13,6 +13,7 @@ import (
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/canary"
@@ -389,13 +390,24 @@ func (s *Operators) Facts(ctx context.Context, req *connect.Request[v1.FactsRequ
 // Why explains a decision.
 func (s *Operators) Why(ctx context.Context, req *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error) {
 	return serve(ctx, s, func(a operate.Actor) (*v1.WhyResponse, error) {
-		r, at, err := s.Desk.Why(ctx, a, req.Msg.GetHost(), req.Msg.GetScope())
-		out := &v1.WhyResponse{Allowed: r.Outcome == policy.Allowed, Outcome: string(r.Outcome), PolicyVersion: uint64(r.Policy), At: stamp(at), Reason: r.Reason}
+		r, err := s.Desk.Why(ctx, a, req.Msg.GetHost(), req.Msg.GetScope())
+		out := &v1.WhyResponse{Allowed: r.Outcome == policy.Allowed, Outcome: string(r.Outcome), PolicyVersion: uint64(r.Policy), At: stamp(r.At), Reason: r.Reason}
 		for _, sel := range r.Selectors {
 			out.Selectors = append(out.Selectors, &v1.Selector{Name: sel.Name, Wanted: sel.Wanted, Saw: sel.Saw, Result: sel.Result})
 		}
+		for _, p := range r.PCRs {
+			out.Pcrs = append(out.Pcrs, pcrMessage(p))
+		}
 		return out, err
 	})
+}
+
+func pcrMessage(p boot.PCR) *v1.PCR {
+	m := &v1.PCR{Index: uint32(p.Index), Events: uint64(p.Events), Proven: p.Proven, Understood: p.Understood, NotUnderstood: uint64(p.NotUnderstood), Facts: p.Facts}
+	if l := p.Limit; l != nil {
+		m.Limit = &v1.PCRLimit{Event: uint64(l.Event), Type: l.Type, Why: l.Why}
+	}
+	return m
 }
 
 func leaseMessage(g journal.Grant, hostName string) *v1.Lease {

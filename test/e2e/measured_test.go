@@ -176,6 +176,28 @@ func TestMeasuredHost(t *testing.T) {
 	for _, fact := range []string{`"kernel_command_line":"/vmlinuz root=/dev/nvme0n1p2`, `"ima":"verified"`, `"proven":44`, `"reference":"prod"`} {
 		h.proven(t, fact)
 	}
+	// why lists the same of each PCR for a person and for a program.
+	var why struct {
+		PCRs []struct {
+			Index              uint32
+			Events             string // a uint64 in JSON
+			Proven, Understood bool
+		}
+	}
+	check.Nil(t, h.broker.JSON(check.Within(t, time.Minute), &why, "why", h.host, "billing-db"))
+	table := strings.Join(strings.Fields(h.cli(t, "why", h.host, "billing-db")), " ")
+	seen := map[uint32]bool{}
+	for _, p := range why.PCRs {
+		seen[p.Index] = p.Proven
+		if row := fmt.Sprintf(" %d %s %t %t ", p.Index, p.Events, p.Proven, p.Understood); !strings.Contains(table, row) {
+			t.Errorf("the table lacks %q:\n%s", row, table)
+		}
+	}
+	for _, pcr := range []uint32{0, 4, 7, 14} {
+		if !seen[pcr] {
+			t.Errorf("PCR %d isn't proven: %+v", pcr, why.PCRs)
+		}
+	}
 	if out := h.cli(t, "lease", "export"); !strings.Contains(out, `"machine":{"secure_boot":true,"kernel_command_line":"/vmlinuz root=/dev/nvme0n1p2`) || !strings.Contains(out, `"reference":"prod"}`) {
 		t.Errorf("the ledger doesn't tell how the host booted:\n%s", out)
 	}

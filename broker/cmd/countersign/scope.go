@@ -144,10 +144,7 @@ func whyCommand(o *options) *cobra.Command {
 			if r.Msg.GetReason() != "" {
 				fmt.Fprintln(w, r.Msg.GetReason())
 			}
-			// What the event log proves is a help beside the answer: without it, none.
-			if facts, err := client.Facts(cmd.Context(), connect.NewRequest(&v1.FactsRequest{Host: args[0]})); err == nil {
-				pcrText(w, pcrsOf(facts.Msg.GetJson()))
-			}
+			pcrText(w, pcrsOf(r.Msg))
 		}); err != nil {
 			return err
 		}
@@ -158,19 +155,16 @@ func whyCommand(o *options) *cobra.Command {
 	}}
 }
 
-// pcrsOf takes what is known of each PCR from a host's facts.
-func pcrsOf(facts []byte) []boot.PCR {
-	var f struct {
-		Host struct {
-			EventLog struct {
-				States []boot.PCR `json:"pcr_states"`
-			} `json:"event_log"`
-		} `json:"host"`
+// pcrsOf is what the broker made of each PCR.
+func pcrsOf(r *v1.WhyResponse) (list []boot.PCR) {
+	for _, m := range r.GetPcrs() {
+		p := boot.PCR{Index: int(m.GetIndex()), Events: int(m.GetEvents()), Proven: m.GetProven(), Understood: m.GetUnderstood(), NotUnderstood: int(m.GetNotUnderstood()), Facts: m.GetFacts()}
+		if l := m.GetLimit(); l != nil {
+			p.Limit = &boot.Limit{Event: int(l.GetEvent()), Type: l.GetType(), Why: l.GetWhy()}
+		}
+		list = append(list, p)
 	}
-	if json.Unmarshal(facts, &f) != nil {
-		return nil
-	}
-	return f.Host.EventLog.States
+	return list
 }
 
 func countsText(counts map[string]uint64) string {

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"time"
 
+	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
@@ -232,11 +233,18 @@ func (d *Desk) Facts(ctx context.Context, a Actor, host, scope string) (facts js
 	return facts, err
 }
 
+// An Explanation is a decision on a scope for a host, and what it rests on.
+type Explanation struct {
+	policy.Result
+	At   time.Time  // of the evidence
+	PCRs []boot.PCR // what the event log proves, by the host's last proof
+}
+
 // Why is the last decision on a scope for a host, held against the set in
-// force and the findings that are open now, with the time of its evidence.
-func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (policy.Result, time.Time, error) {
+// force and the findings that are open now.
+func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (Explanation, error) {
 	if err := a.need(Viewer); err != nil {
-		return policy.Result{}, time.Time{}, err
+		return Explanation{}, err
 	}
 	var f appraise.Facts
 	var h inventory.Host
@@ -266,14 +274,14 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (policy.Res
 		return err
 	})
 	if err != nil {
-		return policy.Result{}, time.Time{}, err
+		return Explanation{}, err
 	}
 	r := d.Policy.Load().Evaluate(scope, f, d.Now())
 	if h.State == inventory.Quarantined || h.State == inventory.Failed || h.State == inventory.Removed {
 		// Whatever the scope says of its last evidence.
 		r.Outcome, r.Reason = policy.Refused, fmt.Sprintf("the host is %s: %s", h.State, h.Reason)
 	}
-	return r, f.At, nil
+	return Explanation{Result: r, At: f.At, PCRs: f.Host.EventLog.States}, nil
 }
 
 // List reads grants by the time of issue, and the names of their hosts.

@@ -4775,6 +4775,7 @@ type WhyResponse struct {
 	Selectors     []*Selector            `protobuf:"bytes,4,rep,name=selectors,proto3" json:"selectors,omitempty"`
 	At            *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=at,proto3" json:"at,omitempty"`
 	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	Pcrs          []*PCR                 `protobuf:"bytes,7,rep,name=pcrs,proto3" json:"pcrs,omitempty"` // of the host's last proof; none without an event log
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4851,6 +4852,166 @@ func (x *WhyResponse) GetReason() string {
 	return ""
 }
 
+func (x *WhyResponse) GetPcrs() []*PCR {
+	if x != nil {
+		return x.Pcrs
+	}
+	return nil
+}
+
+// A PCR is what the appraisal made of one quoted PCR.
+type PCR struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Events        uint64                 `protobuf:"varint,2,opt,name=events,proto3" json:"events,omitempty"`                                    // that the event log has of it
+	Proven        bool                   `protobuf:"varint,3,opt,name=proven,proto3" json:"proven,omitempty"`                                    // the logs lead to the quoted value
+	Understood    bool                   `protobuf:"varint,4,opt,name=understood,proto3" json:"understood,omitempty"`                            // proven, and each event is one that the broker knows
+	NotUnderstood uint64                 `protobuf:"varint,5,opt,name=not_understood,json=notUnderstood,proto3" json:"not_understood,omitempty"` // events
+	Facts         []string               `protobuf:"bytes,6,rep,name=facts,proto3" json:"facts,omitempty"`                                       // that rest on it
+	Limit         *PCRLimit              `protobuf:"bytes,7,opt,name=limit,proto3" json:"limit,omitempty"`                                       // the first event that isn't understood
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PCR) Reset() {
+	*x = PCR{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PCR) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PCR) ProtoMessage() {}
+
+func (x *PCR) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PCR.ProtoReflect.Descriptor instead.
+func (*PCR) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *PCR) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *PCR) GetEvents() uint64 {
+	if x != nil {
+		return x.Events
+	}
+	return 0
+}
+
+func (x *PCR) GetProven() bool {
+	if x != nil {
+		return x.Proven
+	}
+	return false
+}
+
+func (x *PCR) GetUnderstood() bool {
+	if x != nil {
+		return x.Understood
+	}
+	return false
+}
+
+func (x *PCR) GetNotUnderstood() uint64 {
+	if x != nil {
+		return x.NotUnderstood
+	}
+	return 0
+}
+
+func (x *PCR) GetFacts() []string {
+	if x != nil {
+		return x.Facts
+	}
+	return nil
+}
+
+func (x *PCR) GetLimit() *PCRLimit {
+	if x != nil {
+		return x.Limit
+	}
+	return nil
+}
+
+type PCRLimit struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Event         uint64                 `protobuf:"varint,1,opt,name=event,proto3" json:"event,omitempty"` // place in the log; 0: the lack of one
+	Type          string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`    // as the host has it
+	Why           string                 `protobuf:"bytes,3,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PCRLimit) Reset() {
+	*x = PCRLimit{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PCRLimit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PCRLimit) ProtoMessage() {}
+
+func (x *PCRLimit) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PCRLimit.ProtoReflect.Descriptor instead.
+func (*PCRLimit) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
+}
+
+func (x *PCRLimit) GetEvent() uint64 {
+	if x != nil {
+		return x.Event
+	}
+	return 0
+}
+
+func (x *PCRLimit) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *PCRLimit) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
 type Selector struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -4863,7 +5024,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4875,7 +5036,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4888,7 +5049,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *Selector) GetName() string {
@@ -4946,7 +5107,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4958,7 +5119,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4971,7 +5132,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *Lease) GetId() string {
@@ -5119,7 +5280,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5131,7 +5292,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5144,7 +5305,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *Machine) GetSecureBoot() bool {
@@ -5184,7 +5345,7 @@ type ListLeasesRequest struct {
 
 func (x *ListLeasesRequest) Reset() {
 	*x = ListLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5196,7 +5357,7 @@ func (x *ListLeasesRequest) String() string {
 func (*ListLeasesRequest) ProtoMessage() {}
 
 func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5209,7 +5370,7 @@ func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ListLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListLeasesRequest) GetHost() string {
@@ -5278,7 +5439,7 @@ type ListLeasesResponse struct {
 
 func (x *ListLeasesResponse) Reset() {
 	*x = ListLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5290,7 +5451,7 @@ func (x *ListLeasesResponse) String() string {
 func (*ListLeasesResponse) ProtoMessage() {}
 
 func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5303,7 +5464,7 @@ func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ListLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListLeasesResponse) GetLeases() []*Lease {
@@ -5332,7 +5493,7 @@ type RevokeLeasesRequest struct {
 
 func (x *RevokeLeasesRequest) Reset() {
 	*x = RevokeLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5344,7 +5505,7 @@ func (x *RevokeLeasesRequest) String() string {
 func (*RevokeLeasesRequest) ProtoMessage() {}
 
 func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5357,7 +5518,7 @@ func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesRequest.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *RevokeLeasesRequest) GetLeases() []string {
@@ -5397,7 +5558,7 @@ type RevokeLeasesResponse struct {
 
 func (x *RevokeLeasesResponse) Reset() {
 	*x = RevokeLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5409,7 +5570,7 @@ func (x *RevokeLeasesResponse) String() string {
 func (*RevokeLeasesResponse) ProtoMessage() {}
 
 func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5422,7 +5583,7 @@ func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesResponse.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *RevokeLeasesResponse) GetRevoking() []string {
@@ -5461,7 +5622,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5473,7 +5634,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5486,7 +5647,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *Finding) GetId() string {
@@ -5632,7 +5793,7 @@ type ReportFindingRequest struct {
 
 func (x *ReportFindingRequest) Reset() {
 	*x = ReportFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5644,7 +5805,7 @@ func (x *ReportFindingRequest) String() string {
 func (*ReportFindingRequest) ProtoMessage() {}
 
 func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5657,7 +5818,7 @@ func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingRequest.ProtoReflect.Descriptor instead.
 func (*ReportFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ReportFindingRequest) GetFinding() *Finding {
@@ -5685,7 +5846,7 @@ type ReportFindingResponse struct {
 
 func (x *ReportFindingResponse) Reset() {
 	*x = ReportFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5697,7 +5858,7 @@ func (x *ReportFindingResponse) String() string {
 func (*ReportFindingResponse) ProtoMessage() {}
 
 func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5710,7 +5871,7 @@ func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingResponse.ProtoReflect.Descriptor instead.
 func (*ReportFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ReportFindingResponse) GetFinding() *Finding {
@@ -5750,7 +5911,7 @@ type ListFindingsRequest struct {
 
 func (x *ListFindingsRequest) Reset() {
 	*x = ListFindingsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5762,7 +5923,7 @@ func (x *ListFindingsRequest) String() string {
 func (*ListFindingsRequest) ProtoMessage() {}
 
 func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5775,7 +5936,7 @@ func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListFindingsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ListFindingsRequest) GetStatus() string {
@@ -5845,7 +6006,7 @@ type ListFindingsResponse struct {
 
 func (x *ListFindingsResponse) Reset() {
 	*x = ListFindingsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5857,7 +6018,7 @@ func (x *ListFindingsResponse) String() string {
 func (*ListFindingsResponse) ProtoMessage() {}
 
 func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5870,7 +6031,7 @@ func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListFindingsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ListFindingsResponse) GetFindings() []*Finding {
@@ -5907,7 +6068,7 @@ type CloseFindingRequest struct {
 
 func (x *CloseFindingRequest) Reset() {
 	*x = CloseFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5919,7 +6080,7 @@ func (x *CloseFindingRequest) String() string {
 func (*CloseFindingRequest) ProtoMessage() {}
 
 func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5932,7 +6093,7 @@ func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingRequest.ProtoReflect.Descriptor instead.
 func (*CloseFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *CloseFindingRequest) GetFinding() string {
@@ -5965,7 +6126,7 @@ type CloseFindingResponse struct {
 
 func (x *CloseFindingResponse) Reset() {
 	*x = CloseFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5977,7 +6138,7 @@ func (x *CloseFindingResponse) String() string {
 func (*CloseFindingResponse) ProtoMessage() {}
 
 func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5990,7 +6151,7 @@ func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingResponse.ProtoReflect.Descriptor instead.
 func (*CloseFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *CloseFindingResponse) GetFinding() *Finding {
@@ -6015,7 +6176,7 @@ type Canary struct {
 
 func (x *Canary) Reset() {
 	*x = Canary{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6027,7 +6188,7 @@ func (x *Canary) String() string {
 func (*Canary) ProtoMessage() {}
 
 func (x *Canary) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6040,7 +6201,7 @@ func (x *Canary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Canary.ProtoReflect.Descriptor instead.
 func (*Canary) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *Canary) GetId() string {
@@ -6095,7 +6256,7 @@ type IssueCanaryRequest struct {
 
 func (x *IssueCanaryRequest) Reset() {
 	*x = IssueCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6107,7 +6268,7 @@ func (x *IssueCanaryRequest) String() string {
 func (*IssueCanaryRequest) ProtoMessage() {}
 
 func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6120,7 +6281,7 @@ func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryRequest.ProtoReflect.Descriptor instead.
 func (*IssueCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *IssueCanaryRequest) GetScope() string {
@@ -6146,7 +6307,7 @@ type IssueCanaryResponse struct {
 
 func (x *IssueCanaryResponse) Reset() {
 	*x = IssueCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6158,7 +6319,7 @@ func (x *IssueCanaryResponse) String() string {
 func (*IssueCanaryResponse) ProtoMessage() {}
 
 func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6171,7 +6332,7 @@ func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryResponse.ProtoReflect.Descriptor instead.
 func (*IssueCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *IssueCanaryResponse) GetCanary() *Canary {
@@ -6190,7 +6351,7 @@ type ListCanariesRequest struct {
 
 func (x *ListCanariesRequest) Reset() {
 	*x = ListCanariesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6202,7 +6363,7 @@ func (x *ListCanariesRequest) String() string {
 func (*ListCanariesRequest) ProtoMessage() {}
 
 func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6215,7 +6376,7 @@ func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesRequest.ProtoReflect.Descriptor instead.
 func (*ListCanariesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *ListCanariesRequest) GetScope() string {
@@ -6234,7 +6395,7 @@ type ListCanariesResponse struct {
 
 func (x *ListCanariesResponse) Reset() {
 	*x = ListCanariesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6246,7 +6407,7 @@ func (x *ListCanariesResponse) String() string {
 func (*ListCanariesResponse) ProtoMessage() {}
 
 func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6259,7 +6420,7 @@ func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesResponse.ProtoReflect.Descriptor instead.
 func (*ListCanariesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *ListCanariesResponse) GetCanaries() []*Canary {
@@ -6278,7 +6439,7 @@ type RemoveCanaryRequest struct {
 
 func (x *RemoveCanaryRequest) Reset() {
 	*x = RemoveCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6290,7 +6451,7 @@ func (x *RemoveCanaryRequest) String() string {
 func (*RemoveCanaryRequest) ProtoMessage() {}
 
 func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6303,7 +6464,7 @@ func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *RemoveCanaryRequest) GetCanary() string {
@@ -6321,7 +6482,7 @@ type RemoveCanaryResponse struct {
 
 func (x *RemoveCanaryResponse) Reset() {
 	*x = RemoveCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6333,7 +6494,7 @@ func (x *RemoveCanaryResponse) String() string {
 func (*RemoveCanaryResponse) ProtoMessage() {}
 
 func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6346,7 +6507,7 @@ func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
 }
 
 type ReadAuditRequest struct {
@@ -6359,7 +6520,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6371,7 +6532,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6384,7 +6545,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -6411,7 +6572,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6423,7 +6584,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6436,7 +6597,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *AuditRecord) GetIndex() uint64 {
@@ -6462,7 +6623,7 @@ type AuditReceiptRequest struct {
 
 func (x *AuditReceiptRequest) Reset() {
 	*x = AuditReceiptRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6474,7 +6635,7 @@ func (x *AuditReceiptRequest) String() string {
 func (*AuditReceiptRequest) ProtoMessage() {}
 
 func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6487,7 +6648,7 @@ func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptRequest.ProtoReflect.Descriptor instead.
 func (*AuditReceiptRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *AuditReceiptRequest) GetIndex() uint64 {
@@ -6508,7 +6669,7 @@ type AuditReceiptResponse struct {
 
 func (x *AuditReceiptResponse) Reset() {
 	*x = AuditReceiptResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6520,7 +6681,7 @@ func (x *AuditReceiptResponse) String() string {
 func (*AuditReceiptResponse) ProtoMessage() {}
 
 func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6533,7 +6694,7 @@ func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptResponse.ProtoReflect.Descriptor instead.
 func (*AuditReceiptResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{104}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *AuditReceiptResponse) GetRecord() []byte {
@@ -6566,7 +6727,7 @@ type AuditCheckpointRequest struct {
 
 func (x *AuditCheckpointRequest) Reset() {
 	*x = AuditCheckpointRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6578,7 +6739,7 @@ func (x *AuditCheckpointRequest) String() string {
 func (*AuditCheckpointRequest) ProtoMessage() {}
 
 func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6591,7 +6752,7 @@ func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{105}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *AuditCheckpointRequest) GetConsistentWith() uint64 {
@@ -6612,7 +6773,7 @@ type AuditCheckpointResponse struct {
 
 func (x *AuditCheckpointResponse) Reset() {
 	*x = AuditCheckpointResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6624,7 +6785,7 @@ func (x *AuditCheckpointResponse) String() string {
 func (*AuditCheckpointResponse) ProtoMessage() {}
 
 func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6637,7 +6798,7 @@ func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{106}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *AuditCheckpointResponse) GetCheckpoint() []byte {
@@ -7028,14 +7189,29 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\n" +
 	"WhyRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
-	"\x05scope\x18\x02 \x01(\tR\x05scope\"\xe4\x01\n" +
+	"\x05scope\x18\x02 \x01(\tR\x05scope\"\x8d\x02\n" +
 	"\vWhyResponse\x12\x18\n" +
 	"\aallowed\x18\x01 \x01(\bR\aallowed\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12%\n" +
 	"\x0epolicy_version\x18\x03 \x01(\x04R\rpolicyVersion\x126\n" +
 	"\tselectors\x18\x04 \x03(\v2\x18.countersign.v1.SelectorR\tselectors\x12*\n" +
 	"\x02at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x16\n" +
-	"\x06reason\x18\x06 \x01(\tR\x06reason\"`\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12'\n" +
+	"\x04pcrs\x18\a \x03(\v2\x13.countersign.v1.PCRR\x04pcrs\"\xd8\x01\n" +
+	"\x03PCR\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12\x16\n" +
+	"\x06events\x18\x02 \x01(\x04R\x06events\x12\x16\n" +
+	"\x06proven\x18\x03 \x01(\bR\x06proven\x12\x1e\n" +
+	"\n" +
+	"understood\x18\x04 \x01(\bR\n" +
+	"understood\x12%\n" +
+	"\x0enot_understood\x18\x05 \x01(\x04R\rnotUnderstood\x12\x14\n" +
+	"\x05facts\x18\x06 \x03(\tR\x05facts\x12.\n" +
+	"\x05limit\x18\a \x01(\v2\x18.countersign.v1.PCRLimitR\x05limit\"F\n" +
+	"\bPCRLimit\x12\x14\n" +
+	"\x05event\x18\x01 \x01(\x04R\x05event\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12\x10\n" +
+	"\x03why\x18\x03 \x01(\tR\x03why\"`\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06wanted\x18\x02 \x01(\tR\x06wanted\x12\x10\n" +
@@ -7236,7 +7412,7 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 	return file_countersign_v1_countersign_proto_rawDescData
 }
 
-var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 115)
+var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 117)
 var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*JoinRequest)(nil),               // 0: countersign.v1.JoinRequest
 	(*JoinBody)(nil),                  // 1: countersign.v1.JoinBody
@@ -7318,42 +7494,44 @@ var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*FactsResponse)(nil),             // 77: countersign.v1.FactsResponse
 	(*WhyRequest)(nil),                // 78: countersign.v1.WhyRequest
 	(*WhyResponse)(nil),               // 79: countersign.v1.WhyResponse
-	(*Selector)(nil),                  // 80: countersign.v1.Selector
-	(*Lease)(nil),                     // 81: countersign.v1.Lease
-	(*Machine)(nil),                   // 82: countersign.v1.Machine
-	(*ListLeasesRequest)(nil),         // 83: countersign.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),        // 84: countersign.v1.ListLeasesResponse
-	(*RevokeLeasesRequest)(nil),       // 85: countersign.v1.RevokeLeasesRequest
-	(*RevokeLeasesResponse)(nil),      // 86: countersign.v1.RevokeLeasesResponse
-	(*Finding)(nil),                   // 87: countersign.v1.Finding
-	(*ReportFindingRequest)(nil),      // 88: countersign.v1.ReportFindingRequest
-	(*ReportFindingResponse)(nil),     // 89: countersign.v1.ReportFindingResponse
-	(*ListFindingsRequest)(nil),       // 90: countersign.v1.ListFindingsRequest
-	(*ListFindingsResponse)(nil),      // 91: countersign.v1.ListFindingsResponse
-	(*CloseFindingRequest)(nil),       // 92: countersign.v1.CloseFindingRequest
-	(*CloseFindingResponse)(nil),      // 93: countersign.v1.CloseFindingResponse
-	(*Canary)(nil),                    // 94: countersign.v1.Canary
-	(*IssueCanaryRequest)(nil),        // 95: countersign.v1.IssueCanaryRequest
-	(*IssueCanaryResponse)(nil),       // 96: countersign.v1.IssueCanaryResponse
-	(*ListCanariesRequest)(nil),       // 97: countersign.v1.ListCanariesRequest
-	(*ListCanariesResponse)(nil),      // 98: countersign.v1.ListCanariesResponse
-	(*RemoveCanaryRequest)(nil),       // 99: countersign.v1.RemoveCanaryRequest
-	(*RemoveCanaryResponse)(nil),      // 100: countersign.v1.RemoveCanaryResponse
-	(*ReadAuditRequest)(nil),          // 101: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),               // 102: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),       // 103: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),      // 104: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),    // 105: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil),   // 106: countersign.v1.AuditCheckpointResponse
-	nil,                               // 107: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                               // 108: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                               // 109: countersign.v1.GetStatusResponse.FindingsEntry
-	nil,                               // 110: countersign.v1.Host.LabelsEntry
-	nil,                               // 111: countersign.v1.NewHost.LabelsEntry
-	nil,                               // 112: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                               // 113: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 114: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),     // 115: google.protobuf.Timestamp
+	(*PCR)(nil),                       // 80: countersign.v1.PCR
+	(*PCRLimit)(nil),                  // 81: countersign.v1.PCRLimit
+	(*Selector)(nil),                  // 82: countersign.v1.Selector
+	(*Lease)(nil),                     // 83: countersign.v1.Lease
+	(*Machine)(nil),                   // 84: countersign.v1.Machine
+	(*ListLeasesRequest)(nil),         // 85: countersign.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),        // 86: countersign.v1.ListLeasesResponse
+	(*RevokeLeasesRequest)(nil),       // 87: countersign.v1.RevokeLeasesRequest
+	(*RevokeLeasesResponse)(nil),      // 88: countersign.v1.RevokeLeasesResponse
+	(*Finding)(nil),                   // 89: countersign.v1.Finding
+	(*ReportFindingRequest)(nil),      // 90: countersign.v1.ReportFindingRequest
+	(*ReportFindingResponse)(nil),     // 91: countersign.v1.ReportFindingResponse
+	(*ListFindingsRequest)(nil),       // 92: countersign.v1.ListFindingsRequest
+	(*ListFindingsResponse)(nil),      // 93: countersign.v1.ListFindingsResponse
+	(*CloseFindingRequest)(nil),       // 94: countersign.v1.CloseFindingRequest
+	(*CloseFindingResponse)(nil),      // 95: countersign.v1.CloseFindingResponse
+	(*Canary)(nil),                    // 96: countersign.v1.Canary
+	(*IssueCanaryRequest)(nil),        // 97: countersign.v1.IssueCanaryRequest
+	(*IssueCanaryResponse)(nil),       // 98: countersign.v1.IssueCanaryResponse
+	(*ListCanariesRequest)(nil),       // 99: countersign.v1.ListCanariesRequest
+	(*ListCanariesResponse)(nil),      // 100: countersign.v1.ListCanariesResponse
+	(*RemoveCanaryRequest)(nil),       // 101: countersign.v1.RemoveCanaryRequest
+	(*RemoveCanaryResponse)(nil),      // 102: countersign.v1.RemoveCanaryResponse
+	(*ReadAuditRequest)(nil),          // 103: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),               // 104: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),       // 105: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),      // 106: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),    // 107: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil),   // 108: countersign.v1.AuditCheckpointResponse
+	nil,                               // 109: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                               // 110: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                               // 111: countersign.v1.GetStatusResponse.FindingsEntry
+	nil,                               // 112: countersign.v1.Host.LabelsEntry
+	nil,                               // 113: countersign.v1.NewHost.LabelsEntry
+	nil,                               // 114: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                               // 115: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 116: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),     // 117: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	2,   // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
@@ -7367,160 +7545,162 @@ var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	12,  // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
 	16,  // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
 	17,  // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	115, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	117, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
 	19,  // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
 	20,  // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	115, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
-	115, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	115, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	117, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	117, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	117, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
 	12,  // 17: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
 	16,  // 18: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
 	24,  // 19: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	115, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	115, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	115, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	115, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	115, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	115, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	115, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	117, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	117, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	117, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	117, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	117, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	117, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	117, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
 	30,  // 27: countersign.v1.WitnessRequest.opens:type_name -> countersign.v1.FileOpen
-	115, // 28: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
-	107, // 29: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	108, // 30: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	109, // 31: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
-	110, // 32: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	115, // 33: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	115, // 34: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	117, // 28: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
+	109, // 29: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	110, // 30: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	111, // 31: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
+	112, // 32: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	117, // 33: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	117, // 34: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
 	35,  // 35: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	111, // 36: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	113, // 36: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
 	38,  // 37: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	112, // 38: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	114, // 38: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
 	35,  // 39: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	115, // 40: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	113, // 41: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	115, // 42: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	115, // 43: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	117, // 40: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	115, // 41: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	117, // 42: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	117, // 43: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
 	49,  // 44: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
-	115, // 45: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
-	115, // 46: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	117, // 45: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	117, // 46: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
 	56,  // 47: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	115, // 48: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	115, // 49: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
+	117, // 48: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	117, // 49: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
 	56,  // 50: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
 	56,  // 51: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
-	115, // 52: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
+	117, // 52: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
 	56,  // 53: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
-	115, // 54: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
+	117, // 54: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
 	66,  // 55: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
-	115, // 56: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
+	117, // 56: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
 	68,  // 57: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
-	115, // 58: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
-	115, // 59: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
+	117, // 58: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
+	117, // 59: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
 	68,  // 60: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
 	71,  // 61: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
 	74,  // 62: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
 	75,  // 63: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
-	80,  // 64: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	115, // 65: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	114, // 66: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	115, // 67: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	115, // 68: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	115, // 69: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	115, // 70: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	82,  // 71: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
-	81,  // 72: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	115, // 73: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
-	115, // 74: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
-	115, // 75: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
-	87,  // 76: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
-	87,  // 77: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
-	87,  // 78: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
-	115, // 79: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
-	87,  // 80: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
-	115, // 81: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
-	94,  // 82: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
-	94,  // 83: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
-	0,   // 84: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
-	4,   // 85: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
-	9,   // 86: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
-	14,  // 87: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
-	21,  // 88: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
-	25,  // 89: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
-	27,  // 90: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
-	29,  // 91: countersign.v1.HostService.Witness:input_type -> countersign.v1.WitnessRequest
-	33,  // 92: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
-	36,  // 93: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
-	39,  // 94: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
-	41,  // 95: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
-	43,  // 96: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
-	45,  // 97: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
-	47,  // 98: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
-	50,  // 99: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
-	52,  // 100: countersign.v1.OperatorService.RenewOperator:input_type -> countersign.v1.RenewOperatorRequest
-	54,  // 101: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	57,  // 102: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	59,  // 103: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
-	61,  // 104: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
-	63,  // 105: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
-	65,  // 106: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
-	69,  // 107: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
-	72,  // 108: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	76,  // 109: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	78,  // 110: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	83,  // 111: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	85,  // 112: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	88,  // 113: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
-	90,  // 114: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
-	92,  // 115: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
-	95,  // 116: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
-	97,  // 117: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
-	99,  // 118: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
-	101, // 119: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	103, // 120: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	105, // 121: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	3,   // 122: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	8,   // 123: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	10,  // 124: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	18,  // 125: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	23,  // 126: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	26,  // 127: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	28,  // 128: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	31,  // 129: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
-	34,  // 130: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	37,  // 131: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	40,  // 132: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	42,  // 133: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	44,  // 134: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	46,  // 135: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	48,  // 136: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
-	51,  // 137: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
-	53,  // 138: countersign.v1.OperatorService.RenewOperator:output_type -> countersign.v1.RenewOperatorResponse
-	55,  // 139: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	58,  // 140: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	60,  // 141: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
-	62,  // 142: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
-	64,  // 143: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
-	67,  // 144: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
-	70,  // 145: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
-	73,  // 146: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	77,  // 147: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	79,  // 148: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	84,  // 149: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	86,  // 150: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	89,  // 151: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
-	91,  // 152: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
-	93,  // 153: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
-	96,  // 154: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
-	98,  // 155: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
-	100, // 156: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
-	102, // 157: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	104, // 158: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	106, // 159: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	122, // [122:160] is the sub-list for method output_type
-	84,  // [84:122] is the sub-list for method input_type
-	84,  // [84:84] is the sub-list for extension type_name
-	84,  // [84:84] is the sub-list for extension extendee
-	0,   // [0:84] is the sub-list for field type_name
+	82,  // 64: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	117, // 65: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	80,  // 66: countersign.v1.WhyResponse.pcrs:type_name -> countersign.v1.PCR
+	81,  // 67: countersign.v1.PCR.limit:type_name -> countersign.v1.PCRLimit
+	116, // 68: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	117, // 69: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	117, // 70: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	117, // 71: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	117, // 72: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	84,  // 73: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
+	83,  // 74: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	117, // 75: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
+	117, // 76: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
+	117, // 77: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
+	89,  // 78: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
+	89,  // 79: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
+	89,  // 80: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
+	117, // 81: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
+	89,  // 82: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
+	117, // 83: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
+	96,  // 84: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
+	96,  // 85: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
+	0,   // 86: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
+	4,   // 87: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
+	9,   // 88: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
+	14,  // 89: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
+	21,  // 90: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
+	25,  // 91: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
+	27,  // 92: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
+	29,  // 93: countersign.v1.HostService.Witness:input_type -> countersign.v1.WitnessRequest
+	33,  // 94: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
+	36,  // 95: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
+	39,  // 96: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
+	41,  // 97: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
+	43,  // 98: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
+	45,  // 99: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
+	47,  // 100: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
+	50,  // 101: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
+	52,  // 102: countersign.v1.OperatorService.RenewOperator:input_type -> countersign.v1.RenewOperatorRequest
+	54,  // 103: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	57,  // 104: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	59,  // 105: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
+	61,  // 106: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
+	63,  // 107: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
+	65,  // 108: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
+	69,  // 109: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
+	72,  // 110: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	76,  // 111: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	78,  // 112: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	85,  // 113: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	87,  // 114: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	90,  // 115: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
+	92,  // 116: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
+	94,  // 117: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
+	97,  // 118: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
+	99,  // 119: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
+	101, // 120: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
+	103, // 121: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	105, // 122: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	107, // 123: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	3,   // 124: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	8,   // 125: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	10,  // 126: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	18,  // 127: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	23,  // 128: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	26,  // 129: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	28,  // 130: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	31,  // 131: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
+	34,  // 132: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	37,  // 133: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	40,  // 134: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	42,  // 135: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	44,  // 136: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	46,  // 137: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	48,  // 138: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	51,  // 139: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	53,  // 140: countersign.v1.OperatorService.RenewOperator:output_type -> countersign.v1.RenewOperatorResponse
+	55,  // 141: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	58,  // 142: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	60,  // 143: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
+	62,  // 144: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
+	64,  // 145: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
+	67,  // 146: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
+	70,  // 147: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
+	73,  // 148: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	77,  // 149: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	79,  // 150: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	86,  // 151: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	88,  // 152: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	91,  // 153: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
+	93,  // 154: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
+	95,  // 155: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
+	98,  // 156: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
+	100, // 157: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
+	102, // 158: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
+	104, // 159: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	106, // 160: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	108, // 161: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	124, // [124:162] is the sub-list for method output_type
+	86,  // [86:124] is the sub-list for method input_type
+	86,  // [86:86] is the sub-list for extension type_name
+	86,  // [86:86] is the sub-list for extension extendee
+	0,   // [0:86] is the sub-list for field type_name
 }
 
 func init() { file_countersign_v1_countersign_proto_init() }
@@ -7528,14 +7708,14 @@ func file_countersign_v1_countersign_proto_init() {
 	if File_countersign_v1_countersign_proto != nil {
 		return
 	}
-	file_countersign_v1_countersign_proto_msgTypes[82].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[84].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   115,
+			NumMessages:   117,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
