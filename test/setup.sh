@@ -25,11 +25,11 @@ say() { echo "setup: $*" >&2; }
 
 # What each is for: the software TPM and tools that look into it; the database,
 # a pooler before it and a clock that is off for it; a systemd to boot, with its
-# user managers; TLS and SSH; the network tools; what builds packages; and what
-# makes signed cabinets.
+# user managers; TLS and SSH; the network tools; what builds packages; what makes
+# signed cabinets; and what a cloud recipe in the docs calls, with a pipe to a TPM.
 packages="swtpm swtpm-tools tpm2-tools postgresql pgbouncer libfaketime systemd systemd-sysv
 systemd-container libpam-systemd dbus openssl openssh-server openssh-client iproute2 util-linux procps rpm xz-utils zstd
-gcab osslsigncode"
+gcab osslsigncode jq socat"
 
 missing=
 for package in $packages; do
