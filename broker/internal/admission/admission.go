@@ -41,8 +41,12 @@ const CertificateLifetime = 30 * 24 * time.Hour
 // counts as silent.
 const firstProof = 30 * time.Minute
 
-// knownScore is what counts most in choosing an EK: that the inventory has it.
-const knownScore = 2
+// What counts in choosing an EK: that a maker's certificate vouches for it and,
+// more than that, that the inventory has it.
+const (
+	certifiedScore = 1
+	knownScore     = 2
+)
 
 // maxEKs is how many EKs a host may offer.
 const maxEKs = 8
@@ -113,7 +117,7 @@ func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (
 		}
 		score := 0
 		if ek.Certified {
-			score = 1
+			score = certifiedScore
 		}
 		if known {
 			score += knownScore
@@ -122,10 +126,11 @@ func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (
 			best, bestScore, chosen = i, score, ek
 		}
 	}
-	// A key that the broker knows is the one that is challenged: what the host
-	// offers beside it, such as a second key whose certificate has ended since,
-	// says nothing against it.
-	if bad != nil && bestScore < knownScore {
+	// A key that an operator or a maker vouches for is the one that is challenged:
+	// what the host offers beside it, such as a second key whose certificate has
+	// ended or leads to another root, says nothing against it. With nobody to vouch
+	// for any of them, why a certificate is not good is what an operator can mend.
+	if bad != nil && bestScore < certifiedScore {
 		return Challenge{}, bad
 	}
 	toTPM, answer, err := tpmappraise.NewChallenge(rand.Reader, chosen, ak)

@@ -65,3 +65,45 @@ func TestEndedEKCertificates(t *testing.T) {
 		t.Error("it is certified by a root that is not configured")
 	}
 }
+
+// One key that can't be vouched for doesn't refuse a new host whose other key is
+// certified, be it first or last; alone, or beside one without a certificate, it
+// does, with the reason.
+func TestOneKeyNotVouchedFor(t *testing.T) {
+	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	t.Cleanup(func() { _ = s.Close() })
+	ca, other := check.Must(lab.NewTPMCA(t.TempDir()))(t), check.Must(lab.NewTPMCA(t.TempDir()))(t)
+	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	root, intermediate := ca.PEM()
+	roots.AppendCertsFromPEM(root)
+	intermediates.AppendCertsFromPEM(intermediate)
+	d := &Desk{Store: s, Roots: roots, Intermediates: intermediates, Now: time.Now, Wall: time.Now}
+
+	good, foreign := check.Must(lab.NewSoftTPM(ca))(t), check.Must(lab.NewSoftTPM(other))(t).EK
+	bare := check.Must(lab.NewSoftTPM(ca))(t).EK
+	bare.Certificate = nil
+	garbage, mixed, short := foreign, foreign, foreign
+	garbage.Certificate = []byte("garbage")
+	mixed.Certificate = good.EK.Certificate
+	short.Public = short.Public[:20]
+
+	for name, odd := range map[string]tpm.EK{"another root": foreign, "garbage": garbage, "another key's certificate": mixed, "no key": short} {
+		for chosen, eks := range [][]tpm.EK{{good.EK, odd}, {odd, good.EK}} {
+			conn := &challenge.Conn{}
+			ch, err := d.Begin(t.Context(), conn, Application{EKs: eks, AKPublic: good.AKPublic})
+			if err != nil || ch.EK != chosen {
+				t.Errorf("%s: key %d, %v, want %d", name, ch.EK, err, chosen)
+				continue
+			}
+			if j := check.Must(conn.TakeJoin(time.Now()))(t); !j.EK.Certified {
+				t.Errorf("%s: the host isn't certified", name)
+			}
+		}
+		for _, eks := range [][]tpm.EK{{odd}, {bare, odd}} {
+			var rejected *evidence.Rejected
+			if _, err := d.Begin(t.Context(), &challenge.Conn{}, Application{EKs: eks, AKPublic: good.AKPublic}); !errors.As(err, &rejected) {
+				t.Errorf("%s, with nobody's word for a key: %v", name, err)
+			}
+		}
+	}
+}

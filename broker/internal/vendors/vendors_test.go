@@ -132,6 +132,12 @@ func TestLeftOut(t *testing.T) {
 	}
 	rsaRoot := newCAWith(t, "Acme rsa", nil, rsaKey)
 	sha1 := newCA(t, "Acme sha1", rsaRoot, func(c *x509.Certificate) { c.SignatureAlgorithm = x509.SHA1WithRSA })
+	// signedWith is a CA's certificate that names another algorithm of RSA (PKCS #1).
+	signedWith := func(arc byte) []byte {
+		sha256 := newCA(t, "Acme intermediate", rsaRoot).cert.Raw
+		oid := []byte{0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1}
+		return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: bytes.ReplaceAll(sha256, append(oid, 11), append(oid, arc))})
+	}
 	broken := bytes.Clone(root.cert.Raw)
 	broken[30] ^= 0xff
 	text := asPEM(root.cert)
@@ -144,6 +150,9 @@ func TestLeftOut(t *testing.T) {
 		"early":     {asPEM(newCA(t, "Acme new", nil, func(c *x509.Certificate) { c.NotBefore = now.AddDate(0, 0, 1) }).cert), "valid from 2026-11-02"},
 		"no CA":     {asPEM(newCA(t, "Acme ek", root, isEK).cert), "isn't a CA's"},
 		"sha1":      {asPEM(sha1.cert), "SHA1-RSA"},
+		"md2":       {signedWith(2), "no chain may rest on"},
+		"md5":       {signedWith(4), "MD5-RSA"},
+		"unknown":   {signedWith(99), "no chain may rest on"},
 		"odd der":   {pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: broken}), "can't be read"},
 		"a key":     {pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: []byte{1}}), "holds no certificate"},
 		"cut":       {text[:len(text)/2], "damaged"},
