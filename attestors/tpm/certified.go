@@ -8,8 +8,11 @@ import (
 	"errors"
 )
 
-// MaxCertificate bounds the certificate of an EK, on both sides.
-const MaxCertificate = 8192
+// Bounds of what a TPM holds, on both sides.
+const (
+	MaxCertificate = 8192 // bytes of a certificate
+	MaxIssuers     = 16   // certificates of CAs; Intel's firmware TPMs have 3
+)
 
 var oidRSAESOAEP = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 7}
 
@@ -33,6 +36,25 @@ func CertifiedKey(cert *x509.Certificate) crypto.PublicKey {
 		return nil
 	}
 	return key
+}
+
+// SplitCertificates returns the certificates at the start of data, which holds
+// them in DER one after another, and what follows the last of them. At most
+// [MaxIssuers] are read.
+func SplitCertificates(data []byte) (certs []*x509.Certificate, rest []byte) {
+	for len(certs) < MaxIssuers {
+		var whole asn1.RawValue
+		rest, err := asn1.Unmarshal(data, &whole)
+		if err != nil {
+			break
+		}
+		cert, err := x509.ParseCertificate(whole.FullBytes)
+		if err != nil {
+			break
+		}
+		certs, data = append(certs, cert), rest
+	}
+	return certs, data
 }
 
 // CertifiedPublic returns the PKIX DER of the key that cert certifies.

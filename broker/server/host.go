@@ -84,7 +84,7 @@ func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) 
 	if err := proto.Unmarshal(req.Msg.GetBody(), &body); err != nil {
 		return nil, malformed(ctx, err)
 	}
-	a := admission.Application{Body: req.Msg.GetBody(), AKPublic: body.GetAkPublic(), TLSPublic: body.GetTlsPublic(), Token: body.GetToken(), Hostname: body.GetHostname()}
+	a := admission.Application{Body: req.Msg.GetBody(), AKPublic: body.GetAkPublic(), TLSPublic: body.GetTlsPublic(), Token: body.GetToken(), Hostname: body.GetHostname(), Issuers: body.GetIssuers()}
 	for _, ek := range body.GetEndorsementKeys() {
 		a.EKs = append(a.EKs, tpm.EK{Public: ek.GetPublic(), Certificate: ek.GetCertificate()})
 	}

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/countersign/countersign/attestors/tpm/collect"
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
@@ -101,5 +102,41 @@ func TestFetchedEKCertificates(t *testing.T) {
 	check.Must(agent.CLI(ctx, append([]string{"ek", "import"}, files...)...))(t)
 	if again := join(""); again != id || tier(id) != "known" {
 		t.Errorf("with a stranger's certificate host %s is %q; it was %s", again, tier(again), id)
+	}
+}
+
+// A TPM whose maker's CA is inside the machine holds the certificates between its
+// key and the root itself. A new host with one is certified, though the broker's
+// ek_roots have none of them.
+func TestOnDieCA(t *testing.T) {
+	b := newBroker(t, softScope, false)
+	ctx := check.Within(t, time.Minute)
+	dir := folder(t)
+	vm := check.Must(lab.StartTPM(ctx, filepath.Join(dir, "tpm"), services.TPMCA, lab.TPMOptions{NoCertificates: true}))(t)
+	t.Cleanup(vm.Stop)
+	inside, chain, err := services.TPMCA.OnDie()
+	check.Nil(t, err)
+	for _, ek := range check.Must(check.Must(collect.Open(vm.Path()))(t).EKs(ctx))(t) {
+		key := check.Must(x509.ParsePKIXPublicKey(ek.Public))(t)
+		if alg := check.Must(tpm.AlgorithmOf(key))(t); alg == tpm.RSA2048 {
+			check.Nil(t, vm.WriteNV(0x01c00002, check.Must(inside.IssueEK(key))(t)))
+		}
+	}
+
+	agent := check.Must(lab.NewAgent(filepath.Join(dir, "agent"), b.broker, vm.Path(), "", false))(t)
+	token := check.Must(b.broker.JoinToken(ctx))(t)
+	if _, err := agent.Join(ctx, token); err == nil || !strings.Contains(err.Error(), "ek-chain") {
+		t.Errorf("without the certificates between: %v", err)
+	}
+	check.Nil(t, vm.WriteNV(0x01c00100, chain[:1500]))
+	check.Nil(t, vm.WriteNV(0x01c00101, chain[1500:]))
+	var joined struct {
+		HostID string `json:"host_id"`
+	}
+	check.Nil(t, json.Unmarshal(check.Must(agent.Join(ctx, token))(t), &joined))
+	var h struct{ State, Tier string }
+	check.Nil(t, b.broker.JSON(ctx, &h, "host", "show", joined.HostID))
+	if h.State != "trusted" || h.Tier != "certified" {
+		t.Errorf("the host is %+v", h)
 	}
 }

@@ -64,6 +64,27 @@ func (ca *TPMCA) PEM() (root, intermediate []byte) {
 	return certificatePEM(ca.Root), certificatePEM(ca.Intermediate)
 }
 
+// OnDie is a maker's CA inside one machine, as firmware TPMs of Intel have it:
+// each level certifies the next, and only the machine's TPM holds these
+// certificates. chain is what is in its NV memory: the certificates in DER, the
+// one below this CA first.
+func (ca *TPMCA) OnDie() (inside *TPMCA, chain []byte, err error) {
+	inside = ca
+	for _, name := range []string{"Lab ROM CA", "Lab kernel CA", "Lab TPM CA"} {
+		key, err := rsa.GenerateKey(rand.Reader, 2048)
+		if err != nil {
+			return nil, nil, err
+		}
+		cert, err := caCertificate(name, key.Public(), inside.Intermediate, inside.key)
+		if err != nil {
+			return nil, nil, err
+		}
+		inside = &TPMCA{Root: ca.Root, Intermediate: cert, key: key}
+		chain = append(chain, cert.Raw...)
+	}
+	return inside, chain, nil
+}
+
 // IssueEK certifies an endorsement key the way makers do, with a critical
 // subject alternative name that holds the TPM's make. Each edit changes the
 // certificate before it is signed: that is how a test forges one.

@@ -83,6 +83,29 @@ func VerifyEK(ek tpm.EK, roots, intermediates *x509.CertPool, now time.Time) (ve
 	return verified, nil
 }
 
+// WithIssuers returns intermediates with the certificates of CAs that a TPM
+// holds, in DER. They vouch for nothing: a chain still has to end in a root. What
+// isn't a certificate of bounded size is left out.
+func WithIssuers(intermediates *x509.CertPool, issuers [][]byte) *x509.CertPool {
+	if len(issuers) == 0 {
+		return intermediates
+	}
+
+	more := x509.NewCertPool()
+	if intermediates != nil {
+		more = intermediates.Clone()
+	}
+	for _, der := range issuers[:min(len(issuers), tpm.MaxIssuers)] {
+		if len(der) > tpm.MaxCertificate {
+			continue
+		}
+		if cert, err := x509.ParseCertificate(der); err == nil {
+			more.AddCert(cert)
+		}
+	}
+	return more
+}
+
 func verifyCertificate(ek tpm.EK, roots, intermediates *x509.CertPool, now time.Time) (*x509.Certificate, error) {
 	cert, err := x509.ParseCertificate(ek.Certificate)
 	if err != nil {

@@ -1,6 +1,7 @@
 package collect_test
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -12,6 +13,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -102,6 +104,37 @@ func TestACertificateOfAnotherKeyIsLeftOut(t *testing.T) {
 	}
 	if !found {
 		t.Error("the P-256 EK wasn't found")
+	}
+}
+
+// The certificates of a CA inside the machine are one run over several indices.
+func TestIssuersInTheTPM(t *testing.T) {
+	real, device, ca := start(t, lab.TPMOptions{NoCertificates: true})
+	if issuers := must[[][]byte](t)(device.Issuers(t.Context())); len(issuers) != 0 {
+		t.Errorf("%d issuers where there are none", len(issuers))
+	}
+	_, chain, err := ca.OnDie()
+	if err != nil {
+		t.Fatal(err)
+	}
+	half := len(chain) / 2 // in the midst of a certificate
+	for index, data := range map[tpm2.TPMHandle][]byte{0x01c00100: chain[:half], 0x01c00101: append(chain[half:len(chain):len(chain)], make([]byte, 100)...), 0x01c00200: []byte("not of it")} {
+		if err := real.WriteNV(index, data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if issuers := must[[][]byte](t)(device.Issuers(t.Context())); len(issuers) != 3 || !bytes.Equal(slices.Concat(issuers...), chain) {
+		t.Errorf("%d issuers of 3", len(issuers))
+	}
+}
+
+func TestGarbageForIssuers(t *testing.T) {
+	real, device, _ := start(t, lab.TPMOptions{NoCertificates: true})
+	if err := real.WriteNV(0x01c00100, bytes.Repeat([]byte{0x30, 0x80}, 600)); err != nil {
+		t.Fatal(err)
+	}
+	if issuers := must[[][]byte](t)(device.Issuers(t.Context())); len(issuers) != 0 {
+		t.Errorf("%d issuers in garbage", len(issuers))
 	}
 }
 

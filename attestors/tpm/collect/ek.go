@@ -60,6 +60,44 @@ func (d *Device) EKs(ctx context.Context) ([]tpm.EK, error) {
 	return eks, err
 }
 
+// The NV indices of the certificates of EKs' issuers (TCG EK Credential Profile,
+// 2.2.1.5.2): each holds the next part of one run of certificates in DER.
+const (
+	firstIssuerNV = 0x01c00100
+	lastIssuerNV  = 0x01c001ff
+)
+
+// Issuers returns the certificates of CAs that the TPM holds, in DER. Those are
+// made in the machine itself, as in firmware TPMs of Intel's 11th generation and
+// later, and can be had nowhere else. Most TPMs hold none. What can't be read as
+// a certificate is left out, with all that follows it.
+func (d *Device) Issuers(ctx context.Context) (issuers [][]byte, err error) {
+	err = d.do(ctx, "read the issuers' certificates", func(s *session) error {
+		issuers = nil
+		indices, err := s.handles(firstIssuerNV)
+		if err != nil {
+			return err
+		}
+		var run []byte
+		for _, index := range indices {
+			if index < firstIssuerNV || index > lastIssuerNV || len(run) > tpm.MaxIssuers*tpm.MaxCertificate {
+				break
+			}
+			part, err := s.readNV(index)
+			if err != nil {
+				return fmt.Errorf("NV index %#x: %w", uint32(index), err)
+			}
+			run = append(run, part...)
+		}
+		certs, _ := tpm.SplitCertificates(run)
+		for _, cert := range certs {
+			issuers = append(issuers, cert.Raw)
+		}
+		return nil
+	})
+	return issuers, err
+}
+
 func boolToInt(b bool) int {
 	if b {
 		return 1

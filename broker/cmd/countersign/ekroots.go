@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -116,15 +117,18 @@ func importText(w io.Writer, out string, added int, items []vendors.Item) {
 func ekRootsCheckCommand(o *options) *cobra.Command {
 	var files []string
 	cmd := &cobra.Command{
-		Use:   "check EKCERT",
+		Use:   "check EKCERT [ISSUERS…]",
 		Short: "Build the chain of an EK certificate and name what is missing",
 		Long: `Builds the chain from an EK certificate (DER or PEM) to a root, by the broker's own code. Where an
 issuer is missing it is named, with the URL at which the certificate says the issuer's own is.
+ISSUERS are files (PEM or DER) of certificates that the TPM holds beside that of its key, as
+"tpm2_nvread 0x1c00100" prints them: the agent sends them when it joins.
 
 Exit codes: 0 a host with this certificate is certified, 1 it isn't, 2 a file is wrong.`,
 		Example: `  countersign ek-roots check ek.der
+  countersign ek-roots check ek.der issuers.der
   countersign ek-roots check ek.pem --ek-roots ./ek-roots.pem -o json`,
-		Args: exactly(1),
+		Args: atLeast(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			data, err := readBounded(args[0])
 			if err != nil {
@@ -136,6 +140,13 @@ Exit codes: 0 a host with this certificate is certified, 1 it isn't, 2 a file is
 			}
 			if err != nil {
 				return &exitError{exitUsage, err}
+			}
+			for _, name := range args[1:] {
+				issuers, err := readIssuers(name)
+				if err != nil {
+					return &exitError{exitUsage, err}
+				}
+				set = set.With(issuers)
 			}
 			chain, err := set.Check(data, time.Now())
 			if err != nil {
@@ -152,6 +163,18 @@ Exit codes: 0 a host with this certificate is certified, 1 it isn't, 2 a file is
 	}
 	cmd.Flags().StringSliceVar(&files, "ek-roots", []string{defaultEKRoots}, "PEM files, as ek_roots names them")
 	return cmd
+}
+
+func readIssuers(name string) ([]*x509.Certificate, error) {
+	data, err := readBounded(name)
+	if err != nil {
+		return nil, err
+	}
+	issuers, err := vendors.Issuers(data)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return issuers, nil
 }
 
 func chainText(w io.Writer, chain vendors.Chain) {

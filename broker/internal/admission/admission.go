@@ -67,6 +67,7 @@ type Desk struct {
 type Application struct {
 	Body      []byte // as sent: what certification and quote commit to
 	EKs       []tpm.EK
+	Issuers   [][]byte // DER: CAs' certificates that the TPM holds
 	AKPublic  []byte
 	TLSPublic []byte
 	Token     string
@@ -102,6 +103,7 @@ func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (
 		return Challenge{}, err
 	}
 	now := d.Wall()
+	intermediates := tpmappraise.WithIssuers(d.Intermediates, a.Issuers)
 	best, bestScore := -1, -1
 	var chosen *tpmappraise.EK
 	var bad error // the first key that is not good
@@ -110,7 +112,7 @@ func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (
 		if err != nil {
 			return Challenge{}, err
 		}
-		ek, err := d.verifyEK(offered, known, now)
+		ek, err := d.verifyEK(offered, intermediates, known, now)
 		if err != nil {
 			bad = cmp.Or(bad, err)
 			continue
@@ -147,15 +149,15 @@ func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (
 // verifyEK judges one endorsement key. Of a known one no dates count: a key that
 // was certified in a TPM doesn't leave it when the certificate, or the vendor's
 // CA, comes to its end.
-func (d *Desk) verifyEK(offered tpm.EK, known bool, now time.Time) (*tpmappraise.EK, error) {
+func (d *Desk) verifyEK(offered tpm.EK, intermediates *x509.CertPool, known bool, now time.Time) (*tpmappraise.EK, error) {
 	if d.Roots == nil {
 		offered.Certificate = nil // nothing to hold it against: the tier is known at best
 	}
 
-	ek, err := tpmappraise.VerifyEK(offered, d.Roots, d.Intermediates, now)
+	ek, err := tpmappraise.VerifyEK(offered, d.Roots, intermediates, now)
 	if check := evidence.CheckOf(err); known && (check == tpmappraise.CheckEKExpired || check == tpmappraise.CheckEKChain) {
 		if made, parseErr := x509.ParseCertificate(offered.Certificate); parseErr == nil {
-			ek, err = tpmappraise.VerifyEK(offered, d.Roots, d.Intermediates, made.NotBefore)
+			ek, err = tpmappraise.VerifyEK(offered, d.Roots, intermediates, made.NotBefore)
 		}
 	}
 

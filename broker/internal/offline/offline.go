@@ -290,11 +290,7 @@ func (w *work) ek() {
 		w.say(name, NotChecked, "no roots were given")
 		return
 	}
-	set := vendors.NewSet(w.options.EKRoots)
-	roots, intermediates := set.Roots, set.Intermediates
-	for _, c := range w.options.Between {
-		intermediates.AddCert(c)
-	}
+	set := vendors.NewSet(w.options.EKRoots).With(w.options.Between)
 	var good []string
 	for _, c := range w.record.EKCertificates {
 		cert, err := x509.ParseCertificate(c.DER)
@@ -307,7 +303,7 @@ func (w *work) ek() {
 			key, err = tpm.CertifiedPublic(cert)
 		}
 		if err == nil {
-			_, err = tpmappraise.VerifyEK(tpm.EK{Public: key, Certificate: c.DER}, roots, intermediates, w.options.Now)
+			_, err = tpmappraise.VerifyEK(tpm.EK{Public: key, Certificate: c.DER}, set.Roots, set.Intermediates, w.options.Now)
 		}
 		if err != nil {
 			w.say(name, Fail, "%s: %s", c.Name, detail(err))

@@ -14,7 +14,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
+
+	"github.com/countersign/countersign/attestors/tpm"
 )
 
 // A Set is the certificates that EK certificates may lead to.
@@ -59,6 +62,37 @@ func NewSet(all []*x509.Certificate) Set {
 		}
 	}
 	return s
+}
+
+// With returns the set with certificates that may lead to its roots: none of them
+// is a root.
+func (s Set) With(issuers []*x509.Certificate) Set {
+	s.All = slices.Concat(s.All, issuers)
+	if s.Intermediates == nil {
+		s.Intermediates = x509.NewCertPool()
+	} else {
+		s.Intermediates = s.Intermediates.Clone()
+	}
+	for _, cert := range issuers {
+		s.Intermediates.AddCert(cert)
+	}
+	return s
+}
+
+// Issuers reads a file of certificates that lead from an EK certificate upward:
+// PEM, or DER one after another, as a TPM's NV memory holds them.
+func Issuers(data []byte) ([]*x509.Certificate, error) {
+	if bytes.Contains(data, []byte("-----BEGIN ")) {
+		return parsePEM(data)
+	}
+	certs, rest := tpm.SplitCertificates(data)
+	if len(certs) == 0 {
+		return nil, errors.New("it holds no certificates in PEM or DER")
+	}
+	if slices.ContainsFunc(rest, func(b byte) bool { return b != 0 && b != 0xff }) {
+		return nil, fmt.Errorf("something that isn't a certificate follows the first %d", len(certs))
+	}
+	return certs, nil
 }
 
 // parsePEM reads every certificate of a PEM file.

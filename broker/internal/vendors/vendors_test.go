@@ -311,6 +311,27 @@ func TestCheck(t *testing.T) {
 			}
 		}
 	}
+	// Certificates that the TPM holds lead on, and are nobody's root.
+	run := slices.Concat(between.cert.Raw, root.cert.Raw, make([]byte, 40), bytes.Repeat([]byte{0xff}, 40))
+	for _, given := range [][]byte{run, asPEM(between.cert, root.cert)} {
+		issuers, err := Issuers(given)
+		if err != nil || len(issuers) != 2 {
+			t.Fatalf("%d issuers, %v", len(issuers), err)
+		}
+		if chain, err := NewSet([]*x509.Certificate{root.cert}).With(issuers).Check(ek.Raw, now); err != nil || chain.Verdict != Certified {
+			t.Errorf("with what the TPM holds: %+v, %v", chain, err)
+		}
+		for name, set := range map[string]Set{"no roots": {}, "another root": NewSet([]*x509.Certificate{newCA(t, "Beta root", nil).cert})} {
+			if chain, err := set.With(issuers).Check(ek.Raw, now); err != nil || chain.Verdict != NotCertified {
+				t.Errorf("%s, and a root that the TPM holds: %+v, %v", name, chain, err)
+			}
+		}
+	}
+	for _, odd := range [][]byte{nil, []byte("<html>"), append(bytes.Clone(between.cert.Raw), "garbage"...)} {
+		if issuers, err := Issuers(odd); err == nil {
+			t.Errorf("%d issuers in %.20q", len(issuers), odd)
+		}
+	}
 	if chain, err := NewSet([]*x509.Certificate{root.cert}).Check(between.cert.Raw, now); err != nil || chain.Verdict != NotCertified {
 		t.Errorf("a CA's certificate: %+v, %v", chain, err)
 	}

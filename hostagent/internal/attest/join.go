@@ -54,8 +54,12 @@ func (c *Client) join(ctx context.Context, token string) (Joined, error) {
 	for _, problem := range problems {
 		c.log.Warn("a kept EK certificate is not used", "err", problem)
 	}
+	issuers, err := c.device.Issuers(ctx)
+	if err != nil {
+		c.log.Warn("the TPM's certificates of issuers are not used", "err", err)
+	}
 	hostname, _ := os.Hostname()
-	msg := &v1.JoinBody{AkPublic: c.keys.ak.Public(), TlsPublic: c.keys.tls.Public(), Token: token, Hostname: hostname}
+	msg := &v1.JoinBody{AkPublic: c.keys.ak.Public(), TlsPublic: c.keys.tls.Public(), Token: token, Hostname: hostname, Issuers: issuers}
 	for _, ek := range eks {
 		msg.EndorsementKeys = append(msg.EndorsementKeys, &v1.EndorsementKey{Public: ek.Public, Certificate: ek.Certificate})
 	}

@@ -79,6 +79,7 @@ type JoinBody struct {
 	TlsPublic       []byte                 `protobuf:"bytes,3,opt,name=tls_public,json=tlsPublic,proto3" json:"tls_public,omitempty"`                   // TPMT_PUBLIC
 	Token           string                 `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`                                            // one-use join token, if any
 	Hostname        string                 `protobuf:"bytes,5,opt,name=hostname,proto3" json:"hostname,omitempty"`                                      // a hint for operators, proves nothing
+	Issuers         [][]byte               `protobuf:"bytes,6,rep,name=issuers,proto3" json:"issuers,omitempty"`                                        // DER: CAs' certificates that the TPM holds
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -146,6 +147,13 @@ func (x *JoinBody) GetHostname() string {
 		return x.Hostname
 	}
 	return ""
+}
+
+func (x *JoinBody) GetIssuers() [][]byte {
+	if x != nil {
+		return x.Issuers
+	}
+	return nil
 }
 
 type EndorsementKey struct {
@@ -6828,14 +6836,15 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\n" +
 	" countersign/v1/countersign.proto\x12\x0ecountersign.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"!\n" +
 	"\vJoinRequest\x12\x12\n" +
-	"\x04body\x18\x01 \x01(\fR\x04body\"\xc3\x01\n" +
+	"\x04body\x18\x01 \x01(\fR\x04body\"\xdd\x01\n" +
 	"\bJoinBody\x12I\n" +
 	"\x10endorsement_keys\x18\x01 \x03(\v2\x1e.countersign.v1.EndorsementKeyR\x0fendorsementKeys\x12\x1b\n" +
 	"\tak_public\x18\x02 \x01(\fR\bakPublic\x12\x1d\n" +
 	"\n" +
 	"tls_public\x18\x03 \x01(\fR\ttlsPublic\x12\x14\n" +
 	"\x05token\x18\x04 \x01(\tR\x05token\x12\x1a\n" +
-	"\bhostname\x18\x05 \x01(\tR\bhostname\"J\n" +
+	"\bhostname\x18\x05 \x01(\tR\bhostname\x12\x18\n" +
+	"\aissuers\x18\x06 \x03(\fR\aissuers\"J\n" +
 	"\x0eEndorsementKey\x12\x16\n" +
 	"\x06public\x18\x01 \x01(\fR\x06public\x12 \n" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"\xa1\x01\n" +
