@@ -2,6 +2,7 @@ package appraise
 
 import (
 	"bytes"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -53,6 +54,21 @@ func TestCommandLineAttacks(t *testing.T) {
 			l.Events[36] = grubCommand("linux vmlinuz init=/evil", "grub_cmd: ")
 			l.Events[40] = grubCommand("vmlinuz init=/evil", "grub_cmd: ")
 			l.Events = slices.Insert(l.Events, 41, grubCommand(bootedWith, "kernel_cmdline: "))
+		}},
+		{"a loader behind GRUB's negation, after a decoy", func(l *boot.Log) {
+			l.Events = slices.Insert(l.Events, 41, grubCommand("! chainloader "+evil, "grub_cmd: "))
+		}},
+		{"a kernel's relative path behind GRUB's negation", func(l *boot.Log) {
+			l.Events = slices.Insert(l.Events, 41, grubCommand("! linux echo init=/evil", "grub_cmd: "), grubCommand("echo init=/evil", "grub_cmd: "))
+		}},
+		{"a loader that is timed", func(l *boot.Log) {
+			l.Events = slices.Insert(l.Events, 41, grubCommand("time time chainloader "+evil, "grub_cmd: "))
+		}},
+		{"GRUB left behind its negation", func(l *boot.Log) {
+			l.Events = slices.Insert(l.Events, 41, grubCommand("! exit", "grub_cmd: "))
+		}},
+		{"the command line overwritten in memory", func(l *boot.Log) {
+			l.Events = slices.Insert(l.Events, 41, grubCommand("write_dword 0x1000 0x6c697665", "grub_cmd: "))
 		}},
 		{"GRUB's text without its prefix", func(l *boot.Log) {
 			l.Events[36] = event(8, boot.IPL, []byte("linux "+evil), []byte("linux "+evil))
@@ -118,5 +134,61 @@ func TestImageDisguisedByItsPreimage(t *testing.T) {
 	changed.Events = slices.Insert(changed.Events, 25, event(14, boot.IPL, []byte("key"), []byte("key")))
 	if f := accepted(t, changed.Encode(), recompute(changed, pcrs)); len(f.MOK) != 4 {
 		t.Error("a MOK is hidden")
+	}
+}
+
+// What says that it is a command of GRUB, and isn't a loader, runs nothing else.
+func TestCommandsAreSorted(t *testing.T) {
+	for word := range commands {
+		if meddling[word] || wrappers[word] {
+			t.Errorf("%q is harmless, and isn't", word)
+		}
+	}
+}
+
+// A log may name as many kernels as fit: each is a candidate, and held against a
+// set. Compared one by one they took a minute.
+func TestManyKernels(t *testing.T) {
+	log, pcrs := recorded(t, "clean")
+	l := parse(t, log)
+	l.SpecID.Banks = slices.DeleteFunc(l.SpecID.Banks, func(b boot.Bank) bool { return b.Algorithm != boot.SHA256 })
+	for i := range l.Events {
+		l.Events[i].Digests = slices.DeleteFunc(l.Events[i].Digests, func(d boot.Digest) bool { return d.Algorithm != boot.SHA256 })
+	}
+	const kernels = 9000
+	for i := range kernels {
+		e := grubCommand(fmt.Sprintf("linux '%043d", i), "grub_cmd ")
+		e.Digests = e.Digests[len(e.Digests)-1:]
+		l.Events = append(l.Events, e)
+	}
+	f, err := Appraise(l.Encode(), nil, recompute(l, pcrs))
+	if err != nil || len(f.KernelCommandLines) != kernels+1 || f.KernelCommandLine != nil {
+		t.Errorf("%d command lines, %v", len(f.KernelCommandLines), err)
+	}
+}
+
+// An event outside the firmware's PCRs that no reader could know is named, too.
+func TestNotUnderstoodOutsideFirmware(t *testing.T) {
+	log, pcrs := recorded(t, "clean")
+	control := utf16Bytes("root=/dev/sda1 \x01init=/evil\x00")
+	open := utf16Bytes("root=/dev/sda1 init=/evil")
+	for name, e := range map[string]boot.Event{
+		"PCR 9, an unknown type":             event(9, 0xdead, []byte("x"), nil),
+		"PCR 11, an unknown type":            event(11, 0xdead, []byte("x"), nil),
+		"PCR 12, a line with a control code": event(12, boot.IPL, control, control),
+		"PCR 12, a line without its end":     event(12, boot.IPL, open, open),
+		"PCR 14, an unknown type":            event(14, 0xdead, []byte("x"), nil),
+	} {
+		l := parse(t, log)
+		l.Events = append(l.Events, e)
+		f, err := Appraise(l.Encode(), nil, recompute(l, pcrs))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		i := slices.IndexFunc(f.PCRs, func(p PCR) bool { return p.Index == int(e.PCR) })
+		if p := f.PCRs[i]; !p.Proven || p.Understood || p.Limit == nil {
+			t.Errorf("%s: %+v", name, p)
+		}
 	}
 }

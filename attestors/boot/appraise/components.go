@@ -174,10 +174,36 @@ func sections(pcr []measurement) []section {
 // so which of these it was is the host's word.
 var grubPrefixes = []string{"grub_cmd: ", "grub_cmd ", "kernel_cmdline: ", "module_cmdline: ", "grub_kernel_cmdline ", "grub_module_cmdline "}
 
-// otherLoaders are GRUB's commands that start or prepare something else than the
-// kernel of a kernel_cmdline.
-var otherLoaders = []string{"chainloader", "multiboot", "multiboot2", "xen_hypervisor", "kfreebsd", "knetbsd", "kopenbsd",
-	"xnu_kernel", "xnu_kernel64", "xnu_resume", "plan9", "ntldr", "freedos", "truecrypt", "lnxboot", "appleloader", "pxechainloader", "legacy_kernel", "uki", "blsuki", "exit"}
+// meddling are GRUB's commands with which a kernel may run with another command
+// line than GRUB measured: those that start or prepare something else than the
+// kernel of a kernel_cmdline, and those that write to memory or devices.
+var meddling = wordSet(`chainloader multiboot multiboot2 xen_hypervisor kfreebsd knetbsd kopenbsd
+	xnu_kernel xnu_kernel64 xnu_resume plan9 ntldr freedos truecrypt lnxboot appleloader pxechainloader legacy_kernel uki blsuki exit
+	write_byte write_word write_dword outb outw outl wrmsr setpci cutmem badram devicetree fakebios loadbios acpi`)
+
+// wrappers are GRUB's words that run the rest of their text as a command, which
+// GRUB then doesn't measure by itself (grub-core/script/execute.c and
+// commands/time.c).
+var wrappers = wordSet("! time")
+
+func wordSet(text string) map[string]bool {
+	words := map[string]bool{}
+	for _, w := range strings.Fields(text) {
+		words[w] = true
+	}
+	return words
+}
+
+// unwrapped is the command that a text runs, its first word, and the rest.
+func unwrapped(text string) (command, word, arguments string) {
+	for {
+		word, arguments, _ = strings.Cut(text, " ")
+		if !wrappers[word] || arguments == "" {
+			return text, word, arguments
+		}
+		text = arguments
+	}
+}
 
 // commandLine reads GRUB's texts from PCR 8 and those of systemd-boot and its stub
 // from PCR 12.
@@ -204,18 +230,19 @@ func (b *bootLog) commandLine(f *Facts) {
 		}
 		f.GRUBCommands = append(f.GRUBCommands, text)
 		b.took("grub_commands", pcrGRUB)
-		word, arguments, _ := strings.Cut(text, " ")
+		command, word, arguments := unwrapped(text)
 		if strings.HasPrefix(word, "linux") && !strings.Contains(word, "=") {
 			kernels = append(kernels, arguments)
 		}
-		if kernel || !commandLike(text) {
+		if kernel || !commandLike(command) {
 			f.KernelCommandLines = append(f.KernelCommandLines, text)
 		}
-		if slices.Contains(otherLoaders, word) {
-			f.LinesComplete = false // it has a command line of its own
+		if meddling[word] {
+			f.LinesComplete = false // what runs may have another line
 		}
 	}
 
+	windowsEnds := windowsEnd(b.pcr[pcrConfig])
 	for i := range b.pcr[pcrConfig] {
 		m := &b.pcr[pcrConfig][i]
 		if text, ok := utf16Text(m.proven); ok && bytes.HasSuffix(m.proven, []byte{0, 0}) {
@@ -228,13 +255,22 @@ func (b *bootLog) commandLine(f *Facts) {
 		f.Components = append(f.Components, Component{PCR: pcrConfig, Kind: KindConfig, SHA256: m.digest})
 		f.Asserted.Components = append(f.Asserted.Components, m.Type.String()+" "+label(m.Data))
 		b.took(componentFacts[pcrConfig], pcrConfig)
-		if m.opaque() && i > windowsEnd(b.pcr[pcrConfig]) {
+		switch {
+		case i <= windowsEnds:
+		case m.opaque():
 			b.limit(pcrConfig, m.Event, "the digest isn't of the data, and may be a kernel's command line")
+		default:
+			b.limit(pcrConfig, m.Event, "the data isn't a command line's text, as systemd's stub has it")
 		}
 	}
 
+	known := map[string]bool{}
+	for _, line := range f.KernelCommandLines {
+		known[unquoted(line)] = true
+	}
 	for _, line := range kernels {
-		if !slices.ContainsFunc(f.KernelCommandLines, func(l string) bool { return unquoted(l) == unquoted(line) }) {
+		if plain := unquoted(line); !known[plain] {
+			known[plain] = true
 			f.KernelCommandLines = append(f.KernelCommandLines, line)
 		}
 	}
@@ -258,33 +294,27 @@ func unquoted(line string) string {
 
 // commands are those of GRUB, and functions that distributions' grub.cfg defines.
 // Another first word may be a kernel's relative path.
-var commands = func() map[string]bool {
-	words := map[string]bool{}
-	for _, w := range strings.Fields(`! . [ all_functional_test authenticate background_color background_image badram blocklist boot break cat
-		chainloader clear cmosclean cmosdump cmostest cmp color_normal configfile continue crc cryptomount cutmem date devicetree distrust drivemap
-		echo efitextmode eval exit export extract_entries_configfile extract_entries_source extract_syslinux_entries_configfile
+var commands = wordSet(`. [ all_functional_test authenticate background_color background_image blocklist boot break cat
+		 clear cmosclean cmosdump cmostest cmp color_normal configfile continue crc cryptomount date distrust drivemap
+		echo efitextmode eval export extract_entries_configfile extract_entries_source extract_syslinux_entries_configfile
 		extract_syslinux_entries_source false font function fwsetup gfxmode gptsync halt hashsum help hexdump if in initrd initrd16 initrdefi insmod
 		keymap keystatus legacy_configfile linux linux16 linuxefi list_env list_trusted load_env load_video loadfont loadkey loopback ls lsefi
-		lsefimmap lsefisystab lsfonts lsmmap lsmod lspci lssal md5sum menuentry module module2 multiboot multiboot2 nativedisk net_add_addr
+		lsefimmap lsefisystab lsfonts lsmmap lsmod lspci lssal md5sum menuentry module module2 nativedisk net_add_addr
 		net_add_dns net_add_route net_bootp net_bootp6 net_del_addr net_del_dns net_del_route net_dhcp net_get_dhcp_option net_ipv6_autoconf
-		net_ls_addr net_ls_cards net_ls_dns net_ls_routes net_nslookup normal normal_exit outb outl outw parttool password password_pbkdf2 pcidump
+		net_ls_addr net_ls_cards net_ls_dns net_ls_routes net_nslookup normal normal_exit parttool password password_pbkdf2 pcidump
 		play probe rdmsr read read_byte read_dword read_word reboot recordfail regexp return rmmod save_env savedefault search search.file
-		search.fs_label search.fs_uuid sendkey serial set setparams setpci sha1sum sha256sum sha512sum shift shim_lock sleep smbios source submenu
-		syslinux_configfile syslinux_source terminal_input terminal_output terminfo test test_blockarg testload testspeed time tr true trust unset
+		search.fs_label search.fs_uuid sendkey serial set setparams sha1sum sha256sum sha512sum shift shim_lock sleep smbios source submenu
+		syslinux_configfile syslinux_source terminal_input terminal_output terminfo test test_blockarg testload testspeed tr true trust unset
 		usb blscfg hwmatch initrdfail increment decrement menu_color_normal menu_color_highlight bli btrfs-mount-subvol btrfs-list-snapshots
 		btrfs-info btrfs-get-default-subvol zfs-bootfs tpm tpm2_key_protector_init tpm2_key_protector_clear key_protector version efivar
-		verify_detached videoinfo wrmsr write_byte write_dword write_word xen_hypervisor xen_module zfsinfo zfskey gptpriority gptrepair`) {
-		words[w] = true
-	}
-	return words
-}()
+		verify_detached videoinfo xen_module zfsinfo zfskey gptpriority gptrepair`)
 
 // commandLike says whether a text is a command: one that GRUB or its usual
 // configuration has, or an assignment.
 func commandLike(text string) bool {
 	word, _, _ := strings.Cut(text, " ")
 	name, _, assigns := strings.Cut(word, "=")
-	return word == "" || commands[word] || slices.Contains(otherLoaders, word) || assigns && !strings.ContainsAny(name, "/()'\"")
+	return word == "" || commands[word] || meddling[word] || assigns && !strings.ContainsAny(name, "/()'\"")
 }
 
 // grubText is the text that an event's digest proves, and whether it calls itself

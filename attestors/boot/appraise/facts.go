@@ -181,11 +181,13 @@ func (b *bootLog) report(pcrs map[int]evidence.Digest, f *Facts) {
 		if _, quoted := pcrs[pcr]; !quoted || pcr == pcrIMA {
 			continue
 		}
-		if pcr < firmwarePCRs && pcr != pcrSecureBoot {
-			for i := range b.pcr[pcr] {
-				if why := strange(&b.pcr[pcr][i]); why != "" {
-					b.limit(pcr, b.pcr[pcr][i].Event, why)
-				}
+		for i := range b.pcr[pcr] {
+			m := &b.pcr[pcr][i]
+			switch firmware := pcr < firmwarePCRs && pcr != pcrSecureBoot; {
+			case firmware && strange(m) != "":
+				b.limit(pcr, m.Event, strange(m))
+			case !firmware && pcr != pcrSecureBoot && !m.Type.Known() && m.opaque():
+				b.limit(pcr, m.Event, "its type is in no specification")
 			}
 		}
 		s := b.state[pcr]
