@@ -79,7 +79,11 @@ func learnFrom(dir string) (reference.Content, error) {
 	if report.Boot == nil && report.Measured == nil {
 		return reference.Content{}, no("%s: neither an event log nor an IMA list, with PCR values, to learn from", dir)
 	}
-	return reference.Learn(report.Boot, report.PCRs, nil, report.Measured), nil
+	learned := reference.Learn(report.Boot, report.PCRs, nil, report.Measured)
+	if learned.DemandsNothing() {
+		return reference.Content{}, no("%s: nothing of its boot or its files is proven, and a set of nothing would match every host (`countersign appraise --dir` shows why)", dir)
+	}
+	return learned, nil
 }
 
 func (o *options) showDraft(w io.Writer, r *v1.Reference) error {

@@ -116,7 +116,8 @@ func Appraise(r Record, o Options) Report {
 }
 
 // verdict is Fail where a check failed, and Pass where something was proven, and
-// each log that was given was. Nothing checked is never Pass.
+// each log and quote that was given was, and what the options demand was checked.
+// Nothing checked is never Pass.
 func (w *work) verdict() string {
 	is := func(result string, names ...string) bool {
 		return slices.ContainsFunc(w.checks, func(c Check) bool {
@@ -129,7 +130,11 @@ func (w *work) verdict() string {
 	case !is(Pass),
 		w.record.EventLog != nil && is(NotChecked, "event-log-replay"),
 		w.record.EventLog == nil && len(w.record.UserspaceLog) > 0,
-		w.record.IMA != nil && is(NotChecked, "ima-replay"):
+		w.record.IMA != nil && is(NotChecked, "ima-replay"),
+		w.record.Attest != nil && is(NotChecked, quoteChecks[0], quoteChecks[2]),
+		w.record.Signature != nil && is(NotChecked, quoteChecks[0], quoteChecks[2]),
+		w.options.Nonce != nil && is(NotChecked, quoteChecks[1]),
+		w.options.EKRoots != nil && is(NotChecked, "ek-certificate"):
 		return NotProven
 	}
 	return Pass
@@ -357,11 +362,32 @@ func (w *work) boot() {
 		return
 	}
 	w.say(structure, Pass, "")
-	w.say(replay, Pass, "PCR %v lead to %s", facts.PCRsReplayed, w.against())
+	if missing := w.notGiven(); len(missing) > 0 {
+		w.say(replay, NotChecked, "PCR %v lead to %s; of PCR %v no value was given", facts.PCRsReplayed, w.against(), missing)
+	} else {
+		w.say(replay, Pass, "PCR %v lead to %s", facts.PCRsReplayed, w.against())
+	}
 	w.bootFacts = &facts
 	w.facts.Facts, w.facts.SecureBoot, w.facts.KernelCommandLine = facts, facts.SecureBoot, facts.KernelCommandLine
 	w.facts.PCRsReplayed = append(w.facts.PCRsReplayed, facts.PCRsReplayed...)
 	w.facts.Components = append(w.facts.Components, facts.Components...)
+}
+
+// notGiven are the firmware's PCRs, 0 to 7, of which the log has events and nobody
+// gave a value: a log that is held against few of them may be another boot's.
+func (w *work) notGiven() (missing []int) {
+	log, err := boot.Parse(w.record.EventLog)
+	if err != nil {
+		return nil // which the appraisal has said
+	}
+	for pcr := range 8 {
+		_, given := w.pcrs[pcr]
+		extends := func(e boot.Event) bool { return e.PCR == uint32(pcr) && e.Type != boot.NoAction }
+		if !given && slices.ContainsFunc(log.Events, extends) {
+			missing = append(missing, pcr)
+		}
+	}
+	return missing
 }
 
 func (w *work) ima() {
@@ -419,7 +445,11 @@ func (w *work) ima() {
 		w.measured = append(w.measured, m)
 	}
 	w.facts.PCRsReplayed = append(w.facts.PCRsReplayed, s.PCRs()...)
-	w.say(replay, Pass, "%d of %d entries lead to %s", s.Entries, s.Entries+r.Tail, w.against())
+	if s.Entries == 0 && r.Tail > 0 {
+		w.say(replay, NotChecked, "none of %d entries leads to %s", r.Tail, w.against())
+	} else {
+		w.say(replay, Pass, "%d of %d entries lead to %s", s.Entries, s.Entries+r.Tail, w.against())
+	}
 	if s.Aggregate == "" {
 		w.say(aggregate, NotChecked, "it isn't of SHA-256, or PCR 0 to 7 were not given")
 	} else {

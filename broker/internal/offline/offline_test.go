@@ -169,7 +169,7 @@ func TestMissingParts(t *testing.T) {
 			tt.drop(&r, &o)
 			got := offline.Appraise(r, o)
 			verdict := offline.Pass
-			if r.PCRs == nil { // nothing proves the logs
+			if r.PCRs == nil || r.Attest != nil && (r.Signature == nil || r.AK == nil) { // nothing proves the logs, or the quote
 				verdict = offline.NotProven
 			}
 			if got.Verdict != verdict || len(got.Checks) != len(names) {
@@ -350,6 +350,10 @@ func TestNotProven(t *testing.T) {
 		"the same, binary":                   {offline.Record{IMA: bytes.Replace(list, []byte("ima-sig"), []byte("ima-xyz"), 1)}, offline.Fail, "ima-replay", `template "ima-xyz"`},
 		"a list whose editor trimmed spaces": {offline.Record{IMA: bytes.ReplaceAll(ascii, []byte(" \n"), []byte("\n"))}, offline.NotProven, "ima-replay", "the template digests of 43 entries"},
 		"a violation first":                  {offline.Record{IMA: violated(t, list), PCRs: whole.PCRs}, offline.Fail, "ima-boot-aggregate", "a violation, which proves no digest"},
+		"values of PCR 16 alone":             {offline.Record{EventLog: whole.EventLog, PCRs: only(t, whole.PCRs, 16)}, offline.NotProven, "event-log-replay", "of PCR [0 1 2 3 4 5 6 7] no value was given"},
+		"some of the firmware's values":      {offline.Record{EventLog: whole.EventLog, PCRs: only(t, whole.PCRs, 0, 1, 2, 3, 4, 5, 6)}, offline.NotProven, "event-log-replay", "of PCR [7] no value was given"},
+		"all of the firmware's values":       {offline.Record{EventLog: whole.EventLog, PCRs: only(t, whole.PCRs, 0, 1, 2, 3, 4, 5, 6, 7)}, offline.Pass, "event-log-replay", "lead to the given values"},
+		"a list with another PCR 10":         {offline.Record{IMA: list, PCRs: []byte("sha256:\n  10: 0x" + strings.Repeat("0", 64) + "\n")}, offline.NotProven, "ima-replay", "none of 43 entries leads"},
 		"a binary line in text":              {offline.Record{IMA: append(bytes.Clone(ascii), "10 \x00\x01\x02\n"...)}, offline.Fail, "ima-replay", "a binary entry in an ASCII list"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -358,6 +362,24 @@ func TestNotProven(t *testing.T) {
 				t.Errorf("%s: %+v", got.Verdict, got.Checks)
 			}
 		})
+	}
+}
+
+// What an option demands is checked, or nothing passes.
+func TestDemandsAreMet(t *testing.T) {
+	whole, o := record(t, "clean")
+	bare := whole
+	bare.Attest, bare.Signature, bare.AK, bare.Nonce, bare.EKCertificates = nil, nil, nil, nil, nil
+	for name, options := range map[string]offline.Options{
+		"a nonce":  {Now: now, Nonce: make([]byte, 8)},
+		"EK roots": {Now: now, EKRoots: o.EKRoots},
+	} {
+		if got := offline.Appraise(bare, options); got.Verdict != offline.NotProven {
+			t.Errorf("%s: %s: %+v", name, got.Verdict, got.Checks)
+		}
+	}
+	if got := offline.Appraise(bare, offline.Options{Now: now}); got.Verdict != offline.Pass {
+		t.Errorf("nothing demanded: %s: %+v", got.Verdict, got.Checks)
 	}
 }
 

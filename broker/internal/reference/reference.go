@@ -70,7 +70,7 @@ func Parse(b []byte) (Content, error) {
 	if err := exactKeys(b); err != nil {
 		return c, fmt.Errorf("reference set: %w", err)
 	}
-	if c.Boot.demandsNothing() && c.IMA == nil && len(c.PCRs) == 0 {
+	if c.DemandsNothing() {
 		return c, errors.New("a reference set that demands nothing would match every host")
 	}
 	for pcr := range c.PCRs {
@@ -148,6 +148,11 @@ func exactKeys(b []byte) error {
 			levels[top].isKey = true
 		}
 	}
+}
+
+// DemandsNothing reports whether every host would match the set.
+func (c Content) DemandsNothing() bool {
+	return c.Boot.demandsNothing() && c.IMA == nil && len(c.PCRs) == 0
 }
 
 // Learn makes a set of what one host has shown: facts where its event log was
