@@ -21,6 +21,7 @@ import (
 const (
 	maxCabinetFiles  = 10_000
 	maxCabinetFolder = 32 << 20 // bytes, uncompressed, of all folders together
+	maxCabinetBlocks = 1 << 16  // of all folders together
 )
 
 // A packed file is one file of a cabinet.
@@ -83,11 +84,14 @@ func unpack(data []byte) ([]packed, error) {
 		r.take(int(le.Uint16(reserve)))
 	}
 
-	content, total := make([][]byte, folders), 0
+	content, total, blocks := make([][]byte, folders), 0, 0
 	for i := range folders {
 		folder := r.take(cabFolder + folderReserve)
 		if r.bad {
 			return nil, errCorrupt
+		}
+		if blocks += int(le.Uint16(folder[4:])); blocks > maxCabinetBlocks {
+			return nil, fmt.Errorf("the cabinet has more than %d blocks of data", maxCabinetBlocks)
 		}
 		var err error
 		content[i], err = inflate(&cabReader{data: data, at: int(le.Uint32(folder))}, int(le.Uint16(folder[4:])), le.Uint16(folder[6:]), blockReserve, maxCabinetFolder-total)
@@ -197,10 +201,13 @@ func checkSignature(cabinet []byte, roots *x509.CertPool) (err error) {
 		}
 	}()
 
-	// The length of the signature is a claim; the library makes room for it.
+	// Lengths are claims; the library makes room for them.
 	le := binary.LittleEndian
 	if len(cabinet) < cabHeader+4+20 || le.Uint16(cabinet[30:])&flagReserve == 0 || int(le.Uint32(cabinet[cabHeader+12:])) > len(cabinet) {
 		return fmt.Errorf("the cabinet isn't signed (%s)", next)
+	}
+	if int(le.Uint32(cabinet[8:])) > len(cabinet) || int(le.Uint32(cabinet[16:])) > len(cabinet) {
+		return errCorrupt
 	}
 	signature, err := authenticode.VerifyCab(bytes.NewReader(cabinet), false)
 	if err != nil {

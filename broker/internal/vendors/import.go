@@ -11,9 +11,12 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/smallstep/pkcs7"
+	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/broker/wire/durable"
 )
@@ -164,12 +167,20 @@ func judge(source, vendor string, cert *x509.Certificate, now time.Time) Item {
 // Merge adds the certificates of items to the PEM file out, and makes it where
 // there is none. What the file holds stays as it is, byte for byte; items that
 // it has already are marked as left out. It returns how many were added.
+//
+// One Merge at a time writes to a folder.
 func Merge(out string, items []Item) (added int, err error) {
-	content, err := os.ReadFile(out)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		content = nil
-	case err != nil:
+	if target, err := filepath.EvalSymlinks(out); err == nil {
+		out = target
+	}
+	unlock, err := lock(filepath.Dir(out))
+	if err != nil {
+		return 0, err
+	}
+	defer unlock()
+
+	content, err := readRegular(out)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, err
 	}
 
@@ -195,26 +206,53 @@ func Merge(out string, items []Item) (added int, err error) {
 			continue
 		}
 		have[string(item.cert.Raw)] = item.Source
-		content = append(content, "# "+oneLine(item.Vendor)+": "+oneLine(item.Subject)+"\n"...)
+		content = append(content, "# "+comment(item.Vendor)+": "+comment(item.Subject)+"\n"...)
 		content = append(content, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: item.cert.Raw})...)
 		added++
 	}
 	if added == 0 {
 		return 0, nil
 	}
+	if certs, err := parsePEM(content); err != nil || len(certs) != len(have) {
+		return 0, fmt.Errorf("%s isn't changed: the broker couldn't read %d certificates with the new ones among them: %w", out, len(have), err)
+	}
 	return added, replace(out, content)
 }
 
-// replace writes a file whole or not at all, and keeps its mode and a link that
-// leads to it. The new file has a name that nobody can foresee: out may be in a
-// folder where others may write, who could put a link of that name there.
+// lock keeps other imports from the folder until unlock.
+func lock(dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), f.Close())
+	}
+	return func() { _ = f.Close() }, nil
+}
+
+// readRegular reads a file, and refuses to wait for a pipe or to replace a device.
+func readRegular(name string) ([]byte, error) {
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s isn't a regular file (%s), and is not replaced", name, info.Mode().Type())
+	}
+	return os.ReadFile(name)
+}
+
+// replace writes a file whole or not at all, and keeps its owner and mode. The new
+// file has a name that nobody can foresee: out may be in a folder where others may
+// write, who could put a link of that name there.
 func replace(out string, content []byte) (err error) {
 	mode := fs.FileMode(0o644) // certificates are public
-	if target, err := filepath.EvalSymlinks(out); err == nil {
-		out = target
-	}
-	if info, err := os.Stat(out); err == nil {
-		mode = info.Mode().Perm()
+	old, err := os.Stat(out)
+	if err == nil {
+		mode = old.Mode().Perm()
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 
 	f, err := os.CreateTemp(filepath.Dir(out), ".new-*.pem")
@@ -227,8 +265,11 @@ func replace(out string, content []byte) (err error) {
 		}
 	}()
 	_, err = f.Write(content)
+	if owner, ok := owners(old); err == nil && ok {
+		err = f.Chown(int(owner.Uid), int(owner.Gid))
+	}
 	if err == nil {
-		err = f.Chmod(mode)
+		err = f.Chmod(mode) // after Chown, which may clear bits
 	}
 	if err == nil {
 		err = f.Sync()
@@ -242,12 +283,28 @@ func replace(out string, content []byte) (err error) {
 	return durable.SyncDir(filepath.Dir(out))
 }
 
-// oneLine keeps a name of somebody else's from ending a comment in PEM.
-func oneLine(s string) string {
-	return strings.ReplaceAll(strings.Map(func(r rune) rune {
-		if r < ' ' {
+// owners are those of a file that was there.
+func owners(info fs.FileInfo) (*syscall.Stat_t, bool) {
+	if info == nil {
+		return nil, false
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	return stat, ok
+}
+
+// comment keeps a name of somebody else's from ending a comment in PEM, or from
+// beginning a block.
+func comment(s string) string {
+	dash := false
+	return strings.Map(func(r rune) rune {
+		again := dash && r == '-'
+		dash = r == '-'
+		switch {
+		case again:
+			return -1
+		case !unicode.IsPrint(r):
 			return ' '
 		}
 		return r
-	}, s), "-----", "- - -")
+	}, s)
 }

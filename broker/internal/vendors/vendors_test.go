@@ -10,18 +10,22 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"encoding/binary"
 	"encoding/pem"
 	"fmt"
 	"math/big"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/smallstep/pkcs7"
+	"golang.org/x/sys/unix"
 )
 
 var now = time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
@@ -461,4 +465,119 @@ func FuzzRead(f *testing.F) {
 		_, _ = Read("file", data, now)
 		_, _ = unpack(data)
 	})
+}
+
+// Names are somebody else's: whatever they are, the broker can read the file.
+func TestNamesInComments(t *testing.T) {
+	for _, name := range []string{"---------BEGIN CERTIFICATE-----", "-----END X\n-----BEGIN Y", "\x1b]0;x\x07\u202eevil", strings.Repeat("-", 300)} {
+		out := filepath.Join(t.TempDir(), "roots.pem")
+		root := newCA(t, "Acme root", nil, func(c *x509.Certificate) {
+			c.Subject = pkix.Name{Organization: []string{name}, CommonName: name}
+		})
+		for range 2 { // what was written is read again
+			if _, err := Merge(out, []Item{judge("file", "", root.cert, now), judge("file", name, newCA(t, "Acme other", nil).cert, now)}); err != nil {
+				t.Errorf("%q: %v", name, err)
+			}
+		}
+		if set, err := Load([]string{out}); err != nil || len(set.All) != 3 {
+			t.Errorf("%q: %d certificates, %v", name, len(set.All), err)
+		}
+		if text := must(os.ReadFile(out)); bytes.ContainsAny(text, "\x1b\u202e") {
+			t.Errorf("%q: a control code is in the file", name)
+		}
+	}
+}
+
+func TestMergeReplacesPlainFilesAlone(t *testing.T) {
+	dir := t.TempDir()
+	items := []Item{judge("file", "", newCA(t, "Acme root", nil).cert, now)}
+	pipe := filepath.Join(dir, "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, out := range []string{"/dev/null", dir, pipe} {
+		before := must(os.Stat(out))
+		if _, err := Merge(out, slices.Clone(items)); err == nil || !strings.Contains(err.Error(), "isn't a regular file") {
+			t.Errorf("%s: %v", out, err)
+		}
+		if after := must(os.Stat(out)); after.Mode() != before.Mode() {
+			t.Errorf("%s is replaced: %v", out, after.Mode())
+		}
+	}
+}
+
+// Imports at the same time add up.
+func TestMergesAtOnce(t *testing.T) {
+	out := filepath.Join(t.TempDir(), "roots.pem")
+	const imports = 8
+	var all sync.WaitGroup
+	for i := range imports {
+		items := []Item{judge("file", "", newCA(t, fmt.Sprintf("Acme root %d", i), nil).cert, now)}
+		all.Go(func() {
+			if added, err := Merge(out, items); err != nil || added != 1 {
+				t.Errorf("%d added, %v", added, err)
+			}
+		})
+	}
+	all.Wait()
+	if set, err := Load([]string{out}); err != nil || len(set.All) != imports {
+		t.Errorf("%d certificates of %d, %v", len(set.All), imports, err)
+	}
+}
+
+func TestMergeKeepsTheOwner(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root gives files to others")
+	}
+	out := filepath.Join(t.TempDir(), "roots.pem")
+	if err := os.WriteFile(out, nil, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(out, 1000, 1001); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Merge(out, []Item{judge("file", "", newCA(t, "Acme root", nil).cert, now)}); err != nil {
+		t.Fatal(err)
+	}
+	if owner, _ := owners(must(os.Stat(out))); owner.Uid != 1000 || owner.Gid != 1001 {
+		t.Errorf("the file is now of %d:%d", owner.Uid, owner.Gid)
+	}
+}
+
+// A cabinet's lengths make no room before they are compared with the file's.
+func TestCabinetOfClaims(t *testing.T) {
+	le := binary.LittleEndian
+	for _, at := range []int{8, 16, cabHeader + 8, cabHeader + 12} {
+		b := make([]byte, 91)
+		copy(b, "MSCF")
+		le.PutUint16(b[30:], flagReserve)
+		le.PutUint32(b[at:], 0xfffffff0)
+		if err := checkSignature(b, x509.NewCertPool()); err == nil {
+			t.Errorf("offset %d: no error", at)
+		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_ = checkSignature(b, x509.NewCertPool())
+		runtime.ReadMemStats(&after)
+		if allocated := after.TotalAlloc - before.TotalAlloc; allocated > 16<<20 {
+			t.Errorf("offset %d: %d bytes are allocated", at, allocated)
+		}
+	}
+}
+
+// Folders that share their blocks count them each.
+func TestCabinetOfSharedBlocks(t *testing.T) {
+	le := binary.LittleEndian
+	const folders, blocks = 100, 60_000
+	b := make([]byte, cabHeader+cabFolder*folders+cabBlock*blocks)
+	copy(b, "MSCF")
+	le.PutUint32(b[16:], uint32(len(b)))
+	le.PutUint16(b[26:], folders)
+	for i := range folders {
+		le.PutUint32(b[cabHeader+cabFolder*i:], uint32(cabHeader+cabFolder*folders))
+		le.PutUint16(b[cabHeader+cabFolder*i+4:], blocks)
+	}
+	if _, err := unpack(b); err == nil || !strings.Contains(err.Error(), "blocks") {
+		t.Errorf("%v", err)
+	}
 }
