@@ -19,6 +19,7 @@ import (
 	"github.com/countersign/countersign/attestors/ima"
 	"github.com/countersign/countersign/broker/internal/offline"
 	"github.com/countersign/countersign/broker/internal/reference"
+	"github.com/countersign/countersign/internal/bounded"
 )
 
 // A recordFiles names where a record's parts are.
@@ -196,7 +197,7 @@ func ekCertificates(dir string, keyPEM []byte) (list []offline.EKCertificate, er
 	return list, nil
 }
 
-func readBounded(name string) ([]byte, error) { return readUpTo(name, maxFile-1) }
+func readBounded(name string) ([]byte, error) { return bounded.ReadFile(name, maxFile-1) }
 
 func certificates(file string) (list []*x509.Certificate, err error) {
 	b, err := readBounded(file)

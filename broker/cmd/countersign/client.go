@@ -12,7 +12,6 @@ import (
 	"os"
 	"strings"
 	"text/tabwriter"
-	"unicode"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -21,6 +20,7 @@ import (
 	"github.com/countersign/countersign/broker/wire"
 	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/internal/terminal"
 )
 
 // defaultSocket is where a broker with the default state folder listens.
@@ -101,7 +101,7 @@ func (o *options) show(w io.Writer, m proto.Message, text func(io.Writer)) error
 		}
 		return compactJSON(w, b)
 	}
-	text(terminal{w})
+	text(terminal.Writer{W: w})
 	return nil
 }
 
@@ -110,22 +110,8 @@ func (o *options) print(w io.Writer, v any, text func(io.Writer)) error {
 	if o.output == "json" {
 		return json.NewEncoder(w).Encode(v)
 	}
-	text(terminal{w})
+	text(terminal.Writer{W: w})
 	return nil
-}
-
-// A terminal takes text that hosts may have written parts of.
-type terminal struct{ w io.Writer }
-
-func (t terminal) Write(p []byte) (int, error) {
-	lines := strings.Split(string(p), "\n")
-	for i, line := range lines {
-		lines[i] = printable(line)
-	}
-	if _, err := io.WriteString(t.w, strings.Join(lines, "\n")); err != nil {
-		return 0, err
-	}
-	return len(p), nil
 }
 
 // compactJSON undoes protojson's deliberate instability of spacing.
@@ -144,7 +130,7 @@ func table(w io.Writer, header string, rows func(row func(cells ...any))) {
 	rows(func(cells ...any) {
 		text := make([]string, len(cells))
 		for i, c := range cells {
-			text[i] = strings.ReplaceAll(printable(fmt.Sprint(c)), "\t", " ")
+			text[i] = strings.ReplaceAll(terminal.Printable(fmt.Sprint(c)), "\t", " ")
 			if text[i] == "" {
 				text[i] = "-"
 			}
@@ -152,17 +138,6 @@ func table(w io.Writer, header string, rows func(row func(cells ...any))) {
 		fmt.Fprintln(t, strings.Join(text, "\t"))
 	})
 	_ = t.Flush()
-}
-
-// printable keeps what a host wrote from acting on the terminal or looking like
-// another row.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) || r == '\t' {
-			return r
-		}
-		return '\uFFFD'
-	}, s)
 }
 
 // keyValues reads "k=v" arguments, and "k-" as names to drop.

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/countersign/countersign/internal/terminal"
 )
 
 // What a host wrote neither acts on an operator's terminal nor makes a row.
@@ -14,7 +16,7 @@ func TestHostsTextInTables(t *testing.T) {
 		t.Errorf("%q", out.String())
 	}
 	out.Reset()
-	fmt.Fprintf(terminal{&out}, "reason: %s\n", "x\x1b[2J\rgood")
+	fmt.Fprintf(terminal.Writer{W: &out}, "reason: %s\n", "x\x1b[2J\rgood")
 	if out.String() != "reason: x\uFFFD[2J\uFFFDgood\n" {
 		t.Errorf("%q", out.String())
 	}

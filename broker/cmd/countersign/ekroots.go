@@ -6,13 +6,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/countersign/countersign/broker/internal/vendors"
+	"github.com/countersign/countersign/internal/bounded"
 )
 
 // defaultEKRoots is the file that the example config names as ek_roots.
@@ -43,7 +43,7 @@ The broker reads the file when it starts. Exit code 1: nothing that was given ca
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var items []vendors.Item
 			for _, file := range args {
-				data, err := readUpTo(file, vendors.MaxInput)
+				data, err := bounded.ReadFile(file, vendors.MaxInput)
 				if err != nil {
 					return &exitError{exitUsage, err}
 				}
@@ -199,21 +199,4 @@ func subject(name string) string {
 		return "(no subject: the TPM is named in the alternative name)"
 	}
 	return name
-}
-
-// readUpTo reads a file of at most so many bytes.
-func readUpTo(name string, most int64) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	b, err := io.ReadAll(io.LimitReader(f, most+1))
-	if err != nil {
-		return nil, err
-	}
-	if int64(len(b)) > most {
-		return nil, fmt.Errorf("%s: more than %d bytes", name, most)
-	}
-	return b, nil
 }

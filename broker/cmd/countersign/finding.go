@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/internal/terminal"
 )
 
 func findingCommand(o *options) *cobra.Command {
@@ -172,7 +173,7 @@ func followFindings(cmd *cobra.Command, o *options, req *v1.ListFindingsRequest)
 			if o.output == "json" {
 				err = json.NewEncoder(w).Encode(lineOf(f))
 			} else {
-				_, err = fmt.Fprintln(w, printable(fmt.Sprintf("%s %s %-8s %s host=%s lease=%s account=%s %s", stampText(f.GetLast()), f.GetId(), f.GetSeverity(), f.GetDetector(),
+				_, err = fmt.Fprintln(w, terminal.Printable(fmt.Sprintf("%s %s %-8s %s host=%s lease=%s account=%s %s", stampText(f.GetLast()), f.GetId(), f.GetSeverity(), f.GetDetector(),
 					f.GetHost(), f.GetLease(), f.GetAccount(), strconv.Quote(f.GetWhy()))))
 			}
 			if err != nil {
@@ -200,10 +201,10 @@ func findingShowCommand(o *options) *cobra.Command {
 					{"lease", f.GetLease()}, {"host", f.GetHost()}, {"account", f.GetAccount()},
 					{"first", stampText(f.GetFirst())}, {"last", stampText(f.GetLast())}, {"count", strconv.FormatUint(f.GetCount(), 10)}, {"response", f.GetResponse()},
 				} {
-					fmt.Fprintf(w, "%-9s %s\n", line[0], printable(line[1]))
+					fmt.Fprintf(w, "%-9s %s\n", line[0], terminal.Printable(line[1]))
 				}
 				for _, e := range f.GetEvidence() {
-					fmt.Fprintf(w, "%-9s %s\n", "seen", printable(string(e)))
+					fmt.Fprintf(w, "%-9s %s\n", "seen", terminal.Printable(string(e)))
 				}
 			})
 		})

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/cloud"
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/internal/bounded"
 )
 
 func hostCommand(o *options) *cobra.Command {
@@ -185,17 +185,9 @@ wrong, all problems are listed and no host is added.`, Example: `  countersign h
 // readImport reads the whole file, so that a mistake in its last line adds
 // nobody.
 func readImport(file, from string) ([]*v1.NewHost, error) {
-	f, err := os.Open(file)
+	data, err := bounded.ReadFile(file, maxImport)
 	if err != nil {
 		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	data, err := io.ReadAll(io.LimitReader(f, maxImport+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxImport {
-		return nil, no("import %s: it has more than %d bytes: split it", file, maxImport)
 	}
 	if from != "" {
 		return readCloud(file, from, data)

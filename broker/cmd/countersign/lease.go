@@ -14,6 +14,7 @@ import (
 
 	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 	"github.com/countersign/countersign/compensating/ledger"
+	"github.com/countersign/countersign/internal/terminal"
 )
 
 func leaseCommand(o *options) *cobra.Command {
@@ -154,7 +155,7 @@ func leaseExportCommand(o *options) *cobra.Command {
 		}
 		r, err := client.ListCanaries(cmd.Context(), connect.NewRequest(&v1.ListCanariesRequest{Scope: req.GetScope()}))
 		if connect.CodeOf(err) == connect.CodePermissionDenied {
-			fmt.Fprintf(cmd.ErrOrStderr(), "canaries are left out: %s\n", printable(message(err)))
+			fmt.Fprintf(cmd.ErrOrStderr(), "canaries are left out: %s\n", terminal.Printable(message(err)))
 			return nil
 		}
 		if err != nil {

@@ -11,6 +11,8 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/countersign/countersign/internal/terminal"
 )
 
 // A paging is what the verbs that list have in common: how much of the list is wanted.
@@ -77,7 +79,7 @@ func (l *listing) row(m proto.Message, cells ...any) error {
 	}
 	text := make([]string, len(cells))
 	for i, c := range cells {
-		if text[i] = strings.ReplaceAll(printable(fmt.Sprint(c)), "\t", " "); text[i] == "" {
+		if text[i] = strings.ReplaceAll(terminal.Printable(fmt.Sprint(c)), "\t", " "); text[i] == "" {
 			text[i] = "-"
 		}
 	}

@@ -14,6 +14,8 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+
+	"github.com/countersign/countersign/internal/terminal"
 )
 
 // version is set by the linker.
@@ -31,6 +33,7 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends what doesn't heed the first
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
@@ -52,7 +55,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		return exitOK
 	}
-	fmt.Fprintln(terminal{stderr}, "countersign:", message(err))
+	fmt.Fprintln(terminal.Writer{W: stderr}, "countersign:", message(err))
 	var exit *exitError
 	var remote *connect.Error
 	switch {

@@ -2,8 +2,9 @@
 // their VMs, and makes hosts to register of it.
 //
 // It trusts that whoever ran the cloud's command line was answered by the cloud:
-// the keys decide which VMs are admitted. It promises that no part of an answer
-// is skipped: whatever it can't use is a problem, with its place in the input.
+// the keys decide which VMs are admitted. It promises that no answer is skipped:
+// one that it can't use, or that could be understood in two ways, is a problem,
+// with its place in the input. Fields that it has no use for are ignored.
 package cloud
 
 import (
@@ -21,6 +22,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
+	"github.com/countersign/countersign/internal/strictjson"
 )
 
 // Bounds of an input; its length in bytes is its caller's to bound.
@@ -82,11 +84,8 @@ func Read(from string, data []byte) (hosts []Host, problems []string) {
 	owners := map[string]string{} // of each key's hash: the place of its VM's first answer
 	var order []*vm
 	for _, it := range items {
-		a, err := s.read(it.raw)
+		a, err := s.readStrictly(it.raw)
 		if err != nil {
-			if text := errorOf(it.raw); text != "" {
-				err = fmt.Errorf("an error message instead of a key: %s", text)
-			}
 			problems = append(problems, it.place+": "+err.Error())
 			continue
 		}
@@ -115,6 +114,17 @@ func Read(from string, data []byte) (hosts []Host, problems []string) {
 		hosts = append(hosts, v.Host)
 	}
 	return hosts, nil
+}
+
+// readStrictly reads an answer that has each key once, and no error message.
+func (s source) readStrictly(raw json.RawMessage) (answer, error) {
+	if text := errorOf(raw); text != "" {
+		return answer{}, fmt.Errorf("an error message instead of a key: %s", text)
+	}
+	if err := strictjson.Keys(raw, func(_, _ string) error { return nil }); err != nil {
+		return answer{}, err
+	}
+	return s.read(raw)
 }
 
 // add takes a key of the VM. A TPM has one EK of each kind in use here, and no EK

@@ -155,6 +155,11 @@ func TestProblems(t *testing.T) {
 		{"cut", "azure", azure("a", pemOf(rsaKey))[:40], "document 1: not JSON"},
 		{"no object", "azure", "[[]]", "document 1, item 1: "},
 		{"an error answer", "gce", `{"error":{"code":403,"message":"no permission"}}`, "no permission"},
+		{"an error beside keys", "azure", strings.TrimSuffix(azure("a", pemOf(rsaKey)), "}") + `,"error":{"code":"x"}}`, "an error message"},
+		{"a name twice", "azure", strings.TrimSuffix(azure("a", pemOf(rsaKey)), "}") + `,"NAME":"b"}`, `document 1: "NAME" stands in it twice`},
+		{"keys twice", "azure", strings.TrimSuffix(azure("a", pemOf(rsaKey)), "}") + `,"ek_public":["x"]}`, `"ek_public" stands in it twice`},
+		{"an identity twice", "gce", strings.TrimSuffix(gce("a", rsaKey, ""), "}") + `,"Identity":{}}`, `"Identity" stands in it twice`},
+		{"a value twice", "aws", strings.TrimSuffix(aws("i-1", rsaType, "der", der(rsaKey)), "}") + `,"KeyValue":"x"}`, `"KeyValue" stands in it twice`},
 		{"null", "aws", "null", "document 1: InstanceId is missing"},
 
 		{"gce, not wrapped", "gce", `{"kind":"compute#shieldedInstanceIdentity"}`, "name or zone is missing"},

@@ -21,6 +21,7 @@ import (
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
 	ima "github.com/countersign/countersign/attestors/ima/appraise"
+	"github.com/countersign/countersign/internal/strictjson"
 )
 
 // A Content is what a version of a set demands. A part that is missing demands
@@ -103,51 +104,14 @@ func (b *Boot) demandsNothing() bool {
 }
 
 // exactKeys refuses what Go's decoder takes: a key twice, where the last would
-// count, and one in other letters.
+// count, and one in other letters. Those of databases are names of variables.
 func exactKeys(b []byte) error {
-	d := json.NewDecoder(bytes.NewReader(b))
-	type level struct {
-		keys  map[string]bool // nil in a list
-		isKey bool            // the next token is one
-		upper bool            // keys are names of variables
-	}
-	var levels []level
-	last := ""
-	for {
-		token, err := d.Token()
-		if errors.Is(err, io.EOF) {
-			return nil
+	return strictjson.Keys(b, func(under, key string) error {
+		if folded := strings.ToLower(key); key != folded && under != "signature_databases" {
+			return fmt.Errorf("unknown field %q; did you mean %q?", key, folded)
 		}
-		if err != nil {
-			return err
-		}
-		top := len(levels) - 1
-		if key, ok := token.(string); ok && top >= 0 && levels[top].isKey {
-			folded := strings.ToLower(key)
-			if levels[top].keys[folded] {
-				return fmt.Errorf("%q stands in it twice", key)
-			}
-			if key != folded && !levels[top].upper {
-				return fmt.Errorf("unknown field %q; did you mean %q?", key, folded)
-			}
-			levels[top].keys[folded], levels[top].isKey, last = true, false, key
-			continue
-		}
-		switch token {
-		case json.Delim('{'):
-			levels = append(levels, level{keys: map[string]bool{}, isKey: true, upper: last == "signature_databases"})
-			continue
-		case json.Delim('['):
-			levels = append(levels, level{})
-			continue
-		case json.Delim('}'), json.Delim(']'):
-			levels = levels[:top]
-			top--
-		}
-		if top >= 0 && levels[top].keys != nil {
-			levels[top].isKey = true
-		}
-	}
+		return nil
+	})
 }
 
 // DemandsNothing reports whether every host would match the set.

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"text/tabwriter"
 	"time"
 
@@ -17,6 +16,7 @@ import (
 	tpmcollect "github.com/countersign/countersign/attestors/tpm/collect"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/ekcert"
+	"github.com/countersign/countersign/internal/bounded"
 )
 
 // maxEKFile bounds a file that is imported.
@@ -346,16 +346,10 @@ func (h *ekHost) importFile(r *ekResult, path string, stdin io.Reader) error {
 }
 
 func readEKFile(path string, stdin io.Reader) ([]byte, error) {
-	in := stdin
 	if path != "-" {
-		f, err := os.Open(path)
-		if err != nil {
-			return nil, err
-		}
-		defer func() { _ = f.Close() }()
-		in = f
+		return bounded.ReadFile(path, maxEKFile)
 	}
-	b, err := io.ReadAll(io.LimitReader(in, maxEKFile+1))
+	b, err := io.ReadAll(io.LimitReader(stdin, maxEKFile+1))
 	if err == nil && len(b) > maxEKFile {
 		err = fmt.Errorf("it has more than %d bytes", maxEKFile)
 	}

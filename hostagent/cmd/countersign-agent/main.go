@@ -32,6 +32,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/service"
+	"github.com/countersign/countersign/internal/terminal"
 )
 
 // version is set by the linker.
@@ -49,6 +50,7 @@ const defaultConfig = "/etc/countersign/agent.hcl"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends what doesn't heed the first
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
@@ -74,12 +76,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	root.SetArgs(args)
 	root.SetOut(stdout)
-	root.SetErr(stderr)
+	root.SetErr(terminal.Writer{W: stderr})
+	root.PersistentPreRun = func(*cobra.Command, []string) {
+		if o.output == "text" {
+			root.SetOut(terminal.Writer{W: stdout})
+		}
+	}
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintln(stderr, "countersign-agent:", err)
+	fmt.Fprintln(terminal.Writer{W: stderr}, "countersign-agent:", err)
 	var exit *exitError
 	switch {
 	case errors.As(err, &exit):

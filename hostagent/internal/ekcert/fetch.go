@@ -10,6 +10,9 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/countersign/countersign/attestors/tpm"
@@ -37,15 +40,23 @@ type Client struct {
 }
 
 // NewClient makes a client that goes through a proxy: the given URL, or if that
-// is empty, the one in HTTPS_PROXY. It opens no connection.
+// is empty, the one in HTTPS_PROXY. It opens no connection. A proxy that can't be
+// read is an error: without it, a request could leave by a way that nobody wants.
 func NewClient(proxy string) (*Client, error) {
 	choose := http.ProxyFromEnvironment
 	if proxy != "" {
-		u, err := url.Parse(proxy)
-		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https" && u.Scheme != "socks5") {
-			return nil, errors.New("the proxy is not a URL like http://HOST:PORT (http, https and socks5 are known)")
+		u, err := parseProxy(proxy)
+		if err != nil {
+			return nil, fmt.Errorf("--proxy: %w", err)
 		}
 		choose = http.ProxyURL(u)
+	} else if name, value := proxyInEnvironment(); value != "" {
+		if !strings.Contains(value, "://") {
+			value = "http://" + value
+		}
+		if _, err := parseProxy(value); err != nil {
+			return nil, fmt.Errorf("%s in the environment: %w", name, err)
+		}
 	}
 
 	dialer := &net.Dialer{Timeout: stepLimit}
@@ -63,6 +74,26 @@ func NewClient(proxy string) (*Client, error) {
 		CheckRedirect: checkRedirect,
 		Timeout:       fetchLimit,
 	}}, nil
+}
+
+// proxyInEnvironment is what net/http looks at for an https URL.
+func proxyInEnvironment() (name, value string) {
+	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} {
+		if value := os.Getenv(name); value != "" {
+			return name, value
+		}
+	}
+	return "", ""
+}
+
+// parseProxy reads a proxy's URL. Its errors don't repeat it: there may be a
+// password in it.
+func parseProxy(text string) (*url.URL, error) {
+	u, err := url.Parse(text)
+	if err != nil || u.Host == "" || !slices.Contains([]string{"http", "https", "socks5", "socks5h"}, u.Scheme) {
+		return nil, errors.New("the proxy is not a URL like http://HOST:PORT (http, https and socks5 are known)")
+	}
+	return u, nil
 }
 
 // checkRedirect follows a maker's server to itself alone: the request names a key

@@ -207,3 +207,22 @@ func TestProxy(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A proxy in the environment that can't be read is no reason to go without one.
+func TestProxyInEnvironment(t *testing.T) {
+	for value, good := range map[string]bool{
+		"":                                  true,
+		"proxy.example.com:3128":            true,
+		"http://user:p%40ss@proxy:3128":     true,
+		"socks5://proxy:1080":               true,
+		"http://user:sec%ret@proxy:3128":    false,
+		"ftp://user:secret@proxy":           false,
+		"http://":                           false,
+		"http://user:secret@proxy:port/%zz": false,
+	} {
+		t.Setenv("HTTPS_PROXY", value)
+		if _, err := NewClient(""); (err == nil) != good || err != nil && strings.Contains(err.Error(), "sec") {
+			t.Errorf("%q: %v", value, err)
+		}
+	}
+}
