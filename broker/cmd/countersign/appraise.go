@@ -41,8 +41,9 @@ quote.tpmt_signature, ak.tpm2b_public or ak.pem, nonce.hex, ek.pem and ek_*_cert
 What isn't there is not checked.
 
 Exit codes: 0 all that was given holds (pass), 1 something doesn't (fail), 2 the command line or a
-file is wrong, 4 nothing failed, and what was given isn't proven: no PCR values were given for a
-log, or nothing could be checked (not proven).`,
+file is wrong, 4 nothing failed, and something that was given or demanded isn't proven: the values of
+the log's PCR 0 to 7 are not all there, a quote's AK is missing, there is nothing that --nonce or
+--ek-roots could be checked with (not proven).`,
 		Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			record, err := files.read()
@@ -75,7 +76,7 @@ log, or nothing could be checked (not proven).`,
 			case offline.Fail:
 				return &exitError{exitNo, errors.New("the evidence does not hold")}
 			case offline.NotProven:
-				return &exitError{exitNotProven, errors.New("the evidence is not proven; --pcrs or a quote with its values would")}
+				return &exitError{exitNotProven, errors.New("the evidence is not proven: a check that is not-checked says what is missing")}
 			}
 			return nil
 		},
