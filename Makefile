@@ -61,8 +61,8 @@ lint: ## gofmt, vet, staticcheck; cross-build and vet the agent
 
 generate: ## the Go code of the wire contract, by Debian's protobuf-compiler
 	GOBIN=$(CURDIR)/bin/tools $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go connectrpc.com/connect/cmd/protoc-gen-connect-go
-	PATH=$(CURDIR)/bin/tools:$$PATH protoc -I broker/wire --go_out=broker/wire --go_opt=paths=source_relative \
-		--connect-go_out=broker/wire --connect-go_opt=paths=source_relative countersign/v1/countersign.proto
+	PATH=$(CURDIR)/bin/tools:$$PATH protoc -I broker/api --go_out=broker/api --go_opt=paths=source_relative \
+		--connect-go_out=broker/api --connect-go_opt=paths=source_relative countersign/v1/countersign.proto
 
 clean: ## remove what was built here
 	rm -rf bin bench.json

@@ -5,9 +5,9 @@ import (
 
 	"connectrpc.com/connect"
 
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/canary"
 	"github.com/countersign/countersign/broker/internal/operate"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
 func canaryMessage(c canary.Canary) *v1.Canary {

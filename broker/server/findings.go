@@ -8,9 +8,9 @@ import (
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/findings"
 	"github.com/countersign/countersign/broker/internal/operate"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
 func findingMessage(f findings.Finding) *v1.Finding {

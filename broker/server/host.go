@@ -17,14 +17,14 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/admission"
 	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/credential"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/journal"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
 // Hosts handles HostService.
@@ -46,7 +46,7 @@ type Hosts struct {
 func anyHost(ctx context.Context) (*conn, error) {
 	c := connOf(ctx)
 	if c.kind != hostPeer && c.kind != joiningPeer {
-		return nil, (&wire.Error{Outcome: wire.Fault, Check: "peer", Request: requestID(ctx), Message: "this call is for hosts"}).Connect()
+		return nil, (&api.Error{Outcome: api.Fault, Check: "peer", Request: requestID(ctx), Message: "this call is for hosts"}).Connect()
 	}
 	return c, nil
 }
@@ -59,7 +59,7 @@ func hostConn(ctx context.Context) (*conn, error) {
 		return c, err
 	}
 
-	e := &wire.Error{Outcome: wire.Fault, Check: wire.CheckCertificate, Request: requestID(ctx),
+	e := &api.Error{Outcome: api.Fault, Check: api.CheckCertificate, Request: requestID(ctx),
 		Message: "a certificate that its key signed itself is for joining alone: join first"}
 	if !bytes.Equal(c.leaf.RawIssuer, c.leaf.RawSubject) {
 		e.Message = fmt.Sprintf("this host's certificate ended at %s by the broker's clock: join again", c.leaf.NotAfter.UTC().Format(time.RFC3339))
@@ -78,7 +78,7 @@ func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) 
 		return nil, s.fault(ctx, err)
 	}
 	if !allowed {
-		return nil, (&wire.Error{Outcome: wire.Fault, Check: "join-rate", Request: requestID(ctx), Message: "too many joins from this address; try again in a while"}).Connect()
+		return nil, (&api.Error{Outcome: api.Fault, Check: "join-rate", Request: requestID(ctx), Message: "too many joins from this address; try again in a while"}).Connect()
 	}
 	var body v1.JoinBody
 	if err := proto.Unmarshal(req.Msg.GetBody(), &body); err != nil {
@@ -165,7 +165,7 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 		return nil, err
 	}
 	if !s.asks.allow(c.challenge.Key().String()) {
-		return nil, (&wire.Error{Outcome: wire.Fault, Check: "ask-rate", Request: requestID(ctx), Message: "this host proves itself too often; try again in a while"}).Connect()
+		return nil, (&api.Error{Outcome: api.Fault, Check: "ask-rate", Request: requestID(ctx), Message: "this host proves itself too often; try again in a while"}).Connect()
 	}
 	var body v1.ProveBody
 	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
@@ -214,7 +214,7 @@ func (s *Hosts) Issue(ctx context.Context, req *connect.Request[v1.IssueRequest]
 		return nil, err
 	}
 	if !s.asks.allow(c.challenge.Key().String()) {
-		return nil, (&wire.Error{Outcome: wire.Fault, Check: "ask-rate", Request: requestID(ctx), Message: "this host asks for too many credentials; try again in a while"}).Connect()
+		return nil, (&api.Error{Outcome: api.Fault, Check: "ask-rate", Request: requestID(ctx), Message: "this host asks for too many credentials; try again in a while"}).Connect()
 	}
 	var body v1.IssueBody
 	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
@@ -284,7 +284,7 @@ func (s *Hosts) Witness(ctx context.Context, req *connect.Request[v1.WitnessRequ
 		return nil, malformed(ctx, fmt.Errorf("%d opens; at most %d are taken", len(list), maxOpens))
 	}
 	if !s.opens.allow(c.challenge.Key().String()) {
-		return nil, (&wire.Error{Outcome: wire.Fault, Check: "witness-rate", Request: requestID(ctx), Message: "this host tells of too many opens; try again in a while"}).Connect()
+		return nil, (&api.Error{Outcome: api.Fault, Check: "witness-rate", Request: requestID(ctx), Message: "this host tells of too many opens; try again in a while"}).Connect()
 	}
 	opens := make([]credential.Open, len(list))
 	for i, o := range list {
@@ -336,35 +336,35 @@ func logsOf(l *v1.Logs) appraise.Logs {
 }
 
 func malformed(ctx context.Context, err error) error {
-	return (&wire.Error{Outcome: wire.Fault, Check: "request", Request: requestID(ctx), Message: "the request can't be read: " + err.Error()}).Connect()
+	return (&api.Error{Outcome: api.Fault, Check: "request", Request: requestID(ctx), Message: "the request can't be read: " + err.Error()}).Connect()
 }
 
-// fault sends an error of a desk; what isn't a wire.Error says nothing more.
+// fault sends an error of a desk; what isn't a api.Error says nothing more.
 func (s *Hosts) fault(ctx context.Context, err error) error {
-	var e *wire.Error
+	var e *api.Error
 	if errors.As(err, &e) {
 		return e.Connect()
 	}
 	s.Credentials.Log.Error("request failed", "request", requestID(ctx), "err", err)
-	return (&wire.Error{Outcome: wire.Fault, Check: "broker", Request: requestID(ctx), Message: "the broker could not serve this request; its log says why under this request's id"}).Connect()
+	return (&api.Error{Outcome: api.Fault, Check: "broker", Request: requestID(ctx), Message: "the broker could not serve this request; its log says why under this request's id"}).Connect()
 }
 
 // admissionError tells a joining host what it did wrong, which is nobody
 // else's secret.
 func (s *Hosts) admissionError(ctx context.Context, err error) error {
-	e := &wire.Error{Outcome: wire.Fault, Check: "join", Request: requestID(ctx)}
+	e := &api.Error{Outcome: api.Fault, Check: "join", Request: requestID(ctx)}
 	var rejected *evidence.Rejected
 	switch {
 	case errors.As(err, &rejected):
-		e.Outcome, e.Check, e.Message = wire.Rejected, string(rejected.Check), rejected.Detail
+		e.Outcome, e.Check, e.Message = api.Rejected, string(rejected.Check), rejected.Detail
 	case errors.Is(err, inventory.ErrToken):
-		e.Outcome, e.Check, e.Message = wire.Refused, "join-token", inventory.ErrToken.Error()
+		e.Outcome, e.Check, e.Message = api.Refused, "join-token", inventory.ErrToken.Error()
 	case errors.Is(err, admission.ErrRemoved):
-		e.Outcome, e.Check, e.Message = wire.Rejected, "host-removed", err.Error()
+		e.Outcome, e.Check, e.Message = api.Rejected, "host-removed", err.Error()
 	case errors.Is(err, admission.ErrQuarantined):
-		e.Outcome, e.Check, e.Message = wire.Rejected, "host-quarantined", err.Error()
+		e.Outcome, e.Check, e.Message = api.Rejected, "host-quarantined", err.Error()
 	case errors.Is(err, admission.ErrUncertified):
-		e.Outcome, e.Check, e.Message = wire.Refused, "ek-uncertified", err.Error()
+		e.Outcome, e.Check, e.Message = api.Refused, "ek-uncertified", err.Error()
 	case errors.Is(err, admission.ErrPendingFull):
 		e.Check, e.Message = "pending-full", err.Error()
 	default:

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/countersign/countersign/attestors/ima"
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 )
 
 const (

@@ -9,8 +9,8 @@ import (
 	"net/http/httptest"
 	"testing"
 
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/broker/internal/challenge"
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
 )
 
 // Only hosts that are known on their connection, and operators, send much, only

@@ -15,6 +15,8 @@ import (
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/canary"
 	"github.com/countersign/countersign/broker/internal/findings"
@@ -23,8 +25,6 @@ import (
 	"github.com/countersign/countersign/broker/internal/operate"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
 // Operators handles OperatorService.
@@ -52,7 +52,7 @@ func (s *Operators) actor(ctx context.Context) (operate.Actor, error) {
 		return a, nil
 	case endedOperatorPeer:
 		return operate.Actor{}, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("operator %s's certificate ended at %s by the broker's clock: %s",
-			c.leaf.Subject.CommonName, c.leaf.NotAfter.UTC().Format(time.RFC3339), wire.MendOperator(c.leaf.Subject.CommonName)))
+			c.leaf.Subject.CommonName, c.leaf.NotAfter.UTC().Format(time.RFC3339), api.MendOperator(c.leaf.Subject.CommonName)))
 	}
 	return operate.Actor{}, connect.NewError(connect.CodePermissionDenied, errors.New("this call is for operators"))
 }

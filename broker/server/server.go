@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 )
 
 // maxConnections bounds the listener: each costs memory for its TLS state.

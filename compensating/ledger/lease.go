@@ -7,7 +7,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 )
 
 // OfLease is a lease as the broker tells it.

@@ -9,8 +9,8 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire/durable"
 	"github.com/countersign/countersign/compensating/ledger"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 const (

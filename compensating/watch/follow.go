@@ -12,8 +12,8 @@ import (
 
 	"connectrpc.com/connect"
 
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/sightings"
 )

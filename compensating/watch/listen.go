@@ -20,8 +20,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire/durable"
 	"github.com/countersign/countersign/compensating/tail"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 const (

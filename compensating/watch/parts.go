@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 // A partsFile keeps a state that changes a little at a time: named parts, each JSON.

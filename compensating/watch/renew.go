@@ -16,9 +16,9 @@ import (
 
 	"connectrpc.com/connect"
 
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
-	"github.com/countersign/countersign/broker/wire/durable"
-	"github.com/countersign/countersign/broker/wire/lifetime"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/internal/durable"
+	"github.com/countersign/countersign/internal/lifetime"
 )
 
 // renewEvery is how often the watch looks whether its certificate is due.

@@ -18,9 +18,9 @@ import (
 
 	"connectrpc.com/connect"
 
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
-	"github.com/countersign/countersign/broker/wire/lifetime"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/internal/lifetime"
 	"github.com/countersign/countersign/test/check"
 )
 

@@ -10,8 +10,8 @@ import (
 
 	"connectrpc.com/connect"
 
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/compensating/detect"
 )
 

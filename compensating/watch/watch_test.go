@@ -15,7 +15,7 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/compensating/detect"
 	"github.com/countersign/countersign/compensating/finding"
 	"github.com/countersign/countersign/compensating/ledger"

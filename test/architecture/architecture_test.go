@@ -63,7 +63,7 @@ func golden(t *testing.T, file string, lines []string) {
 // edges are the imports between packages of this module.
 func edges(t *testing.T) [][2]string {
 	var all [][2]string
-	for _, line := range list(t, "-f", `{{$p := .ImportPath}}{{range .Imports}}{{$p}} {{.}}{{"\n"}}{{end}}`, "./attestors/...", "./broker/...", "./compensating/...", "./hostagent/...", "./test/...") {
+	for _, line := range list(t, "-f", `{{$p := .ImportPath}}{{range .Imports}}{{$p}} {{.}}{{"\n"}}{{end}}`, "./attestors/...", "./broker/...", "./compensating/...", "./hostagent/...", "./internal/...", "./test/...") {
 		from, to, ok := strings.Cut(line, " ")
 		if ok && strings.HasPrefix(to, module) {
 			all = append(all, [2]string{strings.TrimPrefix(from, module), strings.TrimPrefix(to, module)})
@@ -90,7 +90,7 @@ func room(p string) string {
 func TestRooms(t *testing.T) {
 	for _, e := range edges(t) {
 		from, to := e[0], e[1]
-		wire := to == "broker/wire" || strings.HasPrefix(to, "broker/wire/")
+		contract := to == "broker/api" || strings.HasPrefix(to, "broker/api/")
 		bad := ""
 		switch {
 		case room(from) == "test":
@@ -99,14 +99,16 @@ func TestRooms(t *testing.T) {
 			bad = "the product imports its tests"
 		case room(to) == "hostagent" && room(from) != "hostagent":
 			bad = "nothing imports hostagent"
-		case room(from) == "hostagent" && room(to) == "broker" && !wire:
-			bad = "the agent imports of the broker only its wire contract"
+		case room(from) == "hostagent" && room(to) == "broker" && !contract:
+			bad = "the agent imports of the broker only its contract"
 		case room(from) == "hostagent" && strings.HasSuffix(to, "/appraise"):
 			bad = "the agent must not link an appraiser"
+		case room(from) == "internal" && room(to) != "internal":
+			bad = "shared code imports nothing of the rooms that share it"
 		case room(from) == "attestors" && room(to) != "attestors":
 			bad = "attestors stand alone"
-		case room(from) == "compensating" && room(to) != "compensating" && !wire:
-			bad = "compensating imports of the broker only its wire contract"
+		case room(from) == "compensating" && room(to) != "compensating" && room(to) != "internal" && !contract:
+			bad = "compensating imports of the broker only its contract"
 		case room(to) == "compensating" && room(from) != "compensating" && !strings.HasPrefix(from, "broker/cmd/"):
 			bad = "only broker/cmd imports compensating"
 		}

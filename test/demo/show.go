@@ -13,8 +13,8 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/countersign/countersign/attestors/evidence"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -320,7 +320,7 @@ func replay(ctx context.Context, d *demo) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	send := func(s *wire.Session) error {
+	send := func(s *api.Session) error {
 		_, err := s.Hosts.Prove(ctx, connect.NewRequest(&v1.ProveRequest{Attested: recorded}))
 		return err
 	}
@@ -332,10 +332,10 @@ func replay(ctx context.Context, d *demo) (string, error) {
 		return "", err
 	}
 	defer func() { _ = other.Close() }()
-	for where, session := range map[string]*wire.Session{"the same connection": s, "another connection": other} {
+	for where, session := range map[string]*api.Session{"the same connection": s, "another connection": other} {
 		if err := send(session); err == nil {
 			return "", fmt.Errorf("played again on %s it was taken", where)
-		} else if e := wire.FromConnect(err); e.Outcome != wire.Retry {
+		} else if e := api.FromConnect(err); e.Outcome != api.Retry {
 			return "", fmt.Errorf("on %s: %w", where, e)
 		}
 	}

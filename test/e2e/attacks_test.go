@@ -27,8 +27,8 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
@@ -50,12 +50,12 @@ scope "soft" {
 const softExe = "/opt/billing/bin/billingd"
 
 // outcome fails unless err is of this outcome and check.
-func outcome(t *testing.T, err error, want wire.Outcome, check string) {
+func outcome(t *testing.T, err error, want api.Outcome, check string) {
 	t.Helper()
 	if err == nil {
 		t.Fatalf("accepted; want %s (%s)", want, check)
 	}
-	if e := wire.FromConnect(err); e.Outcome != want || e.Check != check {
+	if e := api.FromConnect(err); e.Outcome != want || e.Check != check {
 		t.Fatalf("%s (%s): %s; want %s (%s)", e.Outcome, e.Check, e.Message, want, check)
 	}
 }
@@ -71,7 +71,7 @@ func joined(t *testing.T, b *bench, ca *lab.TPMCA) *lab.SoftHost {
 	return h
 }
 
-func dial(t *testing.T, h *lab.SoftHost) *wire.Session {
+func dial(t *testing.T, h *lab.SoftHost) *api.Session {
 	t.Helper()
 	s := check.Must(h.Dial(check.Within(t, time.Minute)))(t)
 	t.Cleanup(func() { _ = s.Close() })
@@ -95,7 +95,7 @@ func TestAttacksOnSessions(t *testing.T) {
 	order := func(h *lab.SoftHost, edits ...func(*process.Program)) *v1.IssueBody {
 		return h.IssueBody("soft", check.Must(h.Program(softExe, "billing", 400, edits...))(t))
 	}
-	send := func(s *wire.Session, a *v1.Attested) error {
+	send := func(s *api.Session, a *v1.Attested) error {
 		_, err := s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{Attested: a}))
 		return err
 	}
@@ -112,7 +112,7 @@ func TestAttacksOnSessions(t *testing.T) {
 		s := dial(t, h)
 		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		check.Nil(t, send(s, a))
-		outcome(t, send(s, a), wire.Retry, "nonce")
+		outcome(t, send(s, a), api.Retry, "nonce")
 		if state := b.hostState(t, h.ID); state != "trusted" {
 			t.Errorf("a retry made the host %s", state)
 		}
@@ -121,7 +121,7 @@ func TestAttacksOnSessions(t *testing.T) {
 		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
 		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
-		outcome(t, send(dial(t, h), a), wire.Retry, "nonce")
+		outcome(t, send(dial(t, h), a), api.Retry, "nonce")
 		check.Nil(t, send(s, a))
 	})
 	t.Run("re-bound to another connection's nonce", func(t *testing.T) {
@@ -129,27 +129,27 @@ func TestAttacksOnSessions(t *testing.T) {
 		s, other := dial(t, h), dial(t, h)
 		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		a.Nonce = check.Must(h.Nonce(ctx, other))(t)
-		outcome(t, send(other, a), wire.Retry, "extra-data")
+		outcome(t, send(other, a), api.Retry, "extra-data")
 	})
 	t.Run("stale", func(t *testing.T) {
 		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
 		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		time.Sleep(31 * time.Second)
-		outcome(t, send(s, a), wire.Retry, "nonce")
+		outcome(t, send(s, a), api.Retry, "nonce")
 	})
 	t.Run("request spliced in", func(t *testing.T) {
 		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
 		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		a.Body = check.Must(proto.Marshal(order(h, func(p *process.Program) { p.PID = 401 })))(t)
-		outcome(t, send(s, a), wire.Retry, "extra-data")
+		outcome(t, send(s, a), api.Retry, "extra-data")
 	})
 	t.Run("evidence of another call", func(t *testing.T) {
 		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
 		a := check.Must(h.Attest(ctx, s, evidence.CallProve, order(h)))(t)
-		outcome(t, send(s, a), wire.Retry, "extra-data")
+		outcome(t, send(s, a), api.Retry, "extra-data")
 	})
 	t.Run("quote by another host's AK", func(t *testing.T) {
 		h, thief := joined(t, b, services.TPMCA), joined(t, b, services.TPMCA)
@@ -159,7 +159,7 @@ func TestAttacksOnSessions(t *testing.T) {
 		nonce := check.Must(thief.Nonce(ctx, s))(t)
 		extra := check.Must(thief.ExtraData(s, evidence.CallIssue, nonce, raw))(t)
 		q := check.Must(h.TPM.Quote(extra, pcrs()))(t)
-		outcome(t, send(s, &v1.Attested{Body: raw, Nonce: nonce, Quote: lab.QuoteMessage(q)}), wire.Rejected, "signature")
+		outcome(t, send(s, &v1.Attested{Body: raw, Nonce: nonce, Quote: lab.QuoteMessage(q)}), api.Rejected, "signature")
 		if state := b.hostState(t, thief.ID); state != "failed" {
 			t.Errorf("the thief is %s", state)
 		}
@@ -169,14 +169,14 @@ func TestAttacksOnSessions(t *testing.T) {
 		s := dial(t, h)
 		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		a.Quote.Pcrs = append(a.Quote.Pcrs, a.Quote.Pcrs[4])
-		outcome(t, send(s, a), wire.Rejected, "pcr-duplicate")
+		outcome(t, send(s, a), api.Rejected, "pcr-duplicate")
 	})
 	t.Run("a PCR left out", func(t *testing.T) {
 		h := joined(t, b, services.TPMCA)
 		s := dial(t, h)
 		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, order(h)))(t)
 		a.Quote.Pcrs = a.Quote.Pcrs[1:]
-		outcome(t, send(s, a), wire.Rejected, "pcr-selection")
+		outcome(t, send(s, a), api.Rejected, "pcr-selection")
 	})
 	t.Run("counters that went back", func(t *testing.T) {
 		h := joined(t, b, services.TPMCA)
@@ -185,7 +185,7 @@ func TestAttacksOnSessions(t *testing.T) {
 		r := check.Must(h.Issue(ctx, s, order(h)))(t)
 		h.TPM.ResetCount = 4
 		_, err := h.Issue(ctx, s, order(h))
-		outcome(t, err, wire.Rejected, "tpm-counters")
+		outcome(t, err, api.Rejected, "tpm-counters")
 		if state := b.hostState(t, h.ID); state != "quarantined" {
 			t.Errorf("the host is %s, want quarantined", state)
 		}
@@ -216,7 +216,7 @@ func TestAttacksOnSessions(t *testing.T) {
 		s := dial(t, h)
 		check.Must(h.Issue(ctx, s, order(h)))(t)
 		_, err := h.Issue(ctx, s, h.IssueBody("soft", check.Must(h.Program("/usr/bin/python3", "billing", 402))(t)))
-		outcome(t, err, wire.Refused, "process.exe")
+		outcome(t, err, api.Refused, "process.exe")
 		if strings.Contains(err.Error(), softExe) {
 			t.Errorf("the refusal tells the host what was wanted: %v", err)
 		}
@@ -232,7 +232,7 @@ func TestAttacksOnSessions(t *testing.T) {
 		h := check.Must(lab.NewSoftHost(b.broker, services.TPMCA))(t)
 		check.Must(h.Join(ctx, check.Must(b.broker.JoinToken(ctx, "role=web"))(t)))(t)
 		_, err := h.Issue(ctx, dial(t, h), order(h))
-		outcome(t, err, wire.Refused, "host.labels.role")
+		outcome(t, err, api.Refused, "host.labels.role")
 	})
 	t.Run("a lease of another host", func(t *testing.T) {
 		h, thief := joined(t, b, services.TPMCA), joined(t, b, services.TPMCA)
@@ -241,7 +241,7 @@ func TestAttacksOnSessions(t *testing.T) {
 		body := order(thief)
 		body.Replaces = lease
 		_, err := thief.Issue(ctx, s, body)
-		outcome(t, err, wire.Fault, "gone")
+		outcome(t, err, api.Fault, "gone")
 		check.Must(s.Hosts.Release(ctx, connect.NewRequest(&v1.ReleaseRequest{LeaseIds: []string{lease}})))(t)
 		p := check.Must(thief.Prove(ctx, s, nil, &v1.LeaseProof{LeaseId: lease, Scope: "soft", Program: check.Must(thief.Program(softExe, "billing", 400))(t)}))(t)
 		if got := p.GetLeases()[0].GetOutcome(); got != "gone" {
@@ -275,7 +275,7 @@ func TestAttacksOnSessions(t *testing.T) {
 					err = send(s, a)
 				}
 			}
-			outcome(t, err, wire.Fault, "too-many")
+			outcome(t, err, api.Fault, "too-many")
 			if n < most {
 				t.Errorf("turned away after %d, want some %d", n, most)
 			}
@@ -356,7 +356,7 @@ func TestAttacksOnTheDoor(t *testing.T) {
 	t.Run("a bare key that never joined", func(t *testing.T) {
 		stranger := check.Must(lab.NewSoftHost(b.broker, services.TPMCA))(t)
 		_, err := stranger.Nonce(ctx, dial(t, stranger))
-		outcome(t, err, wire.Fault, wire.CheckCertificate)
+		outcome(t, err, api.Fault, api.CheckCertificate)
 	})
 	t.Run("a host at the operators' window", func(t *testing.T) {
 		s := dial(t, h)
@@ -446,11 +446,11 @@ func TestAttacksOnJoining(t *testing.T) {
 		once := token(t)
 		check.Must(fresh(t).Join(ctx, once))(t)
 		_, err := fresh(t).Join(ctx, once)
-		outcome(t, err, wire.Refused, "join-token")
+		outcome(t, err, api.Refused, "join-token")
 	})
 	t.Run("an invented token", func(t *testing.T) {
 		_, err := fresh(t).Join(ctx, "cs-00000000000000000000000000000000")
-		outcome(t, err, wire.Refused, "join-token")
+		outcome(t, err, api.Refused, "join-token")
 	})
 	t.Run("a vendor's certificate alone admits nobody", func(t *testing.T) {
 		h := fresh(t)
@@ -478,13 +478,13 @@ func TestAttacksOnJoining(t *testing.T) {
 		other := check.Must(lab.NewTPMCA(filepath.Join(folder(t), "ca")))(t)
 		h := check.Must(lab.NewSoftHost(b.broker, other))(t)
 		_, err := h.Join(ctx, token(t))
-		outcome(t, err, wire.Rejected, "ek-chain")
+		outcome(t, err, api.Rejected, "ek-chain")
 	})
 	t.Run("the certificate of another EK", func(t *testing.T) {
 		h := fresh(t)
 		h.TPM.EK.Certificate = fresh(t).TPM.EK.Certificate
 		_, err := h.Join(ctx, token(t))
-		outcome(t, err, wire.Rejected, "ek-certificate")
+		outcome(t, err, api.Rejected, "ek-certificate")
 	})
 	t.Run("an EK that the TPM doesn't have", func(t *testing.T) {
 		h, victim := fresh(t), fresh(t)
@@ -500,7 +500,7 @@ func TestAttacksOnJoining(t *testing.T) {
 		answer := check.Must(h.Answer(s, honest, cc.Msg))(t)
 		answer.Secret = bytes.Repeat([]byte{7}, len(answer.GetSecret()))
 		_, err := s.Hosts.Activate(ctx, connect.NewRequest(answer))
-		outcome(t, err, wire.Rejected, "activation")
+		outcome(t, err, api.Rejected, "activation")
 		// And the challenge is spent.
 		_, err = s.Hosts.Activate(ctx, connect.NewRequest(answer))
 		if err == nil {
@@ -517,7 +517,7 @@ func TestAttacksOnJoining(t *testing.T) {
 		// Signed for this connection's key, as an attacker would have it signed.
 		answer := check.Must(answerAs(h, key, s, body, c.Msg))(t)
 		_, err := s.Hosts.Activate(ctx, connect.NewRequest(answer))
-		outcome(t, err, wire.Rejected, "name")
+		outcome(t, err, api.Rejected, "name")
 	})
 	t.Run("a new AK of a known EK waits", func(t *testing.T) {
 		h := fresh(t)
@@ -539,7 +539,7 @@ func TestAttacksOnJoining(t *testing.T) {
 		}
 		b.ended(t, lease)
 		_, err = h.Nonce(ctx, old)
-		outcome(t, err, wire.Fault, wire.CheckUnknownHost)
+		outcome(t, err, api.Fault, api.CheckUnknownHost)
 	})
 	t.Run("a removed host", func(t *testing.T) {
 		h := fresh(t)
@@ -550,9 +550,9 @@ func TestAttacksOnJoining(t *testing.T) {
 		check.Nil(t, err)
 		b.ended(t, lease)
 		_, err = h.Nonce(ctx, s)
-		outcome(t, err, wire.Rejected, "host-removed")
+		outcome(t, err, api.Rejected, "host-removed")
 		_, err = h.Join(ctx, token(t))
-		outcome(t, err, wire.Rejected, "host-removed")
+		outcome(t, err, api.Rejected, "host-removed")
 	})
 	t.Run("ten thousand joins from one source", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(ctx)
@@ -573,7 +573,7 @@ func TestAttacksOnJoining(t *testing.T) {
 					mu.Lock()
 					if err == nil {
 						taken++
-					} else if wire.FromConnect(err).Check == "join-rate" {
+					} else if api.FromConnect(err).Check == "join-rate" {
 						turned++
 					}
 					mu.Unlock()
@@ -599,7 +599,7 @@ func TestAttacksOnJoining(t *testing.T) {
 }
 
 // answerAs answers a challenge on a connection of key.
-func answerAs(h *lab.SoftHost, key *ecdsa.PrivateKey, s *wire.Session, body []byte, c *v1.JoinResponse) (*v1.ActivateRequest, error) {
+func answerAs(h *lab.SoftHost, key *ecdsa.PrivateKey, s *api.Session, body []byte, c *v1.JoinResponse) (*v1.ActivateRequest, error) {
 	own := h.TPM.TLSKey
 	h.TPM.TLSKey = key // what the binding hashes
 	defer func() { h.TPM.TLSKey = own }()

@@ -16,8 +16,8 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
@@ -27,13 +27,13 @@ func TestSoftwareKeysDontFillThePendingList(t *testing.T) {
 	b := newBrokerWith(t, softScope, lab.BrokerOptions{Extra: "pending_hosts = 1"})
 	ctx := check.Within(t, time.Minute)
 	_, err := check.Must(lab.NewSoftHost(b.broker, nil))(t).Join(ctx, "")
-	outcome(t, err, wire.Refused, "ek-uncertified")
+	outcome(t, err, api.Refused, "ek-uncertified")
 	h := check.Must(lab.NewSoftHost(b.broker, services.TPMCA))(t)
 	if pending := check.Must(h.Join(ctx, ""))(t); !pending {
 		t.Error("a certified TPM alone was admitted")
 	}
 	_, err = check.Must(lab.NewSoftHost(b.broker, services.TPMCA))(t).Join(ctx, "")
-	outcome(t, err, wire.Fault, "pending-full")
+	outcome(t, err, api.Fault, "pending-full")
 	// Who waits can't take the name of an admitted host either: both call
 	// themselves soft.
 	admitted := joined(t, b, services.TPMCA)
@@ -56,7 +56,7 @@ func TestAFailedHostJoinsAgain(t *testing.T) {
 	check.Must(h.Prove(ctx, dial(t, h), nil))(t)
 	h.TPM.PCRs[4] = evidence.Sum([]byte("another boot loader"))
 	_, err = h.Prove(ctx, dial(t, h), nil)
-	outcome(t, err, wire.Rejected, "reference")
+	outcome(t, err, api.Rejected, "reference")
 	check.Must(h.Join(ctx, ""))(t)
 	if state := b.hostState(t, h.ID); state != "failed" {
 		t.Errorf("a failed host that joined again is %s", state)
@@ -124,7 +124,7 @@ func TestEvidenceThatIsNotUnderstood(t *testing.T) {
 		}
 	}
 	_, err := h.Issue(ctx, s, h.IssueBody("soft", newer))
-	outcome(t, err, wire.Fault, "program-evidence")
+	outcome(t, err, api.Fault, "program-evidence")
 	if live := b.leases(t, "--state", "live"); len(live) != 1 || b.hostState(t, h.ID) != "trusted" {
 		t.Errorf("leases %+v of a host that is %s", live, b.hostState(t, h.ID))
 	}
@@ -241,7 +241,7 @@ func TestAHostsWordIsBounded(t *testing.T) {
 		body := h.IssueBody("soft", program)
 		body.Host.Os = os
 		_, err := h.Issue(ctx, s, body)
-		if e := wire.FromConnect(err); e == nil || e.Outcome != wire.Fault || e.Check != "request" {
+		if e := api.FromConnect(err); e == nil || e.Outcome != api.Fault || e.Check != "request" {
 			t.Errorf("%s: %v, want a fault of the request", name, err)
 		}
 	}
@@ -251,7 +251,7 @@ func TestAHostsWordIsBounded(t *testing.T) {
 		t.Errorf("the reason as it is kept: %s", out)
 	}
 	for range 10_000 { // the burst, and what comes back in the meantime
-		if _, err = s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{})); wire.FromConnect(err).Check == "ask-rate" {
+		if _, err = s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{})); api.FromConnect(err).Check == "ask-rate" {
 			return
 		}
 	}
@@ -268,5 +268,5 @@ func TestADeletedMappingOfTheExe(t *testing.T) {
 		p.Mappings = []process.Mapping{{Path: softExe, Deleted: true}}
 	}))(t)
 	_, err := h.Issue(ctx, dial(t, h), h.IssueBody("soft", program))
-	outcome(t, err, wire.Refused, "process.mappings")
+	outcome(t, err, api.Refused, "process.mappings")
 }

@@ -20,9 +20,9 @@ import (
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
@@ -108,7 +108,7 @@ func TestRisk(t *testing.T) {
 		t.Errorf("reported: %v", f)
 	}
 	expect("a finding about the lease", "refused", "live")
-	outcome(t, order("one"), wire.Refused, "when")
+	outcome(t, order("one"), api.Refused, "when")
 	b.ended(t, leases["one"])
 	out, err := b.broker.CLI(ctx, "why", h.ID, "one")
 	if err == nil || !bytes.Contains(out, []byte("with a subject.risk of 60")) {
@@ -160,7 +160,7 @@ func TestWhoReportsAndWhoCloses(t *testing.T) {
 		_, err := b.broker.CLI(ctx, "operator", "add", role, "--role", role, "--out", out)
 		check.Nil(t, err)
 		cert := check.Must(tls.LoadX509KeyPair(out+".crt", out+".key"))(t)
-		s := check.Must(wire.Dial(ctx, wire.Peer{Addresses: []string{"https://" + b.broker.Addr}, CASHA256: b.broker.CASHA256, Certificate: &cert}))(t)
+		s := check.Must(api.Dial(ctx, api.Peer{Addresses: []string{"https://" + b.broker.Addr}, CASHA256: b.broker.CASHA256, Certificate: &cert}))(t)
 		t.Cleanup(func() { _ = s.Close() })
 		return s.Operators
 	}
@@ -355,7 +355,7 @@ func TestSources(t *testing.T) {
 		t.Fatalf("issued to %v", at)
 	}
 	check.Nil(t, s.Close())
-	moved := check.Must(wire.Dial(ctx, wire.Peer{Addresses: []string{"https://" + movedTo(t, "127.0.0.77", b.broker.Addr)}, CASHA256: b.broker.CASHA256, Certificate: h.Certificate()}))(t)
+	moved := check.Must(api.Dial(ctx, api.Peer{Addresses: []string{"https://" + movedTo(t, "127.0.0.77", b.broker.Addr)}, CASHA256: b.broker.CASHA256, Certificate: h.Certificate()}))(t)
 	defer func() { _ = moved.Close() }()
 	p := check.Must(h.Prove(ctx, moved, nil, &v1.LeaseProof{LeaseId: id, Scope: "soft", Program: program}))(t)
 	if got := p.GetLeases()[0].GetOutcome(); got != "live" {

@@ -16,8 +16,8 @@ import (
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 )
 
 // A Broker serves until Close is called.

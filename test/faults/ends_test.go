@@ -24,8 +24,8 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/countersign/countersign/attestors/evidence"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
@@ -212,18 +212,18 @@ func TestEndedCertificatesLetNobodyIn(t *testing.T) {
 		check.Must(h.Join(ctx, check.Must(s.broker.JoinToken(ctx, "role=billing"))(t)))(t)
 		return h
 	}
-	dial := func(h *lab.SoftHost) *wire.Session {
+	dial := func(h *lab.SoftHost) *api.Session {
 		session := check.Must(h.Dial(ctx))(t)
 		t.Cleanup(func() { _ = session.Close() })
 		return session
 	}
-	refused := func(what string, err error, outcome wire.Outcome, word string) {
+	refused := func(what string, err error, outcome api.Outcome, word string) {
 		t.Helper()
 		if err == nil {
 			t.Errorf("%s: it was let in", what)
 			return
 		}
-		if e := wire.FromConnect(err); e.Outcome != outcome || e.Check != word {
+		if e := api.FromConnect(err); e.Outcome != outcome || e.Check != word {
 			t.Errorf("%s: %v, want %s (%s)", what, e, outcome, word)
 		}
 	}
@@ -245,11 +245,11 @@ func TestEndedCertificatesLetNobodyIn(t *testing.T) {
 	session := dial(honest)
 	body := honest.IssueBody("soft", check.Must(honest.Program(softExe, "billing", 7))(t))
 	_, err := honest.Issue(ctx, session, body)
-	refused("a credential by an ended certificate", err, wire.Fault, wire.CheckCertificate)
+	refused("a credential by an ended certificate", err, api.Fault, api.CheckCertificate)
 	_, err = honest.Prove(ctx, session, nil)
-	refused("a proof by an ended certificate", err, wire.Fault, wire.CheckCertificate)
+	refused("a proof by an ended certificate", err, api.Fault, api.CheckCertificate)
 	_, err = session.Hosts.Release(ctx, connect.NewRequest(&v1.ReleaseRequest{}))
-	refused("a release by an ended certificate", err, wire.Fault, wire.CheckCertificate)
+	refused("a release by an ended certificate", err, api.Fault, api.CheckCertificate)
 	if _, err := session.Operators.GetStatus(ctx, connect.NewRequest(&v1.GetStatusRequest{})); err == nil {
 		t.Error("a host's ended certificate opened the operators' service")
 	}
@@ -259,9 +259,9 @@ func TestEndedCertificatesLetNobodyIn(t *testing.T) {
 	check.Must(honest.Issue(ctx, dial(honest), body))(t)
 
 	_, err = quarantined.Join(ctx, "")
-	refused("a quarantined host", err, wire.Rejected, "host-quarantined")
+	refused("a quarantined host", err, api.Rejected, "host-quarantined")
 	_, err = removed.Join(ctx, "")
-	refused("a removed host", err, wire.Rejected, "host-removed")
+	refused("a removed host", err, api.Rejected, "host-removed")
 	check.Must(failed.Join(ctx, ""))(t)
 	for _, h := range []*lab.SoftHost{quarantined, removed, failed} {
 		if now := s.hostState(t, h.ID); now != before[h.ID] {
@@ -288,10 +288,10 @@ func TestEndedCertificatesLetNobodyIn(t *testing.T) {
 }
 
 // fail has the broker hold false evidence against a host.
-func fail(t *testing.T, ctx context.Context, h *lab.SoftHost, session *wire.Session) {
+func fail(t *testing.T, ctx context.Context, h *lab.SoftHost, session *api.Session) {
 	t.Helper()
 	a := check.Must(h.Attest(ctx, session, evidence.CallProve, &v1.ProveBody{Host: h.Facts()}, func(q *tpm2.TPMSAttest) { q.Magic++ }))(t)
-	if _, err := session.Hosts.Prove(ctx, connect.NewRequest(&v1.ProveRequest{Attested: a})); wire.FromConnect(err).Outcome != wire.Rejected {
+	if _, err := session.Hosts.Prove(ctx, connect.NewRequest(&v1.ProveRequest{Attested: a})); api.FromConnect(err).Outcome != api.Rejected {
 		t.Fatalf("false evidence: %v", err)
 	}
 }
@@ -369,7 +369,7 @@ func TestClockAMonthAhead(t *testing.T) {
 					t.Errorf("its new certificate ends at %s", c.NotAfter)
 				}
 				if restarted && h == during {
-					if v := r.GetLeases(); len(v) != 1 || v[0].GetOutcome() != wire.CheckGone {
+					if v := r.GetLeases(); len(v) != 1 || v[0].GetOutcome() != api.CheckGone {
 						t.Errorf("a certificate that is not valid for a month stays: %v", v)
 					}
 				}
@@ -440,7 +440,7 @@ type workload struct {
 }
 
 // workload earns a certificate.
-func (s *site) workload(t *testing.T, h *lab.SoftHost, session *wire.Session) workload {
+func (s *site) workload(t *testing.T, h *lab.SoftHost, session *api.Session) workload {
 	t.Helper()
 	key := check.Must(lab.NewECDSA())(t)
 	body := h.IssueBody("tls", check.Must(h.Program(softExe, "billing", 100))(t))

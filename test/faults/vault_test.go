@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
@@ -133,7 +133,7 @@ func TestVaultRefuses(t *testing.T) {
 				}
 				if err == nil {
 					t.Error("issued on")
-				} else if e := wire.FromConnect(err); e.Outcome != wire.Fault {
+				} else if e := api.FromConnect(err); e.Outcome != api.Fault {
 					t.Errorf("a host hears %v, want a fault", e)
 				}
 				// One that was issued and never got its length may be among them; it

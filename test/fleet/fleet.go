@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/countersign/countersign/attestors/evidence"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -51,7 +51,7 @@ scope "fleet" {
 // A Host is one of a fleet. One goroutine uses it at a time.
 type Host struct {
 	*lab.SoftHost
-	Session *wire.Session
+	Session *api.Session
 	Lease   string // the last one that was acknowledged
 
 	csr, program, ticket, checkpoint []byte

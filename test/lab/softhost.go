@@ -21,8 +21,8 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	programs "github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/attestors/tpm"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 )
 
 // A SoftHost speaks the hosts' protocol from memory, with a TPM in software
@@ -59,7 +59,7 @@ func SelfSigned(key *ecdsa.PrivateKey) (*tls.Certificate, error) {
 }
 
 // Dial opens a connection, with the host's certificate once it has one.
-func (h *SoftHost) Dial(ctx context.Context) (*wire.Session, error) {
+func (h *SoftHost) Dial(ctx context.Context) (*api.Session, error) {
 	cert := h.cert
 	if cert == nil {
 		var err error
@@ -71,15 +71,15 @@ func (h *SoftHost) Dial(ctx context.Context) (*wire.Session, error) {
 }
 
 // DialWith opens a connection with another certificate.
-func (h *SoftHost) DialWith(ctx context.Context, cert *tls.Certificate) (*wire.Session, error) {
-	return wire.Dial(ctx, wire.Peer{Addresses: []string{"https://" + h.broker.Addr}, CASHA256: h.broker.CASHA256, Certificate: cert, Now: h.Now})
+func (h *SoftHost) DialWith(ctx context.Context, cert *tls.Certificate) (*api.Session, error) {
+	return api.Dial(ctx, api.Peer{Addresses: []string{"https://" + h.broker.Addr}, CASHA256: h.broker.CASHA256, Certificate: cert, Now: h.Now})
 }
 
 // Certificate is the host's, nil before it joined.
 func (h *SoftHost) Certificate() *tls.Certificate { return h.cert }
 
 // ExtraData is what a quote for body on s has to commit to.
-func (h *SoftHost) ExtraData(s *wire.Session, call evidence.Call, nonce, body []byte) (evidence.Digest, error) {
+func (h *SoftHost) ExtraData(s *api.Session, call evidence.Call, nonce, body []byte) (evidence.Digest, error) {
 	n, err := evidence.ParseNonce(nonce)
 	if err != nil {
 		return evidence.Digest{}, err
@@ -130,7 +130,7 @@ func (h *SoftHost) Join(ctx context.Context, token string) (pending bool, err er
 }
 
 // Answer answers a join's challenge.
-func (h *SoftHost) Answer(s *wire.Session, body []byte, c *v1.JoinResponse) (*v1.ActivateRequest, error) {
+func (h *SoftHost) Answer(s *api.Session, body []byte, c *v1.JoinResponse) (*v1.ActivateRequest, error) {
 	secret, err := h.TPM.Activate(tpm.Challenge{CredentialBlob: c.GetCredentialBlob(), EncryptedSecret: c.GetEncryptedSecret()})
 	if err != nil {
 		return nil, err
@@ -165,7 +165,7 @@ func QuoteMessage(q tpm.Quote) *v1.Quote {
 }
 
 // Nonce asks for one.
-func (h *SoftHost) Nonce(ctx context.Context, s *wire.Session) ([]byte, error) {
+func (h *SoftHost) Nonce(ctx context.Context, s *api.Session) ([]byte, error) {
 	r, err := s.Hosts.Challenge(ctx, connect.NewRequest(&v1.ChallengeRequest{Count: 1}))
 	if err != nil {
 		return nil, err
@@ -178,7 +178,7 @@ func (h *SoftHost) Nonce(ctx context.Context, s *wire.Session) ([]byte, error) {
 
 // Attest quotes over a request on s; edits change the statement before it is
 // signed.
-func (h *SoftHost) Attest(ctx context.Context, s *wire.Session, call evidence.Call, request proto.Message, edits ...func(*tpm2.TPMSAttest)) (*v1.Attested, error) {
+func (h *SoftHost) Attest(ctx context.Context, s *api.Session, call evidence.Call, request proto.Message, edits ...func(*tpm2.TPMSAttest)) (*v1.Attested, error) {
 	body, err := proto.Marshal(request)
 	if err != nil {
 		return nil, err
@@ -217,7 +217,7 @@ func (h *SoftHost) IssueBody(scope string, program []byte) *v1.IssueBody {
 }
 
 // Issue asks for a credential and acknowledges it.
-func (h *SoftHost) Issue(ctx context.Context, s *wire.Session, body *v1.IssueBody) (*v1.IssueResponse, error) {
+func (h *SoftHost) Issue(ctx context.Context, s *api.Session, body *v1.IssueBody) (*v1.IssueResponse, error) {
 	a, err := h.Attest(ctx, s, evidence.CallIssue, body)
 	if err != nil {
 		return nil, err
@@ -233,7 +233,7 @@ func (h *SoftHost) Issue(ctx context.Context, s *wire.Session, body *v1.IssueBod
 }
 
 // Prove proves the host and these leases.
-func (h *SoftHost) Prove(ctx context.Context, s *wire.Session, checkpoint []byte, leases ...*v1.LeaseProof) (*v1.ProveResponse, error) {
+func (h *SoftHost) Prove(ctx context.Context, s *api.Session, checkpoint []byte, leases ...*v1.LeaseProof) (*v1.ProveResponse, error) {
 	a, err := h.Attest(ctx, s, evidence.CallProve, &v1.ProveBody{Host: h.Facts(), Leases: leases})
 	if err != nil {
 		return nil, err

@@ -15,8 +15,8 @@ import (
 	"github.com/countersign/countersign/broker/internal/fsck"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/durable"
-	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/internal/durable"
+	"github.com/countersign/countersign/internal/faults"
 )
 
 // A backedUp is what a backup came to.

@@ -17,7 +17,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/internal/faults"
 )
 
 const defaultConfig = "/etc/countersign/broker.hcl"

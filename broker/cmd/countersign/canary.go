@@ -10,7 +10,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 )
 
 func canaryCommand(o *options) *cobra.Command {

@@ -17,9 +17,9 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/countersign/countersign/broker/wire"
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
-	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/broker/api"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/terminal"
 )
 
@@ -85,7 +85,7 @@ func (o *options) dial(ctx context.Context) (countersignv1connect.OperatorServic
 	if err != nil {
 		return nil, nil, &exitError{exitUsage, fmt.Errorf("--address needs the operator's --cert and --key: %w", err)}
 	}
-	s, err := wire.Dial(ctx, wire.Peer{Addresses: []string{o.address}, CASHA256: strings.ToLower(o.caSHA256), Certificate: &cert, Now: faults.Now})
+	s, err := api.Dial(ctx, api.Peer{Addresses: []string{o.address}, CASHA256: strings.ToLower(o.caSHA256), Certificate: &cert, Now: faults.Now})
 	if err != nil {
 		return nil, nil, &exitError{exitUnreach, err}
 	}

@@ -13,7 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/internal/terminal"
 )
 

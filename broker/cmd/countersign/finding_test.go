@@ -10,7 +10,7 @@ import (
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/encoding/protojson"
 
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 )
 
 // report is the watch's call, for scripts: it sends the finding in its argument to

@@ -9,7 +9,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/fsck"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/internal/faults"
 )
 
 func configCommand(_ *options) *cobra.Command {

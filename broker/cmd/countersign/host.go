@@ -15,8 +15,8 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/cloud"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 	"github.com/countersign/countersign/internal/bounded"
 )
 

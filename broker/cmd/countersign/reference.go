@@ -14,9 +14,9 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/offline"
 	"github.com/countersign/countersign/broker/internal/reference"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
 // defaultOverlap is how long what a fleet moves away from stays allowed.

@@ -11,7 +11,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/internal/faults"
 )
 
 // restoreCommand puts a backup of the store in place. What was issued after

@@ -13,8 +13,8 @@ import (
 	"github.com/spf13/cobra"
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/policy"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
 func scopeCommand(o *options) *cobra.Command {

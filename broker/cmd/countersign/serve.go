@@ -41,8 +41,8 @@ import (
 	"github.com/countersign/countersign/broker/internal/timekeeper"
 	"github.com/countersign/countersign/broker/internal/vendors"
 	"github.com/countersign/countersign/broker/server"
-	"github.com/countersign/countersign/broker/wire/faults"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/faults"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // serve runs a broker until ctx ends or its store stops.

@@ -9,9 +9,9 @@ import (
 	"github.com/hashicorp/vault/api"
 	"github.com/spf13/cobra"
 
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/policy"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
 )
 
 // vaultTarget is a Vault as its own users name it.

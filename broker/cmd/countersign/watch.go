@@ -13,14 +13,14 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
-	"github.com/countersign/countersign/broker/wire/faults"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 	"github.com/countersign/countersign/compensating/finding"
 	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/replay"
 	"github.com/countersign/countersign/compensating/sightings"
 	"github.com/countersign/countersign/compensating/watch"
+	"github.com/countersign/countersign/internal/faults"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 func watchCommand(o *options) *cobra.Command {

@@ -23,7 +23,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/checkpoint"
+	"github.com/countersign/countersign/internal/checkpoint"
 )
 
 // A Record is one line of the log.

@@ -11,7 +11,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/checkpoint"
+	"github.com/countersign/countersign/internal/checkpoint"
 )
 
 var now = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)

@@ -28,7 +28,7 @@ import (
 
 	"go.step.sm/crypto/pemutil"
 
-	"github.com/countersign/countersign/broker/wire/lifetime"
+	"github.com/countersign/countersign/internal/lifetime"
 )
 
 // caLifetime is long because agents pin the host CA; docs say how to change it.

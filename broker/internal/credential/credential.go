@@ -25,6 +25,7 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
 	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/broker/internal/admission"
 	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
@@ -38,7 +39,6 @@ import (
 	"github.com/countersign/countersign/broker/internal/measured"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire"
 )
 
 // DefaultReprove is how often a host without a lease proves itself.
@@ -92,30 +92,30 @@ func (d *Desk) host(ctx context.Context, conn *challenge.Conn, request string) (
 	})
 	switch {
 	case errors.Is(err, inventory.ErrUnknown):
-		return h, nil, &wire.Error{Outcome: wire.Fault, Check: wire.CheckUnknownHost, Request: request,
+		return h, nil, &api.Error{Outcome: api.Fault, Check: api.CheckUnknownHost, Request: request,
 			Message: "this broker knows no host with this key; join again"}
 	case err != nil:
 		return h, nil, d.fault(request, err)
 	case h.State == inventory.Removed:
-		return h, nil, &wire.Error{Outcome: wire.Rejected, Check: "host-removed", Request: request, Message: "this host was removed"}
+		return h, nil, &api.Error{Outcome: api.Rejected, Check: "host-removed", Request: request, Message: "this host was removed"}
 	case h.Reenrolling:
-		return h, nil, &wire.Error{Outcome: wire.Fault, Check: wire.CheckReenrol, Request: request, Message: "an operator asks this host to join again"}
+		return h, nil, &api.Error{Outcome: api.Fault, Check: api.CheckReenrol, Request: request, Message: "an operator asks this host to join again"}
 	case h.State == inventory.Quarantined:
-		return h, nil, &wire.Error{Outcome: wire.Rejected, Check: "host-quarantined", Request: request, Message: "this host is quarantined; an operator knows why"}
+		return h, nil, &api.Error{Outcome: api.Rejected, Check: "host-quarantined", Request: request, Message: "this host is quarantined; an operator knows why"}
 	case !h.Admitted:
-		return h, nil, &wire.Error{Outcome: wire.Fault, Check: "host-pending", Request: request, Message: "this host waits for an operator's approval"}
+		return h, nil, &api.Error{Outcome: api.Fault, Check: "host-pending", Request: request, Message: "this host waits for an operator's approval"}
 	}
 	return h, risk, nil
 }
 
 // fault hides what a host needn't know and logs it for who does.
-func (d *Desk) fault(request string, err error) *wire.Error {
-	var e *wire.Error
+func (d *Desk) fault(request string, err error) *api.Error {
+	var e *api.Error
 	if errors.As(err, &e) {
 		return e
 	}
 	d.Log.Error("request failed", "request", request, "err", err)
-	return &wire.Error{Outcome: wire.Fault, Check: "broker", Request: request, Message: "the broker could not serve this request; its log says why under this request's id"}
+	return &api.Error{Outcome: api.Fault, Check: "broker", Request: request, Message: "the broker could not serve this request; its log says why under this request's id"}
 }
 
 // A proven host, and what to write of it in the transaction that acts on it.
@@ -138,11 +138,11 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	now := d.Now()
 	nonce, err := evidence.ParseNonce(e.Nonce)
 	if err != nil {
-		return proven{}, &wire.Error{Outcome: wire.Retry, Check: "nonce", Request: request, Message: err.Error()}
+		return proven{}, &api.Error{Outcome: api.Retry, Check: "nonce", Request: request, Message: err.Error()}
 	}
 	given, err := conn.Take(nonce, now)
 	if err != nil {
-		return proven{}, &wire.Error{Outcome: wire.Retry, Check: "nonce", Request: request, Message: err.Error()}
+		return proven{}, &api.Error{Outcome: api.Retry, Check: "nonce", Request: request, Message: err.Error()}
 	}
 	held, err := d.Basis.For(ctx, h.Reference, now)
 	if err != nil {
@@ -158,17 +158,17 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	}
 	if errors.Is(err, appraise.ErrResync) {
 		d.Logs.Forget(h.ID)
-		return proven{}, &wire.Error{Outcome: wire.Retry, Check: wire.CheckResync, Request: request, Message: err.Error()}
+		return proven{}, &api.Error{Outcome: api.Retry, Check: api.CheckResync, Request: request, Message: err.Error()}
 	}
 	if errors.Is(err, appraise.ErrProgram) {
-		return proven{}, &wire.Error{Outcome: wire.Fault, Check: "program-evidence", Request: request, Message: err.Error()}
+		return proven{}, &api.Error{Outcome: api.Fault, Check: "program-evidence", Request: request, Message: err.Error()}
 	}
 	var rejected *evidence.Rejected
 	if !errors.As(err, &rejected) {
 		return proven{}, d.fault(request, err)
 	}
 	if rejected.Check == tpmappraise.CheckExtraData {
-		return proven{}, &wire.Error{Outcome: wire.Retry, Check: string(rejected.Check), Request: request,
+		return proven{}, &api.Error{Outcome: api.Retry, Check: string(rejected.Check), Request: request,
 			Message: "the quote was made for another request, nonce or connection; is there a proxy between host and broker?"}
 	}
 	return proven{}, d.reject(ctx, h, rejected, request)
@@ -207,7 +207,7 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 	if _, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: h.ID}, "evidence rejected: "+string(r.Check), lease.Cause{Actor: "broker", Request: request}, false); err != nil {
 		return d.fault(request, err)
 	}
-	return &wire.Error{Outcome: wire.Rejected, Check: string(r.Check), Request: request, Message: "the evidence does not hold; an operator sees the details"}
+	return &api.Error{Outcome: api.Rejected, Check: string(r.Check), Request: request, Message: "the evidence does not hold; an operator sees the details"}
 }
 
 // save writes what a good proof says of its host: it is trusted, and its
@@ -219,10 +219,10 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 		return err
 	}
 	if h.State == inventory.Quarantined || h.State == inventory.Removed || h.Reenrolling {
-		return &wire.Error{Outcome: wire.Rejected, Check: "host-" + string(h.State), Message: "an operator took this host out meanwhile"}
+		return &api.Error{Outcome: api.Rejected, Check: "host-" + string(h.State), Message: "an operator took this host out meanwhile"}
 	}
 	if !bytes.Equal(h.AKPublic, p.host.AKPublic) {
-		return &wire.Error{Outcome: wire.Fault, Check: wire.CheckReenrol, Message: "the host was enrolled anew meanwhile"}
+		return &api.Error{Outcome: api.Fault, Check: api.CheckReenrol, Message: "the host was enrolled anew meanwhile"}
 	}
 	facts := p.verified.Facts()
 	counters := p.verified.Counters()
@@ -276,7 +276,7 @@ func keepDecision(tx *store.Tx, host string, r policy.Result, f *appraise.Facts)
 }
 
 // refusal tells a host which selectors failed, and not what they wanted.
-func refusal(r policy.Result, request string) *wire.Error {
+func refusal(r policy.Result, request string) *api.Error {
 	var failed []string
 	for _, s := range r.Selectors {
 		if s.Result == "fail" {
@@ -287,7 +287,7 @@ func refusal(r policy.Result, request string) *wire.Error {
 	if len(failed) > 0 {
 		check = failed[0]
 	}
-	return &wire.Error{Outcome: wire.Refused, Check: check, Request: request,
+	return &api.Error{Outcome: api.Refused, Check: check, Request: request,
 		Message: fmt.Sprintf("scope %s is not for this program on this host: %s; `countersign why HOST %s` tells an operator more", r.Scope, strings.Join(failed, ", "), r.Scope)}
 }
 

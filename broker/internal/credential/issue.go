@@ -16,6 +16,7 @@ import (
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/challenge"
 	"github.com/countersign/countersign/broker/internal/issue"
@@ -23,7 +24,6 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire"
 )
 
 // An Order is a request for one credential.
@@ -52,7 +52,7 @@ const maxDeliveryID = 64
 // Issue appraises, decides and issues.
 func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request string) (Issued, error) {
 	if o.DeliveryID == "" || len(o.DeliveryID) > maxDeliveryID || len(o.Program) == 0 {
-		return Issued{}, &wire.Error{Outcome: wire.Fault, Check: "request", Request: request, Message: "a request names its delivery in at most 64 bytes and brings program evidence"}
+		return Issued{}, &api.Error{Outcome: api.Fault, Check: "request", Request: request, Message: "a request names its delivery in at most 64 bytes and brings program evidence"}
 	}
 	p, err := d.appraise(ctx, conn, evidence.CallIssue, o.Evidence, o.Program, request)
 	if err != nil {
@@ -68,7 +68,7 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	scope := decision.Scope()
 	if scope.Certificate != nil {
 		if err := checkCSR(o.CSR); err != nil {
-			return Issued{}, &wire.Error{Outcome: wire.Fault, Check: "csr", Request: request, Message: err.Error()}
+			return Issued{}, &api.Error{Outcome: api.Fault, Check: "csr", Request: request, Message: err.Error()}
 		}
 	}
 	g, c, err := d.Leases.Issue(ctx, decision, lease.Request{
@@ -81,10 +81,10 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 		},
 	})
 	if errors.Is(err, lease.ErrReplaces) {
-		return Issued{}, &wire.Error{Outcome: wire.Fault, Check: wire.CheckGone, Request: request, Message: err.Error()}
+		return Issued{}, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: err.Error()}
 	}
 	if errors.Is(err, lease.ErrTooMany) {
-		return Issued{}, &wire.Error{Outcome: wire.Fault, Check: "too-many", Request: request, Message: err.Error()}
+		return Issued{}, &api.Error{Outcome: api.Fault, Check: "too-many", Request: request, Message: err.Error()}
 	}
 	if err != nil {
 		return Issued{}, d.fault(request, err)
@@ -166,7 +166,7 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 	case observe:
 		return Issued{Observe: true}, nil
 	case result.Outcome == policy.Fault:
-		return Issued{}, &wire.Error{Outcome: wire.Fault, Check: "policy", Request: request, Message: result.Reason}
+		return Issued{}, &api.Error{Outcome: api.Fault, Check: "policy", Request: request, Message: result.Reason}
 	}
 	instance := p.verified.Facts().Program.Instance().String()
 	if err := d.revokeWhere(ctx, p.host.ID, o.Scope, func(g journal.Grant) bool {
@@ -216,7 +216,7 @@ func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delive
 		return g, err
 	}
 	if g.DeliveryID != delivery || g.State == journal.Revoking || g.State == journal.Gone {
-		return g, &wire.Error{Outcome: wire.Fault, Check: wire.CheckGone, Request: request, Message: "this lease is over"}
+		return g, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: "this lease is over"}
 	}
 	g, err = d.Leases.Event(ctx, id, journal.Acknowledged{}, lease.Cause{Actor: "host:" + g.Host, Request: request})
 	if err != nil {
@@ -224,7 +224,7 @@ func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delive
 	}
 	if !g.Settled {
 		// The host keeps the old credential at hand until this succeeds.
-		return g, &wire.Error{Outcome: wire.Fault, Check: "not-extended", Request: request, Message: "the issuer has not given the credential its length yet; acknowledge again"}
+		return g, &api.Error{Outcome: api.Fault, Check: "not-extended", Request: request, Message: "the issuer has not given the credential its length yet; acknowledge again"}
 	}
 	return g, nil
 }
@@ -241,7 +241,7 @@ func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id, request string
 		return err
 	})
 	if errors.Is(err, journal.ErrUnknown) || err == nil && g.Host != h.ID {
-		return journal.Grant{}, &wire.Error{Outcome: wire.Fault, Check: wire.CheckGone, Request: request, Message: "this host has no such lease"}
+		return journal.Grant{}, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: "this host has no such lease"}
 	}
 	if err != nil {
 		return g, d.fault(request, err)
@@ -255,8 +255,8 @@ func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id, request string
 func (d *Desk) Release(ctx context.Context, conn *challenge.Conn, ids []string, reason, request string) (confirmed []string, err error) {
 	for _, id := range ids {
 		g, err := d.own(ctx, conn, id, request)
-		var e *wire.Error
-		if errors.As(err, &e) && e.Check == wire.CheckGone {
+		var e *api.Error
+		if errors.As(err, &e) && e.Check == api.CheckGone {
 			confirmed = append(confirmed, id)
 			continue
 		}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/broker/internal/appraise"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/challenge"
@@ -20,8 +21,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire"
-	"github.com/countersign/countersign/broker/wire/lifetime"
+	"github.com/countersign/countersign/internal/lifetime"
 )
 
 // maxProofs bounds how many leases one proof speaks of.
@@ -46,7 +46,7 @@ type Proof struct {
 // A Verdict is what a proof means for one lease.
 type Verdict struct {
 	Lease   string
-	Outcome string // "live", or a wire.Outcome, or wire.CheckGone
+	Outcome string // "live", or a api.Outcome, or api.CheckGone
 	Reason  string
 	ProveBy time.Time
 	Expires time.Time
@@ -64,7 +64,7 @@ type Proven struct {
 // the host no longer speaks of is revoked.
 func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, request string) (Proven, error) {
 	if len(proof.Leases) > maxProofs {
-		return Proven{}, &wire.Error{Outcome: wire.Fault, Check: "request", Request: request, Message: "too many leases in one proof"}
+		return Proven{}, &api.Error{Outcome: api.Fault, Check: "request", Request: request, Message: "too many leases in one proof"}
 	}
 	p, err := d.appraise(ctx, conn, evidence.CallProve, proof.Evidence, nil, request)
 	if err != nil {
@@ -151,27 +151,27 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 	}
 	switch {
 	case errors.Is(err, journal.ErrUnknown), err == nil && g.Host != p.host.ID:
-		v.Outcome, v.Reason = wire.CheckGone, "this host has no such lease"
+		v.Outcome, v.Reason = api.CheckGone, "this host has no such lease"
 		return v, "", nil
 	case errors.Is(err, journal.ErrUnreadable):
 		// The host's other leases are decided on all the same.
-		v.Outcome, v.Reason = string(wire.Fault), journal.ErrUnreadable.Error()
+		v.Outcome, v.Reason = string(api.Fault), journal.ErrUnreadable.Error()
 		return v, "", nil
 	case err != nil:
 		return v, "", err
 	case g.State != journal.Live && g.State != journal.Retiring && g.State != journal.Provisional:
-		v.Outcome, v.Reason = wire.CheckGone, g.Reason
+		v.Outcome, v.Reason = api.CheckGone, g.Reason
 		return v, "", nil
 	}
 	if g.Kind == journal.KindCertificate && g.Issued.After(now.Add(aheadOf)) {
 		// Nobody accepts it yet; the host asks for another at once.
-		v.Outcome, v.Reason = wire.CheckGone, "the certificate was issued by a clock that was ahead, and is not valid yet"
+		v.Outcome, v.Reason = api.CheckGone, "the certificate was issued by a clock that was ahead, and is not valid yet"
 		return v, v.Reason, nil
 	}
 	verified, err := p.verified.WithProgram(lp.Program)
 	if err != nil {
 		// Not understood is not untrue: nothing is decided.
-		v.Outcome, v.Reason, v.Expires = string(wire.Fault), err.Error(), g.Expires
+		v.Outcome, v.Reason, v.Expires = string(api.Fault), err.Error(), g.Expires
 		return v, "", nil
 	}
 	verified = verified.WithRisk(p.risk.Of(g.Scope))
@@ -184,7 +184,7 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 	}
 	switch result.Outcome {
 	case policy.Fault:
-		v.Outcome, v.Reason, v.Expires = string(wire.Fault), result.Reason, g.Expires
+		v.Outcome, v.Reason, v.Expires = string(api.Fault), result.Reason, g.Expires
 		return v, "", nil
 	case policy.Refused:
 		if decision.Scope().Observe {
@@ -194,7 +194,7 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 			map[string]any{"decision": result, "program": verified.Facts().Program}); err != nil {
 			return v, "", err
 		}
-		v.Outcome, v.Reason = string(wire.Refused), refusal(result, request).Message
+		v.Outcome, v.Reason = string(api.Refused), refusal(result, request).Message
 		return v, "refused: " + result.Reason, nil
 	}
 	program := verified.Facts().Program
@@ -203,7 +203,7 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 		// The instance that has it, or the one that is about to hand it over.
 	default:
 		if !mayBind(g, verified.Facts(), decision.Scope()) {
-			v.Outcome, v.Reason = wire.CheckGone, "the lease was issued to another instance of the program"
+			v.Outcome, v.Reason = api.CheckGone, "the lease was issued to another instance of the program"
 			return v, "another instance asks with it: " + instance, nil
 		}
 		if g, _, err = journal.Step(g, journal.Bound{Instance: instance, Subject: lp.Program}, now); err != nil {

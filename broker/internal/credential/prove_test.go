@@ -8,11 +8,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -51,7 +51,7 @@ func TestAnUnreadableLease(t *testing.T) {
 
 	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
 		v, stop, err := d.judge(tx, p, nil, LeaseProof{Lease: "a"}, now, "r")
-		if v.Outcome != string(wire.Fault) || stop != "" {
+		if v.Outcome != string(api.Fault) || stop != "" {
 			t.Errorf("%+v, %q", v, stop)
 		}
 		return err

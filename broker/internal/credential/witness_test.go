@@ -10,12 +10,12 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/challenge"
 	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -76,16 +76,16 @@ func TestWitnessOfItsOwn(t *testing.T) {
 		other := mine
 		other.Lease = lease
 		err := d.Witness(t.Context(), conn, []Open{mine, other}, "req")
-		var e *wire.Error
-		if !errors.As(err, &e) || e.Check != wire.CheckGone {
+		var e *api.Error
+		if !errors.As(err, &e) || e.Check != api.CheckGone {
 			t.Errorf("%q: %v", lease, err)
 		}
 		if records, _ := entered(t, d); len(records) != 1 {
 			t.Errorf("%q: %d records", lease, len(records))
 		}
 	}
-	var e *wire.Error
-	if err := d.Witness(t.Context(), &challenge.Conn{KeySPKI: []byte("nobody's")}, []Open{mine}, "req"); !errors.As(err, &e) || e.Check != wire.CheckUnknownHost {
+	var e *api.Error
+	if err := d.Witness(t.Context(), &challenge.Conn{KeySPKI: []byte("nobody's")}, []Open{mine}, "req"); !errors.As(err, &e) || e.Check != api.CheckUnknownHost {
 		t.Errorf("a host that isn't known: %v", err)
 	}
 }

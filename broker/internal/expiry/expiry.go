@@ -13,7 +13,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire/lifetime"
+	"github.com/countersign/countersign/internal/lifetime"
 )
 
 // What ends, as the metric's label has it.

@@ -12,7 +12,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // A JoinToken admits one host, once. Only its hash is stored.

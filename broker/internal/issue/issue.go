@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/policy"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // A Handle names an issued credential to its issuer.

@@ -27,7 +27,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/internal/faults"
 )
 
 // actTimeout bounds one call of an issuer.

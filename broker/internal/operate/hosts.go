@@ -15,7 +15,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // A Selector is label conditions, "k=v,k2!=v2,k3".

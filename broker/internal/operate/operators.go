@@ -12,7 +12,7 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/audit"
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/lifetime"
+	"github.com/countersign/countersign/internal/lifetime"
 )
 
 // longestOperator bounds operators' certificates.

@@ -20,7 +20,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/wire/clock"
+	"github.com/countersign/countersign/internal/clock"
 )
 
 const (

@@ -18,7 +18,7 @@ import (
 	"github.com/smallstep/pkcs7"
 	"golang.org/x/sys/unix"
 
-	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 // MaxInput bounds a file that is imported; Microsoft's cabinet has less than 1 MiB.

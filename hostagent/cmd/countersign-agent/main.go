@@ -23,15 +23,15 @@ import (
 	"github.com/countersign/countersign/attestors/process/collect"
 	"github.com/countersign/countersign/attestors/tpm"
 	tpmcollect "github.com/countersign/countersign/attestors/tpm/collect"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
-	"github.com/countersign/countersign/broker/wire/faults"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/service"
+	"github.com/countersign/countersign/internal/faults"
+	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/internal/terminal"
 )
 
@@ -136,7 +136,7 @@ func client(c *config.Agent, log *slog.Logger, now func() time.Time) (*attest.Cl
 		alg = tpm.RSA2048
 	}
 	return attest.Open(attest.Options{Device: device, Logs: attest.Logs(c.EventLog, c.IMAList), StateDir: c.StateDir, AK: alg, Log: log, Now: now, Wall: faults.Now,
-		Peer: wire.Peer{Addresses: c.Broker.Addresses, CASHA256: c.Broker.CASHA256},
+		Peer: api.Peer{Addresses: c.Broker.Addresses, CASHA256: c.Broker.CASHA256},
 		Facts: func() *v1.HostFacts {
 			boot, err := collect.BootID()
 			if err != nil {

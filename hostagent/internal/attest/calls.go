@@ -11,9 +11,9 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/countersign/countersign/attestors/evidence"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // An Order is a request for a credential.
@@ -38,7 +38,7 @@ type Issued struct {
 	Observe       bool // the scope only observes
 }
 
-// Issue asks for a credential. Errors are *wire.Error, or local ones, which
+// Issue asks for a credential. Errors are *api.Error, or local ones, which
 // count as faults.
 func (c *Client) Issue(ctx context.Context, o Order) (Issued, error) {
 	body, err := proto.Marshal(&v1.IssueBody{
@@ -49,7 +49,7 @@ func (c *Client) Issue(ctx context.Context, o Order) (Issued, error) {
 		return Issued{}, err
 	}
 	var out Issued
-	err = c.attested(ctx, evidence.CallIssue, body, func(s *wire.Session, a *v1.Attested) error {
+	err = c.attested(ctx, evidence.CallIssue, body, func(s *api.Session, a *v1.Attested) error {
 		r, err := s.Hosts.Issue(ctx, request(&v1.IssueRequest{Attested: a}))
 		if err != nil {
 			return err
@@ -82,7 +82,7 @@ func (c *Client) local(now *timestamppb.Timestamp) func(*timestamppb.Timestamp) 
 // lives.
 func (c *Client) Acknowledge(ctx context.Context, lease, delivery string) (time.Time, error) {
 	var expires time.Time
-	err := c.plain(ctx, func(s *wire.Session) error {
+	err := c.plain(ctx, func(s *api.Session) error {
 		r, err := s.Hosts.Acknowledge(ctx, request(&v1.AcknowledgeRequest{LeaseId: lease, DeliveryId: delivery}))
 		if err == nil {
 			expires = c.local(r.Msg.GetNow())(r.Msg.GetExpires())
@@ -94,7 +94,7 @@ func (c *Client) Acknowledge(ctx context.Context, lease, delivery string) (time.
 
 // Release gives leases back; it returns those whose end is confirmed.
 func (c *Client) Release(ctx context.Context, leases []string, reason string) (confirmed []string, err error) {
-	err = c.plain(ctx, func(s *wire.Session) error {
+	err = c.plain(ctx, func(s *api.Session) error {
 		r, err := s.Hosts.Release(ctx, request(&v1.ReleaseRequest{LeaseIds: leases, Reason: reason}))
 		if err == nil {
 			confirmed = r.Msg.GetConfirmed()
@@ -119,7 +119,7 @@ func (c *Client) Witness(ctx context.Context, opens []FileOpen) error {
 	for _, o := range opens {
 		m.Opens = append(m.Opens, &v1.FileOpen{LeaseId: o.Lease, Path: o.Path, Time: timestamppb.New(o.Time), Pid: uint32(o.PID), Exe: o.Exe, User: o.User, Unit: o.Unit})
 	}
-	return c.plain(ctx, func(s *wire.Session) error {
+	return c.plain(ctx, func(s *api.Session) error {
 		_, err := s.Hosts.Witness(ctx, request(m))
 		return err
 	})
@@ -127,7 +127,7 @@ func (c *Client) Witness(ctx context.Context, opens []FileOpen) error {
 
 // plain sends a request that needs no quote, once more if the connection was
 // lost or the broker asks for a new certificate.
-func (c *Client) plain(ctx context.Context, send func(*wire.Session) error) error {
+func (c *Client) plain(ctx context.Context, send func(*api.Session) error) error {
 	var last error
 	for range 2 {
 		s, _, err := c.connect(ctx)
@@ -138,8 +138,8 @@ func (c *Client) plain(ctx context.Context, send func(*wire.Session) error) erro
 			return nil
 		}
 
-		switch e := wire.FromConnect(last); {
-		case e.Check == wire.CheckCertificate:
+		switch e := api.FromConnect(last); {
+		case e.Check == api.CheckCertificate:
 			if err := c.rejoin(ctx, s, e); err != nil {
 				return err
 			}
@@ -149,7 +149,7 @@ func (c *Client) plain(ctx context.Context, send func(*wire.Session) error) erro
 			return e
 		}
 	}
-	return wire.FromConnect(last)
+	return api.FromConnect(last)
 }
 
 // A LeaseProof is a lease and the program that holds it.
@@ -160,7 +160,7 @@ type LeaseProof struct {
 
 // A Verdict is what a proof means for a lease.
 type Verdict struct {
-	Outcome string // "live", wire.Refused, wire.Rejected, wire.Fault or wire.CheckGone
+	Outcome string // "live", api.Refused, api.Rejected, api.Fault or api.CheckGone
 	Reason  string
 	Expires time.Time
 }
@@ -189,7 +189,7 @@ func (c *Client) Prove(ctx context.Context, leases []LeaseProof) (Proven, error)
 	}
 	c.mu.Unlock()
 	out := Proven{Verdicts: map[string]Verdict{}}
-	err = c.attested(ctx, evidence.CallProve, body, func(s *wire.Session, a *v1.Attested) error {
+	err = c.attested(ctx, evidence.CallProve, body, func(s *api.Session, a *v1.Attested) error {
 		r, err := s.Hosts.Prove(ctx, request(&v1.ProveRequest{Attested: a, Checkpoint: shown}))
 		if err != nil {
 			return err
@@ -212,7 +212,7 @@ func (c *Client) proven(m *v1.ProveResponse, shown []byte) error {
 		if err := c.follow(m.GetCheckpoint().GetNote(), m.GetCheckpoint().GetConsistency()); err != nil {
 			// Somebody rewrote the log, or another broker speaks: nothing that
 			// it says counts, and nothing that we have goes.
-			return &wire.Error{Outcome: wire.Fault, Check: "audit-log", Message: fmt.Sprintf("the broker's audit log: %v", err)}
+			return &api.Error{Outcome: api.Fault, Check: "audit-log", Message: fmt.Sprintf("the broker's audit log: %v", err)}
 		}
 	}
 	if len(m.GetCertificate()) > 0 {

@@ -22,16 +22,16 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/countersign/countersign/attestors/tpm/collect"
-	"github.com/countersign/countersign/broker/wire"
-	"github.com/countersign/countersign/broker/wire/checkpoint"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/internal/checkpoint"
 )
 
 // A Client is one host towards its brokers. It is safe for concurrent use.
 type Client struct {
 	device *collect.Device
 	dir    string
-	peer   wire.Peer
+	peer   api.Peer
 	alg    tpm.KeyAlgorithm
 	facts  func() *v1.HostFacts
 	logs   LogPaths
@@ -39,17 +39,17 @@ type Client struct {
 	now    func() time.Time
 	wall   func() time.Time
 
-	mu      sync.Mutex    // guards what follows
-	keys    *keys         // nil before the first join
-	member  *membership   // nil before a join succeeded
-	session *wire.Session // nil while there is none
+	mu      sync.Mutex   // guards what follows
+	keys    *keys        // nil before the first join
+	member  *membership  // nil before a join succeeded
+	session *api.Session // nil while there is none
 }
 
 // Options make a Client.
 type Options struct {
 	Device   *collect.Device
 	StateDir string
-	Peer     wire.Peer
+	Peer     api.Peer
 	AK       tpm.KeyAlgorithm
 	Facts    func() *v1.HostFacts // read anew for each request
 	Logs     LogPaths
@@ -121,7 +121,7 @@ func (c *Client) certificate(joining bool) (*tls.Certificate, error) {
 }
 
 // connect is the session to use, a new one where the old is lost.
-func (c *Client) connect(ctx context.Context) (*wire.Session, *keys, error) {
+func (c *Client) connect(ctx context.Context) (*api.Session, *keys, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.member == nil || c.keys == nil {
@@ -137,7 +137,7 @@ func (c *Client) connect(ctx context.Context) (*wire.Session, *keys, error) {
 	}
 	peer := c.peer
 	peer.Certificate = cert
-	s, err := wire.Dial(ctx, peer)
+	s, err := api.Dial(ctx, peer)
 	if err != nil {
 		return nil, nil, fmt.Errorf("no broker: %w", err)
 	}
@@ -149,7 +149,7 @@ func (c *Client) connect(ctx context.Context) (*wire.Session, *keys, error) {
 }
 
 // binding is what a quote for a request on s commits to.
-func binding(call evidence.Call, s *wire.Session, nonce evidence.Nonce, request []byte, signer crypto.Signer) (evidence.Digest, error) {
+func binding(call evidence.Call, s *api.Session, nonce evidence.Nonce, request []byte, signer crypto.Signer) (evidence.Digest, error) {
 	spki, err := x509.MarshalPKIXPublicKey(signer.Public())
 	if err != nil {
 		return evidence.Digest{}, err
@@ -162,13 +162,13 @@ const tries = 3
 
 // joinAgain reports whether the broker asks for a join: it doesn't know the
 // host's key, an operator allowed other keys, or the certificate has ended.
-func joinAgain(e *wire.Error) bool {
-	return e.Check == wire.CheckUnknownHost || e.Check == wire.CheckReenrol || e.Check == wire.CheckCertificate
+func joinAgain(e *api.Error) bool {
+	return e.Check == api.CheckUnknownHost || e.Check == api.CheckReenrol || e.Check == api.CheckCertificate
 }
 
 // rejoin joins because the broker asked for it, by e, on session s. Where
 // another request has left s meanwhile, there is nothing to do but to try again.
-func (c *Client) rejoin(ctx context.Context, s *wire.Session, e *wire.Error) error {
+func (c *Client) rejoin(ctx context.Context, s *api.Session, e *api.Error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.session != s {
@@ -177,24 +177,24 @@ func (c *Client) rejoin(ctx context.Context, s *wire.Session, e *wire.Error) err
 	c.log.Warn("the broker asks this host to join again", "reason", e.Message)
 
 	r, err := c.join(ctx, "")
-	var answer *wire.Error
+	var answer *api.Error
 	switch {
 	case err == nil && !r.Pending:
 		c.log.Info("joined again", "host", r.HostID)
 		return nil
 	case err == nil:
-		return &wire.Error{Outcome: e.Outcome, Check: e.Check, Request: e.Request,
+		return &api.Error{Outcome: e.Outcome, Check: e.Check, Request: e.Request,
 			Message: fmt.Sprintf("%s; joining again waits for an operator: `countersign host show %s` says why, `countersign host approve %s` or `countersign host reenrol %s` lets it in", e.Message, r.HostID, r.HostID, r.HostID)}
-	case errors.As(err, &answer) && answer.Outcome == wire.Rejected && (answer.Check == "host-removed" || answer.Check == "host-quarantined"):
+	case errors.As(err, &answer) && answer.Outcome == api.Rejected && (answer.Check == "host-removed" || answer.Check == "host-quarantined"):
 		return answer // what a proof would have been told
 	}
-	return &wire.Error{Outcome: e.Outcome, Check: e.Check, Request: e.Request, Message: fmt.Sprintf("%s; joining again failed, and is tried again: %v", e.Message, err)}
+	return &api.Error{Outcome: e.Outcome, Check: e.Check, Request: e.Request, Message: fmt.Sprintf("%s; joining again failed, and is tried again: %v", e.Message, err)}
 }
 
 // attested makes body's evidence and sends it. A lost connection rebuilds
 // nonce and quote on the next; a host that the broker asks to join again does,
 // once.
-func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, send func(*wire.Session, *v1.Attested) error) error {
+func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, send func(*api.Session, *v1.Attested) error) error {
 	var last error
 	rejoined := false
 	for range tries {
@@ -210,10 +210,10 @@ func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, 
 			return nil
 		}
 		last = err
-		e := wire.FromConnect(err)
+		e := api.FromConnect(err)
 		switch {
-		case e.Check == wire.CheckResync: // the next challenge names nothing as known
-		case e.Outcome == wire.Retry, s.Err() != nil:
+		case e.Check == api.CheckResync: // the next challenge names nothing as known
+		case e.Outcome == api.Retry, s.Err() != nil:
 			c.forget(s)
 		case joinAgain(e) && !rejoined:
 			rejoined = true
@@ -227,11 +227,11 @@ func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, 
 			return ctx.Err()
 		}
 	}
-	return wire.FromConnect(last)
+	return api.FromConnect(last)
 }
 
 // forget drops s, unless another request has replaced it already.
-func (c *Client) forget(s *wire.Session) {
+func (c *Client) forget(s *api.Session) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.session == s {
@@ -240,17 +240,17 @@ func (c *Client) forget(s *wire.Session) {
 }
 
 // attest fetches a nonce and quotes over body.
-func (c *Client) attest(ctx context.Context, s *wire.Session, k *keys, call evidence.Call, body []byte) (*v1.Attested, error) {
+func (c *Client) attest(ctx context.Context, s *api.Session, k *keys, call evidence.Call, body []byte) (*v1.Attested, error) {
 	r, err := s.Hosts.Challenge(ctx, request(&v1.ChallengeRequest{Count: 1}))
 	if err != nil {
 		return nil, err
 	}
 	if len(r.Msg.GetNonces()) == 0 {
-		return nil, &wire.Error{Outcome: wire.Fault, Check: "nonce", Message: "the broker gave no nonce"}
+		return nil, &api.Error{Outcome: api.Fault, Check: "nonce", Message: "the broker gave no nonce"}
 	}
 	nonce, err := evidence.ParseNonce(r.Msg.GetNonces()[0])
 	if err != nil {
-		return nil, &wire.Error{Outcome: wire.Fault, Check: "nonce", Message: err.Error()}
+		return nil, &api.Error{Outcome: api.Fault, Check: "nonce", Message: err.Error()}
 	}
 	signer, err := c.device.Signer(k.tls)
 	if err != nil {

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire/lifetime"
+	"github.com/countersign/countersign/internal/lifetime"
 )
 
 // Ends is when what this host shows and trusts comes to its end. Zero values

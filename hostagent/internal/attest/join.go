@@ -10,8 +10,8 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
-	"github.com/countersign/countersign/broker/wire"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	"github.com/countersign/countersign/broker/api"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/hostagent/internal/ekcert"
 )
 
@@ -41,7 +41,7 @@ func (c *Client) join(ctx context.Context, token string) (Joined, error) {
 	}
 	peer := c.peer
 	peer.Certificate = cert
-	s, err := wire.Dial(ctx, peer)
+	s, err := api.Dial(ctx, peer)
 	if err != nil {
 		return Joined{}, fmt.Errorf("no broker: %w", err)
 	}
@@ -69,7 +69,7 @@ func (c *Client) join(ctx context.Context, token string) (Joined, error) {
 	}
 	challenge, err := s.Hosts.Join(ctx, request(&v1.JoinRequest{Body: body}))
 	if err != nil {
-		return Joined{}, wire.FromConnect(err)
+		return Joined{}, api.FromConnect(err)
 	}
 	answer, err := c.answer(ctx, s, eks, body, challenge.Msg)
 	if err != nil {
@@ -77,7 +77,7 @@ func (c *Client) join(ctx context.Context, token string) (Joined, error) {
 	}
 	r, err := s.Hosts.Activate(ctx, request(answer))
 	if err != nil {
-		return Joined{}, wire.FromConnect(err)
+		return Joined{}, api.FromConnect(err)
 	}
 	if r.Msg.GetPending() {
 		return Joined{HostID: r.Msg.GetHostId(), Pending: true}, nil
@@ -107,7 +107,7 @@ func (c *Client) ensureKeys(ctx context.Context) error {
 }
 
 // answer has the TPM answer a challenge. c.mu is held.
-func (c *Client) answer(ctx context.Context, s *wire.Session, eks []tpm.EK, body []byte, m *v1.JoinResponse) (*v1.ActivateRequest, error) {
+func (c *Client) answer(ctx context.Context, s *api.Session, eks []tpm.EK, body []byte, m *v1.JoinResponse) (*v1.ActivateRequest, error) {
 	i := int(m.GetEndorsementKey())
 	if i >= len(eks) {
 		return nil, errors.New("the broker challenges an EK that was not offered")

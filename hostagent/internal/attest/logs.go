@@ -7,7 +7,7 @@ import (
 	boot "github.com/countersign/countersign/attestors/boot/collect"
 	"github.com/countersign/countersign/attestors/evidence"
 	ima "github.com/countersign/countersign/attestors/ima/collect"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 )
 
 // LogPaths are where the host keeps what explains its PCRs.

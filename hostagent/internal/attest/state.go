@@ -15,7 +15,7 @@ import (
 	"path/filepath"
 
 	"github.com/countersign/countersign/attestors/tpm/collect"
-	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 // keys are the host's, as the TPM wrapped them.

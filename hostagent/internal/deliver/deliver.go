@@ -14,8 +14,8 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // maxContent bounds one file's content.

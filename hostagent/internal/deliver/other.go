@@ -7,8 +7,8 @@ import (
 	"errors"
 
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 var errNotHere = errors.New("files are delivered on Linux only so far")

@@ -8,8 +8,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // Withdraw removes the files and what an interrupted swap left of them; it

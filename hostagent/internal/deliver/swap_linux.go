@@ -10,8 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // How a set is swapped. Beside a file NAME stand, under fixed names,

@@ -18,8 +18,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 func two(t *testing.T) []*config.File {

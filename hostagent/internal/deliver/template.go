@@ -8,7 +8,7 @@ import (
 	"text/template/parse"
 	"unicode/utf8"
 
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // Templates look like Go's and are its smallest part: text, and actions that

@@ -16,7 +16,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 func one(value string) map[string]secret.Bytes {

@@ -23,13 +23,13 @@ import (
 	"github.com/countersign/countersign/attestors/ima"
 	imalist "github.com/countersign/countersign/attestors/ima/collect"
 	"github.com/countersign/countersign/attestors/tpm/collect"
-	"github.com/countersign/countersign/broker/wire"
-	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/ekcert"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/witness"
+	"github.com/countersign/countersign/internal/faults"
 )
 
 // Results of a check.
@@ -256,9 +256,9 @@ func (r *Report) network(ctx context.Context, b config.Broker) {
 		return
 	}
 	for _, address := range b.Addresses {
-		s, err := wire.Dial(ctx, wire.Peer{Addresses: []string{address}, CASHA256: b.CASHA256, Certificate: cert, Now: faults.Now})
-		var middlebox *wire.MiddleboxError
-		var clock *wire.ClockError
+		s, err := api.Dial(ctx, api.Peer{Addresses: []string{address}, CASHA256: b.CASHA256, Certificate: cert, Now: faults.Now})
+		var middlebox *api.MiddleboxError
+		var clock *api.ClockError
 		var name x509.HostnameError
 		switch {
 		case err == nil:

@@ -11,7 +11,7 @@ import (
 	"slices"
 
 	"github.com/countersign/countersign/attestors/tpm"
-	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 // file is the path of the kept certificate of an EK. Its name is the key's, so

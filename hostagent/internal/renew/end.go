@@ -7,10 +7,10 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/wire"
-	"github.com/countersign/countersign/broker/wire/faults"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/internal/faults"
 )
 
 // withdraw takes the files away and gives the lease back, whatever the files
@@ -284,9 +284,9 @@ func (r *Runner) Judged(ctx context.Context, lease string, v attest.Verdict) {
 		return
 	}
 	switch v.Outcome {
-	case string(wire.Refused), string(wire.Rejected):
+	case string(api.Refused), string(api.Rejected):
 		r.withdraw(ctx, lease, v.Outcome+": "+v.Reason, false)
-	case wire.CheckGone:
+	case api.CheckGone:
 		// It is over at its issuer: a new one takes its place, if policy lets it.
 		r.mu.Lock()
 		if r.lease != nil && r.lease.ID == lease {
@@ -305,7 +305,7 @@ func (r *Runner) Rejected(ctx context.Context, reason string) {
 	lease := r.lease
 	r.mu.Unlock()
 	if lease == nil || lease.holds() { // else Run removes what is left, at its pace
-		r.fail("prove", &wire.Error{Outcome: wire.Rejected, Check: "host", Message: reason})
+		r.fail("prove", &api.Error{Outcome: api.Rejected, Check: "host", Message: reason})
 	}
 	if lease.holds() {
 		r.withdraw(ctx, lease.ID, "rejected: "+reason, false)

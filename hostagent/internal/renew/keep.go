@@ -17,9 +17,9 @@ import (
 
 	"crypto"
 
-	"github.com/countersign/countersign/broker/wire/durable"
-	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/internal/durable"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // A keeper is one credential's place on disk and in memory.

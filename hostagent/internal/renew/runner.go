@@ -11,13 +11,13 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/wire"
-	"github.com/countersign/countersign/broker/wire/faults"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/internal/faults"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // Broker is what a Runner needs of a broker.
@@ -358,8 +358,8 @@ func (r *Runner) acknowledge(ctx context.Context, lease *Lease) (time.Time, erro
 		if err == nil {
 			return expires, nil
 		}
-		var e *wire.Error
-		if errors.As(err, &e) && (e.Check == wire.CheckGone || e.Outcome == wire.Rejected) || !r.now().Before(lease.AckBy) {
+		var e *api.Error
+		if errors.As(err, &e) && (e.Check == api.CheckGone || e.Outcome == api.Rejected) || !r.now().Before(lease.AckBy) {
 			return time.Time{}, err
 		}
 		select {
@@ -372,16 +372,16 @@ func (r *Runner) acknowledge(ctx context.Context, lease *Lease) (time.Time, erro
 
 // answered deals with a broker's answer that isn't a credential.
 func (r *Runner) answered(ctx context.Context, err error) {
-	e := wire.FromConnect(err)
+	e := api.FromConnect(err)
 	r.mu.Lock()
-	r.offline = e.Outcome == wire.Fault
+	r.offline = e.Outcome == api.Fault
 	lease := r.lease
-	if e.Check == wire.CheckGone && lease != nil {
+	if e.Check == api.CheckGone && lease != nil {
 		r.lease = lease.with(func(l *Lease) { l.Replace = r.now() }) // ask again, for a new one
 	}
 	r.mu.Unlock()
 	switch e.Outcome {
-	case wire.Refused, wire.Rejected:
+	case api.Refused, api.Rejected:
 		r.fail("obtain", e)
 		if lease != nil {
 			r.withdraw(ctx, lease.ID, e.Error(), false)

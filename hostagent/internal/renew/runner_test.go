@@ -13,10 +13,10 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/wire/secret"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/test/check"
 )
 

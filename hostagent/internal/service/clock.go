@@ -7,8 +7,8 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire/clock"
-	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/internal/clock"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 // Clock is the time that leases run by. It is the wall clock as it was when the

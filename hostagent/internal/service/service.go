@@ -12,7 +12,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/renew"
@@ -179,11 +179,11 @@ func (s *Service) proveOnce(ctx context.Context) error {
 	return all
 }
 
-func rejection(err error) *wire.Error {
+func rejection(err error) *api.Error {
 	if err == nil {
 		return nil
 	}
-	if e := wire.FromConnect(err); e.Outcome == wire.Rejected {
+	if e := api.FromConnect(err); e.Outcome == api.Rejected {
 		return e
 	}
 	return nil
@@ -250,7 +250,7 @@ func (s *Service) note(err error) {
 	if errors.Is(err, context.Canceled) {
 		return
 	}
-	s.rejected = wire.FromConnect(err).Outcome == wire.Rejected
+	s.rejected = api.FromConnect(err).Outcome == api.Rejected
 	if text := err.Error(); text != s.problem {
 		s.log.Warn("host not proven", "err", err)
 		s.problem = text

@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/renew"
@@ -148,14 +148,14 @@ func TestAProgramThatHangs(t *testing.T) {
 // What is owed and can't be given back keeps no host from its proof, and no
 // rejected one its files.
 func TestOwedWhile(t *testing.T) {
-	rejected := &wire.Error{Outcome: wire.Rejected, Check: "state", Message: "quarantined"}
+	rejected := &api.Error{Outcome: api.Rejected, Check: "state", Message: "quarantined"}
 	for _, tt := range []struct {
 		name           string
 		prove, release error
 		stand          bool
 	}{
 		{"trusted", nil, nil, true},
-		{"the lease's issuer is away", nil, &wire.Error{Outcome: wire.Fault, Message: "Vault is away"}, true},
+		{"the lease's issuer is away", nil, &api.Error{Outcome: api.Fault, Message: "Vault is away"}, true},
 		{"the broker is away", errors.New("no broker"), errors.New("no broker"), true},
 		{"quarantined", rejected, rejected, false},
 		{"quarantined, the broker lost in between", rejected, errors.New("no broker"), false},

@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 )
 
@@ -158,7 +158,7 @@ func (q *queue) tell(ctx context.Context, send func(context.Context, []attest.Fi
 			for _, o := range opens {
 				q.log.Warn("another program opened a credential's file", "lease", o.Lease, "path", o.Path, "pid", o.PID, "exe", o.Exe, "user", o.User, "unit", o.Unit)
 			}
-		case wire.FromConnect(err).Check == wire.CheckGone:
+		case api.FromConnect(err).Check == api.CheckGone:
 			q.settle(batch, false)
 		default:
 			pause = retryAfter

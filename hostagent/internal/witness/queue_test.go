@@ -13,7 +13,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/wire"
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 )
@@ -180,7 +180,7 @@ func TestALeaseThatIsOver(t *testing.T) {
 			sight(q, "new", "/bin/cat")
 		}, func(n int) error {
 			if n == 1 {
-				return &wire.Error{Outcome: wire.Fault, Check: wire.CheckGone, Message: "over"}
+				return &api.Error{Outcome: api.Fault, Check: api.CheckGone, Message: "over"}
 			}
 			return nil
 		}, time.Hour)

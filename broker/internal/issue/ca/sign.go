@@ -13,7 +13,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/policy"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // maxCommonName is X.520's limit.

@@ -23,7 +23,7 @@ import (
 	"strings"
 
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 // Name is the fingerprint's, among a credential's names.

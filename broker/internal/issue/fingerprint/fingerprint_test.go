@@ -10,7 +10,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/test/check"
 )
 

@@ -14,7 +14,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/policy"
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 // maxFields bounds what one credential may consist of.

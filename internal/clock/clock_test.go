@@ -4,7 +4,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/countersign/countersign/broker/wire/clock"
+	"github.com/countersign/countersign/internal/clock"
 )
 
 func TestSteadyGoesOnFromItsStart(t *testing.T) {

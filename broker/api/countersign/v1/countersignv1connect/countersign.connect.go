@@ -13,7 +13,7 @@ import (
 	connect "connectrpc.com/connect"
 	context "context"
 	errors "errors"
-	v1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	http "net/http"
 	strings "strings"
 )

@@ -8,7 +8,7 @@ import (
 
 	"golang.org/x/mod/sumdb/note"
 
-	"github.com/countersign/countersign/broker/wire/checkpoint"
+	"github.com/countersign/countersign/internal/checkpoint"
 )
 
 func keys(t testing.TB, broker string) (note.Signer, note.Verifier) {

@@ -1,4 +1,4 @@
-package wire
+package api
 
 import (
 	"context"
@@ -17,8 +17,8 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/countersign/countersign/attestors/evidence"
-	"github.com/countersign/countersign/broker/wire/countersign/v1/countersignv1connect"
-	"github.com/countersign/countersign/broker/wire/lifetime"
+	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/internal/lifetime"
 )
 
 const (

@@ -7407,7 +7407,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\fRemoveCanary\x12#.countersign.v1.RemoveCanaryRequest\x1a$.countersign.v1.RemoveCanaryResponse\x12L\n" +
 	"\tReadAudit\x12 .countersign.v1.ReadAuditRequest\x1a\x1b.countersign.v1.AuditRecord0\x01\x12Y\n" +
 	"\fAuditReceipt\x12#.countersign.v1.AuditReceiptRequest\x1a$.countersign.v1.AuditReceiptResponse\x12b\n" +
-	"\x0fAuditCheckpoint\x12&.countersign.v1.AuditCheckpointRequest\x1a'.countersign.v1.AuditCheckpointResponseBMZKgithub.com/countersign/countersign/broker/wire/countersign/v1;countersignv1b\x06proto3"
+	"\x0fAuditCheckpoint\x12&.countersign.v1.AuditCheckpointRequest\x1a'.countersign.v1.AuditCheckpointResponseBLZJgithub.com/countersign/countersign/broker/api/countersign/v1;countersignv1b\x06proto3"
 
 var (
 	file_countersign_v1_countersign_proto_rawDescOnce sync.Once

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/countersign/countersign/broker/wire/secret"
+	"github.com/countersign/countersign/internal/secret"
 )
 
 func TestNothingPrintsIt(t *testing.T) {

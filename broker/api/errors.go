@@ -1,8 +1,8 @@
-// Package wire is the contract between brokers, hosts and operators: the
+// Package api is the contract between brokers, hosts and operators: the
 // protobuf schema under countersign/v1, what is generated from it, and what
 // both ends need to speak it. It is the only room of the broker that others
 // import.
-package wire
+package api
 
 import (
 	"errors"
@@ -10,7 +10,7 @@ import (
 
 	"connectrpc.com/connect"
 
-	countersignv1 "github.com/countersign/countersign/broker/wire/countersign/v1"
+	countersignv1 "github.com/countersign/countersign/broker/api/countersign/v1"
 )
 
 // An Outcome is what an answer other than yes means to a host.

@@ -6,7 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/countersign/countersign/broker/wire/durable"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 func TestWriteReplacesWhole(t *testing.T) {
