@@ -6,8 +6,8 @@ import (
 	"connectrpc.com/connect"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
-	"github.com/countersign/countersign/broker/internal/canary"
-	"github.com/countersign/countersign/broker/internal/operate"
+	"github.com/countersign/countersign/broker/internal/front/admin"
+	"github.com/countersign/countersign/broker/internal/state/canary"
 )
 
 func canaryMessage(c canary.Canary) *v1.Canary {
@@ -16,7 +16,7 @@ func canaryMessage(c canary.Canary) *v1.Canary {
 
 // IssueCanary sets a trap.
 func (s *Operators) IssueCanary(ctx context.Context, req *connect.Request[v1.IssueCanaryRequest]) (*connect.Response[v1.IssueCanaryResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.IssueCanaryResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.IssueCanaryResponse, error) {
 		c, err := s.Desk.IssueCanary(ctx, a, req.Msg.GetScope(), req.Msg.GetUsername())
 		return &v1.IssueCanaryResponse{Canary: canaryMessage(c)}, err
 	})
@@ -24,7 +24,7 @@ func (s *Operators) IssueCanary(ctx context.Context, req *connect.Request[v1.Iss
 
 // ListCanaries lists traps.
 func (s *Operators) ListCanaries(ctx context.Context, req *connect.Request[v1.ListCanariesRequest]) (*connect.Response[v1.ListCanariesResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ListCanariesResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ListCanariesResponse, error) {
 		list, err := s.Desk.Canaries(ctx, a, req.Msg.GetScope())
 		out := &v1.ListCanariesResponse{}
 		for _, c := range list {
@@ -36,7 +36,7 @@ func (s *Operators) ListCanaries(ctx context.Context, req *connect.Request[v1.Li
 
 // RemoveCanary takes a trap away.
 func (s *Operators) RemoveCanary(ctx context.Context, req *connect.Request[v1.RemoveCanaryRequest]) (*connect.Response[v1.RemoveCanaryResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.RemoveCanaryResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.RemoveCanaryResponse, error) {
 		return &v1.RemoveCanaryResponse{}, s.Desk.RemoveCanary(ctx, a, req.Msg.GetCanary())
 	})
 }

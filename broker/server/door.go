@@ -27,7 +27,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/attestors/evidence"
-	"github.com/countersign/countersign/broker/internal/challenge"
+	"github.com/countersign/countersign/broker/internal/front/challenge"
 	"github.com/countersign/countersign/internal/lifetime"
 )
 

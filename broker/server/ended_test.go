@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/countersign/countersign/broker/internal/authority"
+	"github.com/countersign/countersign/broker/internal/front/pki"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -21,8 +21,8 @@ import (
 func TestTheDoorAndTime(t *testing.T) {
 	dir, now := t.TempDir(), time.Now()
 	password := []byte("a password of the key files")
-	hosts := check.Must(authority.Create(dir, authority.HostCA, "hosts", password, now))(t)
-	operators := check.Must(authority.Create(dir, authority.OperatorCA, "operators", password, now))(t)
+	hosts := check.Must(pki.Create(dir, pki.HostCA, "hosts", password, now))(t)
+	operators := check.Must(pki.Create(dir, pki.OperatorCA, "operators", password, now))(t)
 	key := check.Must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t)
 	csr := check.Must(x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key))(t)
 	operator, _, err := operators.Operator(csr, "alice", now, now.Add(90*24*time.Hour))

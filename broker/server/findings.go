@@ -9,8 +9,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
-	"github.com/countersign/countersign/broker/internal/findings"
-	"github.com/countersign/countersign/broker/internal/operate"
+	"github.com/countersign/countersign/broker/internal/front/admin"
+	"github.com/countersign/countersign/broker/internal/state/findings"
 )
 
 func findingMessage(f findings.Finding) *v1.Finding {
@@ -47,7 +47,7 @@ func valid(t *timestamppb.Timestamp) *timestamppb.Timestamp {
 
 // ReportFinding enters what the watch found.
 func (s *Operators) ReportFinding(ctx context.Context, req *connect.Request[v1.ReportFindingRequest]) (*connect.Response[v1.ReportFindingResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ReportFindingResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ReportFindingResponse, error) {
 		f, outcome, err := s.Desk.Report(ctx, a, reported(req.Msg.GetFinding()), req.Msg.GetOver())
 		return &v1.ReportFindingResponse{Finding: findingMessage(f), Opened: outcome == findings.New, Reopened: outcome == findings.Reopened}, err
 	})
@@ -55,7 +55,7 @@ func (s *Operators) ReportFinding(ctx context.Context, req *connect.Request[v1.R
 
 // ListFindings lists findings in the order of opening, in pages.
 func (s *Operators) ListFindings(ctx context.Context, req *connect.Request[v1.ListFindingsRequest]) (*connect.Response[v1.ListFindingsResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ListFindingsResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ListFindingsResponse, error) {
 		m := req.Msg
 		if m.GetFinding() != "" {
 			f, err := s.Desk.Finding(ctx, a, m.GetFinding())
@@ -75,7 +75,7 @@ func (s *Operators) ListFindings(ctx context.Context, req *connect.Request[v1.Li
 
 // CloseFinding closes a finding.
 func (s *Operators) CloseFinding(ctx context.Context, req *connect.Request[v1.CloseFindingRequest]) (*connect.Response[v1.CloseFindingResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.CloseFindingResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.CloseFindingResponse, error) {
 		m := req.Msg
 		f, err := s.Desk.CloseFinding(ctx, a, m.GetFinding(), m.GetReason(), moment(m.GetUntil()))
 		return &v1.CloseFindingResponse{Finding: findingMessage(f)}, err

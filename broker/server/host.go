@@ -19,18 +19,18 @@ import (
 	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/countersign/countersign/broker/api"
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
-	"github.com/countersign/countersign/broker/internal/admission"
-	"github.com/countersign/countersign/broker/internal/appraise"
-	"github.com/countersign/countersign/broker/internal/audit"
-	"github.com/countersign/countersign/broker/internal/credential"
-	"github.com/countersign/countersign/broker/internal/inventory"
-	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/front/enroll"
+	"github.com/countersign/countersign/broker/internal/front/hostapi"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
 )
 
 // Hosts handles HostService.
 type Hosts struct {
-	Admission   *admission.Desk
-	Credentials *credential.Desk
+	Admission   *enroll.Desk
+	Credentials *hostapi.Desk
 	Audit       *audit.Log
 	TrustDomain string
 	CA          []byte // DER of the host CA
@@ -84,7 +84,7 @@ func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) 
 	if err := proto.Unmarshal(req.Msg.GetBody(), &body); err != nil {
 		return nil, malformed(ctx, err)
 	}
-	a := admission.Application{Body: req.Msg.GetBody(), AKPublic: body.GetAkPublic(), TLSPublic: body.GetTlsPublic(), Token: body.GetToken(), Hostname: body.GetHostname(), Issuers: body.GetIssuers()}
+	a := enroll.Application{Body: req.Msg.GetBody(), AKPublic: body.GetAkPublic(), TLSPublic: body.GetTlsPublic(), Token: body.GetToken(), Hostname: body.GetHostname(), Issuers: body.GetIssuers()}
 	for _, ek := range body.GetEndorsementKeys() {
 		a.EKs = append(a.EKs, tpm.EK{Public: ek.GetPublic(), Certificate: ek.GetCertificate()})
 	}
@@ -118,7 +118,7 @@ func (s *Hosts) Activate(ctx context.Context, req *connect.Request[v1.ActivateRe
 	if err != nil {
 		return nil, malformed(ctx, err)
 	}
-	r, err := s.Admission.Finish(ctx, c.challenge, admission.Answer{
+	r, err := s.Admission.Finish(ctx, c.challenge, enroll.Answer{
 		Secret:        req.Msg.GetSecret(),
 		Certification: tpm.Certification{Attest: req.Msg.GetCertification().GetAttest(), Signature: req.Msg.GetCertification().GetSignature()},
 		Quote:         quote,
@@ -172,9 +172,9 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	if err != nil {
 		return nil, malformed(ctx, err)
 	}
-	p := credential.Proof{Evidence: e, Certificate: c.leaf}
+	p := hostapi.Proof{Evidence: e, Certificate: c.leaf}
 	for _, l := range body.GetLeases() {
-		p.Leases = append(p.Leases, credential.LeaseProof{Lease: l.GetLeaseId(), Scope: l.GetScope(), Program: l.GetProgram(), Ticket: l.GetTicket()})
+		p.Leases = append(p.Leases, hostapi.LeaseProof{Lease: l.GetLeaseId(), Scope: l.GetScope(), Program: l.GetProgram(), Ticket: l.GetTicket()})
 	}
 	proven, err := s.Credentials.Prove(ctx, c.challenge, p, requestID(ctx))
 	if err != nil {
@@ -221,7 +221,7 @@ func (s *Hosts) Issue(ctx context.Context, req *connect.Request[v1.IssueRequest]
 	if err != nil {
 		return nil, malformed(ctx, err)
 	}
-	issued, err := s.Credentials.Issue(ctx, c.challenge, credential.Order{
+	issued, err := s.Credentials.Issue(ctx, c.challenge, hostapi.Order{
 		Evidence: e, Scope: body.GetScope(), Program: body.GetProgram(), CSR: body.GetCsr(), Replaces: body.GetReplaces(),
 		DeliveryID: body.GetDeliveryId(), BeforeStart: body.GetBeforeStart(), HandOver: body.GetHandOver(),
 	}, requestID(ctx))
@@ -286,9 +286,9 @@ func (s *Hosts) Witness(ctx context.Context, req *connect.Request[v1.WitnessRequ
 	if !s.opens.allow(c.challenge.Key().String()) {
 		return nil, (&api.Error{Outcome: api.Fault, Check: "witness-rate", Request: requestID(ctx), Message: "this host tells of too many opens; try again in a while"}).Connect()
 	}
-	opens := make([]credential.Open, len(list))
+	opens := make([]hostapi.Open, len(list))
 	for i, o := range list {
-		opens[i] = credential.Open{Lease: o.GetLeaseId(), Time: moment(valid(o.GetTime())), Path: o.GetPath(), PID: o.GetPid(), Exe: o.GetExe(), User: o.GetUser(), Unit: o.GetUnit()}
+		opens[i] = hostapi.Open{Lease: o.GetLeaseId(), Time: moment(valid(o.GetTime())), Path: o.GetPath(), PID: o.GetPid(), Exe: o.GetExe(), User: o.GetUser(), Unit: o.GetUnit()}
 	}
 	if err := s.Credentials.Witness(ctx, c.challenge, opens, requestID(ctx)); err != nil {
 		return nil, s.fault(ctx, err)
@@ -317,17 +317,17 @@ func quoteOf(q *v1.Quote) (tpm.Quote, error) {
 	return out, nil
 }
 
-func evidenceOf(a *v1.Attested, body proto.Message, host func() *v1.HostFacts) (credential.Evidence, error) {
+func evidenceOf(a *v1.Attested, body proto.Message, host func() *v1.HostFacts) (hostapi.Evidence, error) {
 	if err := proto.Unmarshal(a.GetBody(), body); err != nil {
-		return credential.Evidence{}, err
+		return hostapi.Evidence{}, err
 	}
 	for what, text := range map[string]string{"os": host().GetOs(), "boot_id": host().GetBootId()} {
 		if len(text) > maxFact || strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
-			return credential.Evidence{}, fmt.Errorf("%s: more than %d bytes, or not printable", what, maxFact)
+			return hostapi.Evidence{}, fmt.Errorf("%s: more than %d bytes, or not printable", what, maxFact)
 		}
 	}
 	quote, err := quoteOf(a.GetQuote())
-	return credential.Evidence{Body: a.GetBody(), Nonce: a.GetNonce(), Quote: quote, Boot: host().GetBootId(), OS: host().GetOs(), Logs: logsOf(a.GetLogs())}, err
+	return hostapi.Evidence{Body: a.GetBody(), Nonce: a.GetNonce(), Quote: quote, Boot: host().GetBootId(), OS: host().GetOs(), Logs: logsOf(a.GetLogs())}, err
 }
 
 func logsOf(l *v1.Logs) appraise.Logs {
@@ -359,13 +359,13 @@ func (s *Hosts) admissionError(ctx context.Context, err error) error {
 		e.Outcome, e.Check, e.Message = api.Rejected, string(rejected.Check), rejected.Detail
 	case errors.Is(err, inventory.ErrToken):
 		e.Outcome, e.Check, e.Message = api.Refused, "join-token", inventory.ErrToken.Error()
-	case errors.Is(err, admission.ErrRemoved):
+	case errors.Is(err, enroll.ErrRemoved):
 		e.Outcome, e.Check, e.Message = api.Rejected, "host-removed", err.Error()
-	case errors.Is(err, admission.ErrQuarantined):
+	case errors.Is(err, enroll.ErrQuarantined):
 		e.Outcome, e.Check, e.Message = api.Rejected, "host-quarantined", err.Error()
-	case errors.Is(err, admission.ErrUncertified):
+	case errors.Is(err, enroll.ErrUncertified):
 		e.Outcome, e.Check, e.Message = api.Refused, "ek-uncertified", err.Error()
-	case errors.Is(err, admission.ErrPendingFull):
+	case errors.Is(err, enroll.ErrPendingFull):
 		e.Check, e.Message = "pending-full", err.Error()
 	default:
 		return s.fault(ctx, err)

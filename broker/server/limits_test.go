@@ -10,7 +10,7 @@ import (
 	"testing"
 
 	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
-	"github.com/countersign/countersign/broker/internal/challenge"
+	"github.com/countersign/countersign/broker/internal/front/challenge"
 )
 
 // Only hosts that are known on their connection, and operators, send much, only

@@ -17,19 +17,19 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/api"
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
-	"github.com/countersign/countersign/broker/internal/audit"
-	"github.com/countersign/countersign/broker/internal/canary"
-	"github.com/countersign/countersign/broker/internal/findings"
-	"github.com/countersign/countersign/broker/internal/inventory"
-	"github.com/countersign/countersign/broker/internal/journal"
-	"github.com/countersign/countersign/broker/internal/operate"
+	"github.com/countersign/countersign/broker/internal/front/admin"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/canary"
+	"github.com/countersign/countersign/broker/internal/state/findings"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
+	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 // Operators handles OperatorService.
 type Operators struct {
-	Desk     *operate.Desk
+	Desk     *admin.Desk
 	BrokerID string
 	Version  string
 	Alarms   func(context.Context) []string
@@ -37,11 +37,11 @@ type Operators struct {
 }
 
 // actor is the operator on this connection.
-func (s *Operators) actor(ctx context.Context) (operate.Actor, error) {
+func (s *Operators) actor(ctx context.Context) (admin.Actor, error) {
 	c := connOf(ctx)
 	switch c.kind {
 	case localPeer:
-		return operate.Actor{Name: "root", Role: operate.Admin, Request: requestID(ctx)}, nil
+		return admin.Actor{Name: "root", Role: admin.Admin, Request: requestID(ctx)}, nil
 	case operatorPeer:
 		a, err := s.Desk.ActorByKey(ctx, c.challenge.KeySPKI)
 		if err != nil {
@@ -51,21 +51,21 @@ func (s *Operators) actor(ctx context.Context) (operate.Actor, error) {
 		a.Request = requestID(ctx)
 		return a, nil
 	case endedOperatorPeer:
-		return operate.Actor{}, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("operator %s's certificate ended at %s by the broker's clock: %s",
+		return admin.Actor{}, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("operator %s's certificate ended at %s by the broker's clock: %s",
 			c.leaf.Subject.CommonName, c.leaf.NotAfter.UTC().Format(time.RFC3339), api.MendOperator(c.leaf.Subject.CommonName)))
 	}
-	return operate.Actor{}, connect.NewError(connect.CodePermissionDenied, errors.New("this call is for operators"))
+	return admin.Actor{}, connect.NewError(connect.CodePermissionDenied, errors.New("this call is for operators"))
 }
 
 func operatorError(err error) error {
-	var bad *operate.InvalidError
+	var bad *admin.InvalidError
 	var c *connect.Error
 	switch {
 	case err == nil:
 		return nil
 	case errors.As(err, &c):
 		return err
-	case errors.Is(err, operate.ErrForbidden):
+	case errors.Is(err, admin.ErrForbidden):
 		return connect.NewError(connect.CodePermissionDenied, err)
 	case errors.Is(err, store.ErrSlow):
 		return connect.NewError(connect.CodeResourceExhausted, err)
@@ -83,7 +83,7 @@ func operatorError(err error) error {
 }
 
 // serve runs one call for the connection's operator.
-func serve[Out any](ctx context.Context, s *Operators, call func(operate.Actor) (*Out, error)) (*connect.Response[Out], error) {
+func serve[Out any](ctx context.Context, s *Operators, call func(admin.Actor) (*Out, error)) (*connect.Response[Out], error) {
 	a, err := s.actor(ctx)
 	if err != nil {
 		return nil, err
@@ -97,7 +97,7 @@ func serve[Out any](ctx context.Context, s *Operators, call func(operate.Actor) 
 
 // GetStatus counts hosts and leases.
 func (s *Operators) GetStatus(ctx context.Context, _ *connect.Request[v1.GetStatusRequest]) (*connect.Response[v1.GetStatusResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.GetStatusResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.GetStatusResponse, error) {
 		st, err := s.Desk.Status(ctx, a)
 		return &v1.GetStatusResponse{BrokerId: s.BrokerID, Version: s.Version, PolicyVersion: uint64(st.Policy), Epoch: uint64(st.Epoch),
 			Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings, Alarms: s.Alarms(ctx), Vault: s.Vault()}, err
@@ -136,11 +136,11 @@ func rows(asked uint32, page int) int {
 }
 
 // placeError is for a page token that no answer gave.
-func placeError(err error) error { return &operate.InvalidError{Reason: err.Error()} }
+func placeError(err error) error { return &admin.InvalidError{Reason: err.Error()} }
 
 // ListHosts lists hosts in pages, or shows one.
 func (s *Operators) ListHosts(ctx context.Context, req *connect.Request[v1.ListHostsRequest]) (*connect.Response[v1.ListHostsResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ListHostsResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ListHostsResponse, error) {
 		m, out := req.Msg, &v1.ListHostsResponse{}
 		if m.GetHost() != "" {
 			h, err := s.Desk.Host(ctx, a, m.GetHost())
@@ -151,7 +151,7 @@ func (s *Operators) ListHosts(ctx context.Context, req *connect.Request[v1.ListH
 		if err != nil {
 			return nil, placeError(err)
 		}
-		hosts, next, more, err := s.Desk.Hosts(ctx, a, operate.HostFilter{Selector: m.GetSelector(), State: m.GetState(), Sort: m.GetSort(), After: after, Limit: rows(m.GetLimit(), hostPage)})
+		hosts, next, more, err := s.Desk.Hosts(ctx, a, admin.HostFilter{Selector: m.GetSelector(), State: m.GetState(), Sort: m.GetSort(), After: after, Limit: rows(m.GetLimit(), hostPage)})
 		for _, h := range hosts {
 			out.Hosts = append(out.Hosts, hostMessage(h))
 		}
@@ -187,10 +187,10 @@ func parsePlace[T any](token string) (at T, err error) {
 
 // AddHosts registers hosts.
 func (s *Operators) AddHosts(ctx context.Context, req *connect.Request[v1.AddHostsRequest]) (*connect.Response[v1.AddHostsResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.AddHostsResponse, error) {
-		var hosts []operate.NewHost
+	return serve(ctx, s, func(a admin.Actor) (*v1.AddHostsResponse, error) {
+		var hosts []admin.NewHost
 		for _, h := range req.Msg.GetHosts() {
-			hosts = append(hosts, operate.NewHost{Name: h.GetName(), EKs: h.GetEkHashes(), Labels: h.GetLabels(), Reference: h.GetReference()})
+			hosts = append(hosts, admin.NewHost{Name: h.GetName(), EKs: h.GetEkHashes(), Labels: h.GetLabels(), Reference: h.GetReference()})
 		}
 		ids, problems, err := s.Desk.AddHosts(ctx, a, hosts, req.Msg.GetDryRun())
 		return &v1.AddHostsResponse{Ids: ids, Problems: problems}, err
@@ -199,9 +199,9 @@ func (s *Operators) AddHosts(ctx context.Context, req *connect.Request[v1.AddHos
 
 // ChangeHost does one act on a host.
 func (s *Operators) ChangeHost(ctx context.Context, req *connect.Request[v1.ChangeHostRequest]) (*connect.Response[v1.ChangeHostResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ChangeHostResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ChangeHostResponse, error) {
 		m := req.Msg
-		h, n, err := s.Desk.ChangeHost(ctx, a, m.GetHost(), operate.Change{Action: m.GetAction(), SetLabels: m.GetSetLabels(), DropLabels: m.GetDropLabels(),
+		h, n, err := s.Desk.ChangeHost(ctx, a, m.GetHost(), admin.Change{Action: m.GetAction(), SetLabels: m.GetSetLabels(), DropLabels: m.GetDropLabels(),
 			Reference: m.GetReference(), Reason: m.GetReason()})
 		return &v1.ChangeHostResponse{Host: hostMessage(h), LeasesRevoked: uint32(n)}, err
 	})
@@ -209,7 +209,7 @@ func (s *Operators) ChangeHost(ctx context.Context, req *connect.Request[v1.Chan
 
 // CreateJoinToken makes a join token.
 func (s *Operators) CreateJoinToken(ctx context.Context, req *connect.Request[v1.CreateJoinTokenRequest]) (*connect.Response[v1.CreateJoinTokenResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.CreateJoinTokenResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.CreateJoinTokenResponse, error) {
 		m := req.Msg
 		expires := m.GetExpires().AsTime()
 		token, err := s.Desk.CreateToken(ctx, a, inventory.JoinToken{Name: m.GetName(), Labels: m.GetLabels(), Reference: m.GetReference(), Expires: expires})
@@ -219,10 +219,10 @@ func (s *Operators) CreateJoinToken(ctx context.Context, req *connect.Request[v1
 
 // AddOperator certifies an operator's key.
 func (s *Operators) AddOperator(ctx context.Context, req *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.AddOperatorResponse, error) {
-		role, err := operate.ParseRole(req.Msg.GetRole())
+	return serve(ctx, s, func(a admin.Actor) (*v1.AddOperatorResponse, error) {
+		role, err := admin.ParseRole(req.Msg.GetRole())
 		if err != nil {
-			return nil, &operate.InvalidError{Reason: err.Error()}
+			return nil, &admin.InvalidError{Reason: err.Error()}
 		}
 		der, err := s.Desk.AddOperator(ctx, a, req.Msg.GetName(), role, req.Msg.GetCsr(), moment(req.Msg.GetExpires()))
 		return &v1.AddOperatorResponse{Certificate: [][]byte{der, s.Desk.OperatorCA.Certificate.Raw}}, err
@@ -231,7 +231,7 @@ func (s *Operators) AddOperator(ctx context.Context, req *connect.Request[v1.Add
 
 // ListOperators lists who may call from outside.
 func (s *Operators) ListOperators(ctx context.Context, _ *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ListOperatorsResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ListOperatorsResponse, error) {
 		list, err := s.Desk.Operators(ctx, a)
 		out := &v1.ListOperatorsResponse{}
 		for _, o := range list {
@@ -243,17 +243,17 @@ func (s *Operators) ListOperators(ctx context.Context, _ *connect.Request[v1.Lis
 
 // RemoveOperator makes an operator's key good for nothing.
 func (s *Operators) RemoveOperator(ctx context.Context, req *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.RemoveOperatorResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.RemoveOperatorResponse, error) {
 		return &v1.RemoveOperatorResponse{}, s.Desk.RemoveOperator(ctx, a, req.Msg.GetName())
 	})
 }
 
 // RenewOperator gives who calls a new certificate.
 func (s *Operators) RenewOperator(ctx context.Context, req *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.RenewOperatorResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.RenewOperatorResponse, error) {
 		c := connOf(ctx)
 		if c.kind != operatorPeer {
-			return nil, &operate.InvalidError{Reason: "root on the local socket has no certificate to renew"}
+			return nil, &admin.InvalidError{Reason: "root on the local socket has no certificate to renew"}
 		}
 		der, err := s.Desk.RenewOperator(ctx, a, c.challenge.KeySPKI, c.leaf, req.Msg.GetCsr())
 		return &v1.RenewOperatorResponse{Certificate: [][]byte{der, s.Desk.OperatorCA.Certificate.Raw}}, err
@@ -267,7 +267,7 @@ func (s *Operators) referenceMessage(r inventory.Reference) *v1.Reference {
 
 // AddReference takes a draft that was written by hand.
 func (s *Operators) AddReference(ctx context.Context, req *connect.Request[v1.AddReferenceRequest]) (*connect.Response[v1.AddReferenceResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.AddReferenceResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.AddReferenceResponse, error) {
 		r, err := s.Desk.AddReference(ctx, a, req.Msg.GetName(), req.Msg.GetContent())
 		return &v1.AddReferenceResponse{Reference: s.referenceMessage(r)}, err
 	})
@@ -275,7 +275,7 @@ func (s *Operators) AddReference(ctx context.Context, req *connect.Request[v1.Ad
 
 // ApproveReference puts a version in force.
 func (s *Operators) ApproveReference(ctx context.Context, req *connect.Request[v1.ApproveReferenceRequest]) (*connect.Response[v1.ApproveReferenceResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ApproveReferenceResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ApproveReferenceResponse, error) {
 		r, err := s.Desk.ApproveReference(ctx, a, req.Msg.GetName(), int64(req.Msg.GetVersion()), moment(req.Msg.GetOlderUntil()))
 		return &v1.ApproveReferenceResponse{Reference: s.referenceMessage(r)}, err
 	})
@@ -283,14 +283,14 @@ func (s *Operators) ApproveReference(ctx context.Context, req *connect.Request[v
 
 // MaintainReference lets be what a set's file rules don't allow.
 func (s *Operators) MaintainReference(ctx context.Context, req *connect.Request[v1.MaintainReferenceRequest]) (*connect.Response[v1.MaintainReferenceResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.MaintainReferenceResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.MaintainReferenceResponse, error) {
 		return &v1.MaintainReferenceResponse{}, s.Desk.Maintain(ctx, a, req.Msg.GetName(), moment(req.Msg.GetUntil()))
 	})
 }
 
 // AddRelease expects what a build announced.
 func (s *Operators) AddRelease(ctx context.Context, req *connect.Request[v1.AddReleaseRequest]) (*connect.Response[v1.AddReleaseResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.AddReleaseResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.AddReleaseResponse, error) {
 		r := inventory.Release{Name: req.Msg.GetName(), Source: req.Msg.GetSource()}
 		for _, f := range req.Msg.GetFiles() {
 			r.Files = append(r.Files, inventory.ReleaseFile{Path: f.GetPath(), Digest: f.GetDigest()})
@@ -302,7 +302,7 @@ func (s *Operators) AddRelease(ctx context.Context, req *connect.Request[v1.AddR
 
 // ListReleases lists versions of releases.
 func (s *Operators) ListReleases(ctx context.Context, req *connect.Request[v1.ListReleasesRequest]) (*connect.Response[v1.ListReleasesResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ListReleasesResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ListReleasesResponse, error) {
 		list, err := s.Desk.Releases(ctx, a, req.Msg.GetName())
 		out := &v1.ListReleasesResponse{}
 		for _, r := range list {
@@ -326,7 +326,7 @@ func moment(t *timestamppb.Timestamp) time.Time {
 
 // LearnReference makes a reference set of what a host last quoted.
 func (s *Operators) LearnReference(ctx context.Context, req *connect.Request[v1.LearnReferenceRequest]) (*connect.Response[v1.LearnReferenceResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.LearnReferenceResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.LearnReferenceResponse, error) {
 		var pcrs []int
 		for _, i := range req.Msg.GetPcrs() {
 			pcrs = append(pcrs, int(i))
@@ -338,7 +338,7 @@ func (s *Operators) LearnReference(ctx context.Context, req *connect.Request[v1.
 
 // ListReferences lists versions of reference sets in pages.
 func (s *Operators) ListReferences(ctx context.Context, req *connect.Request[v1.ListReferencesRequest]) (*connect.Response[v1.ListReferencesResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ListReferencesResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ListReferencesResponse, error) {
 		m, out := req.Msg, &v1.ListReferencesResponse{}
 		after, err := parsePlace[inventory.ReferencePlace](m.GetAfter())
 		if err != nil {
@@ -359,7 +359,7 @@ func (s *Operators) ListReferences(ctx context.Context, req *connect.Request[v1.
 
 // ApplyScopes applies or plans a whole set.
 func (s *Operators) ApplyScopes(ctx context.Context, req *connect.Request[v1.ApplyScopesRequest]) (*connect.Response[v1.ApplyScopesResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ApplyScopesResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ApplyScopesResponse, error) {
 		var files []policy.File
 		for _, f := range req.Msg.GetFiles() {
 			files = append(files, policy.File{Name: f.GetName(), Content: f.GetContent()})
@@ -381,7 +381,7 @@ func (s *Operators) ApplyScopes(ctx context.Context, req *connect.Request[v1.App
 
 // Facts shows what was last appraised of a host.
 func (s *Operators) Facts(ctx context.Context, req *connect.Request[v1.FactsRequest]) (*connect.Response[v1.FactsResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.FactsResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.FactsResponse, error) {
 		facts, err := s.Desk.Facts(ctx, a, req.Msg.GetHost(), req.Msg.GetScope())
 		return &v1.FactsResponse{Json: facts}, err
 	})
@@ -389,7 +389,7 @@ func (s *Operators) Facts(ctx context.Context, req *connect.Request[v1.FactsRequ
 
 // Why explains a decision.
 func (s *Operators) Why(ctx context.Context, req *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.WhyResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.WhyResponse, error) {
 		r, err := s.Desk.Why(ctx, a, req.Msg.GetHost(), req.Msg.GetScope())
 		out := &v1.WhyResponse{Allowed: r.Outcome == policy.Allowed, Outcome: string(r.Outcome), PolicyVersion: uint64(r.Policy), At: stamp(r.At), Reason: r.Reason}
 		for _, sel := range r.Selectors {
@@ -431,7 +431,7 @@ func leaseMessage(g journal.Grant, hostName string) *v1.Lease {
 
 // ListLeases lists leases by the time of issue, in pages.
 func (s *Operators) ListLeases(ctx context.Context, req *connect.Request[v1.ListLeasesRequest]) (*connect.Response[v1.ListLeasesResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.ListLeasesResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.ListLeasesResponse, error) {
 		m := req.Msg
 		out := &v1.ListLeasesResponse{}
 		if m.GetLease() != "" {
@@ -463,7 +463,7 @@ func (s *Operators) ListLeases(ctx context.Context, req *connect.Request[v1.List
 
 // RevokeLeases ends leases.
 func (s *Operators) RevokeLeases(ctx context.Context, req *connect.Request[v1.RevokeLeasesRequest]) (*connect.Response[v1.RevokeLeasesResponse], error) {
-	return serve(ctx, s, func(a operate.Actor) (*v1.RevokeLeasesResponse, error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.RevokeLeasesResponse, error) {
 		m := req.Msg
 		ids, err := s.Desk.Revoke(ctx, a, m.GetLeases(), m.GetHost(), m.GetScope(), m.GetReason())
 		return &v1.RevokeLeasesResponse{Revoking: ids}, err
@@ -479,8 +479,8 @@ func (s *Operators) ReadAudit(ctx context.Context, req *connect.Request[v1.ReadA
 	if err != nil {
 		return err
 	}
-	if a.Role < operate.Viewer {
-		return operatorError(operate.ErrForbidden)
+	if a.Role < admin.Viewer {
+		return operatorError(admin.ErrForbidden)
 	}
 	next := int64(req.Msg.GetFrom())
 	const page = 500
@@ -517,10 +517,10 @@ func (s *Operators) ReadAudit(ctx context.Context, req *connect.Request[v1.ReadA
 
 // AuditReceipt proves one record.
 func (s *Operators) AuditReceipt(ctx context.Context, req *connect.Request[v1.AuditReceiptRequest]) (*connect.Response[v1.AuditReceiptResponse], error) {
-	return serve(ctx, s, func(operate.Actor) (*v1.AuditReceiptResponse, error) {
+	return serve(ctx, s, func(admin.Actor) (*v1.AuditReceiptResponse, error) {
 		record, signed, proof, err := s.Desk.Audit.Receipt(ctx, int64(req.Msg.GetIndex()))
 		if err != nil {
-			err = &operate.InvalidError{Reason: err.Error()}
+			err = &admin.InvalidError{Reason: err.Error()}
 		}
 		return &v1.AuditReceiptResponse{Record: record, Checkpoint: signed, Proof: proof}, err
 	})
@@ -528,7 +528,7 @@ func (s *Operators) AuditReceipt(ctx context.Context, req *connect.Request[v1.Au
 
 // AuditCheckpoint shows the signed head of the log.
 func (s *Operators) AuditCheckpoint(ctx context.Context, req *connect.Request[v1.AuditCheckpointRequest]) (*connect.Response[v1.AuditCheckpointResponse], error) {
-	return serve(ctx, s, func(operate.Actor) (*v1.AuditCheckpointResponse, error) {
+	return serve(ctx, s, func(admin.Actor) (*v1.AuditCheckpointResponse, error) {
 		signed, proof, err := s.Desk.Audit.Head(ctx, int64(req.Msg.GetConsistentWith()))
 		return &v1.AuditCheckpointResponse{Checkpoint: signed, Consistency: proof, VerifierKey: s.Desk.Audit.VerifierKey()}, err
 	})

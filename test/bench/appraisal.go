@@ -33,14 +33,14 @@ type measured struct {
 func appraisal(ctx context.Context, dir string) (rows []Row, err error) {
 	say("appraisal")
 	return benchmarks(ctx, dir, []measured{
-		{"broker/internal/appraise", "Appraise", "Floor", Row{Name: "appraise one request: ECC quote, program evidence, decision", Unit: "µs"},
+		{"broker/internal/verify/appraise", "Appraise", "Floor", Row{Name: "appraise one request: ECC quote, program evidence, decision", Unit: "µs"},
 			"one ECDSA P-256 verification; SHA-256 of the statement, the PCRs, the request, the TLS key and the binding", 2, 1},
 		{"attestors/boot/appraise", "Appraise", "Floor", Row{Name: "appraise an event log of 160 events (aim: ≤ 500 µs)", Unit: "µs"}, bare, 30, 1},
 		{"attestors/boot/appraise", "Largest", "Replay", Row{Name: "appraise the largest log of a real machine (aim: ≤ 2 times its replay)", Unit: "µs"},
 			"parse and replay the same log", 2, 1},
 		{"attestors/ima/appraise", "Appraise", "Floor", Row{Name: "appraise an IMA list, for each of its entries (aim: ≤ 15 µs)", Unit: "µs"}, bare, 30, 1000},
-		{"broker/internal/appraise", "Delta", "DeltaFloor", Row{Name: "1,000 IMA entries on top of 100,000 (aim: ≤ 10,000 µs)", Unit: "µs"}, bare, 60, 1},
-		{"broker/internal/appraise", "LongList", "LongListFloor", Row{Name: "100,000 IMA entries at once (aim: ≤ 1,500,000 µs)", Unit: "µs"}, bare, 80, 1},
+		{"broker/internal/verify/appraise", "Delta", "DeltaFloor", Row{Name: "1,000 IMA entries on top of 100,000 (aim: ≤ 10,000 µs)", Unit: "µs"}, bare, 60, 1},
+		{"broker/internal/verify/appraise", "LongList", "LongListFloor", Row{Name: "100,000 IMA entries at once (aim: ≤ 1,500,000 µs)", Unit: "µs"}, bare, 80, 1},
 	})
 }
 

@@ -17,8 +17,8 @@ import (
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/ima"
-	"github.com/countersign/countersign/broker/internal/offline"
-	"github.com/countersign/countersign/broker/internal/reference"
+	"github.com/countersign/countersign/broker/internal/verify/offline"
+	"github.com/countersign/countersign/broker/internal/verify/reference"
 	"github.com/countersign/countersign/internal/bounded"
 )
 

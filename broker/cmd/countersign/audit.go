@@ -15,7 +15,7 @@ import (
 	"golang.org/x/mod/sumdb/note"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
-	"github.com/countersign/countersign/broker/internal/audit"
+	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/internal/checkpoint"
 )
 

@@ -12,9 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/broker/internal/config"
-	"github.com/countersign/countersign/broker/internal/fsck"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/state/fsck"
+	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/durable"
 	"github.com/countersign/countersign/internal/faults"
 )

@@ -10,13 +10,13 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/countersign/countersign/broker/internal/audit"
-	"github.com/countersign/countersign/broker/internal/authority"
 	"github.com/countersign/countersign/broker/internal/config"
-	"github.com/countersign/countersign/broker/internal/inventory"
+	"github.com/countersign/countersign/broker/internal/front/pki"
 	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
+	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/faults"
 )
 
@@ -61,11 +61,11 @@ func initBroker(cmd *cobra.Command, c *config.Broker) error {
 	}
 	id := inventory.NewID()
 	now := faults.Now()
-	hostCA, err := authority.Create(c.StateDir, authority.HostCA, "countersign hosts "+id, password, now)
+	hostCA, err := pki.Create(c.StateDir, pki.HostCA, "countersign hosts "+id, password, now)
 	if err != nil {
 		return err
 	}
-	if _, err := authority.Create(c.StateDir, authority.OperatorCA, "countersign operators "+id, password, now); err != nil {
+	if _, err := pki.Create(c.StateDir, pki.OperatorCA, "countersign operators "+id, password, now); err != nil {
 		return err
 	}
 	if err := ca.Init(c.StateDir, id, c.TrustDomain, password, now); err != nil {

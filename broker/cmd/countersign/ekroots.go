@@ -11,7 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/countersign/countersign/broker/internal/vendors"
+	"github.com/countersign/countersign/broker/internal/verify/vendors"
 	"github.com/countersign/countersign/internal/bounded"
 )
 

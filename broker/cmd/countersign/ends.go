@@ -7,10 +7,10 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/expiry"
+	"github.com/countersign/countersign/broker/internal/front/admin"
 	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
-	"github.com/countersign/countersign/broker/internal/operate"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 // ends gathers what of a running broker ends by itself.
@@ -32,13 +32,13 @@ func (e ends) list(ctx context.Context, now time.Time) ([]expiry.End, error) {
 		k.VaultToken, k.VaultSecretID = e.vault.Ends()
 	}
 
-	desk := operate.Desk{Store: e.store}
-	operators, err := desk.Operators(ctx, operate.Actor{Name: "root", Role: operate.Viewer})
+	desk := admin.Desk{Store: e.store}
+	operators, err := desk.Operators(ctx, admin.Actor{Name: "root", Role: admin.Viewer})
 	if err != nil {
 		return nil, err
 	}
 	for _, o := range operators {
-		k.Operators = append(k.Operators, expiry.OperatorKey{Name: o.Name, Role: o.Role, Program: o.Role == operate.Responder.String(), Created: o.Created, Expires: o.Expires})
+		k.Operators = append(k.Operators, expiry.OperatorKey{Name: o.Name, Role: o.Role, Program: o.Role == admin.Responder.String(), Created: o.Created, Expires: o.Expires})
 	}
 	return expiry.List(k, now), nil
 }

@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/countersign/countersign/broker/internal/authority"
+	"github.com/countersign/countersign/broker/internal/front/pki"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -13,7 +13,7 @@ import (
 // than a clock that was ahead when it was made.
 func TestListenerCertificate(t *testing.T) {
 	start := time.Now()
-	ca := check.Must(authority.Create(t.TempDir(), authority.HostCA, "hosts", []byte("a password of the key files"), start))(t)
+	ca := check.Must(pki.Create(t.TempDir(), pki.HostCA, "hosts", []byte("a password of the key files"), start))(t)
 	const day = 24 * time.Hour
 
 	var at time.Duration

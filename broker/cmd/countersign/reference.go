@@ -15,8 +15,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
-	"github.com/countersign/countersign/broker/internal/offline"
-	"github.com/countersign/countersign/broker/internal/reference"
+	"github.com/countersign/countersign/broker/internal/verify/offline"
+	"github.com/countersign/countersign/broker/internal/verify/reference"
 )
 
 // defaultOverlap is how long what a fleet moves away from stays allowed.

@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
-	"github.com/countersign/countersign/broker/internal/packages"
+	"github.com/countersign/countersign/broker/internal/verify/packages"
 )
 
 func releaseCommand(o *options) *cobra.Command {

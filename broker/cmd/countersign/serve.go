@@ -18,28 +18,28 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/countersign/countersign/broker/internal/admission"
-	"github.com/countersign/countersign/broker/internal/audit"
-	"github.com/countersign/countersign/broker/internal/authority"
-	"github.com/countersign/countersign/broker/internal/basis"
 	"github.com/countersign/countersign/broker/internal/config"
-	"github.com/countersign/countersign/broker/internal/credential"
 	"github.com/countersign/countersign/broker/internal/expiry"
+	"github.com/countersign/countersign/broker/internal/front/admin"
+	"github.com/countersign/countersign/broker/internal/front/enroll"
+	"github.com/countersign/countersign/broker/internal/front/hostapi"
+	"github.com/countersign/countersign/broker/internal/front/liveness"
+	"github.com/countersign/countersign/broker/internal/front/pki"
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
-	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
-	"github.com/countersign/countersign/broker/internal/measured"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/lease/retention"
 	"github.com/countersign/countersign/broker/internal/metrics"
-	"github.com/countersign/countersign/broker/internal/operate"
 	"github.com/countersign/countersign/broker/internal/policy"
-	"github.com/countersign/countersign/broker/internal/retention"
-	"github.com/countersign/countersign/broker/internal/silence"
-	"github.com/countersign/countersign/broker/internal/store"
-	"github.com/countersign/countersign/broker/internal/timekeeper"
-	"github.com/countersign/countersign/broker/internal/vendors"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/timekeeper"
+	"github.com/countersign/countersign/broker/internal/verify/logcache"
+	"github.com/countersign/countersign/broker/internal/verify/refvalues"
+	"github.com/countersign/countersign/broker/internal/verify/vendors"
 	"github.com/countersign/countersign/broker/server"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/secret"
@@ -64,11 +64,11 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	if err != nil {
 		return err
 	}
-	hostCA, err := authority.Load(c.StateDir, authority.HostCA, password)
+	hostCA, err := pki.Load(c.StateDir, pki.HostCA, password)
 	if err != nil {
 		return err
 	}
-	operatorCA, err := authority.Load(c.StateDir, authority.OperatorCA, password)
+	operatorCA, err := pki.Load(c.StateDir, pki.OperatorCA, password)
 	if err != nil {
 		return err
 	}
@@ -87,7 +87,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	parse := func(files []policy.File) (*policy.Set, error) {
 		return policy.Parse(files, policy.Options{Reserved: c.Names})
 	}
-	set, err := operate.LoadPolicy(ctx, s, parse)
+	set, err := admin.LoadPolicy(ctx, s, parse)
 	if err != nil {
 		return err
 	}
@@ -129,11 +129,11 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		issuers[journal.KindCertificate] = workloads
 		crl, known.workloads = workloads.CRL, workloads
 	}
-	book, logs := basis.New(s), measured.New(measured.Most)
+	book, logs := refvalues.New(s), logcache.New(logcache.Most)
 	leases := lease.New(s, issuers, log, steady)
-	watch := &silence.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
-	desk := &operate.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
-	root := operate.Actor{Name: "root", Role: operate.Viewer}
+	watch := &liveness.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
+	desk := &admin.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
+	root := admin.Actor{Name: "root", Role: admin.Viewer}
 	// By the sure time: a lease that is forgotten too early could come back by its ticket.
 	forgets := &retention.Keeper{Store: s, Keep: c.Retention(), Policy: inForce.Load, Log: log, Now: keeper.Sure}
 	alarms := func(ctx context.Context) []string {
@@ -166,8 +166,8 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	broker := &server.Server{
 		Door: &server.Door{HostCA: hostCA.Certificate, OperatorCA: operatorCA.Certificate, Certificate: listenerCertificate(hostCA, c.Names, faults.Now), Now: faults.Now},
 		Hosts: &server.Hosts{
-			Admission: &admission.Desk{Store: s, Leases: leases, CA: hostCA, Roots: ekRoots.Roots, Intermediates: ekRoots.Intermediates, MostPending: c.PendingHosts, Now: steady, Wall: faults.Now},
-			Credentials: &credential.Desk{Store: s, Leases: leases, Policy: inForce.Load, Basis: book, Logs: logs, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
+			Admission: &enroll.Desk{Store: s, Leases: leases, CA: hostCA, Roots: ekRoots.Roots, Intermediates: ekRoots.Intermediates, MostPending: c.PendingHosts, Now: steady, Wall: faults.Now},
+			Credentials: &hostapi.Desk{Store: s, Leases: leases, Policy: inForce.Load, Basis: book, Logs: logs, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
 				Log: log, Now: steady, Wall: faults.Now},
 			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: steady,
 		},
@@ -225,7 +225,7 @@ const listenerLifetime = 90 * 24 * time.Hour
 // listenerCertificate returns what gives the listener's certificate, which is
 // made anew at two thirds of its life. One that was made by a clock that was
 // ahead is replaced as soon as the clock is back, as hosts don't accept it yet.
-func listenerCertificate(ca *authority.CA, names []string, now func() time.Time) func() (*tls.Certificate, error) {
+func listenerCertificate(ca *pki.CA, names []string, now func() time.Time) func() (*tls.Certificate, error) {
 	var mu sync.Mutex
 	var current *tls.Certificate
 	var made time.Time

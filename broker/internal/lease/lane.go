@@ -5,7 +5,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
 )
 
 const (

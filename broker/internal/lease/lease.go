@@ -20,13 +20,13 @@ import (
 	"sync"
 	"time"
 
-	"github.com/countersign/countersign/broker/internal/appraise"
-	"github.com/countersign/countersign/broker/internal/audit"
-	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
+	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
 	"github.com/countersign/countersign/internal/faults"
 )
 

@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/journal"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/test/check"
 )
 

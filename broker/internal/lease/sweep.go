@@ -7,8 +7,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/countersign/countersign/broker/internal/journal"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 const (

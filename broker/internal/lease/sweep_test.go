@@ -13,8 +13,8 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/journal"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 // swept runs a sweeper over grants in a bubble of its own clock, beside what meanwhile

@@ -14,7 +14,7 @@ import (
 	"cel.dev/cel-go/common/types"
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
-	"github.com/countersign/countersign/broker/internal/appraise"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
 )
 
 const (

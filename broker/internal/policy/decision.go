@@ -3,7 +3,7 @@ package policy
 import (
 	"time"
 
-	"github.com/countersign/countersign/broker/internal/appraise"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
 )
 
 // A Scope is one credential that subjects may earn.

@@ -12,8 +12,8 @@ import (
 	"cel.dev/cel-go/cel"
 
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/internal/appraise"
-	"github.com/countersign/countersign/broker/internal/reference"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/broker/internal/verify/reference"
 )
 
 // Results of one selector.

@@ -8,7 +8,7 @@ import (
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
-	"github.com/countersign/countersign/broker/internal/appraise"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
 )
 
 func billing(t *testing.T) *Set {

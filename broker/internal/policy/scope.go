@@ -16,7 +16,7 @@ import (
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 
 	"github.com/countersign/countersign/attestors/evidence"
-	"github.com/countersign/countersign/broker/internal/appraise"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
 )
 
 // Defaults and bounds of times.

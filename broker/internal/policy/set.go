@@ -20,7 +20,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/countersign/countersign/broker/internal/appraise"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
 )
 
 // Limits of one set. HCL's lexer is quadratic on some input, as unclosed

@@ -29,7 +29,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/instance"
-	"github.com/countersign/countersign/hostagent/internal/service"
+	"github.com/countersign/countersign/hostagent/internal/supervisor"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/internal/terminal"
@@ -213,7 +213,7 @@ func serveCommand(o *options) *cobra.Command {
 			return err
 		}
 		log := newLog(c.LogFormat, cmd.ErrOrStderr())
-		now, err := service.Clock(c.RunDir, faults.Now())
+		now, err := supervisor.Clock(c.RunDir, faults.Now())
 		if err != nil {
 			return err
 		}
@@ -224,7 +224,7 @@ func serveCommand(o *options) *cobra.Command {
 		defer cl.Close()
 		finder := instance.New()
 		defer finder.Close()
-		s, err := service.New(c, cl, finder, log, now, faults.Now)
+		s, err := supervisor.New(c, cl, finder, log, now, faults.Now)
 		if err != nil {
 			return err
 		}
@@ -238,8 +238,8 @@ func statusCommand(o *options) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		var st service.Status
-		if err := service.Ask(cmd.Context(), c.RunDir, "GET", "/status", &st); err != nil {
+		var st supervisor.Status
+		if err := supervisor.Ask(cmd.Context(), c.RunDir, "GET", "/status", &st); err != nil {
 			return err
 		}
 		w := cmd.OutOrStdout()
@@ -318,7 +318,7 @@ func readyCommand(o *options) *cobra.Command {
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 		defer cancel()
-		return service.Ask(ctx, c.RunDir, "POST", "/ready/"+args[0], nil)
+		return supervisor.Ask(ctx, c.RunDir, "POST", "/ready/"+args[0], nil)
 	}}
 	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "how long to wait")
 	return cmd

@@ -19,7 +19,7 @@ const stub = "countersign-command"
 const failed = 3
 
 // A command's program may be a file that the agent itself holds up opens of
-// (package witness): its owner can give a delivered file any name. While Go
+// (package openmon): its owner can give a delivered file any name. While Go
 // starts a program the agent can't answer, and so it starts none but its own,
 // and the execve that may wait is another process's. It is the first thing that
 // process does, before main.

@@ -28,7 +28,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/ekcert"
 	"github.com/countersign/countersign/hostagent/internal/instance"
-	"github.com/countersign/countersign/hostagent/internal/witness"
+	"github.com/countersign/countersign/hostagent/internal/openmon"
 	"github.com/countersign/countersign/internal/faults"
 )
 
@@ -322,7 +322,7 @@ func throwAway() (*tls.Certificate, error) {
 // witness can only say what this process may; the service's log says what the
 // service may.
 func (r *Report) witness() {
-	if err := witness.Available(); err != nil {
+	if err := openmon.Available(); err != nil {
 		r.add("witness", Warning, err.Error(), "credentials work without it; what other programs open is not seen")
 		return
 	}

@@ -45,7 +45,7 @@ import (
 	"go.step.sm/crypto/pemutil"
 
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 // backdate forgives verifiers whose clock is behind.

@@ -12,7 +12,7 @@ import (
 
 	"github.com/smallstep/certificates/db"
 
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 // Buckets, named and filled as smallstep's own database does.

@@ -8,9 +8,9 @@ import (
 	"testing"
 
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/journal"
 	"github.com/countersign/countersign/broker/internal/lease"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 func (r *rig) leases() *lease.Manager {

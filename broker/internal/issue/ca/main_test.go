@@ -25,11 +25,11 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/attestors/tpm"
-	"github.com/countersign/countersign/broker/internal/appraise"
-	"github.com/countersign/countersign/broker/internal/inventory"
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/policy"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
+	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
 	"github.com/countersign/countersign/test/lab"
 )
 

@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/store"
+	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 // listed are the serials on the newest CRL, whose signature is checked.

@@ -32,7 +32,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/journal"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 )
 

@@ -1,0 +1,159 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/findings"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
+	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
+)
+
+// told is what the audit log says of a finding.
+func told(f findings.Finding) map[string]any {
+	return map[string]any{"finding": f.ID, "detector": f.Detector, "cause": f.Cause, "severity": f.Severity, "account": f.Account, "why": f.Why,
+		"first": f.First, "last": f.Last, "count": f.Count}
+}
+
+// Report enters a finding, and closes one that is known where over says how evidence
+// shows that its cause is. The log has a record where it is new, happened again or is
+// closed, and none for each further sighting.
+func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over string) (findings.Finding, findings.Outcome, error) {
+	if err := a.need(Responder); err != nil {
+		return f, findings.Known, err
+	}
+	if err := f.Check(); err != nil {
+		return f, findings.Known, invalid("%v", err)
+	}
+	if len(over) > maxReason {
+		return f, findings.Known, invalid("why it is over has %d bytes; at most %d are kept", len(over), maxReason)
+	}
+	outcome := findings.Known
+	detail := map[string]any{}
+	err := d.act(ctx, a, Responder, "", detail, func(tx *store.Tx, r *audit.Record) error {
+		// A lease that the journal doesn't have, a trap's, says nothing of a scope.
+		if f.Lease != "" {
+			g, err := journal.Load(tx, f.Lease)
+			if err != nil && !errors.Is(err, journal.ErrUnknown) {
+				return err
+			}
+			if err == nil {
+				f.Host, f.Scope = g.Host, g.Scope
+			}
+		}
+		var err error
+		if f, outcome, err = findings.Report(tx, f, d.Now()); err != nil {
+			return err
+		}
+		switch outcome {
+		case findings.New:
+			r.Kind = "finding.opened"
+		case findings.Reopened:
+			r.Kind = "finding.reopened"
+		}
+		if over != "" && outcome == findings.Known && f.Settles() {
+			if f, err = findings.Settle(tx, f, a.Name, over, d.Now()); err != nil {
+				return err
+			}
+			r.Kind, detail["reason"] = "finding.closed", over
+		}
+		r.Host, r.Scope, r.Lease = f.Host, f.Scope, f.Lease
+		for k, v := range told(f) {
+			detail[k] = v
+		}
+		return nil
+	})
+	return f, outcome, err
+}
+
+// Findings lists findings in the order of opening.
+func (d *Desk) Findings(ctx context.Context, a Actor, f findings.Filter) (list []findings.Finding, err error) {
+	if err := a.need(Viewer); err != nil {
+		return nil, err
+	}
+	if f.Status != "" && f.Status != findings.Open && f.Status != findings.Closed {
+		return nil, invalid("no finding is ever %q: open or closed", f.Status)
+	}
+	err = d.Store.Report(ctx, func(tx *store.Tx) error {
+		if f.Host != "" {
+			h, err := inventory.Find(tx, f.Host)
+			if err != nil {
+				return err
+			}
+			f.Host = h.ID
+		}
+		list, err = findings.List(tx, f)
+		return err
+	})
+	return list, err
+}
+
+// Finding is one finding.
+func (d *Desk) Finding(ctx context.Context, a Actor, id string) (f findings.Finding, err error) {
+	if err := a.need(Viewer); err != nil {
+		return f, err
+	}
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		f, err = findings.Load(tx, id)
+		return err
+	})
+	return f, err
+}
+
+const (
+	maxReason = 512                       // bytes
+	maxClosed = 10 * 365 * 24 * time.Hour // an end further away is none
+)
+
+// CloseFinding says that a finding was looked into, and why that is enough.
+func (d *Desk) CloseFinding(ctx context.Context, a Actor, id, reason string, until time.Time) (f findings.Finding, err error) {
+	now := d.Now()
+	switch {
+	case reason == "":
+		return f, invalid("say why: a finding is closed for a reason that whoever reads the audit log can follow")
+	case len(reason) > maxReason:
+		return f, invalid("the reason has %d bytes; at most %d are kept", len(reason), maxReason)
+	case !until.IsZero() && (!until.After(now) || until.Sub(now) > maxClosed):
+		return f, invalid("closed until %s: it has to be in the future, and within 10 years; leave it away to have the next sighting open it again", until.UTC().Format(time.RFC3339))
+	}
+	detail := map[string]any{"reason": reason}
+	if !until.IsZero() {
+		detail["until"] = until
+	}
+	err = d.act(ctx, a, Operator, "finding.closed", detail, func(tx *store.Tx, r *audit.Record) error {
+		if f, err = findings.Close(tx, id, a.Name, reason, until, now); err != nil {
+			return err
+		}
+		r.Host, r.Scope, r.Lease = f.Host, f.Scope, f.Lease
+		for k, v := range told(f) {
+			detail[k] = v
+		}
+		return nil
+	})
+	return f, err
+}
+
+// withRisk is f as it stands with the findings that are open now.
+func withRisk(tx *store.Tx, f appraise.Facts, scope string) (appraise.Facts, error) {
+	risk, err := findings.OfHost(tx, f.Host.ID)
+	f.Subject.Risk = risk.Of(scope)
+	return f, err
+}
+
+// factsWithRisk are a host's recorded facts, with its risk of now.
+func factsWithRisk(tx *store.Tx, recorded json.RawMessage, scope string) (json.RawMessage, error) {
+	var f appraise.Facts
+	if err := json.Unmarshal(recorded, &f); err != nil {
+		return nil, err
+	}
+	f, err := withRisk(tx, f, scope)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(f)
+}

@@ -1,0 +1,174 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"database/sql"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/internal/lifetime"
+)
+
+// longestOperator bounds operators' certificates.
+const longestOperator = 366 * 24 * time.Hour
+
+// AddOperator certifies the key of a CSR as an operator's.
+func (d *Desk) AddOperator(ctx context.Context, a Actor, name string, role Role, csr []byte, until time.Time) ([]byte, error) {
+	now := d.Now()
+	if until.IsZero() {
+		until = now.Add(longestOperator)
+	}
+	switch {
+	case !plainName(name):
+		return nil, invalid("operator name %q: 1 to 64 letters, digits, and . @ _ -", name)
+	case !until.After(now) || until.Sub(now) > longestOperator:
+		return nil, invalid("an operator's certificate ends within a year from now")
+	}
+	der, key, err := d.OperatorCA.Operator(csr, name, now, until)
+	if err != nil {
+		return nil, invalid("%v", err)
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return nil, err
+	}
+	err = d.act(ctx, a, Admin, "operator.added", map[string]any{"name": name, "role": role.String(), "until": until}, func(tx *store.Tx, _ *audit.Record) error {
+		// One name, one key, or nobody knows what the other one still may.
+		var taken int
+		if err := tx.QueryRow(`SELECT COUNT(*) FROM operators WHERE name = ? AND expires > ?`, name, store.Millis(now)).Scan(&taken); err != nil {
+			return err
+		}
+		if taken > 0 {
+			return invalid("operator %s exists; `countersign operator remove %s` first", name, name)
+		}
+		var owner string
+		switch err := tx.QueryRow(`SELECT name FROM operators WHERE key_hash = ?`, evidence.Sum(spki).String()).Scan(&owner); {
+		case err == nil:
+			return invalid("this key is operator %s's; make another, or `countersign operator remove %s` first", owner, owner)
+		case !errors.Is(err, sql.ErrNoRows):
+			return err
+		}
+		_, err := tx.Exec(`INSERT INTO operators (key_hash, name, role, created, expires) VALUES (?, ?, ?, ?, ?)`,
+			evidence.Sum(spki).String(), name, role.String(), store.Millis(now), store.Millis(until))
+		return err
+	})
+	return der, err
+}
+
+// RenewOperator certifies the key of a connection anew, for as long as the
+// certificate shown was made for, and no longer than the newest of this key was:
+// an admin may have added the key again, for less. Only responders can: theirs is the role of
+// programs, which nobody tends. The end of a person's certificate is an admin's
+// choice, and renewing it would undo that.
+func (d *Desk) RenewOperator(ctx context.Context, a Actor, spki []byte, shown *x509.Certificate, csr []byte) ([]byte, error) {
+	now := d.Now()
+	if a.Role != Responder {
+		return nil, fmt.Errorf("%w: only certificates of the role %s are renewed; for %s's, an admin runs `countersign operator remove %s` and `countersign operator add %s --role %s`",
+			ErrForbidden, Responder, a.Name, a.Name, a.Name, a.Role)
+	}
+	if !lifetime.Due(shown, now) {
+		return nil, invalid("operator %s's certificate is renewed from %s on", a.Name, lifetime.RenewAt(shown).UTC().Format(time.RFC3339))
+	}
+
+	life, err := d.operatorLife(ctx, spki)
+	if err != nil {
+		return nil, err
+	}
+	until := now.Add(min(lifetime.Of(shown), life, longestOperator))
+	der, key, err := d.OperatorCA.Operator(csr, a.Name, now, until)
+	if err != nil {
+		return nil, invalid("%v", err)
+	}
+	asked, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(asked, spki) {
+		return nil, invalid("certificate request: its key is not the one that opened this connection")
+	}
+
+	hash := evidence.Sum(spki).String()
+	err = d.act(ctx, a, Responder, "operator.renewed", map[string]any{"name": a.Name, "role": a.Role.String(), "key": hash, "until": until}, func(tx *store.Tx, _ *audit.Record) error {
+		// Looked up again here: an admin may have removed it meanwhile.
+		r, err := tx.Exec(`UPDATE operators SET created = ?, expires = ? WHERE key_hash = ? AND name = ? AND role = ? AND expires > ?`,
+			store.Millis(now), store.Millis(until), hash, a.Name, a.Role.String(), store.Millis(now))
+		if err != nil {
+			return err
+		}
+		if n, err := r.RowsAffected(); err != nil || n == 0 {
+			return errors.Join(err, fmt.Errorf("%w: no operator has this key", ErrForbidden))
+		}
+		return nil
+	})
+	return der, err
+}
+
+// operatorLife is for how long the newest certificate of a key was made.
+func (d *Desk) operatorLife(ctx context.Context, spki []byte) (time.Duration, error) {
+	var created, expires int64
+	err := d.Store.View(ctx, func(tx *store.Tx) error {
+		return tx.QueryRow(`SELECT created, expires FROM operators WHERE key_hash = ?`, evidence.Sum(spki).String()).Scan(&created, &expires)
+	})
+	if errors.Is(err, sql.ErrNoRows) {
+		return 0, fmt.Errorf("%w: no operator has this key", ErrForbidden)
+	}
+	return store.Time(expires).Sub(store.Time(created)), err
+}
+
+// ActorByKey is the operator with this key, by its PKIX DER.
+func (d *Desk) ActorByKey(ctx context.Context, spki []byte) (Actor, error) {
+	var name, role string
+	var expires int64
+	err := d.Store.View(ctx, func(tx *store.Tx) error {
+		return tx.QueryRow(`SELECT name, role, expires FROM operators WHERE key_hash = ?`, evidence.Sum(spki).String()).Scan(&name, &role, &expires)
+	})
+	if err != nil || !d.Now().Before(store.Time(expires)) {
+		return Actor{}, fmt.Errorf("%w: no operator has this key", ErrForbidden)
+	}
+	r, err := ParseRole(role)
+	return Actor{Name: name, Role: r}, err
+}
+
+// An OperatorKey is one by which somebody may call from outside.
+type OperatorKey struct {
+	Name, Role       string
+	Key              string // hex SHA-256 of the key's PKIX DER
+	Created, Expires time.Time
+}
+
+// Operators lists all, those whose certificate has ended too.
+func (d *Desk) Operators(ctx context.Context, a Actor) (list []OperatorKey, err error) {
+	if err := a.need(Viewer); err != nil {
+		return nil, err
+	}
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		list, err = store.Collect(tx, func(row store.Row) (o OperatorKey, err error) {
+			var created, expires int64
+			err = row.Scan(&o.Name, &o.Role, &o.Key, &created, &expires)
+			o.Created, o.Expires = store.Time(created), store.Time(expires)
+			return o, err
+		}, `SELECT name, role, key_hash, created, expires FROM operators ORDER BY name, created`)
+		return err
+	})
+	return list, err
+}
+
+// RemoveOperator ends what an operator's certificate is good for, at once.
+func (d *Desk) RemoveOperator(ctx context.Context, a Actor, name string) error {
+	return d.act(ctx, a, Admin, "operator.removed", map[string]any{"name": name}, func(tx *store.Tx, _ *audit.Record) error {
+		r, err := tx.Exec(`DELETE FROM operators WHERE name = ?`, name)
+		if err != nil {
+			return err
+		}
+		if n, err := r.RowsAffected(); err != nil || n == 0 {
+			return errors.Join(err, invalid("no operator is called %s; `countersign operator list` shows who is", name))
+		}
+		return nil
+	})
+}

@@ -1,0 +1,305 @@
+// Package hostapi answers hosts: it takes their evidence through appraisal,
+// policy and issuing, and says which of the four outcomes came of it.
+//
+// It trusts a connection's key for who asks, and nothing else of a request
+// before it was appraised. Evidence that is false costs the host its leases;
+// a decision that says no costs the one credential; a fault costs nothing.
+package hostapi
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/attestors/tpm"
+	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
+	"github.com/countersign/countersign/broker/api"
+	"github.com/countersign/countersign/broker/internal/front/challenge"
+	"github.com/countersign/countersign/broker/internal/front/enroll"
+	"github.com/countersign/countersign/broker/internal/front/pki"
+	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/findings"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
+	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/broker/internal/verify/logcache"
+	"github.com/countersign/countersign/broker/internal/verify/refvalues"
+)
+
+// DefaultReprove is how often a host without a lease proves itself.
+const DefaultReprove = 15 * time.Minute
+
+// A Desk answers hosts.
+type Desk struct {
+	Store  *store.Store
+	Leases *lease.Manager
+	Policy func() *policy.Set // the set in force
+	Basis  *refvalues.Book
+	Logs   *logcache.Cache
+	CA     *pki.CA     // renews host certificates
+	Signer note.Signer // of tickets
+	Verify note.Verifier
+	Log    *slog.Logger
+	Now    func() time.Time // of leases
+	Wall   func() time.Time // of certificates
+}
+
+// Evidence is what a request proves itself with.
+type Evidence struct {
+	Body  []byte // the request, as sent
+	Nonce []byte
+	Quote tpm.Quote
+	Boot  string
+	OS    string
+	Logs  appraise.Logs
+}
+
+// Challenge opens up to n nonces on conn, together with what is known now of
+// the TPM's counters, and says what of the host's logs needn't be sent again.
+func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int, request string) ([]evidence.Nonce, *appraise.Known, error) {
+	h, _, err := d.host(ctx, conn, request)
+	if err != nil {
+		return nil, nil, err
+	}
+	return conn.Give(max(n, 1), h.Counters, d.Now()), d.Logs.Get(h.ID), nil
+}
+
+// host finds who speaks, with what is open against it, and turns away who must
+// not.
+func (d *Desk) host(ctx context.Context, conn *challenge.Conn, request string) (inventory.Host, findings.Risk, error) {
+	var h inventory.Host
+	var risk findings.Risk
+	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
+		if h, err = inventory.ByTLSKey(tx, conn.Key()); err == nil {
+			risk, err = findings.OfHost(tx, h.ID)
+		}
+		return err
+	})
+	switch {
+	case errors.Is(err, inventory.ErrUnknown):
+		return h, nil, &api.Error{Outcome: api.Fault, Check: api.CheckUnknownHost, Request: request,
+			Message: "this broker knows no host with this key; join again"}
+	case err != nil:
+		return h, nil, d.fault(request, err)
+	case h.State == inventory.Removed:
+		return h, nil, &api.Error{Outcome: api.Rejected, Check: "host-removed", Request: request, Message: "this host was removed"}
+	case h.Reenrolling:
+		return h, nil, &api.Error{Outcome: api.Fault, Check: api.CheckReenrol, Request: request, Message: "an operator asks this host to join again"}
+	case h.State == inventory.Quarantined:
+		return h, nil, &api.Error{Outcome: api.Rejected, Check: "host-quarantined", Request: request, Message: "this host is quarantined; an operator knows why"}
+	case !h.Admitted:
+		return h, nil, &api.Error{Outcome: api.Fault, Check: "host-pending", Request: request, Message: "this host waits for an operator's approval"}
+	}
+	return h, risk, nil
+}
+
+// fault hides what a host needn't know and logs it for who does.
+func (d *Desk) fault(request string, err error) *api.Error {
+	var e *api.Error
+	if errors.As(err, &e) {
+		return e
+	}
+	d.Log.Error("request failed", "request", request, "err", err)
+	return &api.Error{Outcome: api.Fault, Check: "broker", Request: request, Message: "the broker could not serve this request; its log says why under this request's id"}
+}
+
+// A proven host, and what to write of it in the transaction that acts on it.
+type proven struct {
+	host     inventory.Host
+	risk     findings.Risk
+	verified appraise.Verified // without a scope's risk
+	given    challenge.Given
+	conn     *challenge.Conn
+}
+
+// appraise spends the nonce and holds the evidence against the host. Evidence
+// that is false has failed the host when this returns.
+func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence.Call, e Evidence, program []byte, request string) (proven, error) {
+	h, risk, err := d.host(ctx, conn, request)
+	if err != nil {
+		return proven{}, err
+	}
+	known := d.Logs.Get(h.ID)
+	now := d.Now()
+	nonce, err := evidence.ParseNonce(e.Nonce)
+	if err != nil {
+		return proven{}, &api.Error{Outcome: api.Retry, Check: "nonce", Request: request, Message: err.Error()}
+	}
+	given, err := conn.Take(nonce, now)
+	if err != nil {
+		return proven{}, &api.Error{Outcome: api.Retry, Check: "nonce", Request: request, Message: err.Error()}
+	}
+	held, err := d.Basis.For(ctx, h.Reference, now)
+	if err != nil {
+		return proven{}, d.fault(request, err)
+	}
+	verified, err := appraise.Appraise(appraise.Bundle{
+		Binding: conn.Binding(call, nonce, e.Body), Quote: e.Quote, Seen: given.Seen, Program: program,
+		Boot: e.Boot, OS: e.OS, Address: conn.Address, Logs: e.Logs, Known: known,
+	}, h, held, now)
+	if err == nil {
+		d.Logs.Put(h.ID, known, verified.Known())
+		return proven{host: h, risk: risk, verified: verified, given: given, conn: conn}, nil
+	}
+	if errors.Is(err, appraise.ErrResync) {
+		d.Logs.Forget(h.ID)
+		return proven{}, &api.Error{Outcome: api.Retry, Check: api.CheckResync, Request: request, Message: err.Error()}
+	}
+	if errors.Is(err, appraise.ErrProgram) {
+		return proven{}, &api.Error{Outcome: api.Fault, Check: "program-evidence", Request: request, Message: err.Error()}
+	}
+	var rejected *evidence.Rejected
+	if !errors.As(err, &rejected) {
+		return proven{}, d.fault(request, err)
+	}
+	if rejected.Check == tpmappraise.CheckExtraData {
+		return proven{}, &api.Error{Outcome: api.Retry, Check: string(rejected.Check), Request: request,
+			Message: "the quote was made for another request, nonce or connection; is there a proxy between host and broker?"}
+	}
+	return proven{}, d.reject(ctx, h, rejected, request)
+}
+
+// maxDetail bounds what is kept for good of why evidence was rejected.
+const maxDetail = 4096
+
+// reject fails the host and revokes its leases.
+func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejected, request string) error {
+	state, kind := inventory.Failed, "host.failed"
+	r = &evidence.Rejected{Check: r.Check, Detail: strings.ToValidUTF8(r.Detail[:min(len(r.Detail), maxDetail)], "")}
+	if r.Check == appraise.CheckCounters {
+		state, kind = inventory.Quarantined, "finding.duplicate-instance"
+	}
+	now := d.Now()
+	err := d.Store.Update(ctx, func(tx *store.Tx) error {
+		h, err := inventory.Get(tx, h.ID)
+		if err != nil {
+			return err
+		}
+		if h.State == inventory.Trusted || h.State == inventory.Stale || h.State == inventory.Failed {
+			h.State, h.Reason = state, fmt.Sprintf("%s: %s", r.Check, r.Detail)
+			h.SilentAt = time.Time{}
+		}
+		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: "host:" + h.ID, Host: h.ID, Request: request},
+			map[string]any{"check": r.Check, "detail": r.Detail}); err != nil {
+			return err
+		}
+		return inventory.Save(tx, h)
+	})
+	if err != nil {
+		return d.fault(request, err)
+	}
+	d.Log.Warn("evidence rejected", "host", h.ID, "name", h.Name, "check", r.Check, "detail", r.Detail, "request", request)
+	if _, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: h.ID}, "evidence rejected: "+string(r.Check), lease.Cause{Actor: "broker", Request: request}, false); err != nil {
+		return d.fault(request, err)
+	}
+	return &api.Error{Outcome: api.Rejected, Check: string(r.Check), Request: request, Message: "the evidence does not hold; an operator sees the details"}
+}
+
+// save writes what a good proof says of its host: it is trusted, and its
+// counters are at least this high. SilentAt is when it counts as silent; only a
+// proof of all its leases may put that off.
+func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
+	h, err := inventory.Get(tx, p.host.ID)
+	if err != nil {
+		return err
+	}
+	if h.State == inventory.Quarantined || h.State == inventory.Removed || h.Reenrolling {
+		return &api.Error{Outcome: api.Rejected, Check: "host-" + string(h.State), Message: "an operator took this host out meanwhile"}
+	}
+	if !bytes.Equal(h.AKPublic, p.host.AKPublic) {
+		return &api.Error{Outcome: api.Fault, Check: api.CheckReenrol, Message: "the host was enrolled anew meanwhile"}
+	}
+	facts := p.verified.Facts()
+	counters := p.verified.Counters()
+	if h.Counters == nil || h.Counters.Before(counters) {
+		h.Counters = &counters
+	}
+	h.State, h.Reason, h.Address, h.PCRs, h.LastProved = inventory.Trusted, "", p.conn.Address, facts.Host.PCRs, facts.At
+	hostFacts := *facts
+	hostFacts.Program, hostFacts.Subject = nil, appraise.Subject{}
+	if h.Facts, err = json.Marshal(hostFacts); err != nil {
+		return err
+	}
+	digest, err := facts.Host.Digest()
+	if err != nil {
+		return err
+	}
+	if h.FactsDigest != digest.String() {
+		h.FactsDigest = digest.String()
+		if _, err := audit.Append(tx, audit.Record{Time: facts.At, Kind: "host.facts", Actor: "host:" + h.ID, Host: h.ID},
+			map[string]any{"facts": facts.Host, "sha256": h.FactsDigest}); err != nil {
+			return err
+		}
+	}
+	if proof || h.SilentAt.IsZero() || !silentAt.IsZero() && silentAt.Before(h.SilentAt) {
+		h.SilentAt = silentAt
+	}
+	return inventory.Save(tx, h)
+}
+
+// keepDecision keeps what `why` shows, where it differs from what is kept.
+func keepDecision(tx *store.Tx, host string, r policy.Result, f *appraise.Facts) error {
+	result, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	recorded := f.Recorded()
+	recorded.At = time.Time{}
+	facts, err := json.Marshal(recorded)
+	if err != nil {
+		return err
+	}
+	digest, have := evidence.Sum(slices.Concat(result, []byte{0}, facts)).String(), ""
+	err = tx.QueryRow(`SELECT digest FROM decisions WHERE host_id = ? AND scope = ?`, host, r.Scope).Scan(&have)
+	if have == digest || err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return err
+	}
+	_, err = tx.Exec(`INSERT INTO decisions (host_id, scope, at, result, facts, digest) VALUES (?, ?, ?, ?, ?, ?)
+		ON CONFLICT (host_id, scope) DO UPDATE SET at = excluded.at, result = excluded.result, facts = excluded.facts, digest = excluded.digest`,
+		host, r.Scope, store.Millis(f.At), string(result), string(facts), digest)
+	return err
+}
+
+// refusal tells a host which selectors failed, and not what they wanted.
+func refusal(r policy.Result, request string) *api.Error {
+	var failed []string
+	for _, s := range r.Selectors {
+		if s.Result == "fail" {
+			failed = append(failed, s.Name)
+		}
+	}
+	check := "policy"
+	if len(failed) > 0 {
+		check = failed[0]
+	}
+	return &api.Error{Outcome: api.Refused, Check: check, Request: request,
+		Message: fmt.Sprintf("scope %s is not for this program on this host: %s; `countersign why HOST %s` tells an operator more", r.Scope, strings.Join(failed, ", "), r.Scope)}
+}
+
+// jitter spreads proofs over a tenth of their interval, earlier.
+func jitter(d time.Duration) time.Duration {
+	return d - time.Duration(rand.Int64N(int64(d)/10+1))
+}
+
+func (d *Desk) renewCertificate(conn *challenge.Conn, host string, now time.Time) ([]byte, error) {
+	key, err := x509.ParsePKIXPublicKey(conn.KeySPKI)
+	if err != nil {
+		return nil, err
+	}
+	return d.CA.Host(key, host, now, enroll.CertificateLifetime)
+}

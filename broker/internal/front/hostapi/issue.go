@@ -1,0 +1,297 @@
+package hostapi
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+	"unicode"
+
+	"golang.org/x/mod/sumdb/note"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/api"
+	"github.com/countersign/countersign/broker/internal/front/challenge"
+	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/store"
+)
+
+// An Order is a request for one credential.
+type Order struct {
+	Evidence
+	Scope       string
+	Program     []byte
+	CSR         []byte
+	Replaces    string
+	DeliveryID  string
+	BeforeStart bool
+	HandOver    bool
+}
+
+// An Issued credential, or the answer of a scope that only observes.
+type Issued struct {
+	Grant     journal.Grant
+	Fields    []issue.Field
+	ReplaceAt time.Time // when to ask for its successor
+	Ticket    []byte
+	Observe   bool
+}
+
+const maxDeliveryID = 64
+
+// Issue appraises, decides and issues.
+func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request string) (Issued, error) {
+	if o.DeliveryID == "" || len(o.DeliveryID) > maxDeliveryID || len(o.Program) == 0 {
+		return Issued{}, &api.Error{Outcome: api.Fault, Check: "request", Request: request, Message: "a request names its delivery in at most 64 bytes and brings program evidence"}
+	}
+	p, err := d.appraise(ctx, conn, evidence.CallIssue, o.Evidence, o.Program, request)
+	if err != nil {
+		return Issued{}, err
+	}
+	now := d.Now()
+	p.verified = p.verified.WithRisk(p.risk.Of(o.Scope))
+	decision := d.Policy().Decide(p.verified, o.Scope, now)
+	result := decision.Result()
+	if result.Outcome != policy.Allowed || decision.Scope().Observe {
+		return d.notIssued(ctx, p, decision, o, request, now)
+	}
+	scope := decision.Scope()
+	if scope.Certificate != nil {
+		if err := checkCSR(o.CSR); err != nil {
+			return Issued{}, &api.Error{Outcome: api.Fault, Check: "csr", Request: request, Message: err.Error()}
+		}
+	}
+	g, c, err := d.Leases.Issue(ctx, decision, lease.Request{
+		DeliveryID: o.DeliveryID, Replaces: o.Replaces, HandOver: o.HandOver, CSR: o.CSR, ID: request, Sources: []string{conn.Address},
+		With: func(tx *store.Tx) error {
+			if err := p.save(tx, now.Add(scope.Reprove+scope.Grace), false); err != nil {
+				return err
+			}
+			return keepDecision(tx, p.host.ID, result, p.verified.Facts())
+		},
+	})
+	if errors.Is(err, lease.ErrReplaces) {
+		return Issued{}, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: err.Error()}
+	}
+	if errors.Is(err, lease.ErrTooMany) {
+		return Issued{}, &api.Error{Outcome: api.Fault, Check: "too-many", Request: request, Message: err.Error()}
+	}
+	if err != nil {
+		return Issued{}, d.fault(request, err)
+	}
+	ticket, err := d.ticket(g)
+	if err != nil {
+		return Issued{}, d.fault(request, err)
+	}
+	full := now.Add(scope.TTL())
+	if g.Kind == journal.KindCertificate {
+		full = g.Expires
+	}
+	return Issued{Grant: g, Fields: c.Fields, ReplaceAt: replaceAt(now, full, scope), Ticket: ticket}, nil
+}
+
+// replaceAt leaves the overlap, and a third of the life for a broker or Vault
+// that is away.
+func replaceAt(now, end time.Time, scope *policy.Scope) time.Time {
+	return now.Add((end.Sub(now) - scope.Overlap()) * 2 / 3)
+}
+
+// maxCSR bounds a request; one with an RSA key of 4096 bits has a kilobyte.
+const maxCSR = 16 << 10
+
+// checkCSR reads of a CSR only that it is one, that its key is of a kind that
+// is cheap to check, and that who made it has the key.
+func checkCSR(der []byte) error {
+	if len(der) == 0 {
+		return errors.New("this scope issues a certificate: set key in the credential's block on the host")
+	}
+	if len(der) > maxCSR {
+		return fmt.Errorf("a certificate request of %d bytes; at most %d are read", len(der), maxCSR)
+	}
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return errors.New("the certificate request is not PKCS #10")
+	}
+	switch key := csr.PublicKey.(type) {
+	case *ecdsa.PublicKey:
+		if key.Curve != elliptic.P256() && key.Curve != elliptic.P384() {
+			return errors.New("a certificate's key is on P-256 or P-384")
+		}
+	case *rsa.PublicKey:
+		if n := key.N.BitLen(); n < 2048 || n > 4096 {
+			return errors.New("a certificate's RSA key has 2048 to 4096 bits")
+		}
+	default:
+		return errors.New("a certificate's key is ECDSA or RSA")
+	}
+	return csr.CheckSignature()
+}
+
+// notIssued records a decision that issues nothing, and takes away what stands
+// on the ground that it denies.
+func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision, o Order, request string, now time.Time) (Issued, error) {
+	result := decision.Result()
+	observe := decision.Scope() != nil && decision.Scope().Observe
+	kind := "credential." + string(result.Outcome)
+	if observe {
+		kind = "credential.observed"
+	}
+	err := d.Store.Update(ctx, func(tx *store.Tx) error {
+		if err := p.save(tx, time.Time{}, false); err != nil {
+			return err
+		}
+		if decision.Scope() != nil {
+			if err := keepDecision(tx, p.host.ID, result, p.verified.Facts()); err != nil {
+				return err
+			}
+		}
+		_, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: "host:" + p.host.ID, Host: p.host.ID, Scope: bounded(o.Scope, maxWord), Request: request},
+			map[string]any{"decision": result, "program": p.verified.Facts().Program})
+		return err
+	})
+	if err != nil {
+		return Issued{}, d.fault(request, err)
+	}
+	switch {
+	case observe:
+		return Issued{Observe: true}, nil
+	case result.Outcome == policy.Fault:
+		return Issued{}, &api.Error{Outcome: api.Fault, Check: "policy", Request: request, Message: result.Reason}
+	}
+	instance := p.verified.Facts().Program.Instance().String()
+	if err := d.revokeWhere(ctx, p.host.ID, o.Scope, func(g journal.Grant) bool {
+		return g.Instance == instance || g.ID == o.Replaces
+	}, "refused: "+result.Reason, request); err != nil {
+		return Issued{}, d.fault(request, err)
+	}
+	return Issued{}, refusal(result, request)
+}
+
+func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(journal.Grant) bool, reason, request string) error {
+	var grants []journal.Grant
+	if err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
+		grants, err = journal.List(tx, journal.Filter{Host: host, Scope: scope, States: journal.Unended})
+		return err
+	}); err != nil {
+		return err
+	}
+	for _, g := range grants {
+		if g.Unreadable != nil || !which(g) {
+			continue
+		}
+		if _, err := d.Leases.Event(ctx, g.ID, journal.Revoke{Reason: reason}, lease.Cause{Actor: "broker", Request: request, Later: true}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// maxWord bounds a text that a host chooses, in the audit.
+const maxWord = 128
+
+// bounded keeps a host's word short in the audit, and of printable letters.
+func bounded(s string, most int) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '\uFFFD'
+	}, s[:min(len(s), most)])
+}
+
+// Acknowledge makes a provisional grant live.
+func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delivery, request string) (journal.Grant, error) {
+	g, err := d.own(ctx, conn, id, request)
+	if err != nil {
+		return g, err
+	}
+	if g.DeliveryID != delivery || g.State == journal.Revoking || g.State == journal.Gone {
+		return g, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: "this lease is over"}
+	}
+	g, err = d.Leases.Event(ctx, id, journal.Acknowledged{}, lease.Cause{Actor: "host:" + g.Host, Request: request})
+	if err != nil {
+		return g, d.fault(request, err)
+	}
+	if !g.Settled {
+		// The host keeps the old credential at hand until this succeeds.
+		return g, &api.Error{Outcome: api.Fault, Check: "not-extended", Request: request, Message: "the issuer has not given the credential its length yet; acknowledge again"}
+	}
+	return g, nil
+}
+
+// own loads a grant of the host that speaks.
+func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id, request string) (journal.Grant, error) {
+	h, _, err := d.host(ctx, conn, request)
+	if err != nil {
+		return journal.Grant{}, err
+	}
+	var g journal.Grant
+	err = d.Store.View(ctx, func(tx *store.Tx) (err error) {
+		g, err = journal.Load(tx, id)
+		return err
+	})
+	if errors.Is(err, journal.ErrUnknown) || err == nil && g.Host != h.ID {
+		return journal.Grant{}, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: "this host has no such lease"}
+	}
+	if err != nil {
+		return g, d.fault(request, err)
+	}
+	return g, nil
+}
+
+// Release ends leases that the host gives back, and returns those whose end is
+// confirmed. Only a host's own leases can be named, and giving up needs no
+// fresh evidence: it takes nothing that the caller could not drop anyway.
+func (d *Desk) Release(ctx context.Context, conn *challenge.Conn, ids []string, reason, request string) (confirmed []string, err error) {
+	for _, id := range ids {
+		g, err := d.own(ctx, conn, id, request)
+		var e *api.Error
+		if errors.As(err, &e) && e.Check == api.CheckGone {
+			confirmed = append(confirmed, id)
+			continue
+		}
+		if err != nil {
+			return confirmed, err
+		}
+		g, err = d.Leases.Event(ctx, id, journal.Revoke{Reason: "released by the host: " + bounded(reason, maxWord)}, lease.Cause{Actor: "host:" + g.Host, Request: request})
+		if err != nil {
+			return confirmed, d.fault(request, err)
+		}
+		if g.State == journal.Gone {
+			confirmed = append(confirmed, id)
+		}
+	}
+	return confirmed, nil
+}
+
+// ticket is the grant in the broker's signed words, for the agent to keep.
+func (d *Desk) ticket(g journal.Grant) ([]byte, error) {
+	t := ticket{Grant: g, Due: g.Due, Instance: g.Instance, Delivery: g.DeliveryID, Issued: g.Issued, Until: g.Issued.Add(g.TTL)}
+	t.Grant.Facts = nil
+	body, err := json.Marshal(t)
+	if err != nil {
+		return nil, err
+	}
+	return note.Sign(&note.Note{Text: ticketHeader + string(body) + "\n"}, d.Signer)
+}
+
+const ticketHeader = "countersign lease\n"
+
+type ticket struct {
+	Grant    journal.Grant `json:"grant"`
+	Due      time.Time     `json:"due"`
+	Instance string        `json:"instance"`
+	Delivery string        `json:"delivery"`
+	Issued   time.Time     `json:"issued"`
+	Until    time.Time     `json:"until"`
+}

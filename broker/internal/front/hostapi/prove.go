@@ -1,0 +1,282 @@
+package hostapi
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+
+	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/api"
+	"github.com/countersign/countersign/broker/internal/front/challenge"
+	"github.com/countersign/countersign/broker/internal/lease"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
+	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/internal/lifetime"
+)
+
+// maxProofs bounds how many leases one proof speaks of.
+const maxProofs = 256
+
+// A LeaseProof is a lease and the program that holds it.
+type LeaseProof struct {
+	Lease   string
+	Scope   string
+	Program []byte
+	Ticket  []byte
+}
+
+// A Proof is a host's proof of itself and of all the leases that it holds.
+type Proof struct {
+	Evidence
+	Leases []LeaseProof
+	// Certificate is the one that the connection was opened with.
+	Certificate *x509.Certificate
+}
+
+// A Verdict is what a proof means for one lease.
+type Verdict struct {
+	Lease   string
+	Outcome string // "live", or a api.Outcome, or api.CheckGone
+	Reason  string
+	ProveBy time.Time
+	Expires time.Time
+}
+
+// Proven is the answer to a proof.
+type Proven struct {
+	Host        inventory.Host
+	ProveBy     time.Time
+	Verdicts    []Verdict
+	Certificate []byte // DER, where the old one nears its end
+}
+
+// Prove appraises a host and decides anew on each of its leases. A lease that
+// the host no longer speaks of is revoked.
+func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, request string) (Proven, error) {
+	if len(proof.Leases) > maxProofs {
+		return Proven{}, &api.Error{Outcome: api.Fault, Check: "request", Request: request, Message: "too many leases in one proof"}
+	}
+	p, err := d.appraise(ctx, conn, evidence.CallProve, proof.Evidence, nil, request)
+	if err != nil {
+		return Proven{}, err
+	}
+	now := d.Now()
+	set := d.Policy()
+	reprove, grace := DefaultReprove, time.Duration(0)
+
+	out := Proven{Host: p.host}
+	type end struct{ id, reason string }
+	var ends []end
+	err = d.Store.Update(ctx, func(tx *store.Tx) error {
+		out.Verdicts, ends = nil, nil
+		held := map[string]bool{}
+		for _, lp := range proof.Leases {
+			if held[lp.Lease] {
+				continue
+			}
+			held[lp.Lease] = true
+			v, stop, err := d.judge(tx, p, set, lp, now, request)
+			if err != nil {
+				return err
+			}
+			if stop != "" {
+				ends = append(ends, end{lp.Lease, stop})
+			}
+			if scope := set.Scope(lp.Scope); v.Outcome == live && scope != nil {
+				if scope.Reprove < reprove {
+					reprove = scope.Reprove
+				}
+				if grace == 0 || scope.Grace < grace {
+					grace = scope.Grace
+				}
+			}
+			out.Verdicts = append(out.Verdicts, v)
+		}
+		grants, err := journal.List(tx, journal.Filter{Host: p.host.ID, States: []journal.State{journal.Live}})
+		if err != nil {
+			return err
+		}
+		for _, g := range grants {
+			// A lease that came while the proof was being made is not in it.
+			if !held[g.ID] && g.Unreadable == nil && g.Acked.Add(journal.ProvisionalFor).Before(p.given.At) {
+				ends = append(ends, end{g.ID, "the host no longer holds it"})
+			}
+		}
+		out.ProveBy = now.Add(jitter(reprove))
+		silent := now.Add(reprove)
+		if grace == 0 {
+			grace = reprove
+		}
+		return p.save(tx, silent.Add(grace), true)
+	})
+	if err != nil {
+		return Proven{}, d.fault(request, err)
+	}
+	for _, e := range ends {
+		if _, err := d.Leases.Event(ctx, e.id, journal.Revoke{Reason: e.reason}, lease.Cause{Actor: "broker", Request: request, Later: true}); err != nil {
+			return Proven{}, d.fault(request, err)
+		}
+	}
+	if wall := d.Wall(); lifetime.Due(proof.Certificate, wall) {
+		if out.Certificate, err = d.renewCertificate(conn, p.host.ID, wall); err != nil {
+			return Proven{}, d.fault(request, err)
+		}
+	}
+	return out, nil
+}
+
+const live = "live"
+
+// aheadOf is how far in the future a certificate may have been issued and still
+// be accepted: for so long it begins before its making.
+const aheadOf = time.Minute
+
+// judge decides on one lease, writes what stays, and says why it has to end
+// where it has to.
+func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now time.Time, request string) (v Verdict, stop string, err error) {
+	v = Verdict{Lease: lp.Lease}
+	g, err := journal.Load(tx, lp.Lease)
+	if errors.Is(err, journal.ErrUnknown) {
+		g, err = d.adopt(tx, p, lp, now, request)
+	}
+	switch {
+	case errors.Is(err, journal.ErrUnknown), err == nil && g.Host != p.host.ID:
+		v.Outcome, v.Reason = api.CheckGone, "this host has no such lease"
+		return v, "", nil
+	case errors.Is(err, journal.ErrUnreadable):
+		// The host's other leases are decided on all the same.
+		v.Outcome, v.Reason = string(api.Fault), journal.ErrUnreadable.Error()
+		return v, "", nil
+	case err != nil:
+		return v, "", err
+	case g.State != journal.Live && g.State != journal.Retiring && g.State != journal.Provisional:
+		v.Outcome, v.Reason = api.CheckGone, g.Reason
+		return v, "", nil
+	}
+	if g.Kind == journal.KindCertificate && g.Issued.After(now.Add(aheadOf)) {
+		// Nobody accepts it yet; the host asks for another at once.
+		v.Outcome, v.Reason = api.CheckGone, "the certificate was issued by a clock that was ahead, and is not valid yet"
+		return v, v.Reason, nil
+	}
+	verified, err := p.verified.WithProgram(lp.Program)
+	if err != nil {
+		// Not understood is not untrue: nothing is decided.
+		v.Outcome, v.Reason, v.Expires = string(api.Fault), err.Error(), g.Expires
+		return v, "", nil
+	}
+	verified = verified.WithRisk(p.risk.Of(g.Scope))
+	decision := set.Decide(verified, g.Scope, now)
+	result := decision.Result()
+	if decision.Scope() != nil {
+		if err := keepDecision(tx, p.host.ID, result, verified.Facts()); err != nil {
+			return v, "", err
+		}
+	}
+	switch result.Outcome {
+	case policy.Fault:
+		v.Outcome, v.Reason, v.Expires = string(api.Fault), result.Reason, g.Expires
+		return v, "", nil
+	case policy.Refused:
+		if decision.Scope().Observe {
+			break
+		}
+		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.refused", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
+			map[string]any{"decision": result, "program": verified.Facts().Program}); err != nil {
+			return v, "", err
+		}
+		v.Outcome, v.Reason = string(api.Refused), refusal(result, request).Message
+		return v, "refused: " + result.Reason, nil
+	}
+	program := verified.Facts().Program
+	switch instance := program.Instance().String(); {
+	case g.Instance == instance, g.Instance == "" && g.From == instance:
+		// The instance that has it, or the one that is about to hand it over.
+	default:
+		if !mayBind(g, verified.Facts(), decision.Scope()) {
+			v.Outcome, v.Reason = api.CheckGone, "the lease was issued to another instance of the program"
+			return v, "another instance asks with it: " + instance, nil
+		}
+		if g, _, err = journal.Step(g, journal.Bound{Instance: instance, Subject: lp.Program}, now); err != nil {
+			return v, "", err
+		}
+		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.bound", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
+			map[string]any{"instance": instance}); err != nil {
+			return v, "", err
+		}
+	}
+	if g.State == journal.Live || g.State == journal.Retiring {
+		if g, _, err = journal.Step(g, journal.Proved{By: now.Add(decision.Scope().Reprove)}, now); err != nil {
+			return v, "", err
+		}
+	}
+	g.Sources = withSource(g.Sources, p.conn.Address)
+	v.Outcome, v.ProveBy, v.Expires = live, g.ProveBy, g.Expires
+	return v, "", journal.Save(tx, g)
+}
+
+// maxSources bounds the addresses that are kept of a lease's host.
+const maxSources = 16
+
+// withSource is sources with the address that the host proves itself from last:
+// the newest are kept.
+func withSource(sources []string, address string) []string {
+	sources = slices.DeleteFunc(slices.Clone(sources), func(s string) bool { return s == address })
+	sources = append(sources, address)
+	return sources[max(0, len(sources)-maxSources):]
+}
+
+// mayBind says whether a lease may go to the instance that asks: the coming
+// one of a hand-over, or, where the scope lets the unit have it while it
+// starts, a later invocation of the same unit in the same boot. Both run the
+// same file as the one that earned it.
+func mayBind(g journal.Grant, f *appraise.Facts, scope *policy.Scope) bool {
+	p := f.Program
+	if g.Unit == "" || p.Unit != g.Unit || p.Boot != g.Boot || p.SHA256.String() != g.SHA256 {
+		return false
+	}
+	return g.Instance == "" || scope.Process.BeforeStart
+}
+
+// adopt takes a lease back into the journal that this broker issued before its
+// store was restored.
+func (d *Desk) adopt(tx *store.Tx, p proven, lp LeaseProof, now time.Time, request string) (journal.Grant, error) {
+	n, err := note.Open(lp.Ticket, note.VerifierList(d.Verify))
+	if err != nil {
+		return journal.Grant{}, journal.ErrUnknown
+	}
+	body, ok := strings.CutPrefix(n.Text, ticketHeader)
+	if !ok {
+		return journal.Grant{}, journal.ErrUnknown
+	}
+	var t ticket
+	if err := json.Unmarshal([]byte(body), &t); err != nil {
+		return journal.Grant{}, err
+	}
+	g := t.Grant
+	if g.ID != lp.Lease || g.Host != p.host.ID || !now.Before(t.Until) {
+		return journal.Grant{}, journal.ErrUnknown
+	}
+	// Live and due at once: the sweeper asks the issuer how long it lives.
+	g.State, g.Due, g.Instance, g.DeliveryID, g.Issued, g.Acked, g.Settled = journal.Live, now, t.Instance, t.Delivery, t.Issued, now, true
+	g.Expires = t.Until
+	recorded := p.verified.Facts().Recorded()
+	recorded.Program = nil // the subject has it
+	if g.Facts, err = json.Marshal(recorded); err != nil {
+		return g, err
+	}
+	if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.adopted", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
+		map[string]any{"accessor": g.Accessor, "vault_lease": g.VaultLease, "serial": g.Serial, "names": g.Names}); err != nil {
+		return g, err
+	}
+	return g, journal.Save(tx, g)
+}

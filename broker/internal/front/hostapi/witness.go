@@ -1,0 +1,60 @@
+package hostapi
+
+import (
+	"context"
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/front/challenge"
+	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/store"
+)
+
+// An Open is that a program opened the file of a credential that is not its own, by
+// the word of the host.
+type Open struct {
+	Lease string    `json:"-"`
+	Time  time.Time `json:"time"`
+	Path  string    `json:"path"`
+	PID   uint32    `json:"pid"`
+	Exe   string    `json:"exe"`
+	User  string    `json:"user"`
+	Unit  string    `json:"unit,omitempty"`
+}
+
+// openedKind is what an audit record of an Open is called.
+const openedKind = "credential.opened"
+
+// maxSeen bounds a text of an Open as it is kept.
+const maxSeen = 512
+
+// Witness enters what a host saw of its own credentials' files. It takes nothing and
+// gives nothing, and so needs no fresh evidence; a host can only speak of itself.
+func (d *Desk) Witness(ctx context.Context, conn *challenge.Conn, opens []Open, request string) error {
+	now := d.Now()
+	grants := make([]journal.Grant, len(opens))
+	for i, o := range opens {
+		g, err := d.own(ctx, conn, o.Lease, request)
+		if err != nil {
+			return err
+		}
+		grants[i] = g
+	}
+	err := d.Store.Update(ctx, func(tx *store.Tx) error {
+		for i, o := range opens {
+			if o.Time.After(now) || o.Time.Before(grants[i].Issued) {
+				o.Time = now // no clock of a host's moves it to another lease's time
+			}
+			o.Path, o.Exe, o.User, o.Unit = bounded(o.Path, maxSeen), bounded(o.Exe, maxSeen), bounded(o.User, maxSeen), bounded(o.Unit, maxSeen)
+			r := audit.Record{Time: now, Kind: openedKind, Actor: "host:" + grants[i].Host, Host: grants[i].Host, Scope: grants[i].Scope, Lease: grants[i].ID, Request: request}
+			if _, err := audit.Append(tx, r, o); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return d.fault(request, err)
+	}
+	return nil
+}

@@ -1,0 +1,21 @@
+package journal
+
+import (
+	"time"
+
+	"github.com/countersign/countersign/broker/internal/state/store"
+)
+
+// SetBack moves the due times by d, which is negative, that lie at ahead or
+// later: the clock that they were set by was ahead. Otherwise what a grant waits
+// for, the next try of a revocation among it, would wait for as long as the
+// clock was ahead. A grant that is due too early is asked for too early, which
+// ends nothing.
+func SetBack(tx *store.Tx, ahead time.Time, d time.Duration) error {
+	for _, kind := range Kinds {
+		if _, err := tx.Exec(`UPDATE grants SET due = due + ? WHERE kind = ? AND due > 0 AND due >= ?`, d.Milliseconds(), kind, store.Millis(ahead)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
