@@ -42,7 +42,7 @@ bench: setup build ## speed and size, as ratios against floors; writes bench.jso
 	@$(GO) run ./test/bench
 
 bench-large: setup build ## a broker whose store is like a year's use, and a watch over 2 GB of logs; SCALE=0.1 BYTES=200M is a tenth
-	$(BUILD) -o bin/fill ./broker/internal/state/fill
+	$(BUILD) -o bin/fill ./broker/internal/ops/fill
 	@$(GO) run ./test/large -scale $(or $(SCALE),1)
 	@$(GO) run ./test/bench/largelog -bytes $(or $(BYTES),2G)
 

@@ -13,7 +13,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
-	"github.com/countersign/countersign/broker/internal/state/fsck"
+	"github.com/countersign/countersign/broker/internal/ops/fsck"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/durable"
 	"github.com/countersign/countersign/internal/faults"

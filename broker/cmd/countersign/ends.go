@@ -6,10 +6,10 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/countersign/countersign/broker/internal/expiry"
 	"github.com/countersign/countersign/broker/internal/front/admin"
 	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
+	"github.com/countersign/countersign/broker/internal/ops/expiry"
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 

@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/countersign/countersign/broker/internal/config"
-	"github.com/countersign/countersign/broker/internal/state/fsck"
+	"github.com/countersign/countersign/broker/internal/ops/fsck"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/faults"
 )

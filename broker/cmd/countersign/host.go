@@ -16,7 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
-	"github.com/countersign/countersign/broker/internal/cloud"
+	"github.com/countersign/countersign/broker/internal/front/enroll/cloud"
 	"github.com/countersign/countersign/internal/bounded"
 )
 

@@ -19,7 +19,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/countersign/countersign/broker/internal/config"
-	"github.com/countersign/countersign/broker/internal/expiry"
 	"github.com/countersign/countersign/broker/internal/front/admin"
 	"github.com/countersign/countersign/broker/internal/front/enroll"
 	"github.com/countersign/countersign/broker/internal/front/hostapi"
@@ -32,7 +31,8 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/lease/retention"
-	"github.com/countersign/countersign/broker/internal/metrics"
+	"github.com/countersign/countersign/broker/internal/ops/expiry"
+	"github.com/countersign/countersign/broker/internal/ops/metrics"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/store"

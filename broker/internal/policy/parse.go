@@ -15,7 +15,7 @@ import (
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
 
-	"github.com/countersign/countersign/broker/internal/nesting"
+	"github.com/countersign/countersign/broker/internal/config/nesting"
 )
 
 const (

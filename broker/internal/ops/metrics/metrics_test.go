@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/countersign/countersign/broker/internal/expiry"
+	"github.com/countersign/countersign/broker/internal/ops/expiry"
 )
 
 // The names of vendors' certificates are any bytes.

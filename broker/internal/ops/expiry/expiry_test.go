@@ -73,7 +73,7 @@ func TestOperators(t *testing.T) {
 
 // The table in docs/OPERATIONS.md is Kinds, row by row; every end has a kind.
 func TestTheDocsTable(t *testing.T) {
-	text := string(check.Must(os.ReadFile("../../../docs/OPERATIONS.md"))(t))
+	text := string(check.Must(os.ReadFile("../../../../docs/OPERATIONS.md"))(t))
 	_, section, ok := strings.Cut(text, "## What ends by itself\n")
 	if !ok {
 		t.Fatal("docs/OPERATIONS.md has no such section")
