@@ -21,7 +21,7 @@ import (
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/front/enroll"
 	"github.com/countersign/countersign/broker/internal/front/hostapi"
-	"github.com/countersign/countersign/broker/internal/lease/journal"
+	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
@@ -233,7 +233,7 @@ func (s *Hosts) Issue(ctx context.Context, req *connect.Request[v1.IssueRequest]
 	}
 	g := issued.Grant
 	out := &v1.IssueResponse{LeaseId: g.ID, Expires: stamp(g.Expires), ProveBy: stamp(g.ProveBy), ReplaceAt: stamp(issued.ReplaceAt),
-		AcknowledgeBy: stamp(g.Issued.Add(journal.ProvisionalFor)), Ticket: issued.Ticket, Now: stamp(s.Now())}
+		AcknowledgeBy: stamp(g.Issued.Add(issue.ProvisionalFor)), Ticket: issued.Ticket, Now: stamp(s.Now())}
 	for _, f := range issued.Fields {
 		out.Fields = append(out.Fields, &v1.SecretField{Name: f.Name, Value: f.Value.Reveal()})
 	}

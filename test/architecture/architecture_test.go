@@ -118,6 +118,29 @@ func TestRooms(t *testing.T) {
 	}
 }
 
+// stages are the folders of broker/internal. Each imports only those behind it; ops
+// maintains them all, and none imports it.
+var stages = []string{"front", "lease", "issue", "policy", "verify", "state", "config"}
+
+func TestStages(t *testing.T) {
+	const inside = "broker/internal/"
+	for _, e := range edges(t) {
+		from, isFrom := strings.CutPrefix(e[0], inside)
+		to, isTo := strings.CutPrefix(e[1], inside)
+		if !isTo {
+			continue
+		}
+		a, b := slices.Index(stages, room(from)), slices.Index(stages, room(to))
+		switch {
+		case b < 0 && room(to) != "ops":
+			t.Errorf("%s is in no stage", e[1])
+		case !isFrom || room(from) == "ops":
+		case b < 0 || a > b:
+			t.Errorf("%s imports %s, which stands above it", e[0], e[1])
+		}
+	}
+}
+
 func TestAgentDependencies(t *testing.T) {
 	modules := map[string]bool{}
 	for _, line := range list(t, "-deps", "-f", `{{with .Module}}{{.Path}}{{end}}`, "./hostagent/cmd/countersign-agent") {

@@ -15,6 +15,10 @@ import (
 	"github.com/countersign/countersign/internal/secret"
 )
 
+// ProvisionalFor is how long a credential lives unless its delivery is
+// acknowledged.
+const ProvisionalFor = 2 * time.Minute
+
 // A Handle names an issued credential to its issuer.
 type Handle struct {
 	Grant      string // the journal's id
@@ -62,7 +66,7 @@ var (
 // An Issuer makes and ends the credentials of one kind. All calls can be
 // repeated without harm but Issue.
 type Issuer interface {
-	// Issue makes a credential that dies within journal.ProvisionalFor unless
+	// Issue makes a credential that dies within ProvisionalFor unless
 	// extended, where the kind allows that. On an error it has ended, or tried
 	// to, what it had made.
 	Issue(ctx context.Context, o Order) (Credential, error)

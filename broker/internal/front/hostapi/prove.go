@@ -14,6 +14,7 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/broker/internal/front/challenge"
+	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
@@ -108,7 +109,7 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 		}
 		for _, g := range grants {
 			// A lease that came while the proof was being made is not in it.
-			if !held[g.ID] && g.Unreadable == nil && g.Acked.Add(journal.ProvisionalFor).Before(p.given.At) {
+			if !held[g.ID] && g.Unreadable == nil && g.Acked.Add(issue.ProvisionalFor).Before(p.given.At) {
 				ends = append(ends, end{g.ID, "the host no longer holds it"})
 			}
 		}

@@ -2,7 +2,7 @@
 //
 // Each credential hangs on a token of its own: an orphan of the scope's token
 // role, which can read that scope's path and nothing else, made for
-// journal.ProvisionalFor, used once, and dropped. Only its accessor is kept. So
+// issue.ProvisionalFor, used once, and dropped. Only its accessor is kept. So
 // a credential whose delivery nobody acknowledged dies with its token, one
 // credential's end touches no other, and the broker's own token may end without
 // any credential dying.
@@ -32,7 +32,6 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 )
 
@@ -63,7 +62,7 @@ func New(_ context.Context, cfg config.Vault, log *slog.Logger, now func() time.
 	if err != nil {
 		return nil, err
 	}
-	return &Issuer{session: s, log: log, now: now, provisional: journal.ProvisionalFor}, nil
+	return &Issuer{session: s, log: log, now: now, provisional: issue.ProvisionalFor}, nil
 }
 
 // Run keeps the broker's login alive until ctx ends.

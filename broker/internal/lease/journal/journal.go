@@ -12,6 +12,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"time"
+
+	"github.com/countersign/countersign/broker/internal/issue"
 )
 
 // A State is where a grant stands.
@@ -34,10 +36,6 @@ const (
 
 // Kinds are all of them.
 var Kinds = []string{KindVault, KindCertificate}
-
-// ProvisionalFor is how long a credential lives unless its delivery is
-// acknowledged.
-const ProvisionalFor = 2 * time.Minute
 
 // A Grant is one credential's entry. It is a value; Step returns a new one.
 type Grant struct {
@@ -168,7 +166,7 @@ const (
 func Intend(g Grant, now time.Time) Grant {
 	g.State = Intended
 	g.Issued = now
-	g.Due = now.Add(ProvisionalFor)
+	g.Due = now.Add(issue.ProvisionalFor)
 	return g
 }
 
@@ -194,7 +192,7 @@ func Step(g Grant, e Event, now time.Time) (Grant, []Effect, error) {
 		g.State = Provisional
 		g.Accessor, g.VaultLease, g.Names, g.Expires = e.Accessor, e.VaultLease, e.Names, e.Expires
 		g.Unrotated = e.Static
-		g.Due = now.Add(ProvisionalFor)
+		g.Due = now.Add(issue.ProvisionalFor)
 		return g, nil, nil
 	case IssueFailed:
 		if g.State != Intended {
@@ -300,7 +298,7 @@ func gone(g Grant, now time.Time) Grant {
 	return g
 }
 
-// extendRetry leaves room for several tries within ProvisionalFor.
+// extendRetry leaves room for several tries within issue.ProvisionalFor.
 const extendRetry = 10 * time.Second
 
 func tick(g Grant, now time.Time) (Grant, []Effect, error) {
@@ -313,7 +311,7 @@ func tick(g Grant, now time.Time) (Grant, []Effect, error) {
 	case Provisional:
 		return revoke(g, "delivery was never acknowledged", now)
 	case Live:
-		if !g.Settled && !now.Before(g.Issued.Add(ProvisionalFor)) {
+		if !g.Settled && !now.Before(g.Issued.Add(issue.ProvisionalFor)) {
 			// The host has gone back to what it had.
 			return revoke(g, "never given its length", now)
 		}

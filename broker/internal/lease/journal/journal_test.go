@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 )
 
@@ -33,7 +34,7 @@ func has(effects []journal.Effect, want journal.Effect) bool {
 }
 
 func live(t *testing.T) journal.Grant {
-	g, _ := step(t, intended(), journal.Issued{Accessor: "a", VaultLease: "l", Expires: t0.Add(journal.ProvisionalFor)}, t0)
+	g, _ := step(t, intended(), journal.Issued{Accessor: "a", VaultLease: "l", Expires: t0.Add(issue.ProvisionalFor)}, t0)
 	g, effects := step(t, g, journal.Acknowledged{}, t0)
 	if g.State != journal.Live || !has(effects, journal.DoExtend) {
 		t.Fatalf("acknowledged: %s %v, want live and to be extended", g.State, effects)
@@ -69,11 +70,11 @@ func TestOverlapNeverOutlivesTheCredential(t *testing.T) {
 }
 
 func TestWhatIsNotAcknowledgedDies(t *testing.T) {
-	g, _ := step(t, intended(), journal.Issued{Accessor: "a", Expires: t0.Add(journal.ProvisionalFor)}, t0)
-	if early, effects := step(t, g, journal.Tick{}, t0.Add(journal.ProvisionalFor-1)); early.State != journal.Provisional || effects != nil {
+	g, _ := step(t, intended(), journal.Issued{Accessor: "a", Expires: t0.Add(issue.ProvisionalFor)}, t0)
+	if early, effects := step(t, g, journal.Tick{}, t0.Add(issue.ProvisionalFor-1)); early.State != journal.Provisional || effects != nil {
 		t.Errorf("early: %s %v", early.State, effects)
 	}
-	g, effects := step(t, g, journal.Tick{}, t0.Add(journal.ProvisionalFor))
+	g, effects := step(t, g, journal.Tick{}, t0.Add(issue.ProvisionalFor))
 	if g.State != journal.Revoking || !has(effects, journal.DoRevoke) {
 		t.Errorf("unacknowledged: %s %v", g.State, effects)
 	}
@@ -102,7 +103,7 @@ func TestRevocationIsRetriedForever(t *testing.T) {
 }
 
 func TestIssuedAfterGivingUp(t *testing.T) {
-	g, _ := step(t, intended(), journal.Tick{}, t0.Add(journal.ProvisionalFor))
+	g, _ := step(t, intended(), journal.Tick{}, t0.Add(issue.ProvisionalFor))
 	g, effects := step(t, g, journal.Issued{Accessor: "late"}, t0.Add(3*time.Minute))
 	if g.State != journal.Revoking || g.Accessor != "late" || !has(effects, journal.DoRevoke) {
 		t.Errorf("%s %q %v: the late token must be ended", g.State, g.Accessor, effects)
@@ -112,7 +113,7 @@ func TestIssuedAfterGivingUp(t *testing.T) {
 func TestFailedExtensionIsTriedAgainWhileItLives(t *testing.T) {
 	g := intended()
 	g.Replaces = "old"
-	g, _ = step(t, g, journal.Issued{Accessor: "a", Expires: t0.Add(journal.ProvisionalFor)}, t0)
+	g, _ = step(t, g, journal.Issued{Accessor: "a", Expires: t0.Add(issue.ProvisionalFor)}, t0)
 	g, effects := step(t, g, journal.Acknowledged{}, t0)
 	if has(effects, journal.DoReplace) {
 		t.Error("the old one is retired before the new one has its length")
@@ -125,7 +126,7 @@ func TestFailedExtensionIsTriedAgainWhileItLives(t *testing.T) {
 	if again, effects := step(t, g, journal.Acknowledged{}, t0); again.Settled || !has(effects, journal.DoExtend) {
 		t.Errorf("acknowledged again: %v", effects)
 	}
-	if over, _ := step(t, g, journal.Tick{}, t0.Add(journal.ProvisionalFor)); over.State != journal.Revoking {
+	if over, _ := step(t, g, journal.Tick{}, t0.Add(issue.ProvisionalFor)); over.State != journal.Revoking {
 		t.Errorf("never extended: %s, but the host has gone back to the old one", over.State)
 	}
 	g, effects = step(t, g, journal.Extended{Expires: t0.Add(8 * time.Hour)}, t0)
