@@ -14,7 +14,7 @@ func canaryMessage(c canary.Canary) *v1.Canary {
 	return &v1.Canary{Id: c.ID, Scope: c.Scope, Username: c.Username, Audience: c.Audience, Issued: stamp(c.Issued), IssuedBy: c.By}
 }
 
-// IssueCanary sets a trap.
+// IssueCanary makes a canary.
 func (s *Operators) IssueCanary(ctx context.Context, req *connect.Request[v1.IssueCanaryRequest]) (*connect.Response[v1.IssueCanaryResponse], error) {
 	return serve(ctx, s, func(a admin.Actor) (*v1.IssueCanaryResponse, error) {
 		c, err := s.Desk.IssueCanary(ctx, a, req.Msg.GetScope(), req.Msg.GetUsername())
@@ -22,7 +22,7 @@ func (s *Operators) IssueCanary(ctx context.Context, req *connect.Request[v1.Iss
 	})
 }
 
-// ListCanaries lists traps.
+// ListCanaries lists canaries.
 func (s *Operators) ListCanaries(ctx context.Context, req *connect.Request[v1.ListCanariesRequest]) (*connect.Response[v1.ListCanariesResponse], error) {
 	return serve(ctx, s, func(a admin.Actor) (*v1.ListCanariesResponse, error) {
 		list, err := s.Desk.Canaries(ctx, a, req.Msg.GetScope())
@@ -34,7 +34,7 @@ func (s *Operators) ListCanaries(ctx context.Context, req *connect.Request[v1.Li
 	})
 }
 
-// RemoveCanary takes a trap away.
+// RemoveCanary removes a canary.
 func (s *Operators) RemoveCanary(ctx context.Context, req *connect.Request[v1.RemoveCanaryRequest]) (*connect.Response[v1.RemoveCanaryResponse], error) {
 	return serve(ctx, s, func(a admin.Actor) (*v1.RemoveCanaryResponse, error) {
 		return &v1.RemoveCanaryResponse{}, s.Desk.RemoveCanary(ctx, a, req.Msg.GetCanary())

@@ -85,8 +85,8 @@ var Catalogue = []Entry{
 		"sessions that began before the logs did and never show again", Alert},
 	{SilentSensor, Medium, "NHI1", "a log that is empty, or ends long before the others while it used not to; one that was removed or truncated before it was read, waits long for the broker, or whose sender was turned away: what it would show is not known, so nothing of it is called clean",
 		"a log that is written to but no longer of logins", Alert},
-	{Canary, Critical, "NHI2", "any appearance of a trap's names, a failed login too: nobody was given it",
-		"who recognises the trap", Alert},
+	{Canary, Critical, "NHI2", "any appearance of a canary's names, a failed login too: nobody was given it",
+		"who recognises the canary", Alert},
 }
 
 // Of is a detector's entry.

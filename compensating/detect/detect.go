@@ -51,15 +51,15 @@ type Detection struct {
 
 // A Judge holds sightings against a ledger. It is not safe for concurrent use.
 type Judge struct {
-	ledger *ledger.Index
-	config Config
-	made   map[string]bool         // what stands before the random part of governed user names
-	roles  map[string]bool         // of Vault's database engine that are governed, as user names have them
-	paths  map[string]bool         // of Vault that the ledger's entries came from
-	traps  map[string]ledger.Entry // by their account, key id, and path in Vault
-	boots  map[string]string       // the host that a boot was seen of first
-	seen   State
-	used   map[program]bool
+	ledger   *ledger.Index
+	config   Config
+	made     map[string]bool         // what stands before the random part of governed user names
+	roles    map[string]bool         // of Vault's database engine that are governed, as user names have them
+	paths    map[string]bool         // of Vault that the ledger's entries came from
+	canaries map[string]ledger.Entry // by their account, key id, and path in Vault
+	boots    map[string]string       // the host that a boot was seen of first
+	seen     State
+	used     map[program]bool
 }
 
 // A State is what a judge remembers of sightings; the next one may go on from it.
@@ -92,7 +92,7 @@ const maxActors = 1024
 
 // NewJudge makes a judge over a ledger, which may grow.
 func NewJudge(l *ledger.Index, c Config) *Judge {
-	j := &Judge{ledger: l, config: c, made: map[string]bool{}, roles: map[string]bool{}, paths: map[string]bool{}, traps: map[string]ledger.Entry{}, boots: map[string]string{}}
+	j := &Judge{ledger: l, config: c, made: map[string]bool{}, roles: map[string]bool{}, paths: map[string]bool{}, canaries: map[string]ledger.Entry{}, boots: map[string]string{}}
 	j.Restore(State{})
 	return j
 }
@@ -135,7 +135,7 @@ func (j *Judge) Learn(e ledger.Entry) {
 	if e.Kind == ledger.KindCanary {
 		for _, name := range []string{p, e.Names.DBUsername, e.Names.SSHKeyID} {
 			if name != "" {
-				j.traps[name] = e
+				j.canaries[name] = e
 			}
 		}
 		return
@@ -201,9 +201,9 @@ func (j *Judge) governed(s sightings.Sighting) bool {
 }
 
 // Known reports whether the ledger has what a sighting is of. Otherwise it may hear of
-// it later: of the credential, or of a trap that a failed login touched.
+// it later: of the credential, or of a canary that a failed login touched.
 func (j *Judge) Known(s sightings.Sighting) (bool, error) {
-	if _, trap := j.trap(s); trap {
+	if _, canary := j.canary(s); canary {
 		return true, nil
 	}
 	switch s.Kind {
@@ -229,17 +229,17 @@ func (j *Judge) Explains(s sightings.Sighting) (bool, error) {
 // Uses says whether a program was seen to use what it was issued in a scope.
 func (j *Judge) Uses(host, scope string) bool { return j.used[program{host, scope}] }
 
-// trap is the canary that a sighting touches.
-func (j *Judge) trap(s sightings.Sighting) (ledger.Entry, bool) {
+// canary is the canary that a sighting touches.
+func (j *Judge) canary(s sightings.Sighting) (ledger.Entry, bool) {
 	names := []string{s.Account, s.SSHKeyID}
 	if s.Kind == sightings.Read {
 		names = []string{s.VaultPath}
 	}
 	for _, name := range names {
-		e, ok := j.traps[name]
+		e, ok := j.canaries[name]
 		if s.Windows {
-			for trap, entry := range j.traps {
-				if strings.EqualFold(trap, name) {
+			for canary, entry := range j.canaries {
+				if strings.EqualFold(canary, name) {
 					e, ok = entry, true
 				}
 			}
@@ -300,8 +300,8 @@ func (j *Judge) ours(s sightings.Sighting) (bool, error) {
 
 // See judges one sighting.
 func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
-	if e, ok := j.trap(s); ok {
-		d := detection(Canary, &e, s, "a trap that nobody was given was touched")
+	if e, ok := j.canary(s); ok {
+		d := detection(Canary, &e, s, "a canary that nobody was given was touched")
 		if s.Kind == sightings.Read {
 			d.Account = s.VaultPath
 		}
@@ -327,7 +327,7 @@ func (j *Judge) See(s sightings.Sighting) ([]Detection, error) {
 	}
 	entries = slices.DeleteFunc(entries, func(e ledger.Entry) bool { return e.Kind == ledger.KindCanary })
 	if len(entries) == 0 {
-		return nil, nil // a trap that was taken away
+		return nil, nil // a canary that was taken away
 	}
 	for _, e := range entries {
 		j.used[program{e.Host, e.Scope}] = true

@@ -20,7 +20,7 @@ import (
 	strict "github.com/go-json-experiment/json"
 )
 
-// KindCanary is the kind of an entry that nobody may use: a trap.
+// KindCanary is the kind of an entry that nobody may use.
 const KindCanary = "canary"
 
 // MaxLine bounds one entry as JSON.

@@ -200,7 +200,7 @@ func (x *Index) Add(offset int64, size int, e Entry) error {
 		line.offset, line.size = offset, int32(size)
 	} else {
 		x.lines.add(place{offset: offset, size: int32(size)})
-		if e.Kind != KindCanary { // a trap is no program's
+		if e.Kind != KindCanary { // a canary is no program's
 			at, err := x.slot(byProgram, byProgram.of(&e))
 			if err != nil {
 				return err
@@ -313,7 +313,7 @@ func (x *Index) chain(n uint32, most int) ([]Entry, error) {
 }
 
 // Programs calls f with all entries of a program, as Program has them, for each scope on
-// each host. Traps are
+// each host. Canaries are
 // no program's.
 func (x *Index) Programs(f func([]Entry) error) error {
 	followed := make([]bool, x.lines.n+1)

@@ -27,7 +27,7 @@ func OfLease(l *v1.Lease) (Entry, error) {
 	return e, nil
 }
 
-// OfCanary is a trap as the broker tells it.
+// OfCanary is the entry of a canary.
 func OfCanary(c *v1.Canary) Entry {
 	return Entry{ID: c.GetId(), Scope: c.GetScope(), Kind: KindCanary, Names: Names{DBUsername: c.GetUsername()}, Sources: []string{}, Audience: c.GetAudience(), Issued: moment(c.GetIssued())}
 }

@@ -23,12 +23,12 @@ type Dial func(context.Context) (countersignv1connect.OperatorServiceClient, fun
 
 // An update is what the broker's log says is new.
 type update struct {
-	entries []ledger.Entry
-	opens   []sightings.Sighting
-	traps   bool      // the entries are all of the broker's canaries
-	next    int64     // the record to go on from
-	epoch   uint64    // of the log that it is in
-	synced  time.Time // what was issued before is in the ledger
+	entries  []ledger.Entry
+	opens    []sightings.Sighting
+	canaries bool      // the entries are all of the broker's canaries
+	next     int64     // the record to go on from
+	epoch    uint64    // of the log that it is in
+	synced   time.Time // what was issued before is in the ledger
 }
 
 // A follower reads the broker's audit log and fetches the leases that it speaks of.
@@ -130,7 +130,7 @@ func (f *follower) follow(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := f.traps(ctx, client); err != nil {
+	if err := f.canaries(ctx, client); err != nil {
 		return err
 	}
 	confirmed := confirmation{}
@@ -162,14 +162,14 @@ func (f *follower) follow(ctx context.Context) error {
 	defer tick.Stop()
 	leases := map[string]bool{}
 	var opens []sightings.Sighting
-	traps := false
+	canaries := false
 	next := f.next
 	take := func(r auditRecord) error {
 		next = r.Index + 1
 		if r.Lease != "" {
 			leases[r.Lease] = true
 		}
-		traps = traps || strings.HasPrefix(r.Kind, "canary.")
+		canaries = canaries || strings.HasPrefix(r.Kind, "canary.")
 		if r.Kind != "credential.opened" {
 			return nil
 		}
@@ -220,11 +220,11 @@ func (f *follower) follow(ctx context.Context) error {
 				}
 			}
 			clear(leases)
-			if traps {
-				if err := f.traps(ctx, client); err != nil {
+			if canaries {
+				if err := f.canaries(ctx, client); err != nil {
 					return err
 				}
-				traps = false
+				canaries = false
 			}
 			if err := f.give(ctx, u); err != nil {
 				return err
@@ -329,13 +329,13 @@ func logSize(ctx context.Context, client countersignv1connect.OperatorServiceCli
 	return size, nil
 }
 
-// traps fetches the canaries.
-func (f *follower) traps(ctx context.Context, client countersignv1connect.OperatorServiceClient) error {
+// canaries fetches the canaries of the broker.
+func (f *follower) canaries(ctx context.Context, client countersignv1connect.OperatorServiceClient) error {
 	r, err := within(ctx, client.ListCanaries, &v1.ListCanariesRequest{})
 	if err != nil {
 		return err
 	}
-	u := update{traps: true, next: f.next, epoch: f.epoch}
+	u := update{canaries: true, next: f.next, epoch: f.epoch}
 	for _, c := range r.Msg.GetCanaries() {
 		u.entries = append(u.entries, ledger.OfCanary(c))
 	}

@@ -74,22 +74,22 @@ type Watch struct {
 	now    func() time.Time
 	meter  *meter
 
-	file    *os.File // the ledger
-	size    int64
-	lock    *os.File
-	index   *ledger.Index
-	judge   *detect.Judge
-	sensors []*sensor
-	queues  map[string]*queue // what waits for the ledger, by its log
-	room    int               // of each queue, in bytes
-	book    finding.Book
-	records map[finding.Key]*record
-	traps   map[string]ledger.Entry
-	kept    state
-	disk    *partsFile
-	synced  time.Time // the ledger is no older
-	changed bool
-	fresh   bool // there is a finding that wasn't there at the last round
+	file     *os.File // the ledger
+	size     int64
+	lock     *os.File
+	index    *ledger.Index
+	judge    *detect.Judge
+	sensors  []*sensor
+	queues   map[string]*queue // what waits for the ledger, by its log
+	room     int               // of each queue, in bytes
+	book     finding.Book
+	records  map[finding.Key]*record
+	canaries map[string]ledger.Entry
+	kept     state
+	disk     *partsFile
+	synced   time.Time // the ledger is no older
+	changed  bool
+	fresh    bool // there is a finding that wasn't there at the last round
 
 	behind  bool          // there is more to read, or to judge, at once
 	polled  time.Time     // when each of these was done last
@@ -103,7 +103,7 @@ type Watch struct {
 // Open takes up the state in the config's folder.
 func Open(c *Config, dial Dial, log *slog.Logger, now func() time.Time) (_ *Watch, err error) {
 	w := &Watch{config: c, dial: dial, log: log, now: now, meter: newMeter(), book: finding.Book{}, records: map[finding.Key]*record{}, queues: map[string]*queue{},
-		traps: map[string]ledger.Entry{}, room: heldBytes / max(1, len(c.Sensors))}
+		canaries: map[string]ledger.Entry{}, room: heldBytes / max(1, len(c.Sensors))}
 	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
 		return nil, err
 	}
@@ -347,8 +347,8 @@ func (w *Watch) spender(ctx context.Context, most time.Duration) func() bool {
 
 // apply takes what the broker's log says is new.
 func (w *Watch) apply(u update) error {
-	if u.traps {
-		u.entries = w.changedTraps(u.entries)
+	if u.canaries {
+		u.entries = w.changedCanaries(u.entries)
 	}
 	for _, e := range u.entries {
 		line, err := json.Marshal(e)
@@ -402,21 +402,21 @@ func (w *Watch) apply(u update) error {
 func (w *Watch) learn(e ledger.Entry) {
 	w.judge.Learn(e)
 	if e.Kind == ledger.KindCanary {
-		w.traps[e.ID] = e
+		w.canaries[e.ID] = e
 	}
 }
 
-// changedTraps are those of the broker's traps that are new, and those that it has
+// changedCanaries are those of the broker's canaries that are new, and those that it has
 // no more: nothing comes of their use.
-func (w *Watch) changedTraps(now []ledger.Entry) (out []ledger.Entry) {
+func (w *Watch) changedCanaries(now []ledger.Entry) (out []ledger.Entry) {
 	set := map[string]bool{}
 	for _, e := range now {
 		set[e.ID] = true
-		if _, known := w.traps[e.ID]; !known {
+		if _, known := w.canaries[e.ID]; !known {
 			out = append(out, e)
 		}
 	}
-	for id, e := range w.traps {
+	for id, e := range w.canaries {
 		if !set[id] && e.Revoked.IsZero() {
 			e.Revoked = w.now()
 			out = append(out, e)

@@ -412,7 +412,7 @@ func TestManyAndLongAgo(t *testing.T) {
 	}
 }
 
-// A trap that is touched before the watch has heard of it, among any number of others.
+// A canary that is touched before the watch has heard of it, among any number of others.
 func TestTouchedEarly(t *testing.T) {
 	now := noon
 	w, err := Open(&Config{StateDir: t.TempDir()}, away, slog.New(slog.DiscardHandler), func() time.Time { return now })
@@ -423,7 +423,7 @@ func TestTouchedEarly(t *testing.T) {
 	for i := range 2000 {
 		account := fmt.Sprint("other", i)
 		if i == 10 {
-			account = "trap"
+			account = "canary"
 		}
 		if err := w.see(w.queue("db"), sightings.Sighting{Time: noon.Add(time.Second), Kind: sightings.Attempt, Account: account, Source: "db"}, w.now()); err != nil {
 			t.Fatal(err)
@@ -431,7 +431,7 @@ func TestTouchedEarly(t *testing.T) {
 	}
 	now = now.Add(time.Minute)
 	for range 2 { // told anew with each connection
-		if err := w.apply(update{traps: true, entries: []ledger.Entry{{ID: "T", Scope: "s", Kind: ledger.KindCanary, Names: ledger.Names{DBUsername: "trap"}, Issued: noon}}}); err != nil {
+		if err := w.apply(update{canaries: true, entries: []ledger.Entry{{ID: "T", Scope: "s", Kind: ledger.KindCanary, Names: ledger.Names{DBUsername: "canary"}, Issued: noon}}}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -84,14 +84,14 @@ func writeLedger(name string) error {
 	return errors.Join(w.Flush(), f.Close())
 }
 
-// traps is how many logins the watch is timed by.
-const traps = 60
+// canaries is how many logins the watch is timed by.
+const canaries = 60
 
 // alerting measures the time from a login's line in a log to the broker's finding.
-// Traps stand for stolen credentials: the same way for the login, which waits until
+// Canaries stand for stolen credentials: the same way for the login, which waits until
 // PostgreSQL can't turn it away any more.
 func alerting(ctx context.Context, dir string) (rows []Row, err error) {
-	say(fmt.Sprintf("the watch, and %d logins", traps))
+	say(fmt.Sprintf("the watch, and %d logins", canaries))
 	b, _, err := newBroker(ctx, filepath.Join(dir, "watched"), fleet.Scope)
 	if err != nil {
 		return nil, err
@@ -103,8 +103,8 @@ func alerting(ctx context.Context, dir string) (rows []Row, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, w.Stop()) }()
-	for i := range traps {
-		if _, err := b.CLI(ctx, "canary", "issue", "--scope", "fleet", "--username", fmt.Sprintf("trap%d", i)); err != nil {
+	for i := range canaries {
+		if _, err := b.CLI(ctx, "canary", "issue", "--scope", "fleet", "--username", fmt.Sprintf("canary%d", i)); err != nil {
 			return nil, err
 		}
 	}
@@ -117,16 +117,16 @@ func alerting(ctx context.Context, dir string) (rows []Row, err error) {
 	}
 	defer func() { _ = f.Close() }()
 	written, took := map[string]time.Time{}, map[string]float64{}
-	for i := 0; len(took) < traps; i++ {
-		if i < traps {
-			now, user := time.Now().UTC(), fmt.Sprintf("trap%d", i)
+	for i := 0; len(took) < canaries; i++ {
+		if i < canaries {
+			now, user := time.Now().UTC(), fmt.Sprintf("canary%d", i)
 			if _, err := fmt.Fprintf(f, "%s,\"%s\",\"db\",%d,\"10.0.0.1:4000\",%x.1,2,\"authentication\",%s,3/2,0,LOG,00000,\"connection authorized: user=%s database=db\",,,,,,,,,\"\",\"client backend\",,0\n",
 				now.Format("2006-01-02 15:04:05.000 UTC"), user, 1000+i, i, now.Format("2006-01-02 15:04:05 UTC"), user); err != nil {
 				return nil, err
 			}
 			written[user] = now
-		} else if i > traps+300 {
-			return nil, fmt.Errorf("%d of %d logins were found", len(took), traps)
+		} else if i > canaries+300 {
+			return nil, fmt.Errorf("%d of %d logins were found", len(took), canaries)
 		}
 		if err := pause(ctx, 100*time.Millisecond); err != nil {
 			return nil, err

@@ -241,9 +241,9 @@ func silentSensor(w *world) label {
 	return label{Story: story, Wants: []string{"silent-sensor"}, Targets: []string{s.file}, Owns: []string{s.file}}
 }
 
-// canary is a trap that somebody touched.
+// canary is the story of one that somebody touched.
 func canary(w *world) label {
-	l := w.trap(w.newApp("postgres", "ssh", "ocsf", "windows", "kv"))
+	l := w.canary(w.newApp("postgres", "ssh", "ocsf", "windows", "kv"))
 	thief := pick(w, w.address(3), l.host.ip)
 	for range 1 + w.rng.IntN(3) {
 		at := w.during(l)
@@ -259,8 +259,8 @@ func canary(w *world) label {
 	return out
 }
 
-// trap is a canary's lease.
-func (w *world) trap(a *app) *lease {
+// canary is a canary's lease.
+func (w *world) canary(a *app) *lease {
 	l := w.grant(a, w.newHost(), w.between(w.start.Add(time.Hour), w.end.Add(-20*time.Hour)), 30*24*time.Hour)
 	l.Kind = "canary"
 	return l

@@ -213,7 +213,7 @@ func unseenKinds(w *world) label {
 }
 
 func untouchedCanary(w *world) label {
-	l := w.trap(w.newApp("postgres", "ssh", "kv"))
+	l := w.canary(w.newApp("postgres", "ssh", "kv"))
 	if l.app.kind != "kv" && w.chance(50) { // and its neighbour at work beside it
 		l2 := w.grant(w.newApp(l.app.kind), l.host, l.Issued, 12*time.Hour)
 		w.work(l2, 2)

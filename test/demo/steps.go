@@ -184,7 +184,7 @@ var steps = []step{
 		return d.pg.Exec(ctx, "postgres", `ALTER ROLE "`+d.user+`" NOLOGIN; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '`+d.user+`'`)
 	}},
 	{"copied", "a copied credential, used from another address, is found and revoked; the program gets another", copied, func(_ context.Context, d *demo) error { return d.watch.Stop() }},
-	{"canary", "a trap is touched, with a wrong password: found", canary, func(_ context.Context, d *demo) error { return d.watch.Stop() }},
+	{"canary", "a canary is touched, with a wrong password: found", canary, func(_ context.Context, d *demo) error { return d.watch.Stop() }},
 	{"ends", "the program ends, and PostgreSQL forgets its user", ends, func(ctx context.Context, d *demo) error {
 		_, err := d.machine.Sh(ctx, "systemctl kill -s KILL countersign-agent; systemctl mask --now --runtime countersign-agent")
 		return err

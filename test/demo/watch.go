@@ -101,13 +101,13 @@ func copied(ctx context.Context, d *demo) (string, error) {
 }
 
 func canary(ctx context.Context, d *demo) (string, error) {
-	var trap struct{ Username, Password string }
-	if err := d.broker.JSON(ctx, &trap, "canary", "issue", "--scope", "billing-db"); err != nil {
+	var canary struct{ Username, Password string }
+	if err := d.broker.JSON(ctx, &canary, "canary", "issue", "--scope", "billing-db"); err != nil {
 		return "", err
 	}
-	if err := d.pg.LoginFrom(ctx, stranger, trap.Username, trap.Password, "billing"); err == nil {
-		return "", fmt.Errorf("the trap opens")
+	if err := d.pg.LoginFrom(ctx, stranger, canary.Username, canary.Password, "billing"); err == nil {
+		return "", fmt.Errorf("the canary opens")
 	}
-	f, took, err := d.awaitFinding(ctx, "canary", trap.Username)
+	f, took, err := d.awaitFinding(ctx, "canary", canary.Username)
 	return fmt.Sprintf("%s, %s, %.1f s after the login failed", f.Detector, f.Severity, took.Seconds()), err
 }

@@ -273,7 +273,7 @@ scope "static" {
 `
 
 // The ledger tells equal secrets, also over a restart, and where a secret without a
-// lease was read; a trap stands among the real ones.
+// lease was read; a canary stands among the real ones.
 func TestLedger(t *testing.T) {
 	ctx := check.Within(t, 2*time.Minute)
 	vault := check.Must(services.Vault.Client())(t).Logical()
@@ -297,7 +297,7 @@ func TestLedger(t *testing.T) {
 	third := issued("static")
 	write("two")
 	rotated := issued("static")
-	trap := check.Must(b.broker.CLI(ctx, "canary", "issue", "--scope", "soft"))(t)
+	canary := check.Must(b.broker.CLI(ctx, "canary", "issue", "--scope", "soft"))(t)
 
 	all := b.exported(t)
 	sum := func(id string) string {
@@ -327,15 +327,15 @@ func TestLedger(t *testing.T) {
 		}
 	}
 	genuine := all[another].Names["db_username"]
-	if len(canaries) != 1 || !strings.Contains(string(trap), "username="+canaries[0].Names["db_username"]+"\n") {
-		t.Fatalf("canaries %+v, printed %s", canaries, trap)
+	if len(canaries) != 1 || !strings.Contains(string(canary), "username="+canaries[0].Names["db_username"]+"\n") {
+		t.Fatalf("canaries %+v, printed %s", canaries, canary)
 	}
 	name := canaries[0].Names["db_username"]
 	if head, _, _ := strings.Cut(genuine, "billing"); len(name) != len(genuine) || !strings.HasPrefix(name, head+"billing") || name == genuine || roleExists(t, name) {
-		t.Errorf("the trap's %s does not look like %s, or is real", name, genuine)
+		t.Errorf("the canary's %s does not look like %s, or is real", name, genuine)
 	}
 	if _, err := b.broker.CLI(ctx, "canary", "issue", "--scope", "soft", "--username", genuine); err == nil {
-		t.Error("a trap has the name of a credential that was issued")
+		t.Error("a canary has the name of a credential that was issued")
 	}
 	if out, err := exec.Command(check.Must(lab.Program("countersign", false))(t), "fsck", "-c", b.broker.Config()).CombinedOutput(); err != nil {
 		t.Errorf("fsck: %v\n%s", err, out)

@@ -14,7 +14,7 @@ import (
 )
 
 func canaryCommand(o *options) *cobra.Command {
-	cmd := &cobra.Command{Use: "canary", Short: "Traps: credentials that were given to nobody, so that any use is a finding"}
+	cmd := &cobra.Command{Use: "canary", Short: "Decoy credentials; any use is a finding"}
 	cmd.AddCommand(canaryIssueCommand(o), canaryListCommand(o), canaryRemoveCommand(o))
 	return cmd
 }
@@ -79,7 +79,7 @@ func likePassword() string {
 
 func canaryListCommand(o *options) *cobra.Command {
 	req := &v1.ListCanariesRequest{}
-	cmd := &cobra.Command{Use: "list", Short: "List the traps that are set", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	cmd := &cobra.Command{Use: "list", Short: "List canaries", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
@@ -101,7 +101,7 @@ func canaryListCommand(o *options) *cobra.Command {
 }
 
 func canaryRemoveCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "remove CANARY", Short: "Take a trap away; remove its file, too", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "remove CANARY", Short: "Remove a canary; remove its file as well", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err

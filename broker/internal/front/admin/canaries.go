@@ -14,7 +14,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
-// IssueCanary sets a trap that looks like a scope's credentials. The audit log,
+// IssueCanary makes a canary that looks like a scope's credentials. The audit log,
 // which viewers read, doesn't tell its name.
 func (d *Desk) IssueCanary(ctx context.Context, a Actor, scope, username string) (canary.Canary, error) {
 	if err := a.need(Operator); err != nil {
@@ -40,17 +40,17 @@ func (d *Desk) IssueCanary(ctx context.Context, a Actor, scope, username string)
 	}
 	for _, name := range issued {
 		if name == c.Username {
-			return c, invalid("%s is the user name of a credential that was issued: a trap has one that nobody was given", c.Username)
+			return c, invalid("%s is the user name of a credential that was issued: a canary has one that nobody was given", c.Username)
 		}
 	}
 	err = d.act(ctx, a, Operator, "canary.issued", map[string]any{"canary": c.ID}, func(tx *store.Tx, r *audit.Record) error {
 		r.Scope = scope
-		return trapError(canary.Add(tx, c))
+		return canaryError(canary.Add(tx, c))
 	})
 	return c, err
 }
 
-func trapError(err error) error {
+func canaryError(err error) error {
 	if errors.Is(err, canary.ErrTaken) || errors.Is(err, canary.ErrFull) {
 		return invalid("%v", err)
 	}
@@ -95,7 +95,7 @@ func likeThose(sc *policy.Scope, issued []string, now time.Time) (string, error)
 	return "", invalid("scope %s hands out no user names that end in random letters: name one like them by --username", sc.Name)
 }
 
-// Canaries lists traps. Who can read them knows what not to touch: not viewers.
+// Canaries lists canaries. Who can read them knows what not to touch: not viewers.
 func (d *Desk) Canaries(ctx context.Context, a Actor, scope string) (list []canary.Canary, err error) {
 	if err := a.need(Responder); err != nil {
 		return nil, err
@@ -107,7 +107,7 @@ func (d *Desk) Canaries(ctx context.Context, a Actor, scope string) (list []cana
 	return list, err
 }
 
-// RemoveCanary takes a trap away.
+// RemoveCanary removes a canary.
 func (d *Desk) RemoveCanary(ctx context.Context, a Actor, id string) error {
 	return d.act(ctx, a, Operator, "canary.removed", map[string]any{"canary": id}, func(tx *store.Tx, r *audit.Record) (err error) {
 		r.Scope, err = canary.Remove(tx, id)

@@ -36,7 +36,7 @@ func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over str
 	outcome := findings.Known
 	detail := map[string]any{}
 	err := d.act(ctx, a, Responder, "", detail, func(tx *store.Tx, r *audit.Record) error {
-		// A lease that the journal doesn't have, a trap's, says nothing of a scope.
+		// A lease that the journal doesn't have, a canary's, says nothing of a scope.
 		if f.Lease != "" {
 			g, err := journal.Load(tx, f.Lease)
 			if err != nil && !errors.Is(err, journal.ErrUnknown) {

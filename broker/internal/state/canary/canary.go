@@ -1,8 +1,8 @@
-// Package canary makes traps: user names like those that a scope hands out, which
+// Package canary makes decoy credentials: user names like those that a scope hands out, which
 // were made in no database and given to nobody. Whoever uses one found it where he
 // should not have looked.
 //
-// A trap's name is a secret from everybody but who sets it and the watch. Its
+// A canary's name is a secret from everybody but who sets it and the watch. Its
 // password is nobody's: it is not kept, and opens nothing.
 package canary
 
@@ -22,7 +22,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
-// A Canary is one trap.
+// A Canary is one decoy credential.
 type Canary struct {
 	ID       string
 	Scope    string // whose credentials it looks like
@@ -94,7 +94,7 @@ func random(n int) string {
 	return string(b)
 }
 
-// Add sets a trap.
+// Add stores a canary.
 func Add(tx *store.Tx, c Canary) error {
 	var n, taken int
 	if err := tx.QueryRow(`SELECT COUNT(*) FROM canaries`).Scan(&n); err != nil {
@@ -118,7 +118,7 @@ func Add(tx *store.Tx, c Canary) error {
 	return err
 }
 
-// List reads the traps of a scope, or all, by age.
+// List reads the canaries of a scope, or all, by age.
 func List(tx *store.Tx, scope string) ([]Canary, error) {
 	return store.Collect(tx, func(row store.Row) (c Canary, err error) {
 		var audience string
@@ -134,7 +134,7 @@ func List(tx *store.Tx, scope string) ([]Canary, error) {
 	}, `SELECT id, scope, username, audience, issued, issued_by FROM canaries WHERE ? = '' OR scope = ? ORDER BY issued, id`, scope, scope)
 }
 
-// Remove takes a trap away, and says of which scope it was.
+// Remove removes a canary, and returns its scope.
 func Remove(tx *store.Tx, id string) (scope string, err error) {
 	err = tx.QueryRow(`SELECT scope FROM canaries WHERE id = ?`, id).Scan(&scope)
 	if errors.Is(err, sql.ErrNoRows) {
