@@ -231,7 +231,7 @@ func (s *Hosts) Issue(ctx context.Context, req *connect.Request[v1.IssueRequest]
 	if issued.Observe {
 		return connect.NewResponse(&v1.IssueResponse{Observe: true, Now: stamp(s.Now())}), nil
 	}
-	g := issued.Grant
+	g := issued.Lease
 	out := &v1.IssueResponse{LeaseId: g.ID, Expires: stamp(g.Expires), ProveBy: stamp(g.ProveBy), ReplaceAt: stamp(issued.ReplaceAt),
 		AcknowledgeBy: stamp(g.Issued.Add(issue.ProvisionalFor)), Ticket: issued.Ticket, Now: stamp(s.Now())}
 	for _, f := range issued.Fields {

@@ -410,7 +410,7 @@ func pcrMessage(p boot.PCR) *v1.PCR {
 	return m
 }
 
-func leaseMessage(g journal.Grant, hostName string) *v1.Lease {
+func leaseMessage(g journal.Lease, hostName string) *v1.Lease {
 	names := maps.Clone(g.Names)
 	if names == nil {
 		names = map[string]string{}

@@ -288,13 +288,13 @@ func (j *Judge) entries(s sightings.Sighting) ([]ledger.Entry, error) {
 }
 
 // ours says whether a read was the broker's: it gave a lease that the ledger has, or
-// it was for a grant of just that path.
+// it was for a lease of just that path.
 func (j *Judge) ours(s sightings.Sighting) (bool, error) {
 	found, err := j.ledger.Find(ledger.ByVaultLease, s.VaultLease)
 	if err != nil || len(found) > 0 || s.VaultLease != "" {
 		return len(found) > 0, err
 	}
-	found, err = j.ledger.Find(ledger.ByID, s.Grant)
+	found, err = j.ledger.Find(ledger.ByID, s.Lease)
 	return len(found) > 0 && found[0].Names.Path() == s.VaultPath, err
 }
 
@@ -371,8 +371,8 @@ func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
 		return nil, err
 	}
 	if ours {
-		// A token of a grant's own is no name for the next.
-		if s.Grant == "" && len(j.seen.Issued) < maxActors {
+		// A token of a lease's own is no name for the next.
+		if s.Lease == "" && len(j.seen.Issued) < maxActors {
 			j.seen.Issued[s.Actor] = true
 		}
 		return nil, nil
@@ -389,7 +389,7 @@ func (j *Judge) read(s sightings.Sighting) ([]Detection, error) {
 // opened judges that a credential's file was opened by a program that isn't its own, by
 // the word of its host's agent.
 func (j *Judge) opened(s sightings.Sighting) ([]Detection, error) {
-	found, err := j.ledger.Find(ledger.ByID, s.Grant)
+	found, err := j.ledger.Find(ledger.ByID, s.Lease)
 	if err != nil || len(found) == 0 {
 		return nil, err
 	}

@@ -257,8 +257,8 @@ func TestStatic(t *testing.T) {
 }
 
 func TestReads(t *testing.T) {
-	read := func(path, lease, grant, actor string) sightings.Sighting {
-		return sightings.Sighting{Time: noon, Kind: sightings.Read, Source: "vault", VaultPath: path, VaultLease: lease, Grant: grant, Actor: actor}
+	read := func(path, vaultLease, lease, actor string) sightings.Sighting {
+		return sightings.Sighting{Time: noon, Kind: sightings.Read, Source: "vault", VaultPath: path, VaultLease: vaultLease, Lease: lease, Actor: actor}
 	}
 	ours := read("database/creds/billing-ro", "database/creds/billing-ro/x", "", "broker")
 	for name, c := range map[string]struct {

@@ -76,7 +76,7 @@ type Sighting struct {
 
 	VaultLease string `json:"vault_lease,omitempty"`
 	VaultPath  string `json:"vault_path,omitempty"` // as it was asked for
-	Grant      string `json:"grant,omitempty"`      // the broker's own name for its request, from the token's metadata
+	Lease      string `json:"grant,omitempty"`      // the broker's own name for its request, from the token's metadata
 	Actor      string `json:"actor,omitempty"`      // who read, in Vault's words or the agent's
 }
 

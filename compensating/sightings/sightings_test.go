@@ -260,7 +260,7 @@ func TestVaultAudit(t *testing.T) {
 			if len(seen) != c.want || health.Unreadable != c.bad {
 				t.Fatalf("%d sightings, %d unreadable, want %d and %d", len(seen), health.Unreadable, c.want, c.bad)
 			}
-			want := sightings.Sighting{Time: noon, Kind: sightings.Read, Source: "log", Line: 1, From: netip.MustParseAddr("10.0.0.1"), VaultLease: "database/creds/ro/x", VaultPath: "database/creds/ro", Grant: "g1", Actor: "token-x"}
+			want := sightings.Sighting{Time: noon, Kind: sightings.Read, Source: "log", Line: 1, From: netip.MustParseAddr("10.0.0.1"), VaultLease: "database/creds/ro/x", VaultPath: "database/creds/ro", Lease: "g1", Actor: "token-x"}
 			if len(seen) == 1 && seen[0] != want {
 				t.Errorf("%+v, want %+v", seen[0], want)
 			}

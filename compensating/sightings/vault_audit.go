@@ -12,7 +12,7 @@ import (
 
 // VaultAudit reads the audit log of Vault or OpenBao, as its file and its socket
 // device write it: JSON, an object a line. Only answers are read, for what was
-// given; the broker's own are known by the grant in their token's metadata.
+// given; the broker's own are known by the lease in their token's metadata.
 type VaultAudit struct{ single }
 
 // NewVaultAudit makes a reader.
@@ -85,7 +85,7 @@ func (v *VaultAudit) Line(number int64, line []byte, emit func(Sighting)) {
 	if e.Error != "" || !reads(e) {
 		return
 	}
-	seen := Sighting{Time: t, Kind: Read, Source: v.source, Line: number, VaultPath: bounded(e.Request.Path), Grant: bounded(e.Auth.Metadata["grant"]), Actor: actor(e)}
+	seen := Sighting{Time: t, Kind: Read, Source: v.source, Line: number, VaultPath: bounded(e.Request.Path), Lease: bounded(e.Auth.Metadata["grant"]), Actor: actor(e)}
 	if s := e.Response.Secret; s != nil {
 		seen.VaultLease = bounded(s.LeaseID)
 	}

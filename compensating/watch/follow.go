@@ -264,7 +264,7 @@ func (r auditRecord) opened() (sightings.Sighting, error) {
 	if d.Unit != "" {
 		who += ", unit " + d.Unit
 	}
-	return sightings.Sighting{Time: d.Time.UTC(), Kind: sightings.Open, Source: "agent", Line: r.Index, Target: d.Path, Program: d.Exe, Grant: r.Lease, Actor: who}, nil
+	return sightings.Sighting{Time: d.Time.UTC(), Kind: sightings.Open, Source: "agent", Line: r.Index, Target: d.Path, Program: d.Exe, Lease: r.Lease, Actor: who}, nil
 }
 
 func (f *follower) give(ctx context.Context, u update) error {

@@ -331,7 +331,7 @@ func report(ctx context.Context, client countersignv1connect.OperatorServiceClie
 // with control characters do, are cut.
 func shown(s sightings.Sighting) ([]byte, error) {
 	for most := maxText; ; most /= 2 {
-		for _, text := range []*string{&s.Account, &s.Target, &s.Program, &s.SSHKeyID, &s.VaultLease, &s.VaultPath, &s.Grant, &s.Actor} {
+		for _, text := range []*string{&s.Account, &s.Target, &s.Program, &s.SSHKeyID, &s.VaultLease, &s.VaultPath, &s.Lease, &s.Actor} {
 			*text = (*text)[:min(len(*text), most)]
 		}
 		b, err := json.Marshal(s)

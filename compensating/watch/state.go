@@ -243,7 +243,7 @@ func (h held) bytes() int {
 	const bare = 512
 	n := bare
 	s := &h.Sighting
-	for _, text := range []string{s.Account, s.Target, s.Program, s.SSHKeyID, s.SSHSerial, s.CertSerial, s.VaultLease, s.VaultPath, s.Grant, s.Actor} {
+	for _, text := range []string{s.Account, s.Target, s.Program, s.SSHKeyID, s.SSHSerial, s.CertSerial, s.VaultLease, s.VaultPath, s.Lease, s.Actor} {
 		n += len(text)
 	}
 	return n

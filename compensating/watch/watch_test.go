@@ -300,7 +300,7 @@ func TestBrief(t *testing.T) {
 // Evidence reaches the broker however its texts are written down.
 func TestShown(t *testing.T) {
 	bad := strings.Repeat("\x01", 512)
-	s := sightings.Sighting{Time: noon, Kind: sightings.Login, Source: "db", Line: 7, Account: bad, Target: bad, Program: bad, SSHKeyID: bad, VaultLease: bad, VaultPath: bad, Grant: bad, Actor: bad}
+	s := sightings.Sighting{Time: noon, Kind: sightings.Login, Source: "db", Line: 7, Account: bad, Target: bad, Program: bad, SSHKeyID: bad, VaultLease: bad, VaultPath: bad, Lease: bad, Actor: bad}
 	b, err := shown(s)
 	var back sightings.Sighting
 	if err != nil || len(b) > maxEvidence || json.Unmarshal(b, &back) != nil || back.Line != 7 || !strings.HasPrefix(bad, back.Account) || len(back.Account) < 32 {
@@ -402,7 +402,7 @@ func TestManyAndLongAgo(t *testing.T) {
 		t.Errorf("%d findings: %+v", len(w.kept.Findings), w.kept.Findings)
 	}
 	for i := range 500 {
-		s := sightings.Sighting{Time: noon.Add(time.Duration(i) * time.Second), Kind: sightings.Open, Source: "agent", Line: int64(i), Grant: "L7", Program: fmt.Sprint("/tmp/", i)}
+		s := sightings.Sighting{Time: noon.Add(time.Duration(i) * time.Second), Kind: sightings.Open, Source: "agent", Line: int64(i), Lease: "L7", Program: fmt.Sprint("/tmp/", i)}
 		if err := w.apply(update{opens: []sightings.Sighting{s}}); err != nil {
 			t.Fatal(err)
 		}

@@ -152,7 +152,7 @@ func (s *site) invariants(t *testing.T) {
 	if err != nil {
 		t.Errorf("fsck: %v\n%s", err, out)
 	}
-	known := map[string]string{} // grant → state
+	known := map[string]string{} // lease → state
 	live := map[string]bool{}    // PostgreSQL users
 	for _, l := range s.leases(t) {
 		known[l.ID] = l.State
@@ -174,16 +174,16 @@ func (s *site) invariants(t *testing.T) {
 			continue // ended meanwhile
 		}
 		meta, _ := found.Data["meta"].(map[string]any)
-		grant, _ := meta["grant"].(string)
-		if grant == "" || !s.mine(meta) {
+		lease, _ := meta["grant"].(string)
+		if lease == "" || !s.mine(meta) {
 			continue
 		}
-		if state := known[grant]; state == "live" || state == "retiring" || state == "revoking" {
+		if state := known[lease]; state == "live" || state == "retiring" || state == "revoking" {
 			continue
 		}
 		ttl, _ := found.Data["ttl"].(json.Number).Int64()
 		if ttl > 125 {
-			t.Errorf("Vault has a token of lease %s (%q in the journal) for another %d s", grant, known[grant], ttl)
+			t.Errorf("Vault has a token of lease %s (%q in the journal) for another %d s", lease, known[lease], ttl)
 		}
 	}
 	s.noSecrets(t)

@@ -57,7 +57,7 @@ as the state folder.`,
 				for _, v := range b.Report.Violations {
 					fmt.Fprintf(w, "%s: %s\n", v.Invariant, v.Detail)
 				}
-				fmt.Fprintf(w, "%s: %d bytes, with %d records, %d leases and %d hosts\n", b.File, b.Bytes, b.Report.Records, b.Report.Grants, b.Report.Hosts)
+				fmt.Fprintf(w, "%s: %d bytes, with %d records, %d leases and %d hosts\n", b.File, b.Bytes, b.Report.Records, b.Report.Leases, b.Report.Hosts)
 				if b.Keys != "" {
 					fmt.Fprintf(w, "%s: the broker's keys; audit.key and secret-hmac.key are not encrypted, and the key password is not there: keep it elsewhere\n", b.Keys)
 				}

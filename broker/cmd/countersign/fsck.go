@@ -59,7 +59,7 @@ func fsckCommand(o *options) *cobra.Command {
 			if more := report.Total - len(report.Violations); more > 0 {
 				fmt.Fprintf(cmd.OutOrStdout(), "and %d more\n", more)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%d records, %d leases, %d hosts checked\n", report.Records, report.Grants, report.Hosts)
+			fmt.Fprintf(cmd.OutOrStdout(), "%d records, %d leases, %d hosts checked\n", report.Records, report.Leases, report.Hosts)
 		}
 		if report.Total > 0 {
 			return no("%d violations", report.Total)

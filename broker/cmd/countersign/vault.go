@@ -73,7 +73,7 @@ func vaultCommand(o *options) *cobra.Command {
 	return cmd
 }
 
-// vaultOrphans lists tokens whose grant the broker doesn't know: what was
+// vaultOrphans lists tokens whose lease the broker doesn't know: what was
 // issued after the backup that a store was restored from, and that no host
 // has spoken for since.
 func vaultOrphans(cmd *cobra.Command, o *options, to vaultTarget) error {
@@ -92,13 +92,13 @@ func vaultOrphans(cmd *cobra.Command, o *options, to vaultTarget) error {
 	}); err != nil {
 		return err
 	}
-	orphans := slices.DeleteFunc(tokens, func(t vault.Token) bool { return known[t.Grant] })
+	orphans := slices.DeleteFunc(tokens, func(t vault.Token) bool { return known[t.Lease] })
 	if o.output == "json" {
 		return json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]any{"orphans": append([]vault.Token{}, orphans...)})
 	}
 	table(cmd.OutOrStdout(), "ACCESSOR GRANT HOST SCOPE SECONDS", func(row func(...any)) {
 		for _, t := range orphans {
-			row(t.Accessor, t.Grant, t.Host, t.Scope, t.TTL)
+			row(t.Accessor, t.Lease, t.Host, t.Scope, t.TTL)
 		}
 	})
 	return nil

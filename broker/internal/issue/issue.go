@@ -21,7 +21,7 @@ const ProvisionalFor = 2 * time.Minute
 
 // A Handle names an issued credential to its issuer.
 type Handle struct {
-	Grant      string // the journal's id
+	Lease      string // the journal's id
 	Scope      string
 	Accessor   string // of the Vault token that owns the credential
 	VaultLease string // empty where Vault made none
@@ -33,7 +33,7 @@ type Handle struct {
 // An Order is one credential to issue.
 type Order struct {
 	Decision policy.Decision
-	Grant    string
+	Lease    string
 	Host     string
 	Serial   string // chosen beforehand, for certificates
 	CSR      []byte // PKCS #10 DER, for certificates: only its key is used

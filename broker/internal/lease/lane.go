@@ -18,7 +18,7 @@ const (
 	share = backlog / 4
 )
 
-// A lane is what is done in the background for the grants of one kind. Each kind has
+// A lane is what is done in the background for the leases of one kind. Each kind has
 // its own, so that a Vault that hangs holds up no certificate.
 type lane struct {
 	kind    string
@@ -31,10 +31,10 @@ func newLane(kind string) *lane {
 	return &lane{kind: kind, slots: make(chan struct{}, backlog), running: make(chan struct{}, atOnce), alarm: alarm{nearer: make(chan struct{}, 1)}}
 }
 
-// start acts in the background on a grant that the caller has claimed, if there is
+// start acts in the background on a lease that the caller has claimed, if there is
 // place, and calls done at the end in any case.
 func (m *Manager) start(ctx context.Context, s step, c Cause, done func()) {
-	if l, ok := m.lanes[s.grant.Kind]; ok {
+	if l, ok := m.lanes[s.lease.Kind]; ok {
 		select {
 		case l.slots <- struct{}{}:
 			go m.run(context.WithoutCancel(ctx), l, s, c, done)
@@ -42,24 +42,24 @@ func (m *Manager) start(ctx context.Context, s step, c Cause, done func()) {
 		default:
 		}
 	}
-	m.release(s.grant.ID)
+	m.release(s.lease.ID)
 	done()
 }
 
-// run acts on a claimed grant for which a slot of its lane is held.
+// run acts on a claimed lease for which a slot of its lane is held.
 func (m *Manager) run(ctx context.Context, l *lane, s step, c Cause, done func()) {
 	defer done()
 	defer func() { <-l.slots }()
-	defer m.release(s.grant.ID)
+	defer m.release(s.lease.ID)
 	l.running <- struct{}{}
 	defer func() { <-l.running }()
-	if _, err := m.act(ctx, s.grant, s.effects, c); err != nil {
-		m.log.Error("lease: could not record what was done; the sweeper tries again", "lease", s.grant.ID, "err", err)
+	if _, err := m.act(ctx, s.lease, s.effects, c); err != nil {
+		m.log.Error("lease: could not record what was done; the sweeper tries again", "lease", s.lease.ID, "err", err)
 	}
 }
 
 // due has the sweeper come when g wants to be looked at.
-func (m *Manager) due(g journal.Grant) {
+func (m *Manager) due(g journal.Lease) {
 	if l, ok := m.lanes[g.Kind]; ok && !g.Due.IsZero() {
 		l.alarm.by(g.Due)
 	}

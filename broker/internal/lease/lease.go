@@ -1,11 +1,11 @@
-// Package lease carries grants through their lives: it issues on an allowing
+// Package lease carries leases through their lives: it issues on an allowing
 // decision, does what the journal's steps ask for, and sweeps up what a crash,
 // an absent Vault or a silent host left behind.
 //
 // There is one executor. The request path, an operator's word and the sweeper
-// all send an event to a grant by the same function, which writes the new
+// all send an event to a lease by the same function, which writes the new
 // state and its audit record in one transaction and only then acts. An act
-// that gets lost is found by the grant's due time.
+// that gets lost is found by the lease's due time.
 package lease
 
 import (
@@ -42,7 +42,7 @@ type Manager struct {
 	lanes   map[string]*lane // by the journal's kind
 
 	mu      sync.Mutex
-	running map[string]bool // guarded by mu; grants whose effects run right now
+	running map[string]bool // guarded by mu; leases whose effects run right now
 }
 
 // New makes a manager; Sweep has to run beside it.
@@ -54,7 +54,7 @@ func New(s *store.Store, issuers map[string]issue.Issuer, log *slog.Logger, now 
 	return m
 }
 
-// A Request is what beside the decision makes a grant.
+// A Request is what beside the decision makes a lease.
 type Request struct {
 	DeliveryID string
 	Replaces   string // lease id; must be the same host's and scope's
@@ -69,7 +69,7 @@ type Request struct {
 // instance of one needs a scope's credential and its successor, and each costs
 // Vault a token and a user.
 const (
-	maxGrants      = 512 // of a host
+	maxLeases      = 512 // of a host
 	maxPerInstance = 8   // of one scope
 )
 
@@ -79,15 +79,15 @@ var ErrTooMany = errors.New("too many credentials at once")
 // ErrReplaces says that a request wants to replace what isn't its own.
 var ErrReplaces = errors.New("the lease to replace is not this host's, or of another scope")
 
-// Issue makes a credential on d. The grant that it returns is provisional
+// Issue makes a credential on d. The lease that it returns is provisional
 // until Acknowledge.
-func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (journal.Grant, issue.Credential, error) {
+func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (journal.Lease, issue.Credential, error) {
 	if !d.Allows() || d.Facts().Program == nil {
-		return journal.Grant{}, issue.Credential{}, errors.New("lease: no allowing decision")
+		return journal.Lease{}, issue.Credential{}, errors.New("lease: no allowing decision")
 	}
 	issuer, ok := m.issuers[d.Scope().Kind()]
 	if !ok {
-		return journal.Grant{}, issue.Credential{}, fmt.Errorf("%w: this broker has no issuer for %s credentials", issue.ErrConfig, d.Scope().Kind())
+		return journal.Lease{}, issue.Credential{}, fmt.Errorf("%w: this broker has no issuer for %s credentials", issue.ErrConfig, d.Scope().Kind())
 	}
 	g, err := m.intend(ctx, d, r)
 	if err != nil {
@@ -95,13 +95,13 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 	}
 	faults.Point("issue.intended")
 
-	// From here on the grant is the journal's: a caller that goes away leaves
+	// From here on the lease is the journal's: a caller that goes away leaves
 	// it to be finished, not half made.
 	ctx = context.WithoutCancel(ctx)
 	bounded, cancel := context.WithTimeout(ctx, actTimeout)
 	defer cancel()
 	c, err := issuer.Issue(bounded, issue.Order{
-		Decision: d, Grant: g.ID, Host: g.Host, Serial: g.Serial, CSR: r.CSR, Request: r.ID, Now: m.now(),
+		Decision: d, Lease: g.ID, Host: g.Host, Serial: g.Serial, CSR: r.CSR, Request: r.ID, Now: m.now(),
 	})
 	faults.Point("issue.issued")
 	if err != nil {
@@ -123,7 +123,7 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 	return g, c, nil
 }
 
-// maxLine bounds a kernel command line as a grant keeps it.
+// maxLine bounds a kernel command line as a lease keeps it.
 const maxLine = 4 << 10 // of most kernels
 
 func machine(h appraise.Host) journal.Machine {
@@ -138,27 +138,27 @@ func machine(h appraise.Host) journal.Machine {
 
 // intend writes the allow record and the intent in one transaction, and gives
 // up what an earlier try of the same delivery made.
-func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (journal.Grant, error) {
+func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (journal.Lease, error) {
 	facts := d.Facts()
 	subject, err := facts.Program.Encode()
 	if err != nil {
-		return journal.Grant{}, err
+		return journal.Lease{}, err
 	}
 	recorded := facts.Recorded()
 	hostFacts, err := facts.Host.Digest()
 	if err != nil {
-		return journal.Grant{}, err
+		return journal.Lease{}, err
 	}
 	program := recorded.Program
 	recorded.Program = nil // the subject has it
 	kept, err := json.Marshal(recorded)
 	if err != nil {
-		return journal.Grant{}, err
+		return journal.Lease{}, err
 	}
 	recorded.Program = program
 	scope := d.Scope()
 	now := m.now()
-	g := journal.Intend(journal.Grant{
+	g := journal.Intend(journal.Lease{
 		ID: inventory.NewID(), Host: facts.Host.ID, Scope: scope.Name, Kind: scope.Kind(),
 		DeliveryID: r.DeliveryID, Unit: facts.Program.Unit, Boot: facts.Program.Boot, SHA256: facts.Program.SHA256.String(),
 		Subject: subject, Facts: kept, Machine: machine(facts.Host), Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
@@ -182,7 +182,7 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 		if err != nil {
 			return err
 		}
-		if n >= maxGrants {
+		if n >= maxLeases {
 			return ErrTooMany
 		}
 		earlier, err := journal.List(tx, journal.Filter{Host: g.Host, Delivery: g.DeliveryID, States: journal.Unended})
@@ -274,10 +274,10 @@ func recorded(e journal.Event) (kind string, ok bool) {
 	return "", false
 }
 
-// Event sends e to a grant and does what the step asks for. It returns the
-// grant as it stands after that; an act that failed is not an error here, it
-// is the grant's state.
-func (m *Manager) Event(ctx context.Context, id string, e journal.Event, c Cause) (journal.Grant, error) {
+// Event sends e to a lease and does what the step asks for. It returns the
+// lease as it stands after that; an act that failed is not an error here, it
+// is the lease's state.
+func (m *Manager) Event(ctx context.Context, id string, e journal.Event, c Cause) (journal.Lease, error) {
 	g, effects, err := m.record(ctx, id, e, c)
 	if err != nil || len(effects) == 0 {
 		return g, err
@@ -293,14 +293,14 @@ func (m *Manager) Event(ctx context.Context, id string, e journal.Event, c Cause
 	return m.act(context.WithoutCancel(ctx), g, effects, c)
 }
 
-// A step is what an event made of a grant, and what is to be done for it.
+// A step is what an event made of a lease, and what is to be done for it.
 type step struct {
-	grant   journal.Grant
+	lease   journal.Lease
 	effects []journal.Effect
 }
 
-// record steps a grant and writes its new state and its audit record.
-func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Cause) (g journal.Grant, effects []journal.Effect, err error) {
+// record steps a lease and writes its new state and its audit record.
+func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Cause) (g journal.Lease, effects []journal.Effect, err error) {
 	err = m.store.Update(ctx, func(tx *store.Tx) error {
 		before, err := journal.Load(tx, id)
 		if err != nil {
@@ -318,7 +318,7 @@ func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Caus
 	return g, effects, err
 }
 
-// recordAll steps many grants in one transaction. One that can't be read, or that the
+// recordAll steps many leases in one transaction. One that can't be read, or that the
 // event doesn't fit, is left as it is and returned in odd; the others go on.
 func (m *Manager) recordAll(ctx context.Context, ids []string, e journal.Event, c Cause) (steps []step, odd map[string]error, err error) {
 	err = m.store.Update(ctx, func(tx *store.Tx) (err error) {
@@ -326,7 +326,7 @@ func (m *Manager) recordAll(ctx context.Context, ids []string, e journal.Event, 
 		return err
 	})
 	for _, s := range steps {
-		m.due(s.grant)
+		m.due(s.lease)
 	}
 	return steps, odd, err
 }
@@ -354,7 +354,7 @@ func (m *Manager) recordIn(tx *store.Tx, ids []string, e journal.Event, c Cause)
 	return steps, odd, nil
 }
 
-// RevokeIn records in the caller's transaction that grants are to end, so that the reason
+// RevokeIn records in the caller's transaction that leases are to end, so that the reason
 // and the revocation are on disk together. Begin has issuers asked, in the background; it
 // is to be called once the transaction is durable. If it never is, the sweeper asks.
 func (m *Manager) RevokeIn(tx *store.Tx, ids []string, reason string, c Cause) (begin func(context.Context), err error) {
@@ -364,16 +364,16 @@ func (m *Manager) RevokeIn(tx *store.Tx, ids []string, reason string, c Cause) (
 	}
 	return func(ctx context.Context) {
 		for _, s := range steps {
-			m.due(s.grant)
-			if len(s.effects) > 0 && m.claim(s.grant.ID) {
+			m.due(s.lease)
+			if len(s.effects) > 0 && m.claim(s.lease.ID) {
 				m.start(ctx, s, c, func() {})
 			}
 		}
 	}, err
 }
 
-// write keeps what an event made of a grant, with the audit record of it.
-func write(tx *store.Tx, before, g journal.Grant, e journal.Event, c Cause, now time.Time) error {
+// write keeps what an event made of a lease, with the audit record of it.
+func write(tx *store.Tx, before, g journal.Lease, e journal.Event, c Cause, now time.Time) error {
 	if err := journal.Save(tx, g); err != nil {
 		return err
 	}
@@ -388,9 +388,9 @@ func write(tx *store.Tx, before, g journal.Grant, e journal.Event, c Cause, now 
 	return err
 }
 
-// outcome is what the audit says of a grant: how it can be found and ended
+// outcome is what the audit says of a lease: how it can be found and ended
 // elsewhere, and nothing secret.
-func outcome(g journal.Grant) map[string]any {
+func outcome(g journal.Lease) map[string]any {
 	return map[string]any{
 		"state": g.State, "reason": g.Reason, "accessor": g.Accessor, "vault_lease": g.VaultLease, "serial": g.Serial,
 		"names": g.Names, "expires": g.Expires, "unrotated": g.Unrotated, "error": g.LastError, "instance": g.Instance,
@@ -398,9 +398,9 @@ func outcome(g journal.Grant) map[string]any {
 }
 
 // act does the effects of one step, each with its own event after it, for who
-// has claimed the grant. What the events ask for in turn, and a revocation that
+// has claimed the lease. What the events ask for in turn, and a revocation that
 // came in between, is done too.
-func (m *Manager) act(ctx context.Context, g journal.Grant, effects []journal.Effect, c Cause) (journal.Grant, error) {
+func (m *Manager) act(ctx context.Context, g journal.Lease, effects []journal.Effect, c Cause) (journal.Lease, error) {
 	for len(effects) > 0 {
 		effect := effects[0]
 		effects = effects[1:]
@@ -424,14 +424,14 @@ func (m *Manager) act(ctx context.Context, g journal.Grant, effects []journal.Ef
 	return g, nil
 }
 
-// do carries out one effect and says what came of it, and for which grant.
-func (m *Manager) do(ctx context.Context, g journal.Grant, effect journal.Effect) (journal.Event, string) {
+// do carries out one effect and says what came of it, and for which lease.
+func (m *Manager) do(ctx context.Context, g journal.Lease, effect journal.Effect) (journal.Event, string) {
 	if effect == journal.DoReplace {
 		return journal.Replaced{}, g.Replaces
 	}
 	ctx, cancel := context.WithTimeout(ctx, actTimeout)
 	defer cancel()
-	h := issue.Handle{Grant: g.ID, Scope: g.Scope, Issued: g.Issued, Accessor: g.Accessor, VaultLease: g.VaultLease, Serial: g.Serial, Expires: g.Expires}
+	h := issue.Handle{Lease: g.ID, Scope: g.Scope, Issued: g.Issued, Accessor: g.Accessor, VaultLease: g.VaultLease, Serial: g.Serial, Expires: g.Expires}
 	issuer, ok := m.issuers[g.Kind]
 	err := fmt.Errorf("%w: this broker has no issuer for %s credentials", issue.ErrConfig, g.Kind)
 	if effect == journal.DoExtend {
@@ -477,13 +477,13 @@ func (m *Manager) release(id string) {
 }
 
 const (
-	// revokePage is how many grants RevokeAll revokes in one transaction.
+	// revokePage is how many leases RevokeAll revokes in one transaction.
 	revokePage = 64
 	// confirmTime is how long RevokeAll waits for issuers to confirm the ends.
 	confirmTime = 15 * time.Second
 )
 
-// RevokeAll revokes the unended grants that f selects and returns their ids. When it
+// RevokeAll revokes the unended leases that f selects and returns their ids. When it
 // returns, every one of them is recorded as revoking; their ends are confirmed in the
 // background. With wait it gives issuers a while to confirm them first.
 func (m *Manager) RevokeAll(ctx context.Context, f journal.Filter, reason string, c Cause, wait bool) (ids []string, err error) {
@@ -513,8 +513,8 @@ func (m *Manager) RevokeAll(ctx context.Context, f journal.Filter, reason string
 			m.log.Error("lease: not revoked", "lease", id, "err", err)
 		}
 		for _, s := range steps {
-			ids = append(ids, s.grant.ID)
-			if len(s.effects) > 0 && m.claim(s.grant.ID) {
+			ids = append(ids, s.lease.ID)
+			if len(s.effects) > 0 && m.claim(s.lease.ID) {
 				acts.Add(1)
 				m.start(ctx, s, c, acts.Done)
 			}

@@ -30,7 +30,7 @@ func (s stubborn) Extend(_ context.Context, h issue.Handle, _ time.Duration) (ti
 }
 func (s stubborn) Revoke(ctx context.Context, _ issue.Handle) error { return s.revoke(ctx) }
 
-func manager(t *testing.T, i issue.Issuer, grants ...journal.Grant) (*Manager, func(string) journal.Grant) {
+func manager(t *testing.T, i issue.Issuer, leases ...journal.Lease) (*Manager, func(string) journal.Lease) {
 	t.Helper()
 	s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
 	if err != nil {
@@ -38,7 +38,7 @@ func manager(t *testing.T, i issue.Issuer, grants ...journal.Grant) (*Manager, f
 	}
 	t.Cleanup(func() { _ = s.Close() })
 	if err := s.Update(t.Context(), func(tx *store.Tx) error {
-		for _, g := range grants {
+		for _, g := range leases {
 			g.Host, g.Scope, g.Kind = "h", "s", journal.KindVault
 			if err := journal.Save(tx, g); err != nil {
 				return err
@@ -49,7 +49,7 @@ func manager(t *testing.T, i issue.Issuer, grants ...journal.Grant) (*Manager, f
 		t.Fatal(err)
 	}
 	m := New(s, map[string]issue.Issuer{journal.KindVault: i}, slog.New(slog.NewTextHandler(io.Discard, nil)), time.Now)
-	return m, func(id string) (g journal.Grant) {
+	return m, func(id string) (g journal.Lease) {
 		t.Helper()
 		if err := s.View(context.Background(), func(tx *store.Tx) (err error) {
 			g, err = journal.Load(tx, id)
@@ -61,7 +61,7 @@ func manager(t *testing.T, i issue.Issuer, grants ...journal.Grant) (*Manager, f
 	}
 }
 
-func becomes(t *testing.T, load func(string) journal.Grant, id string, want journal.State) {
+func becomes(t *testing.T, load func(string) journal.Lease, id string, want journal.State) {
 	t.Helper()
 	check.Eventually(t, 10*time.Second, id+" is "+string(want), func() (bool, string) {
 		state := load(id).State
@@ -69,14 +69,14 @@ func becomes(t *testing.T, load func(string) journal.Grant, id string, want jour
 	})
 }
 
-// While an issuer hangs, what waits for it is one goroutine a grant.
+// While an issuer hangs, what waits for it is one goroutine a lease.
 func TestAHangingIssuerPilesNothingUp(t *testing.T) {
 	const n = 300
-	var grants []journal.Grant
+	var leases []journal.Lease
 	for i := range n {
-		grants = append(grants, journal.Grant{ID: fmt.Sprintf("g%05d", i), State: journal.Live, Accessor: "a", Issued: time.Now()})
+		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%05d", i), State: journal.Live, Accessor: "a", Issued: time.Now()})
 	}
-	m, _ := manager(t, stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}, grants...)
+	m, _ := manager(t, stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}, leases...)
 	ctx, cancel := context.WithCancel(t.Context())
 	swept := make(chan error, 1)
 	go func() { swept <- m.Sweep(ctx) }()
@@ -85,7 +85,7 @@ func TestAHangingIssuerPilesNothingUp(t *testing.T) {
 	if _, err := m.RevokeAll(t.Context(), journal.Filter{Host: "h"}, "quarantine", Cause{Actor: "x"}, false); err != nil {
 		t.Fatal(err)
 	}
-	for range 4 { // the grants are due again and again
+	for range 4 { // the leases are due again and again
 		time.Sleep(1500 * time.Millisecond)
 		if more := runtime.NumGoroutine() - before; more > n+50 {
 			t.Fatalf("%d goroutines more for %d grants", more, n)
@@ -103,8 +103,8 @@ func TestReplacedOnlyByOneThatLives(t *testing.T) {
 		}
 		return now.Add(8 * time.Hour), nil
 	}},
-		journal.Grant{ID: "old", State: journal.Live, Settled: true, Overlap: time.Minute, Expires: now.Add(3 * time.Hour), Due: now.Add(3 * time.Hour), Issued: now},
-		journal.Grant{ID: "new", State: journal.Provisional, Replaces: "old", TTL: 8 * time.Hour, Expires: now.Add(2 * time.Minute), Due: now.Add(2 * time.Minute), Issued: now})
+		journal.Lease{ID: "old", State: journal.Live, Settled: true, Overlap: time.Minute, Expires: now.Add(3 * time.Hour), Due: now.Add(3 * time.Hour), Issued: now},
+		journal.Lease{ID: "new", State: journal.Provisional, Replaces: "old", TTL: 8 * time.Hour, Expires: now.Add(2 * time.Minute), Due: now.Add(2 * time.Minute), Issued: now})
 	g, err := m.Event(t.Context(), "new", journal.Acknowledged{}, Cause{Actor: "host:h"})
 	if err != nil || g.Settled {
 		t.Fatalf("acknowledged while sealed: %+v, %v", g, err)
@@ -126,7 +126,7 @@ func TestRevokedWhileExtending(t *testing.T) {
 	m, load := manager(t, stubborn{
 		extend: func(issue.Handle) (time.Time, error) { close(extending); <-goOn; return now.Add(time.Hour), nil },
 		revoke: func(context.Context) error { return nil },
-	}, journal.Grant{ID: "g", State: journal.Provisional, Expires: now.Add(2 * time.Minute), Due: now.Add(2 * time.Minute), Issued: now})
+	}, journal.Lease{ID: "g", State: journal.Provisional, Expires: now.Add(2 * time.Minute), Due: now.Add(2 * time.Minute), Issued: now})
 	if _, err := m.Event(t.Context(), "g", journal.Acknowledged{}, Cause{Actor: "host:h", Later: true}); err != nil {
 		t.Fatal(err)
 	}

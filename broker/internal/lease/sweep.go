@@ -14,17 +14,17 @@ import (
 const (
 	// longestSleep is how long the sweeper trusts a due time that it read.
 	longestSleep = 15 * time.Second
-	// rest lies between two looks that found no full page, lest a grant that somebody
+	// rest lies between two looks that found no full page, lest a lease that somebody
 	// acts on be polled in a loop.
 	rest = time.Second
-	// late is how long after its due time a grant counts as overdue.
+	// late is how long after its due time a lease counts as overdue.
 	late = 10 * time.Second
-	// oddAgain is how often grants that couldn't be stepped are tried again: what failed
+	// oddAgain is how often leases that couldn't be stepped are tried again: what failed
 	// may have been the disk for a moment.
 	oddAgain = time.Minute
 )
 
-// Sweep sends Tick to every grant whose time has come, until ctx ends. It is
+// Sweep sends Tick to every lease whose time has come, until ctx ends. It is
 // the normal path of everything that waits, and so the repair after a crash.
 func (m *Manager) Sweep(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
@@ -42,7 +42,7 @@ func (m *Manager) Sweep(ctx context.Context) error {
 	return group.Wait()
 }
 
-// sweep looks after one kind of grants: at their due times, and again at once where a
+// sweep looks after one kind of leases: at their due times, and again at once where a
 // look found as many as it could take on.
 func (m *Manager) sweep(ctx context.Context, l *lane) {
 	odd, tried := map[string]bool{}, m.now()
@@ -78,9 +78,9 @@ func (m *Manager) sweep(ctx context.Context, l *lane) {
 	}
 }
 
-// sweepPage sends Tick to as many due grants as the lane has place for, in one
+// sweepPage sends Tick to as many due leases as the lane has place for, in one
 // transaction, and starts what comes of it. It waits for a place where there is none,
-// and returns whether all its places were taken: there may be more to do. Grants that
+// and returns whether all its places were taken: there may be more to do. Leases that
 // can't be stepped are put into odd, which are passed over.
 func (m *Manager) sweepPage(ctx context.Context, l *lane, odd map[string]bool) (full bool, err error) {
 	places := l.take(ctx)
@@ -111,7 +111,7 @@ func (m *Manager) sweepPage(ctx context.Context, l *lane, odd map[string]bool) (
 	}
 	for _, s := range steps {
 		if len(s.effects) == 0 {
-			m.release(s.grant.ID)
+			m.release(s.lease.ID)
 			continue
 		}
 		started++
@@ -140,7 +140,7 @@ func (l *lane) take(ctx context.Context) (n int) {
 	return n
 }
 
-// claimDue claims at most n grants that are due and that nobody acts on.
+// claimDue claims at most n leases that are due and that nobody acts on.
 func (m *Manager) claimDue(ctx context.Context, l *lane, odd map[string]bool, n int) (ids []string, err error) {
 	m.mu.Lock()
 	most := n + len(m.running) + len(odd)
@@ -160,7 +160,7 @@ func (m *Manager) claimDue(ctx context.Context, l *lane, odd map[string]bool, n 
 	return ids, nil
 }
 
-// Overdue is how many grants the sweeper has not looked after for more than ten
+// Overdue is how many leases the sweeper has not looked after for more than ten
 // seconds beyond their due time, and by how much the oldest is late.
 func (m *Manager) Overdue(ctx context.Context) (n uint64, oldest time.Duration, err error) {
 	now := m.now()

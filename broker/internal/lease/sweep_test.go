@@ -17,9 +17,9 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
-// swept runs a sweeper over grants in a bubble of its own clock, beside what meanwhile
+// swept runs a sweeper over leases in a bubble of its own clock, beside what meanwhile
 // does, until that returns.
-func swept(t *testing.T, issuers map[string]issue.Issuer, grants []journal.Grant, meanwhile func(t *testing.T, m *Manager, load func(string) journal.Grant)) {
+func swept(t *testing.T, issuers map[string]issue.Issuer, leases []journal.Lease, meanwhile func(t *testing.T, m *Manager, load func(string) journal.Lease)) {
 	synctest.Test(t, func(t *testing.T) {
 		s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
 		if err != nil {
@@ -27,7 +27,7 @@ func swept(t *testing.T, issuers map[string]issue.Issuer, grants []journal.Grant
 		}
 		defer func() { _ = s.Close() }()
 		if err := s.Update(t.Context(), func(tx *store.Tx) error {
-			for _, g := range grants {
+			for _, g := range leases {
 				g.Host, g.Scope = "h", "s"
 				if err := journal.Save(tx, g); err != nil {
 					return err
@@ -41,7 +41,7 @@ func swept(t *testing.T, issuers map[string]issue.Issuer, grants []journal.Grant
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- m.Sweep(ctx) }()
-		meanwhile(t, m, func(id string) (g journal.Grant) {
+		meanwhile(t, m, func(id string) (g journal.Lease) {
 			if err := s.View(context.Background(), func(tx *store.Tx) (err error) {
 				g, err = journal.Load(tx, id)
 				return err
@@ -58,7 +58,7 @@ func swept(t *testing.T, issuers map[string]issue.Issuer, grants []journal.Grant
 	})
 }
 
-// A sweeper that is woken all the time does its work all the same: every grant is ended
+// A sweeper that is woken all the time does its work all the same: every lease is ended
 // within two seconds of its due time, whatever else happens.
 func TestSweepsUnderSteadyEvents(t *testing.T) {
 	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC) // of every bubble
@@ -67,15 +67,15 @@ func TestSweepsUnderSteadyEvents(t *testing.T) {
 	revoker := recorder{revoke: func(h issue.Handle) error {
 		mu.Lock()
 		defer mu.Unlock()
-		ended[h.Grant] = time.Now()
+		ended[h.Lease] = time.Now()
 		return nil
 	}}
 	const due = 300 // more than some pages
-	grants := []journal.Grant{{ID: "busy", Kind: journal.KindCertificate, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin}}
+	leases := []journal.Lease{{ID: "busy", Kind: journal.KindCertificate, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin}}
 	for i := range due {
-		grants = append(grants, journal.Grant{ID: fmt.Sprintf("g%04d", i), Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(5 * time.Second), Issued: begin})
+		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%04d", i), Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(5 * time.Second), Issued: begin})
 	}
-	swept(t, map[string]issue.Issuer{journal.KindCertificate: revoker}, grants, func(t *testing.T, m *Manager, _ func(string) journal.Grant) {
+	swept(t, map[string]issue.Issuer{journal.KindCertificate: revoker}, leases, func(t *testing.T, m *Manager, _ func(string) journal.Lease) {
 		for range 25 { // ten seconds of it
 			time.Sleep(400 * time.Millisecond)
 			if _, err := m.Event(t.Context(), "busy", journal.Proved{By: time.Now().Add(time.Minute)}, Cause{Actor: "host:h"}); err != nil {
@@ -93,18 +93,18 @@ func TestSweepsUnderSteadyEvents(t *testing.T) {
 	}
 }
 
-// An issuer that hangs holds up the grants of its own kind alone, and what waits for it
+// An issuer that hangs holds up the leases of its own kind alone, and what waits for it
 // counts as overdue.
 func TestAHangingIssuerHoldsUpNoOther(t *testing.T) {
 	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
-	var grants []journal.Grant
+	var leases []journal.Lease
 	for i := range 2 * (backlog + share) {
-		grants = append(grants, journal.Grant{ID: fmt.Sprintf("v%04d", i), Kind: journal.KindVault, State: journal.Retiring, Due: begin, Issued: begin})
+		leases = append(leases, journal.Lease{ID: fmt.Sprintf("v%04d", i), Kind: journal.KindVault, State: journal.Retiring, Due: begin, Issued: begin})
 	}
-	grants = append(grants, journal.Grant{ID: "c", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(30 * time.Second), Issued: begin})
+	leases = append(leases, journal.Lease{ID: "c", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(30 * time.Second), Issued: begin})
 	hanging := stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}
-	swept(t, map[string]issue.Issuer{journal.KindVault: hanging, journal.KindCertificate: recorder{revoke: func(issue.Handle) error { return nil }}}, grants,
-		func(t *testing.T, m *Manager, load func(string) journal.Grant) {
+	swept(t, map[string]issue.Issuer{journal.KindVault: hanging, journal.KindCertificate: recorder{revoke: func(issue.Handle) error { return nil }}}, leases,
+		func(t *testing.T, m *Manager, load func(string) journal.Lease) {
 			time.Sleep(32 * time.Second)
 			if state := load("c").State; state != journal.Gone {
 				t.Errorf("a certificate is %s two seconds after its end, behind a Vault that hangs", state)
@@ -116,14 +116,14 @@ func TestAHangingIssuerHoldsUpNoOther(t *testing.T) {
 		})
 }
 
-// One grant that can't be read holds up no other.
-func TestAnUnreadableGrantHoldsUpNoOther(t *testing.T) {
+// One lease that can't be read holds up no other.
+func TestAnUnreadableLeaseHoldsUpNoOther(t *testing.T) {
 	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
-	grants := []journal.Grant{
+	leases := []journal.Lease{
 		{ID: "bad", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(time.Second), Issued: begin},
 		{ID: "good", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(2 * time.Second), Issued: begin},
 	}
-	swept(t, map[string]issue.Issuer{journal.KindCertificate: recorder{revoke: func(issue.Handle) error { return nil }}}, grants, func(t *testing.T, m *Manager, load func(string) journal.Grant) {
+	swept(t, map[string]issue.Issuer{journal.KindCertificate: recorder{revoke: func(issue.Handle) error { return nil }}}, leases, func(t *testing.T, m *Manager, load func(string) journal.Lease) {
 		if err := m.store.Update(t.Context(), func(tx *store.Tx) error {
 			_, err := tx.Exec(`UPDATE grants SET body = 'x' WHERE id = 'bad'`)
 			return err
@@ -154,15 +154,15 @@ func TestAnUnreadableGrantHoldsUpNoOther(t *testing.T) {
 // A mass revocation is recorded whole before it returns, however slow the issuer is.
 func TestRevokeAllRecordsAll(t *testing.T) {
 	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
-	var grants []journal.Grant
+	var leases []journal.Lease
 	for i := range 5*revokePage + 7 {
-		grants = append(grants, journal.Grant{ID: fmt.Sprintf("g%04d", i), Kind: journal.KindVault, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin})
+		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%04d", i), Kind: journal.KindVault, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin})
 	}
 	slow := stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}
-	swept(t, map[string]issue.Issuer{journal.KindVault: slow}, grants, func(t *testing.T, m *Manager, load func(string) journal.Grant) {
+	swept(t, map[string]issue.Issuer{journal.KindVault: slow}, leases, func(t *testing.T, m *Manager, load func(string) journal.Lease) {
 		ids, err := m.RevokeAll(t.Context(), journal.Filter{Scope: "s"}, "leaked", Cause{Actor: "operator:x"}, true)
-		if err != nil || len(ids) != len(grants) {
-			t.Fatalf("%d of %d were revoked, %v", len(ids), len(grants), err)
+		if err != nil || len(ids) != len(leases) {
+			t.Fatalf("%d of %d were revoked, %v", len(ids), len(leases), err)
 		}
 		if took := time.Since(begin); took > confirmTime+time.Second {
 			t.Errorf("it took %v", took)

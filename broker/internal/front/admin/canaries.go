@@ -62,20 +62,20 @@ func (d *Desk) userNames(ctx context.Context, scope string) (names []string, err
 	const page = 1000
 	f := journal.Filter{Scope: scope, Newest: true, Limit: page}
 	for {
-		var grants []journal.Grant
+		var leases []journal.Lease
 		if err := d.Store.Report(ctx, func(tx *store.Tx) (err error) {
-			grants, err = journal.List(tx, f)
+			leases, err = journal.List(tx, f)
 			return err
 		}); err != nil {
 			return nil, err
 		}
-		for _, g := range grants {
+		for _, g := range leases {
 			f.After = g.Cursor()
 			if name := g.Names["db_username"]; name != "" {
 				names = append(names, name)
 			}
 		}
-		if len(grants) < page {
+		if len(leases) < page {
 			return names, nil
 		}
 	}

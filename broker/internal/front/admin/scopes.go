@@ -137,8 +137,8 @@ func (d *Desk) planLeases(ctx context.Context, p *Plan) error {
 }
 
 func (d *Desk) planHost(tx *store.Tx, p *Plan, id string) error {
-	grants, err := journal.List(tx, journal.Filter{Host: id, States: []journal.State{journal.Live, journal.Provisional}})
-	if err != nil || len(grants) == 0 {
+	leases, err := journal.List(tx, journal.Filter{Host: id, States: []journal.State{journal.Live, journal.Provisional}})
+	if err != nil || len(leases) == 0 {
 		return err
 	}
 	host, err := lastAppraised(tx, id)
@@ -153,7 +153,7 @@ func (d *Desk) planHost(tx *store.Tx, p *Plan, id string) error {
 	if err != nil {
 		return err
 	}
-	for _, g := range grants {
+	for _, g := range leases {
 		facts, err := factsOf(g, host)
 		if err = cmp.Or(odd, err); err != nil {
 			// One row that can't be read keeps no set from being applied.
@@ -172,7 +172,7 @@ func (d *Desk) planHost(tx *store.Tx, p *Plan, id string) error {
 
 // factsOf are the facts that a lease was last decided on, on its host as it was last
 // appraised.
-func factsOf(g journal.Grant, host appraise.Host) (appraise.Facts, error) {
+func factsOf(g journal.Lease, host appraise.Host) (appraise.Facts, error) {
 	if g.Unreadable != nil {
 		return appraise.Facts{}, g.Unreadable
 	}
@@ -284,8 +284,8 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (Explanatio
 	return Explanation{Result: r, At: f.At, PCRs: f.Host.EventLog.States}, nil
 }
 
-// List reads grants by the time of issue, and the names of their hosts.
-func (d *Desk) List(ctx context.Context, a Actor, f journal.Filter) (list []journal.Grant, names map[string]string, err error) {
+// List reads leases by the time of issue, and the names of their hosts.
+func (d *Desk) List(ctx context.Context, a Actor, f journal.Filter) (list []journal.Lease, names map[string]string, err error) {
 	if err := a.need(Viewer); err != nil {
 		return nil, nil, err
 	}
@@ -315,8 +315,8 @@ func (d *Desk) List(ctx context.Context, a Actor, f journal.Filter) (list []jour
 	return list, names, err
 }
 
-// Lease is one grant.
-func (d *Desk) Lease(ctx context.Context, a Actor, id string) (g journal.Grant, err error) {
+// Lease is one lease.
+func (d *Desk) Lease(ctx context.Context, a Actor, id string) (g journal.Lease, err error) {
 	if err := a.need(Viewer); err != nil {
 		return g, err
 	}

@@ -24,7 +24,7 @@ func TestUnreadableRows(t *testing.T) {
 	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
 		for _, id := range []string{"a", "b", "c"} {
 			check.Nil(t, inventory.Save(tx, inventory.Host{ID: id, Name: id, State: inventory.Trusted, Admitted: true, LastProved: now}))
-			check.Nil(t, journal.Save(tx, journal.Grant{ID: "lease-" + id, Host: id, Scope: "s", Kind: journal.KindVault, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
+			check.Nil(t, journal.Save(tx, journal.Lease{ID: "lease-" + id, Host: id, Scope: "s", Kind: journal.KindVault, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
 			_, _, err := findings.Report(tx, findings.Finding{Detector: "d", Cause: id, Severity: "low", First: now, Last: now, Count: 1}, now)
 			check.Nil(t, err)
 		}

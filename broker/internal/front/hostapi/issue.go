@@ -40,7 +40,7 @@ type Order struct {
 
 // An Issued credential, or the answer of a scope that only observes.
 type Issued struct {
-	Grant     journal.Grant
+	Lease     journal.Lease
 	Fields    []issue.Field
 	ReplaceAt time.Time // when to ask for its successor
 	Ticket    []byte
@@ -97,7 +97,7 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	if g.Kind == journal.KindCertificate {
 		full = g.Expires
 	}
-	return Issued{Grant: g, Fields: c.Fields, ReplaceAt: replaceAt(now, full, scope), Ticket: ticket}, nil
+	return Issued{Lease: g, Fields: c.Fields, ReplaceAt: replaceAt(now, full, scope), Ticket: ticket}, nil
 }
 
 // replaceAt leaves the overlap, and a third of the life for a broker or Vault
@@ -169,7 +169,7 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 		return Issued{}, &api.Error{Outcome: api.Fault, Check: "policy", Request: request, Message: result.Reason}
 	}
 	instance := p.verified.Facts().Program.Instance().String()
-	if err := d.revokeWhere(ctx, p.host.ID, o.Scope, func(g journal.Grant) bool {
+	if err := d.revokeWhere(ctx, p.host.ID, o.Scope, func(g journal.Lease) bool {
 		return g.Instance == instance || g.ID == o.Replaces
 	}, "refused: "+result.Reason, request); err != nil {
 		return Issued{}, d.fault(request, err)
@@ -177,15 +177,15 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 	return Issued{}, refusal(result, request)
 }
 
-func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(journal.Grant) bool, reason, request string) error {
-	var grants []journal.Grant
+func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(journal.Lease) bool, reason, request string) error {
+	var leases []journal.Lease
 	if err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
-		grants, err = journal.List(tx, journal.Filter{Host: host, Scope: scope, States: journal.Unended})
+		leases, err = journal.List(tx, journal.Filter{Host: host, Scope: scope, States: journal.Unended})
 		return err
 	}); err != nil {
 		return err
 	}
-	for _, g := range grants {
+	for _, g := range leases {
 		if g.Unreadable != nil || !which(g) {
 			continue
 		}
@@ -209,8 +209,8 @@ func bounded(s string, most int) string {
 	}, s[:min(len(s), most)])
 }
 
-// Acknowledge makes a provisional grant live.
-func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delivery, request string) (journal.Grant, error) {
+// Acknowledge makes a provisional lease live.
+func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delivery, request string) (journal.Lease, error) {
 	g, err := d.own(ctx, conn, id, request)
 	if err != nil {
 		return g, err
@@ -229,19 +229,19 @@ func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delive
 	return g, nil
 }
 
-// own loads a grant of the host that speaks.
-func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id, request string) (journal.Grant, error) {
+// own loads a lease of the host that speaks.
+func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id, request string) (journal.Lease, error) {
 	h, _, err := d.host(ctx, conn, request)
 	if err != nil {
-		return journal.Grant{}, err
+		return journal.Lease{}, err
 	}
-	var g journal.Grant
+	var g journal.Lease
 	err = d.Store.View(ctx, func(tx *store.Tx) (err error) {
 		g, err = journal.Load(tx, id)
 		return err
 	})
 	if errors.Is(err, journal.ErrUnknown) || err == nil && g.Host != h.ID {
-		return journal.Grant{}, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: "this host has no such lease"}
+		return journal.Lease{}, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: "this host has no such lease"}
 	}
 	if err != nil {
 		return g, d.fault(request, err)
@@ -274,10 +274,10 @@ func (d *Desk) Release(ctx context.Context, conn *challenge.Conn, ids []string, 
 	return confirmed, nil
 }
 
-// ticket is the grant in the broker's signed words, for the agent to keep.
-func (d *Desk) ticket(g journal.Grant) ([]byte, error) {
-	t := ticket{Grant: g, Due: g.Due, Instance: g.Instance, Delivery: g.DeliveryID, Issued: g.Issued, Until: g.Issued.Add(g.TTL)}
-	t.Grant.Facts = nil
+// ticket is the lease in the broker's signed words, for the agent to keep.
+func (d *Desk) ticket(g journal.Lease) ([]byte, error) {
+	t := ticket{Lease: g, Due: g.Due, Instance: g.Instance, Delivery: g.DeliveryID, Issued: g.Issued, Until: g.Issued.Add(g.TTL)}
+	t.Lease.Facts = nil
 	body, err := json.Marshal(t)
 	if err != nil {
 		return nil, err
@@ -288,7 +288,7 @@ func (d *Desk) ticket(g journal.Grant) ([]byte, error) {
 const ticketHeader = "countersign lease\n"
 
 type ticket struct {
-	Grant    journal.Grant `json:"grant"`
+	Lease    journal.Lease `json:"grant"`
 	Due      time.Time     `json:"due"`
 	Instance string        `json:"instance"`
 	Delivery string        `json:"delivery"`

@@ -103,11 +103,11 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 			}
 			out.Verdicts = append(out.Verdicts, v)
 		}
-		grants, err := journal.List(tx, journal.Filter{Host: p.host.ID, States: []journal.State{journal.Live}})
+		leases, err := journal.List(tx, journal.Filter{Host: p.host.ID, States: []journal.State{journal.Live}})
 		if err != nil {
 			return err
 		}
-		for _, g := range grants {
+		for _, g := range leases {
 			// A lease that came while the proof was being made is not in it.
 			if !held[g.ID] && g.Unreadable == nil && g.Acked.Add(issue.ProvisionalFor).Before(p.given.At) {
 				ends = append(ends, end{g.ID, "the host no longer holds it"})
@@ -240,7 +240,7 @@ func withSource(sources []string, address string) []string {
 // one of a hand-over, or, where the scope lets the unit have it while it
 // starts, a later invocation of the same unit in the same boot. Both run the
 // same file as the one that earned it.
-func mayBind(g journal.Grant, f *appraise.Facts, scope *policy.Scope) bool {
+func mayBind(g journal.Lease, f *appraise.Facts, scope *policy.Scope) bool {
 	p := f.Program
 	if g.Unit == "" || p.Unit != g.Unit || p.Boot != g.Boot || p.SHA256.String() != g.SHA256 {
 		return false
@@ -250,22 +250,22 @@ func mayBind(g journal.Grant, f *appraise.Facts, scope *policy.Scope) bool {
 
 // adopt takes a lease back into the journal that this broker issued before its
 // store was restored.
-func (d *Desk) adopt(tx *store.Tx, p proven, lp LeaseProof, now time.Time, request string) (journal.Grant, error) {
+func (d *Desk) adopt(tx *store.Tx, p proven, lp LeaseProof, now time.Time, request string) (journal.Lease, error) {
 	n, err := note.Open(lp.Ticket, note.VerifierList(d.Verify))
 	if err != nil {
-		return journal.Grant{}, journal.ErrUnknown
+		return journal.Lease{}, journal.ErrUnknown
 	}
 	body, ok := strings.CutPrefix(n.Text, ticketHeader)
 	if !ok {
-		return journal.Grant{}, journal.ErrUnknown
+		return journal.Lease{}, journal.ErrUnknown
 	}
 	var t ticket
 	if err := json.Unmarshal([]byte(body), &t); err != nil {
-		return journal.Grant{}, err
+		return journal.Lease{}, err
 	}
-	g := t.Grant
+	g := t.Lease
 	if g.ID != lp.Lease || g.Host != p.host.ID || !now.Before(t.Until) {
-		return journal.Grant{}, journal.ErrUnknown
+		return journal.Lease{}, journal.ErrUnknown
 	}
 	// Live and due at once: the sweeper asks the issuer how long it lives.
 	g.State, g.Due, g.Instance, g.DeliveryID, g.Issued, g.Acked, g.Settled = journal.Live, now, t.Instance, t.Delivery, t.Issued, now, true

@@ -41,7 +41,7 @@ func TestAnUnreadableLease(t *testing.T) {
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
 		for _, id := range []string{"a", "b"} {
-			check.Nil(t, journal.Save(tx, journal.Grant{ID: id, Host: "h", Scope: "s", Kind: journal.KindVault, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
+			check.Nil(t, journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: journal.KindVault, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
 		}
 		_, err := tx.Exec(`UPDATE grants SET body = 'x' WHERE id = 'a'`)
 		return err
@@ -56,7 +56,7 @@ func TestAnUnreadableLease(t *testing.T) {
 		}
 		return err
 	}))
-	check.Nil(t, d.revokeWhere(t.Context(), "h", "s", func(journal.Grant) bool { return true }, "refused", "r"))
+	check.Nil(t, d.revokeWhere(t.Context(), "h", "s", func(journal.Lease) bool { return true }, "refused", "r"))
 	check.Nil(t, s.View(t.Context(), func(tx *store.Tx) error {
 		g, err := journal.Load(tx, "b")
 		if g.State != journal.Revoking {

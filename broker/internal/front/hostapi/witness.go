@@ -32,21 +32,21 @@ const maxSeen = 512
 // gives nothing, and so needs no fresh evidence; a host can only speak of itself.
 func (d *Desk) Witness(ctx context.Context, conn *challenge.Conn, opens []Open, request string) error {
 	now := d.Now()
-	grants := make([]journal.Grant, len(opens))
+	leases := make([]journal.Lease, len(opens))
 	for i, o := range opens {
 		g, err := d.own(ctx, conn, o.Lease, request)
 		if err != nil {
 			return err
 		}
-		grants[i] = g
+		leases[i] = g
 	}
 	err := d.Store.Update(ctx, func(tx *store.Tx) error {
 		for i, o := range opens {
-			if o.Time.After(now) || o.Time.Before(grants[i].Issued) {
+			if o.Time.After(now) || o.Time.Before(leases[i].Issued) {
 				o.Time = now // no clock of a host's moves it to another lease's time
 			}
 			o.Path, o.Exe, o.User, o.Unit = bounded(o.Path, maxSeen), bounded(o.Exe, maxSeen), bounded(o.User, maxSeen), bounded(o.Unit, maxSeen)
-			r := audit.Record{Time: now, Kind: openedKind, Actor: "host:" + grants[i].Host, Host: grants[i].Host, Scope: grants[i].Scope, Lease: grants[i].ID, Request: request}
+			r := audit.Record{Time: now, Kind: openedKind, Actor: "host:" + leases[i].Host, Host: leases[i].Host, Scope: leases[i].Scope, Lease: leases[i].ID, Request: request}
 			if _, err := audit.Append(tx, r, o); err != nil {
 				return err
 			}

@@ -29,7 +29,7 @@ func witnesses(t *testing.T) (d *Desk, now time.Time, ours *challenge.Conn) {
 		for _, name := range []string{"ours", "theirs"} {
 			conn := &challenge.Conn{KeySPKI: []byte(name)}
 			h := inventory.Host{ID: name, State: inventory.Trusted, Admitted: true, TLSKey: conn.Key()}
-			g := journal.Grant{ID: "lease-" + name, Host: name, Scope: "billing-db", State: journal.Live, Issued: now.Add(-time.Hour)}
+			g := journal.Lease{ID: "lease-" + name, Host: name, Scope: "billing-db", State: journal.Live, Issued: now.Add(-time.Hour)}
 			if err := errors.Join(inventory.Save(tx, h), journal.Save(tx, g)); err != nil {
 				return err
 			}

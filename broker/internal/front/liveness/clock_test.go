@@ -36,7 +36,7 @@ func TestTheClockComesBack(t *testing.T) {
 		for id, r := range rows {
 			errs = append(errs,
 				inventory.Save(tx, inventory.Host{ID: id, State: inventory.Trusted, SilentAt: r.silent, LastProved: r.proved}),
-				journal.Save(tx, journal.Grant{ID: id, Host: id, Kind: journal.KindVault, State: journal.Revoking, Due: r.due}))
+				journal.Save(tx, journal.Lease{ID: id, Host: id, Kind: journal.KindVault, State: journal.Revoking, Due: r.due}))
 		}
 		return errors.Join(errs...)
 	}))

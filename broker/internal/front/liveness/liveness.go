@@ -299,7 +299,7 @@ func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.T
 	if h.SilentAt.IsZero() || h.SilentAt.After(now) || !heard.Since(h.SilentAt, id) {
 		return nil, false, nil // it was heard meanwhile
 	}
-	grants, err := journal.List(tx, journal.Filter{Host: id, States: []journal.State{journal.Live, journal.Retiring}})
+	leases, err := journal.List(tx, journal.Filter{Host: id, States: []journal.State{journal.Live, journal.Retiring}})
 	if err != nil {
 		return nil, false, err
 	}
@@ -310,7 +310,7 @@ func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.T
 		}
 	}
 	h.SilentAt = time.Time{}
-	for _, g := range grants {
+	for _, g := range leases {
 		if g.Unreadable != nil {
 			w.Log.Error("silence: a lease can't be judged", "lease", g.ID, "err", g.Unreadable)
 			continue

@@ -34,7 +34,7 @@ func watched(t *testing.T, n, brake int, heard time.Time) (*Watch, *store.Store)
 			if err := inventory.Save(tx, inventory.Host{ID: id, Name: id, State: inventory.Trusted, Admitted: true, LastProved: noon.Add(-2 * time.Hour), SilentAt: noon.Add(-time.Hour)}); err != nil {
 				return err
 			}
-			if err := journal.Save(tx, journal.Grant{ID: "lease-" + id, Host: id, Scope: "s", Kind: journal.KindVault, State: journal.Live, Settled: true,
+			if err := journal.Save(tx, journal.Lease{ID: "lease-" + id, Host: id, Scope: "s", Kind: journal.KindVault, State: journal.Live, Settled: true,
 				ProveBy: noon.Add(-90 * time.Minute), Grace: 30 * time.Minute, Due: noon.Add(time.Hour), Issued: noon.Add(-3 * time.Hour)}); err != nil {
 				return err
 			}
@@ -52,20 +52,20 @@ func watched(t *testing.T, n, brake int, heard time.Time) (*Watch, *store.Store)
 func have(t *testing.T, s *store.Store, host inventory.State, state journal.State) (hosts, leases int, records int64) {
 	t.Helper()
 	if err := s.View(t.Context(), func(tx *store.Tx) error {
-		list, err := inventory.ByName(tx, inventory.Cursor{}, 10_000)
+		all, err := inventory.ByName(tx, inventory.Cursor{}, 10_000)
 		if err != nil {
 			return err
 		}
-		for _, h := range list {
+		for _, h := range all {
 			if h.State == host && strings.HasPrefix(h.ID, "silent-") {
 				hosts++
 			}
 		}
-		grants, err := journal.List(tx, journal.Filter{States: []journal.State{state}})
+		found, err := journal.List(tx, journal.Filter{States: []journal.State{state}})
 		if err != nil {
 			return err
 		}
-		leases = len(grants)
+		leases = len(found)
 		return audit.Read(tx, 0, 100_000, func(int64, []byte) error { records++; return nil })
 	}); err != nil {
 		t.Fatal(err)

@@ -45,7 +45,7 @@ func TestLease(t *testing.T) {
 	if _, serials := r.listed(t); !slices.Equal(serials, []string{g.Serial}) {
 		t.Errorf("lists %v, want %s", serials, g.Serial)
 	}
-	// A bad request ends its grant and is not on the CRL.
+	// A bad request ends its lease and is not on the CRL.
 	g, _, err = m.Issue(t.Context(), decide(t, "billing-tls"), request("d2", []byte("bad")))
 	fails(t, err, "billing-tls", "no PKCS #10")
 	check(t, r.Store.View(t.Context(), func(tx *store.Tx) (err error) { g, err = journal.Load(tx, g.ID); return err }))

@@ -127,7 +127,7 @@ func (r *rig) open(t testing.TB) {
 func (r *rig) order(t testing.TB, scope string, csr []byte) issue.Order {
 	t.Helper()
 	n := must(rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 126)))(t)
-	return issue.Order{Decision: decide(t, scope), Grant: "g1", Host: host, Serial: n.SetBit(n, 126, 1).String(), CSR: csr, Request: "r1", Now: r.now()}
+	return issue.Order{Decision: decide(t, scope), Lease: "g1", Host: host, Serial: n.SetBit(n, 126, 1).String(), CSR: csr, Request: "r1", Now: r.now()}
 }
 
 // mustIssue issues to a new key and returns the leaf, too.

@@ -93,7 +93,7 @@ func TestRevoke(t *testing.T) {
 func TestRevokeWhatWasNeverIssued(t *testing.T) {
 	r := newRig(t)
 	serial := new(big.Int).Lsh(big.NewInt(5), 120).String()
-	check(t, r.Revoke(t.Context(), issue.Handle{Grant: "g", Serial: serial}))
+	check(t, r.Revoke(t.Context(), issue.Handle{Lease: "g", Serial: serial}))
 	check(t, r.publish(t.Context()))
 	if _, serials := r.listed(t); !slices.Equal(serials, []string{serial}) {
 		t.Errorf("lists %v", serials)

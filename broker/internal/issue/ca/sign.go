@@ -78,7 +78,7 @@ func (i *Issuer) issue(ctx context.Context, scope *policy.Scope, o issue.Order) 
 		return issue.Field{Name: name, Value: secret.New(encode(ders...))}
 	}
 	return issue.Credential{
-		Handle: issue.Handle{Grant: o.Grant, Scope: scope.Name, Serial: c.Serial, Expires: leaf.NotAfter, Issued: o.Now},
+		Handle: issue.Handle{Lease: o.Lease, Scope: scope.Name, Serial: c.Serial, Expires: leaf.NotAfter, Issued: o.Now},
 		Fields: []issue.Field{field("ca", i.root.Raw), field("certificate", leaf.Raw), field("chain", leaf.Raw, i.issuer.Raw)},
 		Names:  map[string]string{"certificate_serial": c.Serial, "spiffe": c.URI},
 	}, nil

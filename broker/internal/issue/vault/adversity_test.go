@@ -431,7 +431,7 @@ func TestDatabaseDown(t *testing.T) {
 	}
 	for _, c := range []issue.Credential{c, brief} {
 		if roleExists(t, values(c)["username"]) {
-			t.Errorf("role of %s is still there", c.Grant)
+			t.Errorf("role of %s is still there", c.Lease)
 		}
 	}
 }

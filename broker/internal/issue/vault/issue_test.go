@@ -225,8 +225,8 @@ func TestSSH(t *testing.T) {
 	}
 }
 
-// One grant's end touches no other, and the end of the broker's token none.
-func TestGrantsAreIndependent(t *testing.T) {
+// One lease's end touches no other, and the end of the broker's token none.
+func TestLeasesAreIndependent(t *testing.T) {
 	token := brokerToken(t, nil)
 	i := newIssuer(t, tokenConfig(t, token))
 	var all []issue.Credential
@@ -266,10 +266,10 @@ func TestGrantsAreIndependent(t *testing.T) {
 	}
 }
 
-func TestGrantNeverKnownToBeIssued(t *testing.T) {
+func TestLeaseNeverKnownToBeIssued(t *testing.T) {
 	i := newIssuer(t, tokenConfig(t, brokerToken(t, nil)))
 	ctx := within(t, time.Minute)
-	h := issue.Handle{Grant: "unknown", Scope: "billing-db", Issued: time.Now()}
+	h := issue.Handle{Lease: "unknown", Scope: "billing-db", Issued: time.Now()}
 	fails(t, i.Revoke(ctx, h), "over by itself at")
 	h.Issued = h.Issued.Add(-lateStart - i.provisional)
 	if err := i.Revoke(ctx, h); err != nil {

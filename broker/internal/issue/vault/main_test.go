@@ -257,7 +257,7 @@ func newIssuer(t *testing.T, cfg config.Vault) *Issuer {
 }
 
 func order(id string) issue.Order {
-	return issue.Order{Grant: id, Host: "host-1", Request: "req-" + id, Now: time.Now()}
+	return issue.Order{Lease: id, Host: "host-1", Request: "req-" + id, Now: time.Now()}
 }
 
 // values are a credential's fields; they are remembered as secrets.

@@ -9,10 +9,10 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// A Token is one that a broker made for a grant, as Vault tells of it.
+// A Token is one that a broker made for a lease, as Vault tells of it.
 type Token struct {
 	Accessor string `json:"accessor"`
-	Grant    string `json:"grant"`
+	Lease    string `json:"grant"`
 	Host     string `json:"host"`
 	Scope    string `json:"scope"`
 	TTL      int64  `json:"ttl"` // seconds that are left
@@ -49,7 +49,7 @@ func Tokens(ctx context.Context, client *api.Client) ([]Token, error) {
 			t.TTL, _ = ttl.Int64()
 		}
 		meta, _ := found.Data["meta"].(map[string]any)
-		t.Grant, _ = meta["grant"].(string)
+		t.Lease, _ = meta["grant"].(string)
 		t.Host, _ = meta["host"].(string)
 		t.Scope, _ = meta["scope"].(string)
 		tokens = append(tokens, t)

@@ -102,7 +102,7 @@ func (i *Issuer) issue(ctx context.Context, scope *policy.Scope, o issue.Order) 
 		return issue.Credential{}, err
 	}
 	c := issue.Credential{Handle: issue.Handle{
-		Grant: o.Grant, Scope: scope.Name, Accessor: auth.Accessor, Issued: o.Now,
+		Lease: o.Lease, Scope: scope.Name, Accessor: auth.Accessor, Issued: o.Now,
 		Expires: o.Now.Add(time.Duration(auth.LeaseDuration) * time.Second),
 	}}
 	answer, err := i.obtain(ctx, scope, auth.ClientToken, o.Request)
@@ -124,8 +124,8 @@ func (i *Issuer) createToken(ctx context.Context, scope *policy.Scope, o issue.O
 	answer, err := i.session.asBroker(ctx, call{path: "auth/token/create/" + role, request: o.Request, body: map[string]any{
 		"ttl":          fmt.Sprintf("%ds", int(i.provisional.Seconds())),
 		"renewable":    true,
-		"display_name": "countersign-" + o.Grant,
-		"meta":         map[string]string{"grant": o.Grant, "host": o.Host, "scope": scope.Name},
+		"display_name": "countersign-" + o.Lease,
+		"meta":         map[string]string{"grant": o.Lease, "host": o.Host, "scope": scope.Name},
 	}})
 	if code := status(err); code == http.StatusBadRequest || code == http.StatusNotFound {
 		return nil, fmt.Errorf("%w: no token from token role %s; `countersign vault setup` makes it: %w", issue.ErrConfig, role, err)
@@ -154,7 +154,7 @@ func (i *Issuer) createToken(ctx context.Context, scope *policy.Scope, o issue.O
 	return answer.Auth, nil
 }
 
-// obtain reads or writes the scope's path with the grant's own token.
+// obtain reads or writes the scope's path with the lease's own token.
 func (i *Issuer) obtain(ctx context.Context, scope *policy.Scope, token, request string) (*api.Secret, error) {
 	c := call{read: scope.Vault.Method != "write", path: scope.Vault.Path, token: token, request: request, secret: true}
 	if !c.read {
@@ -187,7 +187,7 @@ func (i *Issuer) abandon(ctx context.Context, accessor string, o issue.Order) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 	defer cancel()
 	if _, err := i.session.asBroker(ctx, call{path: "auth/token/revoke-accessor", body: map[string]any{"accessor": accessor}, request: o.Request}); err != nil {
-		i.log.Warn("vault: a used token is not revoked and ends by itself", "lease", o.Grant, "in", i.provisional, "err", err)
+		i.log.Warn("vault: a used token is not revoked and ends by itself", "lease", o.Lease, "in", i.provisional, "err", err)
 	}
 }
 
@@ -279,7 +279,7 @@ func (i *Issuer) Revoke(ctx context.Context, h issue.Handle) error {
 	return nil
 }
 
-// outlive is the end of a grant of which nothing is known at Vault: its token, if
+// outlive is the end of a lease of which nothing is known at Vault: its token, if
 // it was made, had no more than ProvisionalFor, and nobody has renewed it.
 func (i *Issuer) outlive(h issue.Handle) error {
 	if h.Issued.IsZero() {

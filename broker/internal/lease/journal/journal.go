@@ -1,9 +1,9 @@
 // Package journal is what the broker knows of every credential it issued: one
-// grant each, from the intent to issue it until its end is confirmed.
+// lease each, from the intent to issue it until its end is confirmed.
 //
-// Step is the whole life of a grant as a pure function. It is called by the
+// Step is the whole life of a lease as a pure function. It is called by the
 // request path and by the sweeper alike, so that what repairs a crash is what
-// runs every day: recovery completes a grant or revokes it, it never issues.
+// runs every day: recovery completes a lease or revokes it, it never issues.
 // The journal holds handles by which a credential can be ended (a token's
 // accessor, a lease id, a serial), never the credential.
 package journal
@@ -16,7 +16,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/issue"
 )
 
-// A State is where a grant stands.
+// A State is where a lease stands.
 type State string
 
 const (
@@ -37,8 +37,8 @@ const (
 // Kinds are all of them.
 var Kinds = []string{KindVault, KindCertificate}
 
-// A Grant is one credential's entry. It is a value; Step returns a new one.
-type Grant struct {
+// A Lease is one credential's entry. It is a value; Step returns a new one.
+type Lease struct {
 	ID         string    `json:"id"`
 	Host       string    `json:"host"`
 	Scope      string    `json:"scope"`
@@ -82,11 +82,11 @@ type Grant struct {
 	LastError string `json:"last_error,omitempty"`
 
 	// Unreadable is why the row can't be read; only what its columns hold is known then.
-	// List returns such a grant with the others, Load and Save fail on it.
+	// List returns such a lease with the others, Load and Save fail on it.
 	Unreadable error `json:"-"`
 }
 
-// A Machine is how the host had booted, as the decision knew it that a grant was made
+// A Machine is how the host had booted, as the decision knew it that a lease was made
 // on; what wasn't proven is left out.
 type Machine struct {
 	SecureBoot  *bool  `json:"secure_boot,omitempty"`
@@ -94,7 +94,7 @@ type Machine struct {
 	Reference   string `json:"reference,omitempty"`           // the set that the boot matched
 }
 
-// An Event is something that happened to a grant.
+// An Event is something that happened to a lease.
 type Event interface{ event() }
 
 type (
@@ -120,7 +120,7 @@ type (
 		Instance string
 		Subject  json.RawMessage
 	}
-	// Replaced: another grant took over and was acknowledged.
+	// Replaced: another lease took over and was acknowledged.
 	Replaced struct{}
 	// Vanished: the issuer says that it is over, by its length or by others.
 	Vanished struct{}
@@ -157,13 +157,13 @@ const (
 	DoExtend Effect = iota + 1
 	// DoRevoke asks the issuer to end the credential and to confirm it.
 	DoRevoke
-	// DoReplace sends Replaced to the grant that this one replaces, once this
+	// DoReplace sends Replaced to the lease that this one replaces, once this
 	// one has its length.
 	DoReplace
 )
 
-// Intend makes a grant in its first state.
-func Intend(g Grant, now time.Time) Grant {
+// Intend makes a lease in its first state.
+func Intend(g Lease, now time.Time) Lease {
 	g.State = Intended
 	g.Issued = now
 	g.Due = now.Add(issue.ProvisionalFor)
@@ -172,7 +172,7 @@ func Intend(g Grant, now time.Time) Grant {
 
 // Step is the state machine. An event that a state has no answer to changes
 // nothing and is an error, which tells of a bug or of a peer's false word.
-func Step(g Grant, e Event, now time.Time) (Grant, []Effect, error) {
+func Step(g Lease, e Event, now time.Time) (Lease, []Effect, error) {
 	if g.State == Gone {
 		switch e.(type) {
 		case Revoke, Revoked, RevokeFailed, Tick, Replaced, Vanished:
@@ -290,7 +290,7 @@ func Step(g Grant, e Event, now time.Time) (Grant, []Effect, error) {
 	return g, nil, invalid(g, e)
 }
 
-func gone(g Grant, now time.Time) Grant {
+func gone(g Lease, now time.Time) Lease {
 	g.State = Gone
 	g.Ended = now
 	g.Due = time.Time{}
@@ -301,7 +301,7 @@ func gone(g Grant, now time.Time) Grant {
 // extendRetry leaves room for several tries within issue.ProvisionalFor.
 const extendRetry = 10 * time.Second
 
-func tick(g Grant, now time.Time) (Grant, []Effect, error) {
+func tick(g Lease, now time.Time) (Lease, []Effect, error) {
 	if g.Due.IsZero() || now.Before(g.Due) {
 		return g, nil, nil
 	}
@@ -329,7 +329,7 @@ func tick(g Grant, now time.Time) (Grant, []Effect, error) {
 }
 
 // revoke sets Due so that the sweeper comes back if the effect gets lost.
-func revoke(g Grant, reason string, now time.Time) (Grant, []Effect, error) {
+func revoke(g Lease, reason string, now time.Time) (Lease, []Effect, error) {
 	if g.State != Revoking {
 		g.State = Revoking
 		g.Reason = reason
@@ -352,6 +352,6 @@ func earlier(a, b time.Time) time.Time {
 	return b
 }
 
-func invalid(g Grant, e Event) error {
+func invalid(g Lease, e Event) error {
 	return fmt.Errorf("grant %s is %s: no %T", g.ID, g.State, e)
 }

@@ -11,11 +11,11 @@ import (
 
 var t0 = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
-func intended() journal.Grant {
-	return journal.Intend(journal.Grant{ID: "g", TTL: 8 * time.Hour, Overlap: 10 * time.Minute}, t0)
+func intended() journal.Lease {
+	return journal.Intend(journal.Lease{ID: "g", TTL: 8 * time.Hour, Overlap: 10 * time.Minute}, t0)
 }
 
-func step(t *testing.T, g journal.Grant, e journal.Event, now time.Time) (journal.Grant, []journal.Effect) {
+func step(t *testing.T, g journal.Lease, e journal.Event, now time.Time) (journal.Lease, []journal.Effect) {
 	t.Helper()
 	g, effects, err := journal.Step(g, e, now)
 	if err != nil {
@@ -33,7 +33,7 @@ func has(effects []journal.Effect, want journal.Effect) bool {
 	return false
 }
 
-func live(t *testing.T) journal.Grant {
+func live(t *testing.T) journal.Lease {
 	g, _ := step(t, intended(), journal.Issued{Accessor: "a", VaultLease: "l", Expires: t0.Add(issue.ProvisionalFor)}, t0)
 	g, effects := step(t, g, journal.Acknowledged{}, t0)
 	if g.State != journal.Live || !has(effects, journal.DoExtend) {
@@ -146,7 +146,7 @@ func TestFailedExtensionIsTriedAgainWhileItLives(t *testing.T) {
 }
 
 // Every state answers every event without a panic, never comes back from gone,
-// never leaves a grant that could still work without a time to look at it,
+// never leaves a lease that could still work without a time to look at it,
 // and never issues.
 func TestEveryEventInEveryState(t *testing.T) {
 	events := []journal.Event{
@@ -155,8 +155,8 @@ func TestEveryEventInEveryState(t *testing.T) {
 		journal.Proved{By: t0}, journal.Bound{Instance: "i"}, journal.Replaced{}, journal.Revoke{Reason: "r"},
 		journal.Vanished{}, journal.Revoked{}, journal.RevokeFailed{Err: errors.New("x")}, journal.Tick{},
 	}
-	var walk func(g journal.Grant, now time.Time, depth int)
-	walk = func(g journal.Grant, now time.Time, depth int) {
+	var walk func(g journal.Lease, now time.Time, depth int)
+	walk = func(g journal.Lease, now time.Time, depth int) {
 		if depth == 0 {
 			return
 		}

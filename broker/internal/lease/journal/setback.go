@@ -7,9 +7,9 @@ import (
 )
 
 // SetBack moves the due times by d, which is negative, that lie at ahead or
-// later: the clock that they were set by was ahead. Otherwise what a grant waits
+// later: the clock that they were set by was ahead. Otherwise what a lease waits
 // for, the next try of a revocation among it, would wait for as long as the
-// clock was ahead. A grant that is due too early is asked for too early, which
+// clock was ahead. A lease that is due too early is asked for too early, which
 // ends nothing.
 func SetBack(tx *store.Tx, ahead time.Time, d time.Duration) error {
 	for _, kind := range Kinds {

@@ -14,16 +14,16 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
-// ErrUnknown says that the journal has no such grant.
+// ErrUnknown says that the journal has no such lease.
 var ErrUnknown = errors.New("no such lease")
 
-// ErrUnreadable is returned for a grant whose row holds what no broker wrote.
+// ErrUnreadable is returned for a lease whose row holds what no broker wrote.
 var ErrUnreadable = errors.New("the lease's row can't be read")
 
 const columns = `id, host_id, scope, kind, state, delivery_id, instance, due, issued, ended, body`
 
 // Save writes g as it is now.
-func Save(tx *store.Tx, g Grant) error {
+func Save(tx *store.Tx, g Lease) error {
 	if g.Unreadable != nil {
 		return g.Unreadable
 	}
@@ -39,8 +39,8 @@ func Save(tx *store.Tx, g Grant) error {
 	return err
 }
 
-// Load reads one grant.
-func Load(tx *store.Tx, id string) (Grant, error) {
+// Load reads one lease.
+func Load(tx *store.Tx, id string) (Lease, error) {
 	g, err := scan(tx.QueryRow(`SELECT `+columns+` FROM grants WHERE id = ?`, id))
 	if errors.Is(err, sql.ErrNoRows) {
 		return g, fmt.Errorf("%w: %s", ErrUnknown, id)
@@ -48,8 +48,8 @@ func Load(tx *store.Tx, id string) (Grant, error) {
 	return g, cmp.Or(err, g.Unreadable)
 }
 
-func scan(row store.Row) (Grant, error) {
-	var g Grant
+func scan(row store.Row) (Lease, error) {
+	var g Lease
 	var id, host, scope, kind, state, delivery, instance string
 	var due, issued, ended int64
 	var body []byte
@@ -57,7 +57,7 @@ func scan(row store.Row) (Grant, error) {
 		return g, err
 	}
 	if err := json.Unmarshal(body, &g); err != nil {
-		g = Grant{Unreadable: fmt.Errorf("%w: %s: %w", ErrUnreadable, id, err)}
+		g = Lease{Unreadable: fmt.Errorf("%w: %s: %w", ErrUnreadable, id, err)}
 	}
 	g.ID, g.Host, g.Scope, g.Kind, g.State = id, host, scope, kind, State(state)
 	g.DeliveryID, g.Instance = delivery, instance
@@ -65,7 +65,7 @@ func scan(row store.Row) (Grant, error) {
 	return g, nil
 }
 
-// A Filter selects grants; empty fields select all.
+// A Filter selects leases; empty fields select all.
 type Filter struct {
 	Host, Scope, Delivery string
 	Instance              *string // nil: of any; empty: those for a coming one
@@ -77,14 +77,14 @@ type Filter struct {
 	places bool // only where each is
 }
 
-// A Cursor is a grant's place in a list, from Grant.Cursor; zero: before the first.
+// A Cursor is a lease's place in a list, from Lease.Cursor; zero: before the first.
 type Cursor struct {
 	Issued int64 // Unix milliseconds
 	ID     string
 }
 
 // Cursor is where a list goes on behind g.
-func (g Grant) Cursor() Cursor { return Cursor{store.Millis(g.Issued), g.ID} }
+func (g Lease) Cursor() Cursor { return Cursor{store.Millis(g.Issued), g.ID} }
 
 // String is the cursor for the wire; ParseCursor reads it.
 func (c Cursor) String() string {
@@ -190,13 +190,13 @@ func (f Filter) states(add func(string, ...any)) {
 	add(`+state IN (`+strings.TrimSuffix(strings.Repeat("?, ", len(args)), ", ")+`)`, args...)
 }
 
-// List reads grants by the time of issue, those that are unreadable among them.
-func List(tx *store.Tx, f Filter) ([]Grant, error) {
+// List reads leases by the time of issue, those that are unreadable among them.
+func List(tx *store.Tx, f Filter) ([]Lease, error) {
 	query, args := f.query()
 	return store.Collect(tx, scan, query, args...)
 }
 
-// Cursors reads where the grants are that List would read, without their bodies.
+// Cursors reads where the leases are that List would read, without their bodies.
 func Cursors(tx *store.Tx, f Filter) ([]Cursor, error) {
 	f.places = true
 	query, args := f.query()
@@ -206,13 +206,13 @@ func Cursors(tx *store.Tx, f Filter) ([]Cursor, error) {
 	}, query, args...)
 }
 
-// CountUnended is how many grants of a host may still work.
+// CountUnended is how many leases of a host may still work.
 func CountUnended(tx *store.Tx, host string) (n int, err error) {
 	err = tx.QueryRow(`SELECT COUNT(*) FROM grants WHERE host_id = ? AND state <> 'gone'`, host).Scan(&n)
 	return n, err
 }
 
-// Due returns the ids of at most limit grants of a kind whose Due has come, the
+// Due returns the ids of at most limit leases of a kind whose Due has come, the
 // longest due first.
 func Due(tx *store.Tx, kind string, now time.Time, limit int) ([]string, error) {
 	return store.Collect(tx, func(row store.Row) (id string, err error) {
@@ -221,14 +221,14 @@ func Due(tx *store.Tx, kind string, now time.Time, limit int) ([]string, error) 
 	}, `SELECT id FROM grants WHERE kind = ? AND due > 0 AND due <= ? ORDER BY due LIMIT ?`, kind, store.Millis(now), limit)
 }
 
-// NextDue is the earliest Due of a kind's grants, zero where none has one.
+// NextDue is the earliest Due of a kind's leases, zero where none has one.
 func NextDue(tx *store.Tx, kind string) (time.Time, error) {
 	var ms sql.NullInt64
 	err := tx.QueryRow(`SELECT MIN(due) FROM grants WHERE kind = ? AND due > 0`, kind).Scan(&ms)
 	return store.Time(ms.Int64), err
 }
 
-// Overdue counts the grants of a kind that were due at t or before, and returns the
+// Overdue counts the leases of a kind that were due at t or before, and returns the
 // earliest of their times; zero without any.
 func Overdue(tx *store.Tx, kind string, t time.Time) (n uint64, oldest time.Time, err error) {
 	var ms sql.NullInt64
@@ -236,7 +236,7 @@ func Overdue(tx *store.Tx, kind string, t time.Time) (n uint64, oldest time.Time
 	return n, store.Time(ms.Int64), err
 }
 
-// Forgettable looks at limit grants behind after, by the time of issue, and returns the
+// Forgettable looks at limit leases behind after, by the time of issue, and returns the
 // ids of those that ended at t or before, and whose ticket did: by a ticket a lease comes
 // back that the journal doesn't know. One that can't be read is passed over. Next is where
 // to go on, zero at the end.
@@ -262,7 +262,7 @@ func Forgettable(tx *store.Tx, t time.Time, after Cursor, limit int) (ids []stri
 	return ids, next, err
 }
 
-// Forget deletes grants. The audit log has what they were.
+// Forget deletes leases. The audit log has what they were.
 func Forget(tx *store.Tx, ids []string) error {
 	for _, id := range ids {
 		if _, err := tx.Exec(`DELETE FROM grants WHERE id = ? AND state = 'gone'`, id); err != nil {

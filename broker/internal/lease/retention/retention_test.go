@@ -43,7 +43,7 @@ func TestForgetsOnlyWhatEnded(t *testing.T) {
 	if err := s.Update(t.Context(), func(tx *store.Tx) error {
 		for i := range 3*page + 5 { // ended over the last 180 days, and some that never end
 			ended := now.Add(-180 * day * time.Duration(i) / (3*page + 5))
-			g := journal.Grant{ID: fmt.Sprintf("g%05d", i), Host: "h", Scope: "kept", Kind: journal.KindVault, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}
+			g := journal.Lease{ID: fmt.Sprintf("g%05d", i), Host: "h", Scope: "kept", Kind: journal.KindVault, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}
 			if i%50 == 0 {
 				g.State, g.Ended, g.Due = journal.Unended[i/50%len(journal.Unended)], time.Time{}, now
 			}
@@ -59,7 +59,7 @@ func TestForgetsOnlyWhatEnded(t *testing.T) {
 		}
 		for id, damage := range map[string]string{"odd-body": `'x'`, "odd-ttl": `'{"ttl":"1h"}'`} { // unreadable rows hold up no other
 			ended := now.Add(-170 * day)
-			if err := journal.Save(tx, journal.Grant{ID: id, Host: "h", Scope: "kept", Kind: journal.KindVault, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}); err != nil {
+			if err := journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "kept", Kind: journal.KindVault, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}); err != nil {
 				return err
 			}
 			if _, err := tx.Exec(`UPDATE grants SET body = ` + damage + ` WHERE id = '` + id + `'`); err != nil {
@@ -91,11 +91,11 @@ func TestForgetsOnlyWhatEnded(t *testing.T) {
 	var left []string
 	var decisions []decision
 	if err := s.View(t.Context(), func(tx *store.Tx) error {
-		grants, err := journal.List(tx, journal.Filter{})
+		leases, err := journal.List(tx, journal.Filter{})
 		if err != nil {
 			return err
 		}
-		for _, g := range grants {
+		for _, g := range leases {
 			left = append(left, g.ID)
 		}
 		decisions, err = store.Collect(tx, func(row store.Row) (d decision, err error) {

@@ -203,7 +203,7 @@ func (f *filler) lease(tx *store.Tx, facts appraise.Facts, scopeName string, i, 
 	if k >= liveOfHost {
 		issued = f.now.Add(-time.Duration(k-liveOfHost+2) * endedOver / endedOfHost)
 	}
-	g := journal.Intend(journal.Grant{ID: fmt.Sprintf("%s%04d", hostID(i), k), Host: facts.Host.ID, Scope: scopeName, Kind: scope.Kind(), DeliveryID: hex.EncodeToString(f.digestBytes(8)),
+	g := journal.Intend(journal.Lease{ID: fmt.Sprintf("%s%04d", hostID(i), k), Host: facts.Host.ID, Scope: scopeName, Kind: scope.Kind(), DeliveryID: hex.EncodeToString(f.digestBytes(8)),
 		Instance: program.Instance().String(), Unit: program.Unit, Boot: program.Boot, SHA256: program.SHA256.String(), Subject: subject, Facts: text,
 		Machine: journal.Machine{SecureBoot: facts.Host.SecureBoot, CommandLine: *facts.Host.EventLog.KernelCommandLine}, Policy: 1, Sources: []string{facts.Host.Address},
 		Serial: new(big.Int).SetBytes(f.digestBytes(15)).String(), TTL: scope.TTL(), Overlap: scope.Overlap(), Grace: scope.Grace}, issued)
@@ -236,7 +236,7 @@ func (f *filler) retire(ctx context.Context, n int) error {
 	const page = 500
 	at := journal.Filter{States: []journal.State{journal.Live}, Limit: page}
 	for n > 0 {
-		var list []journal.Grant
+		var list []journal.Lease
 		if err := f.store.Update(ctx, func(tx *store.Tx) (err error) {
 			if list, err = journal.List(tx, at); err != nil {
 				return err

@@ -33,7 +33,7 @@ type Violation struct {
 // A Report is what was looked at and what was wrong.
 type Report struct {
 	Records    int64       `json:"records"`
-	Grants     int         `json:"grants"`
+	Leases     int         `json:"grants"`
 	Hosts      int         `json:"hosts"`
 	Violations []Violation `json:"violations"` // the first thousand
 	Total      int         `json:"total"`      // violations
@@ -42,15 +42,15 @@ type Report struct {
 // The invariants, in the words that scripts can look for.
 const (
 	AuditIntact    = "audit-intact"     // the log is what it was when it was written
-	AllowFirst     = "allow-first"      // no grant without an allow recorded before it
-	NothingLost    = "nothing-lost"     // every grant is ended, or will be looked at in time
+	AllowFirst     = "allow-first"      // no lease without an allow recorded before it
+	NothingLost    = "nothing-lost"     // every lease is ended, or will be looked at in time
 	EndsRecorded   = "ends-recorded"    // what was issued and what ended stands in the log
 	SilentSecrets  = "silent-secrets"   // no record looks like it holds a secret
 	HostsAdmitted  = "hosts-admitted"   // no trusted host that nobody admitted
 	OnlyTrustedNow = "revoked-on-no"    // no working lease of a host that was refused
 	HostsReadable  = "hosts-readable"   // every host's row holds what a broker wrote
 	CountsTrue     = "counts-true"      // the numbers that are kept are those that there are
-	overdueBy      = 5 * time.Minute    // of a grant's due time, before it counts as forgotten
+	overdueBy      = 5 * time.Minute    // of a lease's due time, before it counts as forgotten
 	secretPattern  = "hvs."             // of Vault's service tokens
 	privatePattern = "PRIVATE KEY-----" // of PEM
 )
@@ -117,7 +117,7 @@ func Check(ctx context.Context, s *store.Store, now time.Time, progress Progress
 	if err := c.hosts(ctx); err != nil {
 		return c.report, err
 	}
-	suspects, err := c.grants(ctx)
+	suspects, err := c.leases(ctx)
 	if err != nil {
 		return c.report, err
 	}
@@ -210,8 +210,8 @@ func (c *checker) readable(tx *store.Tx, id string) error {
 	return nil
 }
 
-// grants looks at every grant, and returns the ids of those that don't look right.
-func (c *checker) grants(ctx context.Context) (suspects []string, err error) {
+// leases looks at every lease, and returns the ids of those that don't look right.
+func (c *checker) leases(ctx context.Context) (suspects []string, err error) {
 	all, err := c.all(ctx)
 	if err != nil {
 		return nil, err
@@ -225,7 +225,7 @@ func (c *checker) grants(ctx context.Context) (suspects []string, err error) {
 			}
 			for _, at := range places {
 				f.After = at
-				wrong, err := c.grant(tx, at.ID)
+				wrong, err := c.lease(tx, at.ID)
 				if err != nil {
 					return err
 				}
@@ -233,18 +233,18 @@ func (c *checker) grants(ctx context.Context) (suspects []string, err error) {
 					suspects = append(suspects, at.ID)
 				}
 			}
-			c.report.Grants += len(places)
+			c.report.Leases += len(places)
 			more = len(places) == page
 			return nil
 		}); err != nil {
 			return nil, err
 		}
-		c.progress("leases", int64(c.report.Grants), max(all, int64(c.report.Grants)))
+		c.progress("leases", int64(c.report.Leases), max(all, int64(c.report.Leases)))
 	}
 	return suspects, nil
 }
 
-// all is how many grants there are, as far as the kept numbers say.
+// all is how many leases there are, as far as the kept numbers say.
 func (c *checker) all(ctx context.Context) (n int64, err error) {
 	err = c.store.Report(ctx, func(tx *store.Tx) error {
 		return tx.QueryRow(`SELECT COALESCE(SUM(n), 0) FROM counts WHERE topic = 'leases'`).Scan(&n)
@@ -263,7 +263,7 @@ func (c *checker) again(ctx context.Context, suspects []string) error {
 				return err
 			}
 			for _, id := range some {
-				wrong, err := c.grant(tx, id)
+				wrong, err := c.lease(tx, id)
 				if err != nil {
 					return err
 				}
@@ -290,8 +290,8 @@ func (c *checker) catchUp(tx *store.Tx) error {
 	}
 }
 
-// grant is what is wrong with one grant, and with what the log has of it.
-func (c *checker) grant(tx *store.Tx, id string) (wrong []Violation, err error) {
+// lease is what is wrong with one lease, and with what the log has of it.
+func (c *checker) lease(tx *store.Tx, id string) (wrong []Violation, err error) {
 	bad := func(invariant, format string, args ...any) {
 		wrong = append(wrong, Violation{invariant, fmt.Sprintf(format, args...)})
 	}

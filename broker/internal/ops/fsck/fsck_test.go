@@ -43,7 +43,7 @@ func issue(t *testing.T, s *store.Store, id string, at time.Time) {
 		if _, err := audit.Append(tx, audit.Record{Time: at, Kind: "credential.allowed", Actor: "host:h", Host: "h", Lease: id}, nil); err != nil {
 			return err
 		}
-		return journal.Save(tx, journal.Grant{ID: id, Host: "h", Scope: "s", Kind: journal.KindVault, State: journal.Live, Subject: subject, Issued: at, Due: now.Add(time.Hour)})
+		return journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: journal.KindVault, State: journal.Live, Subject: subject, Issued: at, Due: now.Add(time.Hour)})
 	}); err != nil {
 		t.Fatal(err)
 	}

@@ -1,5 +1,5 @@
 // Package store keeps the broker's state in one SQLite file: hosts, scopes,
-// grants and the audit log.
+// leases and the audit log.
 //
 // Trust: the file is the broker's own; whoever can write it can admit hosts
 // and forget leases, but can't do so without the audit log's signed
