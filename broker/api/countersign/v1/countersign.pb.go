@@ -1402,7 +1402,7 @@ type IssueBody struct {
 	Host          *HostFacts             `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
 	Csr           []byte                 `protobuf:"bytes,4,opt,name=csr,proto3" json:"csr,omitempty"`                                     // PKCS #10 DER, for certificates; its names are ignored
 	Replaces      string                 `protobuf:"bytes,5,opt,name=replaces,proto3" json:"replaces,omitempty"`                           // lease id that this credential takes over from
-	DeliveryId    string                 `protobuf:"bytes,6,opt,name=delivery_id,json=deliveryId,proto3" json:"delivery_id,omitempty"`     // a repeated one supersedes the earlier grant
+	DeliveryId    string                 `protobuf:"bytes,6,opt,name=delivery_id,json=deliveryId,proto3" json:"delivery_id,omitempty"`     // a repeated one supersedes the earlier lease
 	BeforeStart   bool                   `protobuf:"varint,7,opt,name=before_start,json=beforeStart,proto3" json:"before_start,omitempty"` // the unit waits for this credential to start
 	HandOver      bool                   `protobuf:"varint,8,opt,name=hand_over,json=handOver,proto3" json:"hand_over,omitempty"`          // for the unit's next invocation: it restarts on delivery
 	unknownFields protoimpl.UnknownFields
