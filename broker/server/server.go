@@ -177,8 +177,8 @@ func ownerIsPeer(c net.Conn) bool {
 	}
 	ok := false
 	err = raw.Control(func(fd uintptr) {
-		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		ok = err == nil && (cred.Uid == 0 || int(cred.Uid) == os.Getuid())
+		uid, err := peerUID(int(fd))
+		ok = err == nil && (uid == 0 || int(uid) == os.Getuid())
 	})
 	return err == nil && ok
 }

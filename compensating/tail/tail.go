@@ -66,6 +66,10 @@ type Line struct {
 
 type id struct{ device, inode uint64 }
 
+// idOf returns what names a file whatever its path is. The width of a device's
+// number differs between systems.
+func idOf(st *unix.Stat_t) id { return id{uint64(st.Dev), st.Ino} }
+
 type file struct {
 	Place
 	f     *os.File
@@ -137,7 +141,7 @@ func (t *Tail) open(path string, fresh bool) (*file, error) {
 	if err := unix.Lstat(path, &st); err != nil {
 		return nil, nil
 	}
-	key := id{st.Dev, st.Ino}
+	key := idOf(&st)
 	f := t.files[key]
 	if f == nil && (!fresh || len(t.files) >= MaxFiles) {
 		return nil, nil
@@ -150,12 +154,12 @@ func (t *Tail) open(path string, fresh bool) (*file, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Fstat(int(open.Fd()), &st); err != nil || (id{st.Dev, st.Ino}) != key {
+	if err := unix.Fstat(int(open.Fd()), &st); err != nil || idOf(&st) != key {
 		_ = open.Close()
 		return nil, err // renamed just now: the next look finds it
 	}
 	if f == nil {
-		f = &file{Place: Place{Device: st.Dev, Inode: st.Ino}}
+		f = &file{Place: Place{Device: key.device, Inode: key.inode}}
 		t.files[key] = f
 	}
 	f.f, f.Path = open, path
