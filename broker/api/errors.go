@@ -38,6 +38,12 @@ type Error struct {
 	Request string // correlation id
 }
 
+// NewError returns an answer other than yes. The broker fills in Request when it
+// sends the error.
+func NewError(outcome Outcome, check, message string) *Error {
+	return &Error{Outcome: outcome, Check: check, Message: message}
+}
+
 // Checks that the agent acts on by name.
 const (
 	CheckUnknownHost = "unknown-host" // join again

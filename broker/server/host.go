@@ -46,7 +46,7 @@ type Hosts struct {
 func anyHost(ctx context.Context) (*conn, error) {
 	c := connOf(ctx)
 	if c.kind != hostPeer && c.kind != joiningPeer {
-		return nil, (&api.Error{Outcome: api.Fault, Check: "peer", Request: requestID(ctx), Message: "this call is for hosts"}).Connect()
+		return nil, api.NewError(api.Fault, "peer", "this call is for hosts")
 	}
 	return c, nil
 }
@@ -59,12 +59,11 @@ func hostConn(ctx context.Context) (*conn, error) {
 		return c, err
 	}
 
-	e := &api.Error{Outcome: api.Fault, Check: api.CheckCertificate, Request: requestID(ctx),
-		Message: "a certificate that its key signed itself is for joining alone: join first"}
+	e := api.NewError(api.Fault, api.CheckCertificate, "a certificate that its key signed itself is for joining alone: join first")
 	if !bytes.Equal(c.leaf.RawIssuer, c.leaf.RawSubject) {
 		e.Message = fmt.Sprintf("this host's certificate ended at %s by the broker's clock: join again", c.leaf.NotAfter.UTC().Format(time.RFC3339))
 	}
-	return nil, e.Connect()
+	return nil, e
 }
 
 // Join answers an application with a challenge.
@@ -75,14 +74,14 @@ func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) 
 	}
 	allowed, err := s.mayJoin(ctx, c)
 	if err != nil {
-		return nil, s.fault(ctx, err)
+		return nil, err
 	}
 	if !allowed {
-		return nil, (&api.Error{Outcome: api.Fault, Check: "join-rate", Request: requestID(ctx), Message: "too many joins from this address; try again in a while"}).Connect()
+		return nil, api.NewError(api.Fault, "join-rate", "too many joins from this address; try again in a while")
 	}
 	var body v1.JoinBody
 	if err := proto.Unmarshal(req.Msg.GetBody(), &body); err != nil {
-		return nil, malformed(ctx, err)
+		return nil, malformed(err)
 	}
 	a := enroll.Application{Body: req.Msg.GetBody(), AKPublic: body.GetAkPublic(), TLSPublic: body.GetTlsPublic(), Token: body.GetToken(), Hostname: body.GetHostname(), Issuers: body.GetIssuers()}
 	for _, ek := range body.GetEndorsementKeys() {
@@ -116,7 +115,7 @@ func (s *Hosts) Activate(ctx context.Context, req *connect.Request[v1.ActivateRe
 	}
 	quote, err := quoteOf(req.Msg.GetQuote())
 	if err != nil {
-		return nil, malformed(ctx, err)
+		return nil, malformed(err)
 	}
 	r, err := s.Admission.Finish(ctx, c.challenge, enroll.Answer{
 		Secret:        req.Msg.GetSecret(),
@@ -130,7 +129,7 @@ func (s *Hosts) Activate(ctx context.Context, req *connect.Request[v1.ActivateRe
 	if !r.Pending {
 		out.Certificate = [][]byte{r.Certificate, s.CA}
 		if out.Checkpoint, err = s.checkpoint(ctx, nil, r.Host.ID); err != nil {
-			return nil, s.fault(ctx, err)
+			return nil, err
 		}
 	}
 	return connect.NewResponse(out), nil
@@ -142,9 +141,9 @@ func (s *Hosts) Challenge(ctx context.Context, req *connect.Request[v1.Challenge
 	if err != nil {
 		return nil, err
 	}
-	nonces, known, err := s.Credentials.Challenge(ctx, c.challenge, int(min(req.Msg.GetCount(), 16)), requestID(ctx))
+	nonces, known, err := s.Credentials.Challenge(ctx, c.challenge, int(min(req.Msg.GetCount(), 16)))
 	if err != nil {
-		return nil, s.fault(ctx, err)
+		return nil, err
 	}
 	c.known.Store(true)
 	boot, logs, offset := known.Resume()
@@ -165,12 +164,12 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 		return nil, err
 	}
 	if !s.asks.allow(c.challenge.Key().String()) {
-		return nil, (&api.Error{Outcome: api.Fault, Check: "ask-rate", Request: requestID(ctx), Message: "this host proves itself too often; try again in a while"}).Connect()
+		return nil, api.NewError(api.Fault, "ask-rate", "this host proves itself too often; try again in a while")
 	}
 	var body v1.ProveBody
 	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
 	if err != nil {
-		return nil, malformed(ctx, err)
+		return nil, malformed(err)
 	}
 	p := hostapi.Proof{Evidence: e, Certificate: c.leaf}
 	for _, l := range body.GetLeases() {
@@ -178,7 +177,7 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	}
 	proven, err := s.Credentials.Prove(ctx, c.challenge, p, requestID(ctx))
 	if err != nil {
-		return nil, s.fault(ctx, err)
+		return nil, err
 	}
 	out := &v1.ProveResponse{HostState: string(inventory.Trusted), ProveBy: stamp(proven.ProveBy), Now: stamp(s.Now())}
 	for _, v := range proven.Verdicts {
@@ -188,7 +187,7 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 		out.Certificate = [][]byte{proven.Certificate, s.CA}
 	}
 	if out.Checkpoint, err = s.checkpoint(ctx, req.Msg.GetCheckpoint(), proven.Host.ID); err != nil {
-		return nil, s.fault(ctx, err)
+		return nil, err
 	}
 	return connect.NewResponse(out), nil
 }
@@ -214,19 +213,19 @@ func (s *Hosts) Issue(ctx context.Context, req *connect.Request[v1.IssueRequest]
 		return nil, err
 	}
 	if !s.asks.allow(c.challenge.Key().String()) {
-		return nil, (&api.Error{Outcome: api.Fault, Check: "ask-rate", Request: requestID(ctx), Message: "this host asks for too many credentials; try again in a while"}).Connect()
+		return nil, api.NewError(api.Fault, "ask-rate", "this host asks for too many credentials; try again in a while")
 	}
 	var body v1.IssueBody
 	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
 	if err != nil {
-		return nil, malformed(ctx, err)
+		return nil, malformed(err)
 	}
 	issued, err := s.Credentials.Issue(ctx, c.challenge, hostapi.Order{
 		Evidence: e, Scope: body.GetScope(), Program: body.GetProgram(), CSR: body.GetCsr(), Replaces: body.GetReplaces(),
 		DeliveryID: body.GetDeliveryId(), BeforeStart: body.GetBeforeStart(), HandOver: body.GetHandOver(),
 	}, requestID(ctx))
 	if err != nil {
-		return nil, s.fault(ctx, err)
+		return nil, err
 	}
 	if issued.Observe {
 		return connect.NewResponse(&v1.IssueResponse{Observe: true, Now: stamp(s.Now())}), nil
@@ -248,7 +247,7 @@ func (s *Hosts) Acknowledge(ctx context.Context, req *connect.Request[v1.Acknowl
 	}
 	g, err := s.Credentials.Acknowledge(ctx, c.challenge, req.Msg.GetLeaseId(), req.Msg.GetDeliveryId(), requestID(ctx))
 	if err != nil {
-		return nil, s.fault(ctx, err)
+		return nil, err
 	}
 	return connect.NewResponse(&v1.AcknowledgeResponse{Expires: stamp(g.Expires), Now: stamp(s.Now())}), nil
 }
@@ -265,7 +264,7 @@ func (s *Hosts) Release(ctx context.Context, req *connect.Request[v1.ReleaseRequ
 	ids := req.Msg.GetLeaseIds()
 	confirmed, err := s.Credentials.Release(ctx, c.challenge, ids[:min(len(ids), maxRelease)], req.Msg.GetReason(), requestID(ctx))
 	if err != nil {
-		return nil, s.fault(ctx, err)
+		return nil, err
 	}
 	return connect.NewResponse(&v1.ReleaseResponse{Confirmed: confirmed}), nil
 }
@@ -281,17 +280,17 @@ func (s *Hosts) Witness(ctx context.Context, req *connect.Request[v1.WitnessRequ
 	}
 	list := req.Msg.GetOpens()
 	if len(list) > maxOpens {
-		return nil, malformed(ctx, fmt.Errorf("%d opens; at most %d are taken", len(list), maxOpens))
+		return nil, malformed(fmt.Errorf("%d opens; at most %d are taken", len(list), maxOpens))
 	}
 	if !s.opens.allow(c.challenge.Key().String()) {
-		return nil, (&api.Error{Outcome: api.Fault, Check: "witness-rate", Request: requestID(ctx), Message: "this host tells of too many opens; try again in a while"}).Connect()
+		return nil, api.NewError(api.Fault, "witness-rate", "this host tells of too many opens; try again in a while")
 	}
 	opens := make([]hostapi.Open, len(list))
 	for i, o := range list {
 		opens[i] = hostapi.Open{Lease: o.GetLeaseId(), Time: moment(valid(o.GetTime())), Path: o.GetPath(), PID: o.GetPid(), Exe: o.GetExe(), User: o.GetUser(), Unit: o.GetUnit()}
 	}
 	if err := s.Credentials.Witness(ctx, c.challenge, opens, requestID(ctx)); err != nil {
-		return nil, s.fault(ctx, err)
+		return nil, err
 	}
 	return connect.NewResponse(&v1.WitnessResponse{}), nil
 }
@@ -335,24 +334,14 @@ func logsOf(l *v1.Logs) appraise.Logs {
 		IMA: l.GetIma(), IMAOffset: int(min(l.GetImaOffset(), math.MaxInt32)), IMAPresent: l.GetImaPresent()}
 }
 
-func malformed(ctx context.Context, err error) error {
-	return (&api.Error{Outcome: api.Fault, Check: "request", Request: requestID(ctx), Message: "the request can't be read: " + err.Error()}).Connect()
-}
-
-// fault sends an error of a desk; what isn't a api.Error says nothing more.
-func (s *Hosts) fault(ctx context.Context, err error) error {
-	var e *api.Error
-	if errors.As(err, &e) {
-		return e.Connect()
-	}
-	s.Credentials.Log.Error("request failed", "request", requestID(ctx), "err", err)
-	return (&api.Error{Outcome: api.Fault, Check: "broker", Request: requestID(ctx), Message: "the broker could not serve this request; its log says why under this request's id"}).Connect()
+func malformed(err error) error {
+	return api.NewError(api.Fault, "request", "the request can't be read: "+err.Error())
 }
 
 // admissionError tells a joining host what it did wrong, which is nobody
 // else's secret.
 func (s *Hosts) admissionError(ctx context.Context, err error) error {
-	e := &api.Error{Outcome: api.Fault, Check: "join", Request: requestID(ctx)}
+	e := api.NewError(api.Fault, "join", "")
 	var rejected *evidence.Rejected
 	switch {
 	case errors.As(err, &rejected):
@@ -368,10 +357,10 @@ func (s *Hosts) admissionError(ctx context.Context, err error) error {
 	case errors.Is(err, enroll.ErrPendingFull):
 		e.Check, e.Message = "pending-full", err.Error()
 	default:
-		return s.fault(ctx, err)
+		return err
 	}
-	s.Credentials.Log.Warn("join refused", "check", e.Check, "err", err, "address", addressOf(ctx), "request", e.Request)
-	return e.Connect()
+	s.Credentials.Log.Warn("join refused", "check", e.Check, "err", err, "address", addressOf(ctx), "request", requestID(ctx))
+	return e
 }
 
 func addressOf(ctx context.Context) string {

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 )
 
@@ -84,12 +85,13 @@ func (s *Server) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// observe counts answers.
+// observe counts answers, and makes of errors what goes out.
 func (s *Server) observe() connect.UnaryInterceptorFunc {
 	return func(next connect.UnaryFunc) connect.UnaryFunc {
 		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 			start := time.Now()
 			res, err := next(ctx, req)
+			err = s.outgoing(ctx, err)
 			outcome := "ok"
 			if err != nil {
 				outcome = connect.CodeOf(err).String()
@@ -98,6 +100,24 @@ func (s *Server) observe() connect.UnaryInterceptorFunc {
 			return res, err
 		}
 	}
+}
+
+// outgoing returns an answer other than yes with the request's id. What isn't one
+// says nothing more to the peer, and all to the log.
+func (s *Server) outgoing(ctx context.Context, err error) error {
+	var answer *api.Error
+	var sent *connect.Error
+	switch {
+	case err == nil, errors.As(err, &sent):
+		return err
+	case !errors.As(err, &answer):
+		s.Log.Error("request failed", "request", requestID(ctx), "err", err)
+		answer = api.NewError(api.Fault, "broker", "the broker could not serve this request; its log says why under this request's id")
+	}
+
+	e := *answer
+	e.Request = requestID(ctx)
+	return e.Connect()
 }
 
 func (s *Server) httpServer(h http.Handler) *http.Server {

@@ -212,7 +212,7 @@ func (c *Client) proven(m *v1.ProveResponse, shown []byte) error {
 		if err := c.follow(m.GetCheckpoint().GetNote(), m.GetCheckpoint().GetConsistency()); err != nil {
 			// Somebody rewrote the log, or another broker speaks: nothing that
 			// it says counts, and nothing that we have goes.
-			return &api.Error{Outcome: api.Fault, Check: "audit-log", Message: fmt.Sprintf("the broker's audit log: %v", err)}
+			return api.NewError(api.Fault, "audit-log", fmt.Sprintf("the broker's audit log: %v", err))
 		}
 	}
 	if len(m.GetCertificate()) > 0 {

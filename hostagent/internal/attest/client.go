@@ -246,11 +246,11 @@ func (c *Client) attest(ctx context.Context, s *api.Session, k *keys, call evide
 		return nil, err
 	}
 	if len(r.Msg.GetNonces()) == 0 {
-		return nil, &api.Error{Outcome: api.Fault, Check: "nonce", Message: "the broker gave no nonce"}
+		return nil, api.NewError(api.Fault, "nonce", "the broker gave no nonce")
 	}
 	nonce, err := evidence.ParseNonce(r.Msg.GetNonces()[0])
 	if err != nil {
-		return nil, &api.Error{Outcome: api.Fault, Check: "nonce", Message: err.Error()}
+		return nil, api.NewError(api.Fault, "nonce", err.Error())
 	}
 	signer, err := c.device.Signer(k.tls)
 	if err != nil {

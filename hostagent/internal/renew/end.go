@@ -305,7 +305,7 @@ func (r *Runner) Rejected(ctx context.Context, reason string) {
 	lease := r.lease
 	r.mu.Unlock()
 	if lease == nil || lease.holds() { // else Run removes what is left, at its pace
-		r.fail("prove", &api.Error{Outcome: api.Rejected, Check: "host", Message: reason})
+		r.fail("prove", api.NewError(api.Rejected, "host", reason))
 	}
 	if lease.holds() {
 		r.withdraw(ctx, lease.ID, "rejected: "+reason, false)

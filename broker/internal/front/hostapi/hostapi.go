@@ -71,8 +71,8 @@ type Evidence struct {
 
 // Challenge opens up to n nonces on conn, together with what is known now of
 // the TPM's counters, and says what of the host's logs needn't be sent again.
-func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int, request string) ([]evidence.Nonce, *appraise.Known, error) {
-	h, _, err := d.host(ctx, conn, request)
+func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int) ([]evidence.Nonce, *appraise.Known, error) {
+	h, _, err := d.host(ctx, conn)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -81,7 +81,7 @@ func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int, reque
 
 // host finds who speaks, with what is open against it, and turns away who must
 // not.
-func (d *Desk) host(ctx context.Context, conn *challenge.Conn, request string) (inventory.Host, findings.Risk, error) {
+func (d *Desk) host(ctx context.Context, conn *challenge.Conn) (inventory.Host, findings.Risk, error) {
 	var h inventory.Host
 	var risk findings.Risk
 	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
@@ -92,30 +92,19 @@ func (d *Desk) host(ctx context.Context, conn *challenge.Conn, request string) (
 	})
 	switch {
 	case errors.Is(err, inventory.ErrUnknown):
-		return h, nil, &api.Error{Outcome: api.Fault, Check: api.CheckUnknownHost, Request: request,
-			Message: "this broker knows no host with this key; join again"}
+		return h, nil, api.NewError(api.Fault, api.CheckUnknownHost, "this broker knows no host with this key; join again")
 	case err != nil:
-		return h, nil, d.fault(request, err)
+		return h, nil, err
 	case h.State == inventory.Removed:
-		return h, nil, &api.Error{Outcome: api.Rejected, Check: "host-removed", Request: request, Message: "this host was removed"}
+		return h, nil, api.NewError(api.Rejected, "host-removed", "this host was removed")
 	case h.Reenrolling:
-		return h, nil, &api.Error{Outcome: api.Fault, Check: api.CheckReenrol, Request: request, Message: "an operator asks this host to join again"}
+		return h, nil, api.NewError(api.Fault, api.CheckReenrol, "an operator asks this host to join again")
 	case h.State == inventory.Quarantined:
-		return h, nil, &api.Error{Outcome: api.Rejected, Check: "host-quarantined", Request: request, Message: "this host is quarantined; an operator knows why"}
+		return h, nil, api.NewError(api.Rejected, "host-quarantined", "this host is quarantined; an operator knows why")
 	case !h.Admitted:
-		return h, nil, &api.Error{Outcome: api.Fault, Check: "host-pending", Request: request, Message: "this host waits for an operator's approval"}
+		return h, nil, api.NewError(api.Fault, "host-pending", "this host waits for an operator's approval")
 	}
 	return h, risk, nil
-}
-
-// fault hides what a host needn't know and logs it for who does.
-func (d *Desk) fault(request string, err error) *api.Error {
-	var e *api.Error
-	if errors.As(err, &e) {
-		return e
-	}
-	d.Log.Error("request failed", "request", request, "err", err)
-	return &api.Error{Outcome: api.Fault, Check: "broker", Request: request, Message: "the broker could not serve this request; its log says why under this request's id"}
 }
 
 // A proven host, and what to write of it in the transaction that acts on it.
@@ -130,7 +119,7 @@ type proven struct {
 // appraise spends the nonce and holds the evidence against the host. Evidence
 // that is false has failed the host when this returns.
 func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence.Call, e Evidence, program []byte, request string) (proven, error) {
-	h, risk, err := d.host(ctx, conn, request)
+	h, risk, err := d.host(ctx, conn)
 	if err != nil {
 		return proven{}, err
 	}
@@ -138,15 +127,15 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	now := d.Now()
 	nonce, err := evidence.ParseNonce(e.Nonce)
 	if err != nil {
-		return proven{}, &api.Error{Outcome: api.Retry, Check: "nonce", Request: request, Message: err.Error()}
+		return proven{}, api.NewError(api.Retry, "nonce", err.Error())
 	}
 	given, err := conn.Take(nonce, now)
 	if err != nil {
-		return proven{}, &api.Error{Outcome: api.Retry, Check: "nonce", Request: request, Message: err.Error()}
+		return proven{}, api.NewError(api.Retry, "nonce", err.Error())
 	}
 	held, err := d.Basis.For(ctx, h.Reference, now)
 	if err != nil {
-		return proven{}, d.fault(request, err)
+		return proven{}, err
 	}
 	verified, err := appraise.Appraise(appraise.Bundle{
 		Binding: conn.Binding(call, nonce, e.Body), Quote: e.Quote, Seen: given.Seen, Program: program,
@@ -158,18 +147,17 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	}
 	if errors.Is(err, appraise.ErrResync) {
 		d.Logs.Forget(h.ID)
-		return proven{}, &api.Error{Outcome: api.Retry, Check: api.CheckResync, Request: request, Message: err.Error()}
+		return proven{}, api.NewError(api.Retry, api.CheckResync, err.Error())
 	}
 	if errors.Is(err, appraise.ErrProgram) {
-		return proven{}, &api.Error{Outcome: api.Fault, Check: "program-evidence", Request: request, Message: err.Error()}
+		return proven{}, api.NewError(api.Fault, "program-evidence", err.Error())
 	}
 	var rejected *evidence.Rejected
 	if !errors.As(err, &rejected) {
-		return proven{}, d.fault(request, err)
+		return proven{}, err
 	}
 	if rejected.Check == tpmappraise.CheckExtraData {
-		return proven{}, &api.Error{Outcome: api.Retry, Check: string(rejected.Check), Request: request,
-			Message: "the quote was made for another request, nonce or connection; is there a proxy between host and broker?"}
+		return proven{}, api.NewError(api.Retry, string(rejected.Check), "the quote was made for another request, nonce or connection; is there a proxy between host and broker?")
 	}
 	return proven{}, d.reject(ctx, h, rejected, request)
 }
@@ -201,13 +189,13 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 		return inventory.Save(tx, h)
 	})
 	if err != nil {
-		return d.fault(request, err)
+		return err
 	}
 	d.Log.Warn("evidence rejected", "host", h.ID, "name", h.Name, "check", r.Check, "detail", r.Detail, "request", request)
 	if _, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: h.ID}, "evidence rejected: "+string(r.Check), lease.Cause{Actor: "broker", Request: request}, false); err != nil {
-		return d.fault(request, err)
+		return err
 	}
-	return &api.Error{Outcome: api.Rejected, Check: string(r.Check), Request: request, Message: "the evidence does not hold; an operator sees the details"}
+	return api.NewError(api.Rejected, string(r.Check), "the evidence does not hold; an operator sees the details")
 }
 
 // save writes what a good proof says of its host: it is trusted, and its
@@ -219,10 +207,10 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 		return err
 	}
 	if h.State == inventory.Quarantined || h.State == inventory.Removed || h.Reenrolling {
-		return &api.Error{Outcome: api.Rejected, Check: "host-" + string(h.State), Message: "an operator took this host out meanwhile"}
+		return api.NewError(api.Rejected, "host-"+string(h.State), "an operator took this host out meanwhile")
 	}
 	if !bytes.Equal(h.AKPublic, p.host.AKPublic) {
-		return &api.Error{Outcome: api.Fault, Check: api.CheckReenrol, Message: "the host was enrolled anew meanwhile"}
+		return api.NewError(api.Fault, api.CheckReenrol, "the host was enrolled anew meanwhile")
 	}
 	facts := p.verified.Facts()
 	counters := p.verified.Counters()
@@ -276,7 +264,7 @@ func keepDecision(tx *store.Tx, host string, r policy.Result, f *appraise.Facts)
 }
 
 // refusal tells a host which selectors failed, and not what they wanted.
-func refusal(r policy.Result, request string) *api.Error {
+func refusal(r policy.Result) *api.Error {
 	var failed []string
 	for _, s := range r.Selectors {
 		if s.Result == "fail" {
@@ -287,8 +275,7 @@ func refusal(r policy.Result, request string) *api.Error {
 	if len(failed) > 0 {
 		check = failed[0]
 	}
-	return &api.Error{Outcome: api.Refused, Check: check, Request: request,
-		Message: fmt.Sprintf("scope %s is not for this program on this host: %s; `countersign why HOST %s` tells an operator more", r.Scope, strings.Join(failed, ", "), r.Scope)}
+	return api.NewError(api.Refused, check, fmt.Sprintf("scope %s is not for this program on this host: %s; `countersign why HOST %s` tells an operator more", r.Scope, strings.Join(failed, ", "), r.Scope))
 }
 
 // jitter spreads proofs over a tenth of their interval, earlier.

@@ -52,7 +52,7 @@ const maxDeliveryID = 64
 // Issue appraises, decides and issues.
 func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request string) (Issued, error) {
 	if o.DeliveryID == "" || len(o.DeliveryID) > maxDeliveryID || len(o.Program) == 0 {
-		return Issued{}, &api.Error{Outcome: api.Fault, Check: "request", Request: request, Message: "a request names its delivery in at most 64 bytes and brings program evidence"}
+		return Issued{}, api.NewError(api.Fault, "request", "a request names its delivery in at most 64 bytes and brings program evidence")
 	}
 	p, err := d.appraise(ctx, conn, evidence.CallIssue, o.Evidence, o.Program, request)
 	if err != nil {
@@ -68,7 +68,7 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	scope := decision.Scope()
 	if scope.Certificate != nil {
 		if err := checkCSR(o.CSR); err != nil {
-			return Issued{}, &api.Error{Outcome: api.Fault, Check: "csr", Request: request, Message: err.Error()}
+			return Issued{}, api.NewError(api.Fault, "csr", err.Error())
 		}
 	}
 	g, c, err := d.Leases.Issue(ctx, decision, lease.Request{
@@ -81,17 +81,17 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 		},
 	})
 	if errors.Is(err, lease.ErrReplaces) {
-		return Issued{}, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: err.Error()}
+		return Issued{}, api.NewError(api.Fault, api.CheckGone, err.Error())
 	}
 	if errors.Is(err, lease.ErrTooMany) {
-		return Issued{}, &api.Error{Outcome: api.Fault, Check: "too-many", Request: request, Message: err.Error()}
+		return Issued{}, api.NewError(api.Fault, "too-many", err.Error())
 	}
 	if err != nil {
-		return Issued{}, d.fault(request, err)
+		return Issued{}, err
 	}
 	ticket, err := d.ticket(g)
 	if err != nil {
-		return Issued{}, d.fault(request, err)
+		return Issued{}, err
 	}
 	full := now.Add(scope.TTL())
 	if g.Kind == journal.KindCertificate {
@@ -160,21 +160,21 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 		return err
 	})
 	if err != nil {
-		return Issued{}, d.fault(request, err)
+		return Issued{}, err
 	}
 	switch {
 	case observe:
 		return Issued{Observe: true}, nil
 	case result.Outcome == policy.Fault:
-		return Issued{}, &api.Error{Outcome: api.Fault, Check: "policy", Request: request, Message: result.Reason}
+		return Issued{}, api.NewError(api.Fault, "policy", result.Reason)
 	}
 	instance := p.verified.Facts().Program.Instance().String()
 	if err := d.revokeWhere(ctx, p.host.ID, o.Scope, func(g journal.Lease) bool {
 		return g.Instance == instance || g.ID == o.Replaces
 	}, "refused: "+result.Reason, request); err != nil {
-		return Issued{}, d.fault(request, err)
+		return Issued{}, err
 	}
-	return Issued{}, refusal(result, request)
+	return Issued{}, refusal(result)
 }
 
 func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(journal.Lease) bool, reason, request string) error {
@@ -211,27 +211,27 @@ func bounded(s string, most int) string {
 
 // Acknowledge makes a provisional lease live.
 func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delivery, request string) (journal.Lease, error) {
-	g, err := d.own(ctx, conn, id, request)
+	g, err := d.own(ctx, conn, id)
 	if err != nil {
 		return g, err
 	}
 	if g.DeliveryID != delivery || g.State == journal.Revoking || g.State == journal.Gone {
-		return g, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: "this lease is over"}
+		return g, api.NewError(api.Fault, api.CheckGone, "this lease is over")
 	}
 	g, err = d.Leases.Event(ctx, id, journal.Acknowledged{}, lease.Cause{Actor: "host:" + g.Host, Request: request})
 	if err != nil {
-		return g, d.fault(request, err)
+		return g, err
 	}
 	if !g.Settled {
 		// The host keeps the old credential at hand until this succeeds.
-		return g, &api.Error{Outcome: api.Fault, Check: "not-extended", Request: request, Message: "the issuer has not given the credential its length yet; acknowledge again"}
+		return g, api.NewError(api.Fault, "not-extended", "the issuer has not given the credential its length yet; acknowledge again")
 	}
 	return g, nil
 }
 
 // own loads a lease of the host that speaks.
-func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id, request string) (journal.Lease, error) {
-	h, _, err := d.host(ctx, conn, request)
+func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id string) (journal.Lease, error) {
+	h, _, err := d.host(ctx, conn)
 	if err != nil {
 		return journal.Lease{}, err
 	}
@@ -241,10 +241,10 @@ func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id, request string
 		return err
 	})
 	if errors.Is(err, journal.ErrUnknown) || err == nil && g.Host != h.ID {
-		return journal.Lease{}, &api.Error{Outcome: api.Fault, Check: api.CheckGone, Request: request, Message: "this host has no such lease"}
+		return journal.Lease{}, api.NewError(api.Fault, api.CheckGone, "this host has no such lease")
 	}
 	if err != nil {
-		return g, d.fault(request, err)
+		return g, err
 	}
 	return g, nil
 }
@@ -254,7 +254,7 @@ func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id, request string
 // fresh evidence: it takes nothing that the caller could not drop anyway.
 func (d *Desk) Release(ctx context.Context, conn *challenge.Conn, ids []string, reason, request string) (confirmed []string, err error) {
 	for _, id := range ids {
-		g, err := d.own(ctx, conn, id, request)
+		g, err := d.own(ctx, conn, id)
 		var e *api.Error
 		if errors.As(err, &e) && e.Check == api.CheckGone {
 			confirmed = append(confirmed, id)
@@ -265,7 +265,7 @@ func (d *Desk) Release(ctx context.Context, conn *challenge.Conn, ids []string, 
 		}
 		g, err = d.Leases.Event(ctx, id, journal.Revoke{Reason: "released by the host: " + bounded(reason, maxWord)}, lease.Cause{Actor: "host:" + g.Host, Request: request})
 		if err != nil {
-			return confirmed, d.fault(request, err)
+			return confirmed, err
 		}
 		if g.State == journal.Gone {
 			confirmed = append(confirmed, id)

@@ -65,7 +65,7 @@ type Proven struct {
 // the host no longer speaks of is revoked.
 func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, request string) (Proven, error) {
 	if len(proof.Leases) > maxProofs {
-		return Proven{}, &api.Error{Outcome: api.Fault, Check: "request", Request: request, Message: "too many leases in one proof"}
+		return Proven{}, api.NewError(api.Fault, "request", "too many leases in one proof")
 	}
 	p, err := d.appraise(ctx, conn, evidence.CallProve, proof.Evidence, nil, request)
 	if err != nil {
@@ -121,16 +121,16 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 		return p.save(tx, silent.Add(grace), true)
 	})
 	if err != nil {
-		return Proven{}, d.fault(request, err)
+		return Proven{}, err
 	}
 	for _, e := range ends {
 		if _, err := d.Leases.Event(ctx, e.id, journal.Revoke{Reason: e.reason}, lease.Cause{Actor: "broker", Request: request, Later: true}); err != nil {
-			return Proven{}, d.fault(request, err)
+			return Proven{}, err
 		}
 	}
 	if wall := d.Wall(); lifetime.Due(proof.Certificate, wall) {
 		if out.Certificate, err = d.renewCertificate(conn, p.host.ID, wall); err != nil {
-			return Proven{}, d.fault(request, err)
+			return Proven{}, err
 		}
 	}
 	return out, nil
@@ -195,7 +195,7 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 			map[string]any{"decision": result, "program": verified.Facts().Program}); err != nil {
 			return v, "", err
 		}
-		v.Outcome, v.Reason = string(api.Refused), refusal(result, request).Message
+		v.Outcome, v.Reason = string(api.Refused), refusal(result).Message
 		return v, "refused: " + result.Reason, nil
 	}
 	program := verified.Facts().Program

@@ -34,7 +34,7 @@ func (d *Desk) Witness(ctx context.Context, conn *challenge.Conn, opens []Open, 
 	now := d.Now()
 	leases := make([]journal.Lease, len(opens))
 	for i, o := range opens {
-		g, err := d.own(ctx, conn, o.Lease, request)
+		g, err := d.own(ctx, conn, o.Lease)
 		if err != nil {
 			return err
 		}
@@ -54,7 +54,7 @@ func (d *Desk) Witness(ctx context.Context, conn *challenge.Conn, opens []Open, 
 		return nil
 	})
 	if err != nil {
-		return d.fault(request, err)
+		return err
 	}
 	return nil
 }
