@@ -284,9 +284,9 @@ func refused(ctx context.Context, d *demo) (string, error) {
 		Selectors []struct{ Name, Wanted, Saw, Result string }
 	}
 	// The verb's exit code says no; its words are what we are after.
-	out, _ := d.broker.CLI(ctx, "why", d.machine.HostID, "billing-db", "-o", "json")
+	out, said := d.broker.CLI(ctx, "why", d.machine.HostID, "billing-db", "-o", "json")
 	if err := json.Unmarshal(out, &why); err != nil {
-		return "", err
+		return "", fmt.Errorf("%w: %q, %w", err, out, said)
 	}
 	for _, s := range why.Selectors {
 		if s.Name == "process.unit" && s.Result == "fail" {

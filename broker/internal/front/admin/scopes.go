@@ -281,7 +281,11 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (Explanatio
 		// Whatever the scope says of its last evidence.
 		r.Outcome, r.Reason = policy.Refused, fmt.Sprintf("the host is %s: %s", h.State, h.Reason)
 	}
-	return Explanation{Result: r, At: f.At, PCRs: f.Host.EventLog.States}, nil
+	e := Explanation{Result: r, At: f.At}
+	if log := f.Host.EventLog; log != nil {
+		e.PCRs = log.States
+	}
+	return e, nil
 }
 
 // List reads leases by the time of issue, and the names of their hosts.
