@@ -11,7 +11,7 @@ AGENT     = ./hostagent/cmd/countersign-agent
 FUZZTIME ?= 3000x
 
 .DEFAULT_GOAL := help
-.PHONY: help build faults-build setup test test-vm demo bench bench-large corpus faults fuzz lint generate clean
+.PHONY: help build faults-build setup check unit test test-vm demo bench bench-large corpus faults fuzz lint generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,11 @@ faults-build:
 
 setup:
 	@sh test/setup.sh
+
+unit: ## tests that need neither root nor a service
+	@sh test/unit.sh
+
+check: lint unit ## what a change has to pass on any machine
 
 test: setup build faults-build ## all tests, against real parts
 	@sh test/run.sh
