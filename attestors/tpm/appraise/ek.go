@@ -2,6 +2,7 @@ package appraise
 
 import (
 	"bytes"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -83,9 +84,13 @@ func VerifyEK(ek tpm.EK, roots, intermediates *x509.CertPool, now time.Time) (ve
 	return verified, nil
 }
 
+// maxIssuerRSA bounds the keys of issuers that a TPM holds, in bits.
+const maxIssuerRSA = 4096
+
 // WithIssuers returns intermediates with the certificates of CAs that a TPM
 // holds, in DER. They vouch for nothing: a chain still has to end in a root. What
-// isn't a certificate of bounded size is left out.
+// isn't a certificate of bounded size is left out, and so is one with a key that
+// takes long to verify by: who sends these isn't known yet.
 func WithIssuers(intermediates *x509.CertPool, issuers [][]byte) *x509.CertPool {
 	if len(issuers) == 0 {
 		return intermediates
@@ -99,7 +104,11 @@ func WithIssuers(intermediates *x509.CertPool, issuers [][]byte) *x509.CertPool 
 		if len(der) > tpm.MaxCertificate {
 			continue
 		}
-		if cert, err := x509.ParseCertificate(der); err == nil {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			continue
+		}
+		if key, ok := cert.PublicKey.(*rsa.PublicKey); !ok || key.N.BitLen() <= maxIssuerRSA {
 			more.AddCert(cert)
 		}
 	}
