@@ -28,7 +28,7 @@ faults-build:
 setup:
 	@sh test/setup.sh
 
-unit: ## tests that need neither root nor a service
+unit: ## tests that start no service: no TPM, Vault, PostgreSQL or systemd
 	@sh test/unit.sh
 
 check: lint unit ## what a change has to pass on any machine

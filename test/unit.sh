@@ -1,6 +1,5 @@
 #!/bin/sh
-# The tests that need neither root nor a service: those of packages whose tests
-# don't start any part of the lab.
+# The tests that start no service: those of packages that use nothing of the lab.
 set -eu
 cd "$(dirname "$0")/.."
 format='{{$lab := false}}{{range .TestImports}}{{if eq . "github.com/countersign/countersign/test/lab"}}{{$lab = true}}{{end}}{{end}}{{range .XTestImports}}{{if eq . "github.com/countersign/countersign/test/lab"}}{{$lab = true}}{{end}}{{end}}{{if not $lab}}{{.ImportPath}}{{end}}'
