@@ -38,6 +38,7 @@ func appraisal(ctx context.Context, dir string) (rows []Row, err error) {
 		{"attestors/boot/appraise", "Appraise", "Floor", Row{Name: "appraise an event log of 160 events (aim: ≤ 500 µs)", Unit: "µs"}, bare, 30, 1},
 		{"attestors/boot/appraise", "Largest", "Replay", Row{Name: "appraise the largest log of a real machine (aim: ≤ 2 times its replay)", Unit: "µs"},
 			"parse and replay the same log", 2, 1},
+		{"attestors/boot/appraise", "Kernels", "KernelsReplay", Row{Name: "appraise a log of 1 MB that names 9,000 kernels", Unit: "µs"}, "parse and replay the same log", 6, 1},
 		{"attestors/ima/appraise", "Appraise", "Floor", Row{Name: "appraise an IMA list, for each of its entries (aim: ≤ 15 µs)", Unit: "µs"}, bare, 30, 1000},
 		{"broker/internal/verify/appraise", "Delta", "DeltaFloor", Row{Name: "1,000 IMA entries on top of 100,000 (aim: ≤ 10,000 µs)", Unit: "µs"}, bare, 60, 1},
 		{"broker/internal/verify/appraise", "LongList", "LongListFloor", Row{Name: "100,000 IMA entries at once (aim: ≤ 1,500,000 µs)", Unit: "µs"}, bare, 80, 1},

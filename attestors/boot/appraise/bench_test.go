@@ -61,6 +61,26 @@ func largest(b *testing.B) ([]byte, map[int]evidence.Digest) {
 
 func BenchmarkLargest(b *testing.B) {
 	log, pcrs := largest(b)
+	appraiseOften(b, log, pcrs)
+}
+
+func BenchmarkReplay(b *testing.B) {
+	log, pcrs := largest(b)
+	replayOften(b, log, pcrs)
+}
+
+// BenchmarkKernels appraises a log that names as many kernels as fit.
+func BenchmarkKernels(b *testing.B) {
+	log, pcrs := manyKernels(b)
+	appraiseOften(b, log, pcrs)
+}
+
+func BenchmarkKernelsReplay(b *testing.B) {
+	log, pcrs := manyKernels(b)
+	replayOften(b, log, pcrs)
+}
+
+func appraiseOften(b *testing.B, log []byte, pcrs map[int]evidence.Digest) {
 	b.SetBytes(int64(len(log)))
 	for b.Loop() {
 		if _, err := Appraise(log, nil, pcrs); err != nil {
@@ -69,10 +89,9 @@ func BenchmarkLargest(b *testing.B) {
 	}
 }
 
-// BenchmarkReplay is what an appraisal can't do without: it parses the log, sorts
-// its measurements by PCR and replays them.
-func BenchmarkReplay(b *testing.B) {
-	log, pcrs := largest(b)
+// replayOften does what an appraisal can't do without: it parses the log, sorts its
+// measurements by PCR and replays them.
+func replayOften(b *testing.B, log []byte, pcrs map[int]evidence.Digest) {
 	b.SetBytes(int64(len(log)))
 	for b.Loop() {
 		parsed, err := boot.Parse(log)

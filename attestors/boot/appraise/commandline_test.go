@@ -146,22 +146,30 @@ func TestCommandsAreSorted(t *testing.T) {
 	}
 }
 
-// A log may name as many kernels as fit: each is a candidate, and held against a
-// set. Compared one by one they took a minute.
-func TestManyKernels(t *testing.T) {
+// kernels is how many a log of the largest size can name.
+const kernels = 9000
+
+// manyKernels is a log that names so many kernels, each in quotes.
+func manyKernels(t testing.TB) ([]byte, map[int]evidence.Digest) {
 	log, pcrs := recorded(t, "clean")
 	l := parse(t, log)
 	l.SpecID.Banks = slices.DeleteFunc(l.SpecID.Banks, func(b boot.Bank) bool { return b.Algorithm != boot.SHA256 })
 	for i := range l.Events {
 		l.Events[i].Digests = slices.DeleteFunc(l.Events[i].Digests, func(d boot.Digest) bool { return d.Algorithm != boot.SHA256 })
 	}
-	const kernels = 9000
 	for i := range kernels {
 		e := grubCommand(fmt.Sprintf("linux '%043d", i), "grub_cmd ")
 		e.Digests = e.Digests[len(e.Digests)-1:]
 		l.Events = append(l.Events, e)
 	}
-	f, err := Appraise(l.Encode(), nil, recompute(l, pcrs))
+	return l.Encode(), recompute(l, pcrs)
+}
+
+// Each kernel that a log names is a candidate. How long that takes is
+// BenchmarkKernels's subject: compared one by one they took a minute.
+func TestManyKernels(t *testing.T) {
+	log, pcrs := manyKernels(t)
+	f, err := Appraise(log, nil, pcrs)
 	if err != nil || len(f.KernelCommandLines) != kernels+1 || f.KernelCommandLine != nil {
 		t.Errorf("%d command lines, %v", len(f.KernelCommandLines), err)
 	}

@@ -295,7 +295,7 @@ func unquoted(line string) string {
 // commands are those of GRUB, and functions that distributions' grub.cfg defines.
 // Another first word may be a kernel's relative path.
 var commands = wordSet(`. [ all_functional_test authenticate background_color background_image blocklist boot break cat
-		 clear cmosclean cmosdump cmostest cmp color_normal configfile continue crc cryptomount date distrust drivemap
+		clear cmosclean cmosdump cmostest cmp color_normal configfile continue crc cryptomount date distrust drivemap
 		echo efitextmode eval export extract_entries_configfile extract_entries_source extract_syslinux_entries_configfile
 		extract_syslinux_entries_source false font function fwsetup gfxmode gptsync halt hashsum help hexdump if in initrd initrd16 initrdefi insmod
 		keymap keystatus legacy_configfile linux linux16 linuxefi list_env list_trusted load_env load_video loadfont loadkey loopback ls lsefi

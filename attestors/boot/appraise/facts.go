@@ -183,11 +183,16 @@ func (b *bootLog) report(pcrs map[int]evidence.Digest, f *Facts) {
 		}
 		for i := range b.pcr[pcr] {
 			m := &b.pcr[pcr][i]
-			switch firmware := pcr < firmwarePCRs && pcr != pcrSecureBoot; {
-			case firmware && strange(m) != "":
-				b.limit(pcr, m.Event, strange(m))
-			case !firmware && pcr != pcrSecureBoot && !m.Type.Known() && m.opaque():
-				b.limit(pcr, m.Event, "its type is in no specification")
+			why := ""
+			switch {
+			case pcr == pcrSecureBoot: // whose reader has looked at each event
+			case pcr < firmwarePCRs:
+				why = strange(m)
+			case !m.Type.Known() && m.opaque():
+				why = typeUnknown
+			}
+			if why != "" {
+				b.limit(pcr, m.Event, why)
 			}
 		}
 		s := b.state[pcr]

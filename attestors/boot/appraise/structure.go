@@ -67,6 +67,8 @@ func hashesData(t boot.EventType) bool {
 	return false
 }
 
+const typeUnknown = "its type is in no specification"
+
 // strange says why an event of a firmware's PCR isn't understood, or is empty. It
 // believes the event's type, and so is for a reader: no fact rests on it.
 func strange(m *measurement) string {
@@ -78,7 +80,7 @@ func strange(m *measurement) string {
 	case m.Type == boot.Separator:
 		return "the digest isn't a separator's"
 	case !m.Type.Known():
-		return "its type is in no specification"
+		return typeUnknown
 	case m.opaque() && hashesData(m.Type):
 		return "the digest isn't of the data, as its type has it"
 	}

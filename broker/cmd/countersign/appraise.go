@@ -76,7 +76,7 @@ the log's PCR 0 to 7 are not all there, a quote's AK is missing, there is nothin
 			case offline.Fail:
 				return &exitError{exitNo, errors.New("the evidence does not hold")}
 			case offline.NotProven:
-				return &exitError{exitNotProven, errors.New("the evidence is not proven: a check that is not-checked says what is missing")}
+				return &exitError{exitNotProven, errors.New("the evidence is not proven; the checks with the result not-checked name what is missing")}
 			}
 			return nil
 		},

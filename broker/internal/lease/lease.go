@@ -424,7 +424,8 @@ func (m *Manager) act(ctx context.Context, g journal.Lease, effects []journal.Ef
 	return g, nil
 }
 
-// do carries out one effect and says what came of it, and for which lease.
+// do carries out one effect. It returns the event that follows, and the id of the
+// lease that the event is for.
 func (m *Manager) do(ctx context.Context, g journal.Lease, effect journal.Effect) (journal.Event, string) {
 	if effect == journal.DoReplace {
 		return journal.Replaced{}, g.Replaces

@@ -216,7 +216,7 @@ func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delive
 		return g, err
 	}
 	if g.DeliveryID != delivery || g.State == journal.Revoking || g.State == journal.Gone {
-		return g, api.NewError(api.Fault, api.CheckGone, "this lease is over")
+		return g, api.NewError(api.Fault, api.CheckGone, "the lease has ended; request a new credential")
 	}
 	g, err = d.Leases.Event(ctx, id, journal.Acknowledged{}, lease.Cause{Actor: "host:" + g.Host, Request: request})
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// A Token is one that a broker made for a lease, as Vault tells of it.
+// A Token is a Vault token that a broker created for a lease.
 type Token struct {
 	Accessor string `json:"accessor"`
 	Lease    string `json:"grant"`

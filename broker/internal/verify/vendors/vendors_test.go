@@ -26,6 +26,8 @@ import (
 
 	"github.com/smallstep/pkcs7"
 	"golang.org/x/sys/unix"
+
+	"github.com/countersign/countersign/test/check"
 )
 
 var now = time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
@@ -271,17 +273,17 @@ func TestMergeInSharedFolder(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	items := must(Read("file", asPEM(newCA(t, "Other root", nil).cert), now))
+	items := check.Must(Read("file", asPEM(newCA(t, "Other root", nil).cert), now))(t)
 	if added, err := Merge(out, items); err != nil || added != 1 {
 		t.Fatal(added, err)
 	}
-	if data := must(os.ReadFile(victim)); string(data) != "precious" {
+	if data := check.Must(os.ReadFile(victim))(t); string(data) != "precious" {
 		t.Errorf("another file was written: %.40q", data)
 	}
-	if info := must(os.Lstat(out)); info.Mode()&os.ModeSymlink == 0 {
+	if info := check.Must(os.Lstat(out))(t); info.Mode()&os.ModeSymlink == 0 {
 		t.Error("the link was replaced")
 	}
-	if info := must(os.Stat(target)); info.Mode().Perm() != 0o640 {
+	if info := check.Must(os.Stat(target))(t); info.Mode().Perm() != 0o640 {
 		t.Errorf("mode %v", info.Mode())
 	}
 	if set, err := Load([]string{target}); err != nil || len(set.All) != 2 {
@@ -376,11 +378,11 @@ func cabinet(t testing.TB, signer *ca, flags ...string) []byte {
 		"Beta/RootCA/odd.crt", "Beta/long.txt", "Acme/Intermediate/b2.cer", "setup.ps1"})...)
 	file := "plain.cab"
 	if signer != nil {
-		leaf := newCAWith(t, "Signer leaf", signer, must(rsa.GenerateKey(rand.Reader, 2048)), func(c *x509.Certificate) {
+		leaf := newCAWith(t, "Signer leaf", signer, check.Must(rsa.GenerateKey(rand.Reader, 2048))(t), func(c *x509.Certificate) {
 			c.IsCA, c.KeyUsage, c.ExtKeyUsage = false, x509.KeyUsageDigitalSignature, []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning}
 			c.NotAfter = time.Now().AddDate(1, 0, 0)
 		})
-		key := must(x509.MarshalPKCS8PrivateKey(leaf.key))
+		key := check.Must(x509.MarshalPKCS8PrivateKey(leaf.key))(t)
 		for name, data := range map[string][]byte{"leaf.pem": asPEM(leaf.cert), "leaf.key": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})} {
 			if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 				t.Fatal(err)
@@ -389,18 +391,11 @@ func cabinet(t testing.TB, signer *ca, flags ...string) []byte {
 		command("osslsigncode", "sign", "-certs", "leaf.pem", "-key", "leaf.key", "-h", "sha256", "-in", "plain.cab", "-out", "signed.cab")
 		file = "signed.cab"
 	}
-	return must(os.ReadFile(filepath.Join(dir, file)))
-}
-
-func must[T any](v T, err error) T {
-	if err != nil {
-		panic(err)
-	}
-	return v
+	return check.Must(os.ReadFile(filepath.Join(dir, file)))(t)
 }
 
 func TestCabinet(t *testing.T) {
-	signer := newCAWith(t, "Signer root", nil, must(rsa.GenerateKey(rand.Reader, 2048)))
+	signer := newCAWith(t, "Signer root", nil, check.Must(rsa.GenerateKey(rand.Reader, 2048))(t))
 	signers := x509.NewCertPool()
 	signers.AddCert(signer.cert)
 	for _, flags := range [][]string{{"-z"}, nil} { // MSZIP, stored
@@ -459,7 +454,7 @@ func FuzzRead(f *testing.F) {
 	root := newCA(f, "Acme root", nil)
 	f.Add(asPEM(root.cert))
 	f.Add(root.cert.Raw)
-	f.Add(must(pkcs7.DegenerateCertificate(root.cert.Raw)))
+	f.Add(check.Must(pkcs7.DegenerateCertificate(root.cert.Raw))(f))
 	f.Add(cabinet(f, nil, "-z"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		_, _ = Read("file", data, now)
@@ -482,7 +477,7 @@ func TestNamesInComments(t *testing.T) {
 		if set, err := Load([]string{out}); err != nil || len(set.All) != 3 {
 			t.Errorf("%q: %d certificates, %v", name, len(set.All), err)
 		}
-		if text := must(os.ReadFile(out)); bytes.ContainsAny(text, "\x1b\u202e") {
+		if text := check.Must(os.ReadFile(out))(t); bytes.ContainsAny(text, "\x1b\u202e") {
 			t.Errorf("%q: a control code is in the file", name)
 		}
 	}
@@ -495,12 +490,18 @@ func TestMergeReplacesPlainFilesAlone(t *testing.T) {
 	if err := unix.Mkfifo(pipe, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, out := range []string{"/dev/null", dir, pipe} {
-		before := must(os.Stat(out))
+	device := filepath.Join(dir, "null") // one of its own: what this test is about would destroy the machine's
+	if err := unix.Mknod(device, unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3))); err != nil && os.Getuid() == 0 {
+		t.Fatal(err)
+	} else if err != nil {
+		device = dir
+	}
+	for _, out := range []string{device, dir, pipe} {
+		before := check.Must(os.Stat(out))(t)
 		if _, err := Merge(out, slices.Clone(items)); err == nil || !strings.Contains(err.Error(), "isn't a regular file") {
 			t.Errorf("%s: %v", out, err)
 		}
-		if after := must(os.Stat(out)); after.Mode() != before.Mode() {
+		if after := check.Must(os.Stat(out))(t); after.Mode() != before.Mode() {
 			t.Errorf("%s is replaced: %v", out, after.Mode())
 		}
 	}
@@ -539,7 +540,7 @@ func TestMergeKeepsTheOwner(t *testing.T) {
 	if _, err := Merge(out, []Item{judge("file", "", newCA(t, "Acme root", nil).cert, now)}); err != nil {
 		t.Fatal(err)
 	}
-	if owner, _ := owners(must(os.Stat(out))); owner.Uid != 1000 || owner.Gid != 1001 {
+	if owner, _ := owners(check.Must(os.Stat(out))(t)); owner.Uid != 1000 || owner.Gid != 1001 {
 		t.Errorf("the file is now of %d:%d", owner.Uid, owner.Gid)
 	}
 }
