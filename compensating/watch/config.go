@@ -4,22 +4,15 @@ import (
 	"fmt"
 	"net/netip"
 	"net/url"
-	"os"
 	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
 
-	"github.com/hashicorp/hcl/v2"
-	"github.com/hashicorp/hcl/v2/gohcl"
-	"github.com/hashicorp/hcl/v2/hclparse"
-
 	"github.com/countersign/countersign/compensating/detect"
 	"github.com/countersign/countersign/compensating/sightings"
+	"github.com/countersign/countersign/internal/hclread"
 )
-
-// maxConfig bounds what is read of a config file.
-const maxConfig = 1 << 20
 
 // A Config is the watch's file: HCL, strict, every error of it at once. The
 // comments of its fields are its manual.
@@ -108,36 +101,26 @@ type Syslog struct {
 	Address string `hcl:"address"`
 }
 
-// Load reads a config file; the error names every mistake in it, with its line.
+// Load reads and checks a config file. A mistake is an hclread.Problems, which has all
+// of them.
 func Load(name string) (*Config, error) {
-	info, err := os.Stat(name)
+	text, err := hclread.ReadConfig(name)
 	if err != nil {
-		return nil, err
-	}
-	if info.Size() > maxConfig {
-		return nil, fmt.Errorf("%s: %d bytes; at most %d are read", name, info.Size(), maxConfig)
-	}
-	text, err := os.ReadFile(name)
-	if err != nil {
-		return nil, err
-	}
-	file, diags := hclparse.NewParser().ParseHCL(text, name)
-	if diags.HasErrors() {
-		return nil, diags
+		return nil, fmt.Errorf("watch config: %w; -c names another, and docs/examples/watch.hcl is one to start from", err)
 	}
 	c := &Config{BrakeShare: 0.02}
-	if diags := gohcl.DecodeBody(file.Body, nil, c); diags.HasErrors() {
-		return nil, diags
+	if _, err := hclread.Config(name, text, c); err != nil {
+		return nil, fmt.Errorf("watch config:\n%w", err)
 	}
-	if diags := c.check(name); len(diags) > 0 {
-		return nil, diags
+	if err := c.check(name).Or(); err != nil {
+		return nil, fmt.Errorf("watch config:\n%w", err)
 	}
 	return c, nil
 }
 
-func (c *Config) check(name string) (diags hcl.Diagnostics) {
+func (c *Config) check(name string) (problems hclread.Problems) {
 	bad := func(format string, args ...any) {
-		diags = append(diags, &hcl.Diagnostic{Severity: hcl.DiagError, Summary: fmt.Sprintf(format, args...), Subject: &hcl.Range{Filename: name}})
+		problems = append(problems, hclread.Problem{File: name, Message: fmt.Sprintf(format, args...)})
 	}
 	if !filepath.IsAbs(c.StateDir) {
 		bad("state_dir %q isn't absolute", c.StateDir)
@@ -181,8 +164,8 @@ func (c *Config) check(name string) (diags hcl.Diagnostics) {
 		if s.LogLinePrefix != "" && s.Kind != "postgres-stderr" {
 			bad("sensor %q: log_line_prefix is of postgres-stderr", s.Name)
 		}
-		for _, problem := range s.where() {
-			bad("sensor %q: %s", s.Name, problem)
+		for _, wrong := range s.where() {
+			bad("sensor %q: %s", s.Name, wrong)
 		}
 	}
 	for _, r := range c.Responses {
@@ -198,7 +181,7 @@ func (c *Config) check(name string) (diags hcl.Diagnostics) {
 			bad("webhook %q: format %q is none of finding, ocsf", h.URL, h.Format)
 		}
 	}
-	return diags
+	return problems
 }
 
 // World is what the config says of the world.

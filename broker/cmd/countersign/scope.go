@@ -15,6 +15,7 @@ import (
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/internal/hclread"
 )
 
 func scopeCommand(o *options) *cobra.Command {
@@ -30,12 +31,12 @@ func scopeValidateCommand(o *options) *cobra.Command {
 			return err
 		}
 		set, err := policy.Parse(files, policy.Options{})
-		var problems *policy.Problems
+		var problems hclread.Problems
 		if o.output == "json" && (err == nil || errors.As(err, &problems)) {
-			out := struct {
-				Valid    bool             `json:"valid"`
-				Problems *policy.Problems `json:"problems,omitempty"`
-			}{err == nil, problems}
+			out := map[string]any{"valid": err == nil}
+			if err != nil {
+				out["problems"] = map[string]any{"list": problems}
+			}
 			if encodeErr := json.NewEncoder(cmd.OutOrStdout()).Encode(out); encodeErr != nil {
 				return encodeErr
 			}

@@ -5,17 +5,11 @@ package config
 import (
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"time"
 
-	"github.com/hashicorp/hcl/v2"
-	"github.com/hashicorp/hcl/v2/gohcl"
-	"github.com/hashicorp/hcl/v2/hclparse"
+	"github.com/countersign/countersign/internal/hclread"
 )
-
-// maxFile bounds what is read of a config file.
-const maxFile = 1 << 20
 
 // A Broker is the whole file.
 type Broker struct {
@@ -98,55 +92,25 @@ type CA struct {
 // Every is CRLEvery, parsed.
 func (c *CA) Every() time.Duration { return c.crlEvery }
 
-// Load reads and checks a config file. The error lists every mistake with file
-// and line.
+// Load reads and checks a config file. A mistake is an hclread.Problems, which has all
+// of them.
 func Load(path string) (*Broker, error) {
-	info, err := os.Stat(path)
+	text, err := hclread.ReadConfig(path)
 	if err != nil {
 		return nil, fmt.Errorf("broker config: %w; -c names another, and docs/examples/broker.hcl is one to start from", err)
 	}
-	if info.Size() > maxFile {
-		return nil, fmt.Errorf("broker config %s has %d bytes; at most %d are read", path, info.Size(), maxFile)
-	}
-	parser := hclparse.NewParser()
-	f, diags := parser.ParseHCLFile(path)
-	if diags.HasErrors() {
-		return nil, problems(parser, diags)
-	}
 	var b Broker
-	diags = append(diags, gohcl.DecodeBody(f.Body, nil, &b)...)
-	if diags.HasErrors() {
-		return nil, problems(parser, diags)
+	if _, err := hclread.Config(path, text, &b); err != nil {
+		return nil, fmt.Errorf("broker config:\n%w", err)
 	}
-	if errs := b.check(); len(errs) > 0 {
-		for _, e := range errs {
-			diags = diags.Append(&hcl.Diagnostic{Severity: hcl.DiagError, Summary: e, Subject: &hcl.Range{Filename: path}})
-		}
-		return nil, problems(parser, diags)
+	var problems hclread.Problems
+	for _, wrong := range b.check() {
+		problems = append(problems, hclread.Problem{File: path, Message: wrong})
+	}
+	if err := problems.Or(); err != nil {
+		return nil, fmt.Errorf("broker config:\n%w", err)
 	}
 	return &b, nil
-}
-
-func problems(_ *hclparse.Parser, diags hcl.Diagnostics) error {
-	text := "broker config:"
-	for _, d := range diags {
-		if d.Severity != hcl.DiagError {
-			continue
-		}
-		where := ""
-		if d.Subject != nil {
-			where = d.Subject.Filename
-			if d.Subject.Start.Line > 0 {
-				where += fmt.Sprintf(":%d", d.Subject.Start.Line)
-			}
-			where += ": "
-		}
-		text += "\n  " + where + d.Summary
-		if d.Detail != "" {
-			text += ": " + d.Detail
-		}
-	}
-	return fmt.Errorf("%s", text)
 }
 
 // check fills in defaults and returns what is wrong, in words.

@@ -15,6 +15,7 @@ import (
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/internal/hclread"
 )
 
 const (
@@ -175,7 +176,7 @@ func compile(text string) (cel.Program, []mistake) {
 			m.message, _, _ = strings.Cut(e.Message, "\n")
 			if found := unknownWord.FindStringSubmatch(e.Message); found != nil {
 				m.message = fmt.Sprintf("no fact is called %q", found[1])
-				m.suggestion = nearest(found[1], words())
+				m.suggestion = hclread.Nearest(found[1], words())
 			}
 			out = append(out, m)
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
 	"github.com/countersign/countersign/broker/internal/verify/reference"
+	"github.com/countersign/countersign/internal/hclread"
 )
 
 // Results of one selector.
@@ -38,7 +39,7 @@ func (s *Set) Evaluate(scope string, f appraise.Facts, now time.Time) Result {
 	if sc == nil {
 		r.Reason = fmt.Sprintf("no scope %q is in force", r.Scope)
 		saw := r.Scope
-		if near := nearest(scope, slices.Collect(maps.Keys(s.scopes))); near != "" {
+		if near := hclread.Nearest(scope, slices.Collect(maps.Keys(s.scopes))); near != "" {
 			saw = fmt.Sprintf("%s; did you mean %q?", saw, near)
 		}
 		r.Selectors = []Selector{{Name: "scope", Wanted: "a scope of the set in force", Saw: saw, Result: absent}}

@@ -17,6 +17,7 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/internal/hclread"
 )
 
 var update = flag.Bool("update", false, "write golden files anew")
@@ -44,12 +45,10 @@ func parse(t *testing.T, text string) *Set {
 	return set
 }
 
-func problems(err error) []Problem {
-	var p *Problems
-	if !errors.As(err, &p) {
-		return nil
-	}
-	return p.List
+func problems(err error) hclread.Problems {
+	var p hclread.Problems
+	errors.As(err, &p)
+	return p
 }
 
 func TestParse(t *testing.T) {
@@ -100,7 +99,7 @@ func TestParse(t *testing.T) {
 func TestProblems(t *testing.T) {
 	_, err := Parse(load(t, "testdata/bad"), options)
 	if len(problems(err)) == 0 {
-		t.Fatalf("error %v is no *Problems", err)
+		t.Fatalf("error %v is no Problems", err)
 	}
 	got := err.Error() + "\n"
 	const golden = "testdata/bad.golden"

@@ -17,6 +17,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/internal/hclread"
 )
 
 // Defaults and bounds of times.
@@ -44,48 +45,48 @@ func unprintable(r rune) bool { return !unicode.IsPrint(r) }
 
 func (r *reader) scope(hb *hclsyntax.Block) *Scope {
 	if len(hb.Labels) != 1 {
-		r.problem(hb.TypeRange, `a scope has one name: scope "name" { … }`, "")
+		r.Problem(hb.TypeRange, `a scope has one name: scope "name" { … }`, "")
 		return nil
 	}
 	s := &Scope{Name: hb.Labels[0]}
 	at := hb.LabelRanges[0]
 	if !scopeName.MatchString(s.Name) || len(s.Name) > maxName {
-		r.problem(at, fmt.Sprintf("scope name %.80q: 1 to %d lowercase letters, digits, - and _, the first no sign", s.Name, maxName), "")
+		r.Problem(at, fmt.Sprintf("scope name %.80q: 1 to %d lowercase letters, digits, - and _, the first no sign", s.Name, maxName), "")
 	}
 	if first, taken := r.first[s.Name]; taken {
-		r.problem(at, fmt.Sprintf("scope %q is already at %s:%d", s.Name, first.Filename, first.Start.Line), "")
+		r.Problem(at, fmt.Sprintf("scope %q is already at %s:%d", s.Name, first.Filename, first.Start.Line), "")
 	} else {
 		r.first[s.Name] = at
 	}
-	b := r.block(hb.Body, "a scope",
+	b := r.Block(hb.Body, "a scope",
 		[]string{"description", "owner", "mode", "audience", "reprove", "grace", "when"},
 		[]string{"host", "process", "vault", "certificate"})
-	b.at = at
-	s.Description, s.Owner = b.text("description", anything), b.text("owner", anything)
-	s.Audience = b.texts("audience", place)
-	s.Observe = b.text("mode", oneOf("enforce", "observe")) == "observe"
-	if hb := b.one("host"); hb != nil {
+	b.At = at
+	s.Description, s.Owner = b.Text("description", hclread.Anything), b.Text("owner", hclread.Anything)
+	s.Audience = b.Texts("audience", place)
+	s.Observe = b.Text("mode", hclread.OneOf("enforce", "observe")) == "observe"
+	if hb := b.One("host"); hb != nil {
 		s.Host = r.host(hb)
 	}
-	if hb := b.one("process"); hb != nil {
+	if hb := b.One("process"); hb != nil {
 		s.Process, s.compiled.mappings = r.process(hb)
 	} else {
-		r.problem(at, "a scope wants a process block: whose credential is it?", "")
+		r.Problem(at, "a scope wants a process block: whose credential is it?", "")
 	}
-	s.When, s.compiled.when = b.condition()
+	s.When, s.compiled.when = condition(b)
 	r.credential(s, b)
 	return s
 }
 
 // credential reads where the credential comes from, and the times that hang
 // on it.
-func (r *reader) credential(s *Scope, b block) {
-	vault, certificate := b.one("vault"), b.one("certificate")
+func (r *reader) credential(s *Scope, b hclread.Block) {
+	vault, certificate := b.One("vault"), b.One("certificate")
 	switch {
 	case vault != nil && certificate != nil:
-		r.problem(certificate.TypeRange, "a scope has a vault or a certificate block, not both", "")
+		r.Problem(certificate.TypeRange, "a scope has a vault or a certificate block, not both", "")
 	case vault == nil && certificate == nil:
-		r.problem(b.at, "a scope wants a vault or a certificate block: what is the credential?", "")
+		r.Problem(b.At, "a scope wants a vault or a certificate block: what is the credential?", "")
 	}
 	var ttl time.Duration
 	if vault != nil {
@@ -100,8 +101,8 @@ func (r *reader) credential(s *Scope, b block) {
 	if ttl > 0 {
 		most, otherwise = ttl, min(DefaultReprove, ttl/2)
 	}
-	s.Reprove = b.duration("reprove", minReprove, most, otherwise)
-	s.Grace = b.duration("grace", minGrace, maxGrace, DefaultGrace)
+	s.Reprove = b.Duration("reprove", minReprove, most, otherwise)
+	s.Grace = b.Duration("grace", minGrace, maxGrace, DefaultGrace)
 }
 
 // place checks an entry of an audience.
@@ -117,35 +118,35 @@ func place(a string) (why, meant string) {
 }
 
 // condition compiles `when`; its mistakes are told by the file's lines.
-func (b block) condition() (string, cel.Program) {
-	text := b.text("when", anything)
+func condition(b hclread.Block) (string, cel.Program) {
+	text := b.Text("when", hclread.Anything)
 	if text == "" {
 		return "", nil
 	}
 	program, mistakes := compile(text)
-	at := b.attrs["when"].Expr.Range()
+	at, written := b.Range("when")
 	first := at.Start.Line
-	if bytes.HasPrefix(at.SliceBytes(b.source), []byte("<<")) {
+	if bytes.HasPrefix(written, []byte("<<")) {
 		first++ // the text of a heredoc starts below
 	}
 	for _, m := range mistakes {
 		at.Start.Line = first + m.line - 1
-		b.problem(at, "when: "+m.message, m.suggestion)
+		b.Problem(at, "when: "+m.message, m.suggestion)
 	}
 	return text, program
 }
 
 func (r *reader) host(hb *hclsyntax.Block) HostSelector {
-	b := r.block(hb.Body, "a host block", []string{"labels", "tier", "secure_boot", "reference", "ima", "boot_images", "kernel_command_line"}, nil)
+	b := r.Block(hb.Body, "a host block", []string{"labels", "tier", "secure_boot", "reference", "ima", "boot_images", "kernel_command_line"}, nil)
 	return HostSelector{
-		Labels:     b.pairs("labels", label, printable),
-		Tier:       b.texts("tier", oneOf(appraise.TierCertified, appraise.TierKnown)),
-		SecureBoot: b.flag("secure_boot"),
-		Reference:  b.text("reference", printable),
-		IMA:        b.text("ima", oneOf("required")),
+		Labels:     b.Pairs("labels", label, printable),
+		Tier:       b.Texts("tier", hclread.OneOf(appraise.TierCertified, appraise.TierKnown)),
+		SecureBoot: b.Flag("secure_boot"),
+		Reference:  b.Text("reference", printable),
+		IMA:        b.Text("ima", hclread.OneOf("required")),
 
-		BootImages:         b.texts("boot_images", digest),
-		KernelCommandLines: b.texts("kernel_command_line", commandLine),
+		BootImages:         b.Texts("boot_images", digest),
+		KernelCommandLines: b.Texts("kernel_command_line", commandLine),
 	}
 }
 
@@ -171,23 +172,23 @@ func printable(s string) (why, meant string) {
 }
 
 func (r *reader) process(hb *hclsyntax.Block) (ProcessSelector, []*regexp.Regexp) {
-	b := r.block(hb.Body, "a process block", []string{"user", "unit", "exe", "sha256", "release", "before_start", "mappings"}, nil)
-	if !b.has("user") && !b.has("unit") && !b.has("exe") && !b.has("sha256") && !b.has("release") {
-		r.problem(hb.TypeRange, "a process block wants at least one of user, unit, exe, sha256 and release", "")
+	b := r.Block(hb.Body, "a process block", []string{"user", "unit", "exe", "sha256", "release", "before_start", "mappings"}, nil)
+	if !b.Has("user") && !b.Has("unit") && !b.Has("exe") && !b.Has("sha256") && !b.Has("release") {
+		r.Problem(hb.TypeRange, "a process block wants at least one of user, unit, exe, sha256 and release", "")
 	}
 	p := ProcessSelector{
-		User:     b.text("user", user),
-		Unit:     b.text("unit", unit),
-		Exe:      b.text("exe", absolute),
-		SHA256:   b.texts("sha256", digest),
-		Release:  b.text("release", printable),
-		Mappings: b.texts("mappings", absolute),
+		User:     b.Text("user", user),
+		Unit:     b.Text("unit", unit),
+		Exe:      b.Text("exe", absolute),
+		SHA256:   b.Texts("sha256", digest),
+		Release:  b.Text("release", printable),
+		Mappings: b.Texts("mappings", absolute),
 	}
-	if flag := b.flag("before_start"); flag != nil {
+	if flag := b.Flag("before_start"); flag != nil {
 		p.BeforeStart = *flag
 	}
-	if p.BeforeStart && !b.has("unit") {
-		b.bad("before_start", "wants a unit: nothing else has a start to wait for")
+	if p.BeforeStart && !b.Has("unit") {
+		b.Bad("before_start", "wants a unit: nothing else has a start to wait for")
 	}
 	var globs []*regexp.Regexp
 	for _, m := range p.Mappings {
@@ -242,22 +243,22 @@ func glob(pattern string) *regexp.Regexp {
 }
 
 func (r *reader) vault(hb *hclsyntax.Block) *VaultSource {
-	b := r.block(hb.Body, "a vault block", []string{"path", "method", "parameters", "ttl", "overlap"}, nil)
-	if !b.has("path") {
-		b.bad("path", "is missing")
+	b := r.Block(hb.Body, "a vault block", []string{"path", "method", "parameters", "ttl", "overlap"}, nil)
+	if !b.Has("path") {
+		b.Bad("path", "is missing")
 	}
 	v := &VaultSource{
-		Path:       b.text("path", vaultPath),
-		Method:     b.text("method", oneOf("read", "write")),
-		Parameters: b.pairs("parameters", printable, anything),
+		Path:       b.Text("path", vaultPath),
+		Method:     b.Text("method", hclread.OneOf("read", "write")),
+		Parameters: b.Pairs("parameters", printable, hclread.Anything),
 	}
-	if (v.Method == "read" || !b.has("method")) && v.Parameters != nil {
-		b.bad("parameters", `only a write has them; add method = "write"`)
+	if (v.Method == "read" || !b.Has("method")) && v.Parameters != nil {
+		b.Bad("parameters", `only a write has them; add method = "write"`)
 	}
 	if v.Method == "" {
 		v.Method = "read"
 	}
-	v.TTL, v.Overlap = b.life()
+	v.TTL, v.Overlap = life(b)
 	return v
 }
 
@@ -279,9 +280,9 @@ func vaultPath(p string) (why, meant string) {
 }
 
 func (r *reader) certificate(hb *hclsyntax.Block) *CertificateSource {
-	b := r.block(hb.Body, "a certificate block", []string{"dns", "ips", "ttl", "overlap"}, nil)
-	c := &CertificateSource{DNS: b.texts("dns", r.dns), IPs: b.texts("ips", r.ip)}
-	c.TTL, c.Overlap = b.life()
+	b := r.Block(hb.Body, "a certificate block", []string{"dns", "ips", "ttl", "overlap"}, nil)
+	c := &CertificateSource{DNS: b.Texts("dns", r.dns), IPs: b.Texts("ips", r.ip)}
+	c.TTL, c.Overlap = life(b)
 	return c
 }
 
@@ -323,14 +324,14 @@ func (r *reader) ip(s string) (why, meant string) {
 }
 
 // life reads ttl and overlap.
-func (b block) life() (ttl, overlap time.Duration) {
-	if !b.has("ttl") {
-		b.bad("ttl", "is missing")
+func life(b hclread.Block) (ttl, overlap time.Duration) {
+	if !b.Has("ttl") {
+		b.Bad("ttl", "is missing")
 	}
-	ttl = b.duration("ttl", minTTL, maxTTL, 0)
-	overlap = b.duration("overlap", 0, maxTTL, 0)
+	ttl = b.Duration("ttl", minTTL, maxTTL, 0)
+	overlap = b.Duration("overlap", 0, maxTTL, 0)
 	if ttl > 0 && overlap >= ttl {
-		b.bad("overlap", "%s is not shorter than the ttl, %s", overlap, ttl)
+		b.Bad("overlap", "%s is not shorter than the ttl, %s", overlap, ttl)
 	}
 	return ttl, overlap
 }

@@ -176,36 +176,3 @@ func (s *Scope) equal(other *Scope) bool {
 	a.compiled, b.compiled = compiled{}, compiled{}
 	return reflect.DeepEqual(a, b)
 }
-
-// A Problem is one mistake in a scope file.
-type Problem struct {
-	File       string `json:"file"`
-	Line       int    `json:"line"`
-	Column     int    `json:"column"`
-	Message    string `json:"message"`
-	Suggestion string `json:"suggestion,omitempty"`
-}
-
-func (p Problem) String() string {
-	where := p.File
-	if p.Line > 0 {
-		where = fmt.Sprintf("%s:%d", p.File, p.Line)
-	}
-	if p.Suggestion != "" {
-		return fmt.Sprintf("%s: %s; did you mean %q?", where, p.Message, p.Suggestion)
-	}
-	return where + ": " + p.Message
-}
-
-// Problems are all mistakes of a set, by file, line and column.
-type Problems struct {
-	List []Problem `json:"list"`
-}
-
-func (p *Problems) Error() string {
-	lines := make([]string, len(p.List))
-	for i, one := range p.List {
-		lines[i] = one.String()
-	}
-	return strings.Join(lines, "\n")
-}

@@ -31,6 +31,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/supervisor"
 	"github.com/countersign/countersign/internal/faults"
+	"github.com/countersign/countersign/internal/hclread"
 	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/internal/terminal"
 )
@@ -326,18 +327,15 @@ func readyCommand(o *options) *cobra.Command {
 
 // checkTemplates reports every template that deliver could not fill in.
 func checkTemplates(name string, c *config.Agent) error {
-	var p config.Problems
+	var p hclread.Problems
 	for _, cr := range c.Credentials {
 		for _, f := range cr.Files {
 			if err := deliver.Validate(f.Template); err != nil {
-				p = append(p, config.Problem{File: name, Message: fmt.Sprintf("credential %q: file %s: %v", cr.Name, f.Path, err)})
+				p = append(p, hclread.Problem{File: name, Message: fmt.Sprintf("credential %q: file %s: %v", cr.Name, f.Path, err)})
 			}
 		}
 	}
-	if len(p) == 0 {
-		return nil
-	}
-	return p
+	return p.Or()
 }
 
 func configCommand(o *options) *cobra.Command {
@@ -350,7 +348,7 @@ func configCommand(o *options) *cobra.Command {
 		if err == nil {
 			err = checkTemplates(o.config, c)
 		}
-		var problems config.Problems
+		var problems hclread.Problems
 		if o.output == "json" && (err == nil || errors.As(err, &problems)) {
 			answer := map[string]any{"valid": err == nil, "problems": problems}
 			if c != nil && len(c.Warnings()) > 0 {

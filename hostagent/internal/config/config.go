@@ -13,15 +13,12 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/hashicorp/hcl/v2"
-	"github.com/hashicorp/hcl/v2/gohcl"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
+
+	"github.com/countersign/countersign/internal/hclread"
 )
 
-const (
-	maxFile        = 1 << 20
-	maxCredentials = 200
-)
+const maxCredentials = 200
 
 // An Agent is the whole file.
 type Agent struct {
@@ -50,11 +47,11 @@ type Agent struct {
 
 	Credentials []*Credential `hcl:"credential,block"`
 
-	warnings Problems
+	warnings hclread.Problems
 }
 
 // Warnings are what works, and is better said otherwise.
-func (a *Agent) Warnings() Problems { return a.warnings }
+func (a *Agent) Warnings() hclread.Problems { return a.warnings }
 
 // Broker says whom to ask.
 type Broker struct {
@@ -129,83 +126,37 @@ type OnChange struct {
 // Limit is Timeout, parsed.
 func (o *OnChange) Limit() time.Duration { return o.timeout }
 
-// A Problem is one mistake in the file.
-type Problem struct {
-	File    string `json:"file"`
-	Line    int    `json:"line,omitempty"`
-	Message string `json:"message"`
-}
-
-// Problems are all mistakes of a file.
-type Problems []Problem
-
-func (p Problems) Error() string {
-	text := "the config has mistakes:"
-	for _, one := range p {
-		text += "\n  " + one.String()
-	}
-	return text
-}
-
-func (p Problem) String() string {
-	if p.Line > 0 {
-		return p.File + ":" + strconv.Itoa(p.Line) + ": " + p.Message
-	}
-	return p.File + ": " + p.Message
-}
-
-// Load reads and checks a config file. A mistake is a Problems.
+// Load reads and checks a config file. A mistake is an hclread.Problems, which has all
+// of them.
 func Load(path string) (*Agent, error) {
-	b, err := os.ReadFile(path)
+	text, err := hclread.ReadConfig(path)
 	if err != nil {
 		return nil, fmt.Errorf("agent config: %w; -c names another, and docs/examples/agent.hcl is one to start from", err)
 	}
-	return Parse(path, b)
+	return Parse(path, text)
 }
 
 // Parse is Load of a file's content.
-func Parse(name string, b []byte) (*Agent, error) {
-	if len(b) > maxFile {
-		return nil, fmt.Errorf("agent config %s has %d bytes; at most %d are read", name, len(b), maxFile)
-	}
-	f, diags := hclsyntax.ParseConfig(b, name, hcl.InitialPos)
-	if diags.HasErrors() {
-		return nil, problems(name, diags)
-	}
+func Parse(name string, text []byte) (*Agent, error) {
 	a := &Agent{}
-	diags = append(diags, gohcl.DecodeBody(f.Body, nil, a)...)
-	if diags.HasErrors() {
-		return nil, problems(name, diags)
+	body, err := hclread.Config(name, text, a)
+	if err != nil {
+		return nil, fmt.Errorf("agent config:\n%w", err)
 	}
-	if errs := a.check(); len(errs) > 0 {
-		var p Problems
-		for _, e := range errs {
-			p = append(p, Problem{File: name, Line: lineOf(f.Body.(*hclsyntax.Body), e.credential), Message: e.text})
-		}
-		return nil, p
+	var problems hclread.Problems
+	for _, e := range a.check() {
+		problems = append(problems, hclread.Problem{File: name, Line: lineOf(body, e.credential), Message: e.text})
+	}
+	if err := problems.Or(); err != nil {
+		return nil, fmt.Errorf("agent config:\n%w", err)
 	}
 	for _, c := range a.Credentials {
 		if c.Process.Loose() {
-			a.warnings = append(a.warnings, Problem{File: name, Line: lineOf(f.Body.(*hclsyntax.Body), c.Name),
+			a.warnings = append(a.warnings, hclread.Problem{File: name, Line: lineOf(body, c.Name),
 				Message: fmt.Sprintf("credential %q: %s: add user, or find the program by its unit", c.Name, LooseWarning)})
 		}
 	}
 	return a, nil
-}
-
-func problems(name string, diags hcl.Diagnostics) error {
-	var p Problems
-	for _, d := range diags {
-		one := Problem{File: name, Message: d.Summary}
-		if d.Detail != "" {
-			one.Message += ": " + d.Detail
-		}
-		if d.Subject != nil {
-			one.Line = d.Subject.Start.Line
-		}
-		p = append(p, one)
-	}
-	return p
 }
 
 func lineOf(body *hclsyntax.Body, credential string) int {

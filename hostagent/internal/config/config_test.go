@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/internal/hclread"
 )
 
 const good = `
@@ -59,7 +60,7 @@ func TestMistakes(t *testing.T) {
 		{`process {`, `proces {`, "Blocks of type"},
 	} {
 		_, err := config.Parse("x.hcl", []byte(strings.Replace(good, tt.old, tt.new, 1)))
-		var p config.Problems
+		var p hclread.Problems
 		if !errors.As(err, &p) || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s → %s: %v, want %q", tt.old, tt.new, err, tt.want)
 		}

@@ -6,15 +6,13 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/hashicorp/hcl/v2"
-	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
 
-	"github.com/countersign/countersign/broker/internal/config/nesting"
+	"github.com/countersign/countersign/internal/hclread"
 )
 
-// maxPolicy bounds the text of a policy that is read.
-const maxPolicy = 1 << 20
+// limits bound the text of a policy that is read.
+var limits = hclread.Limits{Size: 1 << 20, Nesting: 16}
 
 // A held rule is one path of a policy as Vault holds it.
 type held struct {
@@ -25,20 +23,14 @@ type held struct {
 // parsePolicy reads the HCL that `vault policy write` takes, without its JSON
 // form. What it doesn't know is an error, so that nothing is taken for harmless.
 func parsePolicy(text string) (map[string]held, error) {
-	if len(text) > maxPolicy {
-		return nil, fmt.Errorf("its text has more than %d bytes", maxPolicy)
-	}
 	if strings.HasPrefix(strings.TrimSpace(text), "{") {
 		return nil, errors.New("it is JSON; write it as HCL")
 	}
-	if _, deep := nesting.TooDeep([]byte(text), "policy", maxNesting); deep {
-		return nil, errors.New("it nests deeper than a policy does")
+	var r hclread.Reader
+	body := r.Parse("policy", []byte(text), limits)
+	if body == nil {
+		return nil, r.Problems
 	}
-	file, diags := hclsyntax.ParseConfig([]byte(text), "policy", hcl.InitialPos)
-	if diags.HasErrors() {
-		return nil, fmt.Errorf("line %d: %s", diags[0].Subject.Start.Line, diags[0].Summary)
-	}
-	body := file.Body.(*hclsyntax.Body)
 	for name := range body.Attributes {
 		if name != "name" {
 			return nil, fmt.Errorf("unknown setting %q", name)
@@ -80,9 +72,6 @@ func parsePolicy(text string) (map[string]held, error) {
 	}
 	return rules, nil
 }
-
-// maxNesting is more than a policy needs; HCL's parser recurses.
-const maxNesting = 16
 
 // words are a list of strings.
 func words(v cty.Value) ([]string, error) {

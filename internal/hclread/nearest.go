@@ -1,10 +1,13 @@
-package policy
+package hclread
 
 import "slices"
 
-// nearest finds what was most likely meant by word, or nothing.
-func nearest(word string, known []string) string {
-	if len(word) > maxName {
+// longest is the longest word that a likely one is looked for.
+const longest = 64
+
+// Nearest finds what was most likely meant by word, or nothing.
+func Nearest(word string, known []string) string {
+	if len(word) > longest {
 		return ""
 	}
 	best, at := "", min(len(word), len(word)/3+2)

@@ -1,17 +1,14 @@
-// Package nesting bounds how deep an HCL text nests before HCL's parser sees
-// it: that parser recurses, and its text may come from an operator's pipeline
-// or from Vault.
-package nesting
+package hclread
 
 import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 )
 
-// TooDeep says where text nests deeper than most levels. The parser recurses
+// tooDeep says where text nests deeper than most levels. The parser recurses
 // in front of operators, too; what Countersign reads has none, so each counts
 // as a level that never closes.
-func TooDeep(text []byte, name string, most int) (at hcl.Range, deep bool) {
+func tooDeep(text []byte, name string, most int) (at hcl.Range, deep bool) {
 	tokens, _ := hclsyntax.LexConfig(text, name, hcl.InitialPos)
 	depth, operators := 0, 0
 	for _, t := range tokens {
