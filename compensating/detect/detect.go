@@ -15,13 +15,13 @@ package detect
 import (
 	"fmt"
 	"net/netip"
-	"path"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/sightings"
+	"github.com/countersign/countersign/internal/glob"
 )
 
 // Skew is how far clocks of logs, hosts and broker may be apart, and how long what
@@ -30,8 +30,8 @@ const Skew = 45 * time.Second
 
 // A Config is what an operator says of the world.
 type Config struct {
-	// Governed are accounts that only the broker hands out, as globs (path.Match),
-	// beside those of the ledger and of its roles' user names.
+	// Governed are accounts that only the broker hands out, as globs, beside
+	// those of the ledger and of its roles' user names.
 	Governed []string
 	// Through are addresses of NATs and poolers, from which any host may come.
 	Through []netip.Prefix
@@ -53,6 +53,7 @@ type Detection struct {
 type Judge struct {
 	ledger   *ledger.Index
 	config   Config
+	patterns []accounts              // of Governed
 	made     map[string]bool         // what stands before the random part of governed user names
 	roles    map[string]bool         // of Vault's database engine that are governed, as user names have them
 	paths    map[string]bool         // of Vault that the ledger's entries came from
@@ -93,9 +94,19 @@ const maxActors = 1024
 // NewJudge makes a judge over a ledger, which may grow.
 func NewJudge(l *ledger.Index, c Config) *Judge {
 	j := &Judge{ledger: l, config: c, made: map[string]bool{}, roles: map[string]bool{}, paths: map[string]bool{}, canaries: map[string]ledger.Entry{}, boots: map[string]string{}}
+	for _, pattern := range c.Governed {
+		exact, err := glob.Compile(pattern)
+		folded, foldedErr := glob.Compile(strings.ToLower(pattern))
+		if err == nil && foldedErr == nil {
+			j.patterns = append(j.patterns, accounts{exact, folded})
+		}
+	}
 	j.Restore(State{})
 	return j
 }
+
+// accounts are those of one pattern; Windows knows no letters' case.
+type accounts struct{ exact, folded glob.Pattern }
 
 // Save is what Restore takes.
 func (j *Judge) Save() State {
@@ -191,12 +202,11 @@ func (j *Judge) governed(s sightings.Sighting) bool {
 			}
 		}
 	}
-	return slices.ContainsFunc(j.config.Governed, func(glob string) bool {
+	return slices.ContainsFunc(j.patterns, func(g accounts) bool {
 		if s.Windows {
-			glob, account = strings.ToLower(glob), strings.ToLower(account)
+			return g.folded.Match(strings.ToLower(account))
 		}
-		ok, err := path.Match(glob, account)
-		return ok && err == nil
+		return g.exact.Match(account)
 	})
 }
 

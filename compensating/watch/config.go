@@ -4,13 +4,13 @@ import (
 	"fmt"
 	"net/netip"
 	"net/url"
-	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
 
 	"github.com/countersign/countersign/compensating/detect"
 	"github.com/countersign/countersign/compensating/sightings"
+	"github.com/countersign/countersign/internal/glob"
 	"github.com/countersign/countersign/internal/hclread"
 )
 
@@ -129,7 +129,7 @@ func (c *Config) check(name string) (problems hclread.Problems) {
 		bad("brake_share %v is no share: 0 to 1", c.BrakeShare)
 	}
 	for _, g := range c.Governed {
-		if _, err := path.Match(g, ""); err != nil || g == "" {
+		if _, err := glob.Compile(g); err != nil {
 			bad("governed %q is no glob", g)
 		}
 	}

@@ -7,7 +7,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/bmatcuk/doublestar/v4"
+	"github.com/countersign/countersign/internal/glob"
 )
 
 // A Policy says which measured files a host may show. It is part of a
@@ -39,11 +39,16 @@ type Allowed struct {
 // Rules are a compiled policy.
 type Rules struct {
 	exact      map[string]map[string]bool
-	globs      []Allowed
-	exclude    []string
+	globs      []allowed
+	exclude    []glob.Pattern
 	keys       []verifier
 	violations bool // are ignored
 	observe    bool
+}
+
+type allowed struct {
+	path    glob.Pattern
+	digests []string
 }
 
 const maxGlobs = 4096 // each is tried against each new entry
@@ -52,7 +57,7 @@ var digestText = regexp.MustCompile(`^(verity:)?[a-z0-9-]+:[0-9a-f]{32,128}$`)
 
 // Compile checks p as a whole.
 func (p Policy) Compile() (*Rules, error) {
-	r := &Rules{exact: map[string]map[string]bool{}, exclude: p.Exclude, violations: p.Violations == "ignore", observe: p.Mode == "observe"}
+	r := &Rules{exact: map[string]map[string]bool{}, violations: p.Violations == "ignore", observe: p.Mode == "observe"}
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	if !slices.Contains([]string{"", "reject", "ignore"}, p.Violations) {
@@ -67,8 +72,7 @@ func (p Policy) Compile() (*Rules, error) {
 				bad("allow %s: %q is no digest as sha256:<hex>", a.Path, d)
 			}
 		}
-		switch path, one := literal(a.Path); {
-		case one:
+		if path, one := literal(a.Path); one {
 			of := r.exact[path]
 			if of == nil {
 				of = map[string]bool{}
@@ -77,18 +81,24 @@ func (p Policy) Compile() (*Rules, error) {
 			for _, d := range a.Digests {
 				of[d] = true
 			}
-		case !doublestar.ValidatePattern(a.Path):
-			bad("allow: %q is no glob", a.Path)
-		default:
-			r.globs = append(r.globs, a)
+			continue
 		}
-	}
-	for _, glob := range p.Exclude {
-		if !doublestar.ValidatePattern(glob) {
-			bad("exclude: %q is no glob", glob)
+		pattern, err := glob.Compile(a.Path)
+		if err != nil {
+			bad("allow: %w", err)
+			continue
 		}
+		r.globs = append(r.globs, allowed{pattern, a.Digests})
 	}
-	if n := len(r.globs) + len(p.Exclude); n > maxGlobs {
+	for _, e := range p.Exclude {
+		pattern, err := glob.Compile(e)
+		if err != nil {
+			bad("exclude: %w", err)
+			continue
+		}
+		r.exclude = append(r.exclude, pattern)
+	}
+	if n := len(r.globs) + len(r.exclude); n > maxGlobs {
 		bad("%d globs; %d are tried", n, maxGlobs)
 	}
 	for i, text := range p.Keys {
@@ -104,18 +114,18 @@ func (p Policy) Compile() (*Rules, error) {
 
 // literal is the path that a glob stands for, if it is one: what is learned has
 // paths with brackets, escaped, and they needn't be tried one by one.
-func literal(glob string) (path string, one bool) {
+func literal(pattern string) (path string, one bool) {
 	var b strings.Builder
-	for i := 0; i < len(glob); i++ {
-		switch glob[i] {
+	for i := 0; i < len(pattern); i++ {
+		switch pattern[i] {
 		case '*', '?', '[', '{':
 			return "", false
 		case '\\':
-			if i++; i == len(glob) {
+			if i++; i == len(pattern) {
 				return "", false
 			}
 		}
-		b.WriteByte(glob[i])
+		b.WriteByte(pattern[i])
 	}
 	return b.String(), true
 }
@@ -133,13 +143,13 @@ func (r *Rules) Judge(m Measurement) (why string) {
 			return ""
 		}
 		return fmt.Sprintf("%sa violation, a file that was written while it was measured; the list calls it %s", where(m), quote(m.Name))
-	case matches(r.exclude, m.Name), r.exact[m.Name][m.Digest]:
+	case r.excluded(m.Name), r.exact[m.Name][m.Digest]:
 		return ""
 	}
 	spoken := r.exact[m.Name] != nil
 	for _, a := range r.globs {
-		if match(a.Path, m.Name) {
-			if spoken = true; slices.Contains(a.Digests, m.Digest) {
+		if a.path.Match(m.Name) {
+			if spoken = true; slices.Contains(a.digests, m.Digest) {
 				return ""
 			}
 		}
@@ -169,11 +179,6 @@ func where(m Measurement) string {
 	return fmt.Sprintf("entry %d, ", m.Index)
 }
 
-func matches(globs []string, name string) bool {
-	return slices.ContainsFunc(globs, func(glob string) bool { return match(glob, name) })
-}
-
-func match(glob, name string) bool {
-	ok, _ := doublestar.Match(glob, name) // Compile has checked the pattern
-	return ok
+func (r *Rules) excluded(name string) bool {
+	return slices.ContainsFunc(r.exclude, func(g glob.Pattern) bool { return g.Match(name) })
 }

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"path"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -14,6 +13,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
 	"github.com/countersign/countersign/broker/internal/verify/reference"
+	"github.com/countersign/countersign/internal/glob"
 	"github.com/countersign/countersign/internal/hclread"
 )
 
@@ -27,7 +27,7 @@ const (
 // compiled is what Parse made ready of a scope.
 type compiled struct {
 	when     cel.Program // nil: no condition
-	mappings []*regexp.Regexp
+	mappings []glob.Pattern
 }
 
 // Evaluate says what a scope makes of facts. It is pure: nothing but its
@@ -246,7 +246,7 @@ func (e *evaluation) mappings(sc *Scope, p *process.Program) {
 		wanted = strings.Join(sc.Process.Mappings, " or ")
 		allowed = func(m process.Mapping) bool {
 			return m.Path != process.Anonymous && !m.Deleted &&
-				slices.ContainsFunc(globs, func(g *regexp.Regexp) bool { return g.MatchString(m.Path) })
+				slices.ContainsFunc(globs, func(g glob.Pattern) bool { return g.Match(m.Path) })
 		}
 	}
 	const shown = 5

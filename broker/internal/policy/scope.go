@@ -17,6 +17,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/internal/glob"
 	"github.com/countersign/countersign/internal/hclread"
 )
 
@@ -171,7 +172,7 @@ func printable(s string) (why, meant string) {
 	return why, ""
 }
 
-func (r *reader) process(hb *hclsyntax.Block) (ProcessSelector, []*regexp.Regexp) {
+func (r *reader) process(hb *hclsyntax.Block) (ProcessSelector, []glob.Pattern) {
 	b := r.Block(hb.Body, "a process block", []string{"user", "unit", "exe", "sha256", "release", "before_start", "mappings"}, nil)
 	if !b.Has("user") && !b.Has("unit") && !b.Has("exe") && !b.Has("sha256") && !b.Has("release") {
 		r.Problem(hb.TypeRange, "a process block wants at least one of user, unit, exe, sha256 and release", "")
@@ -182,7 +183,7 @@ func (r *reader) process(hb *hclsyntax.Block) (ProcessSelector, []*regexp.Regexp
 		Exe:      b.Text("exe", absolute),
 		SHA256:   b.Texts("sha256", digest),
 		Release:  b.Text("release", printable),
-		Mappings: b.Texts("mappings", absolute),
+		Mappings: b.Texts("mappings", pathGlob),
 	}
 	if flag := b.Flag("before_start"); flag != nil {
 		p.BeforeStart = *flag
@@ -190,9 +191,11 @@ func (r *reader) process(hb *hclsyntax.Block) (ProcessSelector, []*regexp.Regexp
 	if p.BeforeStart && !b.Has("unit") {
 		b.Bad("before_start", "wants a unit: nothing else has a start to wait for")
 	}
-	var globs []*regexp.Regexp
+	var globs []glob.Pattern
 	for _, m := range p.Mappings {
-		globs = append(globs, glob(m))
+		if g, err := glob.Compile(m); err == nil {
+			globs = append(globs, g)
+		}
 	}
 	return p, globs
 }
@@ -236,10 +239,12 @@ func digest(s string) (why, meant string) {
 	return "", ""
 }
 
-// glob compiles a pattern: ** is anything, * and ? stay inside one folder.
-func glob(pattern string) *regexp.Regexp {
-	quoted := regexp.QuoteMeta(pattern)
-	return regexp.MustCompile("^" + strings.NewReplacer(`\*\*`, `.*`, `\*`, `[^/]*`, `\?`, `[^/]`).Replace(quoted) + "$")
+// pathGlob checks a glob of files.
+func pathGlob(pattern string) (why, meant string) {
+	if _, err := glob.Compile(pattern); err != nil {
+		return "is no glob", ""
+	}
+	return absolute(pattern)
 }
 
 func (r *reader) vault(hb *hclsyntax.Block) *VaultSource {
