@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"time"
 
@@ -411,20 +410,11 @@ func pcrMessage(p boot.PCR) *v1.PCR {
 }
 
 func leaseMessage(g journal.Lease, hostName string) *v1.Lease {
-	names := maps.Clone(g.Names)
-	if names == nil {
-		names = map[string]string{}
-	}
-	for k, v := range map[string]string{"vault_accessor": g.Accessor, "vault_lease": g.VaultLease, "certificate_serial": g.Serial} {
-		if v != "" {
-			names[k] = v
-		}
-	}
 	if g.Unreadable != nil {
 		g.Reason = g.Unreadable.Error()
 	}
 	return &v1.Lease{Id: g.ID, Host: g.Host, HostName: hostName, Scope: g.Scope, Kind: g.Kind, State: string(g.State), Reason: g.Reason, Subject: g.Subject,
-		Names: names, Sources: g.Sources, Audience: g.Audience, Issued: stamp(g.Issued), Expires: stamp(g.Expires), Revoked: stamp(g.Ended), ProveBy: stamp(g.ProveBy),
+		Names: g.Names, Sources: g.Sources, Audience: g.Audience, Issued: stamp(g.Issued), Expires: stamp(g.Expires), Revoked: stamp(g.Ended), ProveBy: stamp(g.ProveBy),
 		LastError: g.LastError, Attempts: uint32(g.Attempts), Release: g.Release,
 		Machine: &v1.Machine{SecureBoot: g.Machine.SecureBoot, KernelCommandLine: g.Machine.CommandLine, Reference: g.Machine.Reference}}
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
@@ -128,6 +129,14 @@ var login = regexp.MustCompile(`//[^/]*@`)
 
 // Anything allows every string.
 func Anything(string) (string, string) { return "", "" }
+
+// Printable allows 1 to 256 printable characters.
+func Printable(s string) (why, meant string) {
+	if len(s) > 256 || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		why = "is not 1 to 256 printable characters"
+	}
+	return why, ""
+}
 
 // OneOf allows these words alone.
 func OneOf(words ...string) Check {

@@ -7,29 +7,23 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/front/admin"
-	"github.com/countersign/countersign/broker/internal/issue/ca"
-	"github.com/countersign/countersign/broker/internal/issue/vault"
+	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/ops/expiry"
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 // ends gathers what of a running broker ends by itself.
 type ends struct {
-	store     *store.Store
-	hostCA    *x509.Certificate
-	ekRoots   []*x509.Certificate
-	workloads *ca.Issuer    // nil: none
-	vault     *vault.Issuer // nil: none
+	store   *store.Store
+	hostCA  *x509.Certificate
+	ekRoots []*x509.Certificate
+	issuers []issue.Service
 }
 
 func (e ends) list(ctx context.Context, now time.Time) ([]expiry.End, error) {
 	k := expiry.Known{HostCA: e.hostCA, EKRoots: e.ekRoots}
-	if e.workloads != nil {
-		k.WorkloadCA, k.WorkloadIssuer = e.workloads.Certificates()
-		k.CRL = e.workloads.NextUpdate()
-	}
-	if e.vault != nil {
-		k.VaultToken, k.VaultSecretID = e.vault.Ends()
+	for _, i := range e.issuers {
+		k.Issuers = append(k.Issuers, i.Ends()...)
 	}
 
 	desk := admin.Desk{Store: e.store}

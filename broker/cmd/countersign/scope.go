@@ -14,6 +14,7 @@ import (
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/broker/internal/issue/issuers"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/internal/hclread"
 )
@@ -30,7 +31,7 @@ func scopeValidateCommand(o *options) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		set, err := policy.Parse(files, policy.Options{})
+		set, err := issuers.Parse(files)
 		var problems hclread.Problems
 		if o.output == "json" && (err == nil || errors.As(err, &problems)) {
 			out := map[string]any{"valid": err == nil}

@@ -25,11 +25,10 @@ import (
 	"github.com/countersign/countersign/broker/internal/front/liveness"
 	"github.com/countersign/countersign/broker/internal/front/pki"
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
+	"github.com/countersign/countersign/broker/internal/issue/issuers"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease"
-	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/lease/retention"
 	"github.com/countersign/countersign/broker/internal/ops/expiry"
 	"github.com/countersign/countersign/broker/internal/ops/metrics"
@@ -37,6 +36,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/broker/internal/state/timekeeper"
+	"github.com/countersign/countersign/broker/internal/state/values"
 	"github.com/countersign/countersign/broker/internal/verify/logcache"
 	"github.com/countersign/countersign/broker/internal/verify/refvalues"
 	"github.com/countersign/countersign/broker/internal/verify/vendors"
@@ -85,7 +85,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		return err
 	}
 	parse := func(files []policy.File) (*policy.Set, error) {
-		return policy.Parse(files, policy.Options{Reserved: c.Names})
+		return issuers.Parse(files, c.Names...)
 	}
 	set, err := admin.LoadPolicy(ctx, s, parse)
 	if err != nil {
@@ -105,32 +105,25 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return keeper.Run(ctx) })
 	known := ends{store: s, hostCA: hostCA.Certificate, ekRoots: ekRoots.All}
-	issuers := map[string]issue.Issuer{}
-	vaultStatus := func() string { return "not configured" }
-	if c.Vault != nil {
-		v, err := vault.New(ctx, *c.Vault, log, steady)
-		if err != nil {
-			return err
-		}
-		group.Go(func() error { return v.Run(ctx) })
-		issuers[journal.KindVault] = fingerprint.Issuer{Issuer: v, Key: fingerprints}
-		vaultStatus, known.vault = v.Status, v
+	ready, services, err := openIssuers(ctx, issue.Environment{
+		Config: c, Password: password, Values: values.In(s), Log: log, Wall: faults.Now, Steady: steady, Sure: keeper.Sure,
+	}, fingerprints)
+	if err != nil {
+		return err
 	}
-	crl := func() []byte { return nil }
-	if c.CA != nil {
-		workloads, err := ca.Open(ctx, ca.Options{
-			Dir: c.StateDir, Password: password, TrustDomain: c.TrustDomain, Store: s,
-			CRLURL: c.CA.CRLURL, CRLEvery: c.CA.Every(), Log: log, Now: faults.Now, Sure: keeper.Sure,
-		})
-		if err != nil {
-			return err
+	vaultStatus, crl := func() string { return "not configured" }, func() []byte { return nil }
+	for kind, service := range services {
+		group.Go(func() error { return service.Run(ctx) })
+		known.issuers = append(known.issuers, service)
+		if kind == vault.Kind.Name {
+			vaultStatus = service.Status
 		}
-		group.Go(func() error { return workloads.Run(ctx) })
-		issuers[journal.KindCertificate] = workloads
-		crl, known.workloads = workloads.CRL, workloads
+		if lists, ok := service.(interface{ CRL() []byte }); ok {
+			crl = lists.CRL
+		}
 	}
 	book, logs := refvalues.New(s), logcache.New(logcache.Most)
-	leases := lease.New(s, issuers, log, steady)
+	leases := lease.New(s, ready, log, steady)
 	watch := &liveness.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
 	desk := &admin.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
 	root := admin.Actor{Name: "root", Role: admin.Viewer}
@@ -188,6 +181,25 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		}
 	})
 	return group.Wait()
+}
+
+// openIssuers opens the issuers that the config has. Ready has one of each kind, whose
+// secrets are fingerprinted; of a kind that isn't configured issue.None.
+func openIssuers(ctx context.Context, e issue.Environment, key fingerprint.Key) (ready map[string]issue.Issuer, services map[string]issue.Service, err error) {
+	ready, services = map[string]issue.Issuer{}, map[string]issue.Service{}
+	for _, k := range issuers.Kinds {
+		service, err := k.Open(ctx, e)
+		switch {
+		case err != nil:
+			return nil, nil, err
+		case service == nil:
+			ready[k.Name] = issue.None(k.Name)
+		default:
+			services[k.Name] = service
+			ready[k.Name] = fingerprint.Issuer{Issuer: service, Key: key}
+		}
+	}
+	return ready, services, nil
 }
 
 func newLog(format string, w io.Writer) *slog.Logger {

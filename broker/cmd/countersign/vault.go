@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/broker/internal/issue/issuers"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/policy"
 )
@@ -109,7 +110,7 @@ func vaultNeeds(dir string) (vault.Needs, error) {
 	if err != nil {
 		return vault.Needs{}, &exitError{exitUsage, err}
 	}
-	set, err := policy.Parse(files, policy.Options{})
+	set, err := issuers.Parse(files)
 	if err != nil {
 		return vault.Needs{}, no("%w", err)
 	}

@@ -10,13 +10,11 @@ package lease
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/big"
 	"sync"
 	"time"
 
@@ -48,7 +46,7 @@ type Manager struct {
 // New makes a manager; Sweep has to run beside it.
 func New(s *store.Store, issuers map[string]issue.Issuer, log *slog.Logger, now func() time.Time) *Manager {
 	m := &Manager{store: s, issuers: issuers, log: log, now: now, lanes: map[string]*lane{}, running: map[string]bool{}}
-	for _, kind := range journal.Kinds {
+	for kind := range issuers {
 		m.lanes[kind] = newLane(kind)
 	}
 	return m
@@ -85,11 +83,13 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 	if !d.Allows() || d.Facts().Program == nil {
 		return journal.Lease{}, issue.Credential{}, errors.New("lease: no allowing decision")
 	}
-	issuer, ok := m.issuers[d.Scope().Kind()]
-	if !ok {
-		return journal.Lease{}, issue.Credential{}, fmt.Errorf("%w: this broker has no issuer for %s credentials", issue.ErrConfig, d.Scope().Kind())
+	issuer := m.issuer(d.Scope().Kind)
+	order := issue.Order{Decision: d, Lease: inventory.NewID(), Host: d.Facts().Host.ID, CSR: r.CSR, Request: r.ID}
+	prepared, err := issuer.Prepare(order)
+	if err != nil {
+		return journal.Lease{}, issue.Credential{}, err
 	}
-	g, err := m.intend(ctx, d, r)
+	g, err := m.intend(ctx, d, r, order.Lease, prepared)
 	if err != nil {
 		return g, issue.Credential{}, err
 	}
@@ -100,9 +100,8 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 	ctx = context.WithoutCancel(ctx)
 	bounded, cancel := context.WithTimeout(ctx, actTimeout)
 	defer cancel()
-	c, err := issuer.Issue(bounded, issue.Order{
-		Decision: d, Lease: g.ID, Host: g.Host, Serial: g.Serial, CSR: r.CSR, Request: r.ID, Now: m.now(),
-	})
+	order.Prepared, order.Now = prepared, m.now()
+	c, err := issuer.Issue(bounded, order)
 	faults.Point("issue.issued")
 	if err != nil {
 		if _, eventErr := m.Event(ctx, g.ID, journal.IssueFailed{Err: err}, Cause{Actor: "broker", Request: r.ID}); eventErr != nil {
@@ -111,7 +110,7 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 		return g, issue.Credential{}, fmt.Errorf("issue for scope %s: %w", g.Scope, err)
 	}
 	g, err = m.Event(ctx, g.ID, journal.Issued{
-		Accessor: c.Accessor, VaultLease: c.VaultLease, Names: c.Names, Expires: c.Expires, Static: c.Static,
+		Ref: c.Ref, Names: c.Names, NotBefore: c.NotBefore, Expires: c.Expires, Static: c.Static,
 	}, Cause{Actor: "broker", Request: r.ID})
 	faults.Point("issue.recorded")
 	if err != nil {
@@ -121,6 +120,14 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 		return g, issue.Credential{}, fmt.Errorf("the grant was given up while Vault or the CA worked: %s", g.Reason)
 	}
 	return g, c, nil
+}
+
+// issuer is the one of a kind; of one that nobody knows, issue.None.
+func (m *Manager) issuer(kind string) issue.Issuer {
+	if i, ok := m.issuers[kind]; ok {
+		return i
+	}
+	return issue.None(kind)
 }
 
 // maxLine bounds a kernel command line as a lease keeps it.
@@ -138,7 +145,7 @@ func machine(h appraise.Host) journal.Machine {
 
 // intend writes the allow record and the intent in one transaction, and gives
 // up what an earlier try of the same delivery made.
-func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (journal.Lease, error) {
+func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id string, known issue.Prepared) (journal.Lease, error) {
 	facts := d.Facts()
 	subject, err := facts.Program.Encode()
 	if err != nil {
@@ -159,10 +166,10 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 	scope := d.Scope()
 	now := m.now()
 	g := journal.Intend(journal.Lease{
-		ID: inventory.NewID(), Host: facts.Host.ID, Scope: scope.Name, Kind: scope.Kind(),
+		ID: id, Host: facts.Host.ID, Scope: scope.Name, Kind: scope.Kind, Ref: known.Ref, Names: known.Names,
 		DeliveryID: r.DeliveryID, Unit: facts.Program.Unit, Boot: facts.Program.Boot, SHA256: facts.Program.SHA256.String(),
 		Subject: subject, Facts: kept, Machine: machine(facts.Host), Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
-		TTL: scope.TTL(), Overlap: scope.Overlap(), Grace: scope.Grace, ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
+		TTL: scope.TTL, Overlap: scope.Overlap, Grace: scope.Grace, ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
 	}, now)
 	if len(facts.Releases) > 0 {
 		g.Release = facts.Releases[0]
@@ -171,9 +178,6 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 		g.From = instance
 	} else {
 		g.Instance = instance
-	}
-	if g.Kind == journal.KindCertificate {
-		g.Serial = newSerial()
 	}
 	var superseded []string
 	err = m.store.Update(ctx, func(tx *store.Tx) error {
@@ -220,7 +224,7 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 		}
 		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.allowed", Actor: "host:" + g.Host,
 			Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: r.ID}, map[string]any{
-			"decision": d.Result(), "facts": recorded, "host_facts": hostFacts, "serial": g.Serial}); err != nil {
+			"decision": d.Result(), "facts": recorded, "host_facts": hostFacts, "names": g.Names}); err != nil {
 			return err
 		}
 		return journal.Save(tx, g)
@@ -235,16 +239,6 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request) (jou
 	}
 	m.due(g)
 	return g, nil
-}
-
-// newSerial is a positive serial of 127 random bits (RFC 5280, section 4.1.2.2).
-func newSerial() string {
-	limit := new(big.Int).Lsh(big.NewInt(1), 127)
-	n, err := rand.Int(rand.Reader, limit)
-	if err != nil {
-		panic(err) // crypto/rand doesn't fail
-	}
-	return n.SetBit(n, 126, 1).String()
 }
 
 // A Cause says on whose word an event happened.
@@ -392,8 +386,8 @@ func write(tx *store.Tx, before, g journal.Lease, e journal.Event, c Cause, now 
 // elsewhere, and nothing secret.
 func outcome(g journal.Lease) map[string]any {
 	return map[string]any{
-		"state": g.State, "reason": g.Reason, "accessor": g.Accessor, "vault_lease": g.VaultLease, "serial": g.Serial,
-		"names": g.Names, "expires": g.Expires, "unrotated": g.Unrotated, "error": g.LastError, "instance": g.Instance,
+		"state": g.State, "reason": g.Reason, "names": g.Names,
+		"expires": g.Expires, "unrotated": g.Unrotated, "error": g.LastError, "instance": g.Instance,
 	}
 }
 
@@ -432,14 +426,10 @@ func (m *Manager) do(ctx context.Context, g journal.Lease, effect journal.Effect
 	}
 	ctx, cancel := context.WithTimeout(ctx, actTimeout)
 	defer cancel()
-	h := issue.Handle{Lease: g.ID, Scope: g.Scope, Issued: g.Issued, Accessor: g.Accessor, VaultLease: g.VaultLease, Serial: g.Serial, Expires: g.Expires}
-	issuer, ok := m.issuers[g.Kind]
-	err := fmt.Errorf("%w: this broker has no issuer for %s credentials", issue.ErrConfig, g.Kind)
+	h := issue.Handle{Lease: g.ID, Scope: g.Scope, Ref: g.Ref, Issued: g.Issued, Expires: g.Expires}
+	issuer := m.issuer(g.Kind)
 	if effect == journal.DoExtend {
-		var until time.Time
-		if ok {
-			until, err = issuer.Extend(ctx, h, g.TTL)
-		}
+		until, err := issuer.Extend(ctx, h, g.TTL)
 		faults.Point("lease.extended")
 		switch {
 		case errors.Is(err, issue.ErrGone):
@@ -450,9 +440,7 @@ func (m *Manager) do(ctx context.Context, g journal.Lease, effect journal.Effect
 		}
 		return journal.Extended{Expires: until}, g.ID
 	}
-	if ok {
-		err = issuer.Revoke(ctx, h)
-	}
+	err := issuer.Revoke(ctx, h)
 	faults.Point("lease.revoked")
 	if err != nil {
 		m.log.Warn("lease: revocation is not confirmed, trying again", "lease", g.ID, "scope", g.Scope, "attempt", g.Attempts+1, "err", err)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/test/check"
@@ -39,7 +40,7 @@ func manager(t *testing.T, i issue.Issuer, leases ...journal.Lease) (*Manager, f
 	t.Cleanup(func() { _ = s.Close() })
 	if err := s.Update(t.Context(), func(tx *store.Tx) error {
 		for _, g := range leases {
-			g.Host, g.Scope, g.Kind = "h", "s", journal.KindVault
+			g.Host, g.Scope, g.Kind = "h", "s", vault.Kind.Name
 			if err := journal.Save(tx, g); err != nil {
 				return err
 			}
@@ -48,7 +49,7 @@ func manager(t *testing.T, i issue.Issuer, leases ...journal.Lease) (*Manager, f
 	}); err != nil {
 		t.Fatal(err)
 	}
-	m := New(s, map[string]issue.Issuer{journal.KindVault: i}, slog.New(slog.NewTextHandler(io.Discard, nil)), time.Now)
+	m := New(s, map[string]issue.Issuer{vault.Kind.Name: i}, slog.New(slog.NewTextHandler(io.Discard, nil)), time.Now)
 	return m, func(id string) (g journal.Lease) {
 		t.Helper()
 		if err := s.View(context.Background(), func(tx *store.Tx) (err error) {
@@ -74,7 +75,7 @@ func TestAHangingIssuerPilesNothingUp(t *testing.T) {
 	const n = 300
 	var leases []journal.Lease
 	for i := range n {
-		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%05d", i), State: journal.Live, Accessor: "a", Issued: time.Now()})
+		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%05d", i), State: journal.Live, Ref: []byte(`{}`), Issued: time.Now()})
 	}
 	m, _ := manager(t, stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}, leases...)
 	ctx, cancel := context.WithCancel(t.Context())

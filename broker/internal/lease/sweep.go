@@ -166,7 +166,7 @@ func (m *Manager) Overdue(ctx context.Context) (n uint64, oldest time.Duration, 
 	now := m.now()
 	err = m.store.View(ctx, func(tx *store.Tx) error {
 		n, oldest = 0, 0
-		for _, kind := range journal.Kinds {
+		for kind := range m.lanes {
 			some, first, err := journal.Overdue(tx, kind, now.Add(-late))
 			if err != nil {
 				return err

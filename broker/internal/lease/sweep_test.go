@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/issue/ca"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
@@ -71,11 +73,11 @@ func TestSweepsUnderSteadyEvents(t *testing.T) {
 		return nil
 	}}
 	const due = 300 // more than some pages
-	leases := []journal.Lease{{ID: "busy", Kind: journal.KindCertificate, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin}}
+	leases := []journal.Lease{{ID: "busy", Kind: ca.Kind.Name, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin}}
 	for i := range due {
-		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%04d", i), Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(5 * time.Second), Issued: begin})
+		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%04d", i), Kind: ca.Kind.Name, State: journal.Retiring, Due: begin.Add(5 * time.Second), Issued: begin})
 	}
-	swept(t, map[string]issue.Issuer{journal.KindCertificate: revoker}, leases, func(t *testing.T, m *Manager, _ func(string) journal.Lease) {
+	swept(t, map[string]issue.Issuer{ca.Kind.Name: revoker}, leases, func(t *testing.T, m *Manager, _ func(string) journal.Lease) {
 		for range 25 { // ten seconds of it
 			time.Sleep(400 * time.Millisecond)
 			if _, err := m.Event(t.Context(), "busy", journal.Proved{By: time.Now().Add(time.Minute)}, Cause{Actor: "host:h"}); err != nil {
@@ -99,11 +101,11 @@ func TestAHangingIssuerHoldsUpNoOther(t *testing.T) {
 	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
 	var leases []journal.Lease
 	for i := range 2 * (backlog + share) {
-		leases = append(leases, journal.Lease{ID: fmt.Sprintf("v%04d", i), Kind: journal.KindVault, State: journal.Retiring, Due: begin, Issued: begin})
+		leases = append(leases, journal.Lease{ID: fmt.Sprintf("v%04d", i), Kind: vault.Kind.Name, State: journal.Retiring, Due: begin, Issued: begin})
 	}
-	leases = append(leases, journal.Lease{ID: "c", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(30 * time.Second), Issued: begin})
+	leases = append(leases, journal.Lease{ID: "c", Kind: ca.Kind.Name, State: journal.Retiring, Due: begin.Add(30 * time.Second), Issued: begin})
 	hanging := stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}
-	swept(t, map[string]issue.Issuer{journal.KindVault: hanging, journal.KindCertificate: recorder{revoke: func(issue.Handle) error { return nil }}}, leases,
+	swept(t, map[string]issue.Issuer{vault.Kind.Name: hanging, ca.Kind.Name: recorder{revoke: func(issue.Handle) error { return nil }}}, leases,
 		func(t *testing.T, m *Manager, load func(string) journal.Lease) {
 			time.Sleep(32 * time.Second)
 			if state := load("c").State; state != journal.Gone {
@@ -120,10 +122,10 @@ func TestAHangingIssuerHoldsUpNoOther(t *testing.T) {
 func TestAnUnreadableLeaseHoldsUpNoOther(t *testing.T) {
 	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
 	leases := []journal.Lease{
-		{ID: "bad", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(time.Second), Issued: begin},
-		{ID: "good", Kind: journal.KindCertificate, State: journal.Retiring, Due: begin.Add(2 * time.Second), Issued: begin},
+		{ID: "bad", Kind: ca.Kind.Name, State: journal.Retiring, Due: begin.Add(time.Second), Issued: begin},
+		{ID: "good", Kind: ca.Kind.Name, State: journal.Retiring, Due: begin.Add(2 * time.Second), Issued: begin},
 	}
-	swept(t, map[string]issue.Issuer{journal.KindCertificate: recorder{revoke: func(issue.Handle) error { return nil }}}, leases, func(t *testing.T, m *Manager, load func(string) journal.Lease) {
+	swept(t, map[string]issue.Issuer{ca.Kind.Name: recorder{revoke: func(issue.Handle) error { return nil }}}, leases, func(t *testing.T, m *Manager, load func(string) journal.Lease) {
 		if err := m.store.Update(t.Context(), func(tx *store.Tx) error {
 			_, err := tx.Exec(`UPDATE grants SET body = 'x' WHERE id = 'bad'`)
 			return err
@@ -156,10 +158,10 @@ func TestRevokeAllRecordsAll(t *testing.T) {
 	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
 	var leases []journal.Lease
 	for i := range 5*revokePage + 7 {
-		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%04d", i), Kind: journal.KindVault, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin})
+		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%04d", i), Kind: vault.Kind.Name, State: journal.Live, Settled: true, Due: begin.Add(time.Hour), Issued: begin})
 	}
 	slow := stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}
-	swept(t, map[string]issue.Issuer{journal.KindVault: slow}, leases, func(t *testing.T, m *Manager, load func(string) journal.Lease) {
+	swept(t, map[string]issue.Issuer{vault.Kind.Name: slow}, leases, func(t *testing.T, m *Manager, load func(string) journal.Lease) {
 		ids, err := m.RevokeAll(t.Context(), journal.Filter{Scope: "s"}, "leaked", Cause{Actor: "operator:x"}, true)
 		if err != nil || len(ids) != len(leases) {
 			t.Fatalf("%d of %d were revoked, %v", len(ids), len(leases), err)

@@ -19,9 +19,10 @@ type Scope struct {
 	Process     ProcessSelector
 	When        string // CEL; empty: no condition
 
-	// One of the two is set.
-	Vault       *VaultSource
-	Certificate *CertificateSource
+	Kind    string // of its credential
+	Source  Source // what its issuer makes it of
+	TTL     time.Duration
+	Overlap time.Duration // the old credential lives on this long after a rotation
 
 	compiled compiled // of When and Process.Mappings
 }
@@ -52,47 +53,6 @@ type ProcessSelector struct {
 	// Mappings are globs of the files that may be mapped executable beside the
 	// exe; none: the system's libraries and the program's own.
 	Mappings []string
-}
-
-// A VaultSource is a path of Vault that answers with data.
-type VaultSource struct {
-	Path       string
-	Method     string            // "read" or "write"; PKI and SSH issue on a write
-	Parameters map[string]string // of a write
-	TTL        time.Duration
-	Overlap    time.Duration // the old credential lives on this long after a rotation
-}
-
-// A CertificateSource is an X.509 certificate by the embedded CA.
-type CertificateSource struct {
-	DNS     []string
-	IPs     []string
-	TTL     time.Duration
-	Overlap time.Duration
-}
-
-// TTL is how long the scope's credential lives.
-func (s *Scope) TTL() time.Duration {
-	if s.Vault != nil {
-		return s.Vault.TTL
-	}
-	return s.Certificate.TTL
-}
-
-// Overlap is how long a replaced credential lives on.
-func (s *Scope) Overlap() time.Duration {
-	if s.Vault != nil {
-		return s.Vault.Overlap
-	}
-	return s.Certificate.Overlap
-}
-
-// Kind is the journal's word for the scope's credential.
-func (s *Scope) Kind() string {
-	if s.Vault != nil {
-		return "vault"
-	}
-	return "certificate"
 }
 
 // An Outcome is what a scope says of one subject. Refused and Fault are never

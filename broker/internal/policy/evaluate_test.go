@@ -137,7 +137,7 @@ const shim, kernel = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0
 
 // A release that announced the program stands for its digest.
 func TestRelease(t *testing.T) {
-	set, err := Parse([]File{{"a.hcl", []byte("scope \"a\" {\n host { }\n process { release = \"billingd\" }\n certificate { ttl = \"1h\" }\n}\n")}}, Options{})
+	set, err := Parse([]File{{"a.hcl", []byte("scope \"a\" {\n host { }\n process { release = \"billingd\" }\n certificate { ttl = \"1h\" }\n}\n")}}, options)
 	if err != nil {
 		t.Fatal(err)
 	}

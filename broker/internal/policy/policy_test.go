@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"flag"
-	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -23,6 +22,9 @@ import (
 var update = flag.Bool("update", false, "write golden files anew")
 
 var options = Options{Reserved: []string{"Broker.example.com", "192.0.2.1"}}
+
+// TestOptions are options; kinds_test.go adds the kinds of credentials to them.
+var TestOptions = &options
 
 // noon on a Friday, UTC.
 var noon = time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
@@ -65,24 +67,24 @@ func TestParse(t *testing.T) {
 		t.Fatalf("scopes %q, want %q", names, want)
 	}
 	db := *set.Scope("billing-db")
-	db.compiled = compiled{}
+	db.compiled, db.Source = compiled{}, nil
 	want := Scope{
 		Name: "billing-db", Description: "Billing reads its own schema", Owner: "payments@example.com",
 		Audience: []string{"postgres://db1.example.com:5432/billing"}, Reprove: 15 * time.Minute, Grace: time.Hour,
 		Host: HostSelector{Labels: map[string]string{"env": "prod", "role": "billing"}, Tier: []string{"certified", "known"}, Reference: "debian12-prod"},
 		Process: ProcessSelector{User: "billing", Unit: "billing.service", Exe: "/opt/billing/bin/billingd",
 			SHA256: []string{"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"}, BeforeStart: true},
-		When:  "!(has(subject.risk) && subject.risk >= 50)",
-		Vault: &VaultSource{Path: "database/creds/billing-ro", Method: "read", TTL: 8 * time.Hour, Overlap: 10 * time.Minute},
+		When: "!(has(subject.risk) && subject.risk >= 50)",
+		Kind: "vault", TTL: 8 * time.Hour, Overlap: 10 * time.Minute,
 	}
 	if !reflect.DeepEqual(db, want) {
 		t.Errorf("billing-db is\n%+v, want\n%+v", db, want)
 	}
 	pki := set.Scope("web-pki")
-	if !pki.Observe || pki.Vault.Method != "write" || !maps.Equal(pki.Vault.Parameters, map[string]string{"common_name": "web.example.com", "ttl": "24h"}) {
-		t.Errorf("web-pki is %+v, %+v", pki, pki.Vault)
+	if !pki.Observe || pki.Kind != "vault" {
+		t.Errorf("web-pki is %+v", pki)
 	}
-	if tls := set.Scope("billing-tls"); tls.Reprove != DefaultReprove || tls.Grace != DefaultGrace || tls.Overlap() != 0 || tls.TTL() != 24*time.Hour {
+	if tls := set.Scope("billing-tls"); tls.Reprove != DefaultReprove || tls.Grace != DefaultGrace || tls.Kind != "certificate" || tls.Overlap != 0 || tls.TTL != 24*time.Hour {
 		t.Errorf("billing-tls has other defaults: %+v", tls)
 	}
 	again, err := Parse(set.Files(), options)
@@ -326,7 +328,7 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		for _, s := range set.Scopes() {
-			if s.Kind() == "" || s.TTL() < minTTL || s.Reprove < minReprove || s.Reprove > s.TTL() || s.Overlap() >= s.TTL() {
+			if s.Kind == "" || s.TTL < minTTL || s.Reprove < minReprove || s.Reprove > s.TTL || s.Overlap >= s.TTL {
 				t.Fatalf("an accepted scope is %+v", s)
 			}
 			set.Evaluate(s.Name, subject(), noon)

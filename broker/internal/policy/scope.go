@@ -3,11 +3,9 @@ package policy
 import (
 	"bytes"
 	"fmt"
-	"net/netip"
 	"net/url"
 	"path"
 	"regexp"
-	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -37,9 +35,6 @@ var (
 	scopeName = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]*$`) // part of URIs and of Vault's names
 	labelKey  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$`)
 	unitName  = regexp.MustCompile(`^[A-Za-z0-9:_.\\@-]{1,255}\.(service|scope)$`)
-	dnsLabel  = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
-	// No *, + or {{: in Vault's policies they stand for other paths.
-	vaultPart = regexp.MustCompile(`^[A-Za-z0-9_.@:=-]+$`)
 )
 
 func unprintable(r rune) bool { return !unicode.IsPrint(r) }
@@ -61,7 +56,7 @@ func (r *reader) scope(hb *hclsyntax.Block) *Scope {
 	}
 	b := r.Block(hb.Body, "a scope",
 		[]string{"description", "owner", "mode", "audience", "reprove", "grace", "when"},
-		[]string{"host", "process", "vault", "certificate"})
+		append([]string{"host", "process"}, r.options.kinds()...))
 	b.At = at
 	s.Description, s.Owner = b.Text("description", hclread.Anything), b.Text("owner", hclread.Anything)
 	s.Audience = b.Texts("audience", place)
@@ -82,25 +77,28 @@ func (r *reader) scope(hb *hclsyntax.Block) *Scope {
 // credential reads where the credential comes from, and the times that hang
 // on it.
 func (r *reader) credential(s *Scope, b hclread.Block) {
-	vault, certificate := b.One("vault"), b.One("certificate")
+	var found []Kind
+	for _, k := range r.options.Kinds {
+		if len(b.Blocks(k.Name)) > 0 {
+			found = append(found, k)
+		}
+	}
+	choice := "a " + strings.Join(r.options.kinds(), " or a ") + " block"
 	switch {
-	case vault != nil && certificate != nil:
-		r.Problem(certificate.TypeRange, "a scope has a vault or a certificate block, not both", "")
-	case vault == nil && certificate == nil:
-		r.Problem(b.At, "a scope wants a vault or a certificate block: what is the credential?", "")
+	case len(found) == 0:
+		r.Problem(b.At, "a scope wants "+choice+": what is the credential?", "")
+	case len(found) > 1:
+		r.Problem(b.Blocks(found[1].Name)[0].TypeRange, "a scope has "+choice+", not both", "")
 	}
-	var ttl time.Duration
-	if vault != nil {
-		s.Vault = r.vault(vault)
-		ttl = s.Vault.TTL
+	for _, k := range found {
+		block := r.Block(b.One(k.Name).Body, "a "+k.Name+" block", append([]string{"ttl", "overlap"}, k.Arguments...), nil)
+		s.Kind, s.Source = k.Name, k.Decode(block, r.options)
+		s.TTL, s.Overlap = life(block)
 	}
-	if certificate != nil {
-		s.Certificate = r.certificate(certificate)
-		ttl = s.Certificate.TTL
-	}
+
 	most, otherwise := maxTTL, DefaultReprove
-	if ttl > 0 {
-		most, otherwise = ttl, min(DefaultReprove, ttl/2)
+	if s.TTL > 0 {
+		most, otherwise = s.TTL, min(DefaultReprove, s.TTL/2)
 	}
 	s.Reprove = b.Duration("reprove", minReprove, most, otherwise)
 	s.Grace = b.Duration("grace", minGrace, maxGrace, DefaultGrace)
@@ -140,10 +138,10 @@ func condition(b hclread.Block) (string, cel.Program) {
 func (r *reader) host(hb *hclsyntax.Block) HostSelector {
 	b := r.Block(hb.Body, "a host block", []string{"labels", "tier", "secure_boot", "reference", "ima", "boot_images", "kernel_command_line"}, nil)
 	return HostSelector{
-		Labels:     b.Pairs("labels", label, printable),
+		Labels:     b.Pairs("labels", label, hclread.Printable),
 		Tier:       b.Texts("tier", hclread.OneOf(appraise.TierCertified, appraise.TierKnown)),
 		SecureBoot: b.Flag("secure_boot"),
-		Reference:  b.Text("reference", printable),
+		Reference:  b.Text("reference", hclread.Printable),
 		IMA:        b.Text("ima", hclread.OneOf("required")),
 
 		BootImages:         b.Texts("boot_images", digest),
@@ -165,13 +163,6 @@ func label(key string) (why, meant string) {
 	return why, ""
 }
 
-func printable(s string) (why, meant string) {
-	if len(s) > 256 || strings.ContainsFunc(s, unprintable) {
-		why = "is not 1 to 256 printable characters"
-	}
-	return why, ""
-}
-
 func (r *reader) process(hb *hclsyntax.Block) (ProcessSelector, []glob.Pattern) {
 	b := r.Block(hb.Body, "a process block", []string{"user", "unit", "exe", "sha256", "release", "before_start", "mappings"}, nil)
 	if !b.Has("user") && !b.Has("unit") && !b.Has("exe") && !b.Has("sha256") && !b.Has("release") {
@@ -182,7 +173,7 @@ func (r *reader) process(hb *hclsyntax.Block) (ProcessSelector, []glob.Pattern) 
 		Unit:     b.Text("unit", unit),
 		Exe:      b.Text("exe", absolute),
 		SHA256:   b.Texts("sha256", digest),
-		Release:  b.Text("release", printable),
+		Release:  b.Text("release", hclread.Printable),
 		Mappings: b.Texts("mappings", pathGlob),
 	}
 	if flag := b.Flag("before_start"); flag != nil {
@@ -245,87 +236,6 @@ func pathGlob(pattern string) (why, meant string) {
 		return "is no glob", ""
 	}
 	return absolute(pattern)
-}
-
-func (r *reader) vault(hb *hclsyntax.Block) *VaultSource {
-	b := r.Block(hb.Body, "a vault block", []string{"path", "method", "parameters", "ttl", "overlap"}, nil)
-	if !b.Has("path") {
-		b.Bad("path", "is missing")
-	}
-	v := &VaultSource{
-		Path:       b.Text("path", vaultPath),
-		Method:     b.Text("method", hclread.OneOf("read", "write")),
-		Parameters: b.Pairs("parameters", printable, hclread.Anything),
-	}
-	if (v.Method == "read" || !b.Has("method")) && v.Parameters != nil {
-		b.Bad("parameters", `only a write has them; add method = "write"`)
-	}
-	if v.Method == "" {
-		v.Method = "read"
-	}
-	v.TTL, v.Overlap = life(b)
-	return v
-}
-
-func vaultPath(p string) (why, meant string) {
-	parts := strings.Split(p, "/")
-	switch strings.ToLower(parts[0]) {
-	case "sys", "auth", "identity", "cubbyhole":
-		return "is Vault's own, and no credential", ""
-	}
-	for _, part := range parts {
-		switch {
-		case part == "." || part == ".." || !vaultPart.MatchString(part):
-			return "is not a path inside Vault, as database/creds/billing", ""
-		case strings.HasPrefix(strings.ToLower(part), "countersign-"):
-			return "is the broker's own", ""
-		}
-	}
-	return "", ""
-}
-
-func (r *reader) certificate(hb *hclsyntax.Block) *CertificateSource {
-	b := r.Block(hb.Body, "a certificate block", []string{"dns", "ips", "ttl", "overlap"}, nil)
-	c := &CertificateSource{DNS: b.Texts("dns", r.dns), IPs: b.Texts("ips", r.ip)}
-	c.TTL, c.Overlap = life(b)
-	return c
-}
-
-func (r *reader) reserved(name string) bool {
-	return slices.ContainsFunc(r.options.Reserved, func(own string) bool {
-		return strings.EqualFold(strings.TrimSuffix(own, "."), name)
-	})
-}
-
-func (r *reader) dns(name string) (why, meant string) {
-	labels := strings.Split(name, ".")
-	last := labels[len(labels)-1]
-	switch {
-	case len(name) > 253 || slices.ContainsFunc(labels, func(l string) bool { return !dnsLabel.MatchString(l) }):
-		why = "is no DNS name in lowercase; wildcards are not issued"
-	case strings.Trim(last, "0123456789") == "":
-		why = "looks like an address; those belong into ips"
-	case last == "localhost" || name == "localhost.localdomain":
-		why = "means another host on each host"
-	case r.reserved(name):
-		why = "is the broker's own name"
-	}
-	return why, ""
-}
-
-func (r *reader) ip(s string) (why, meant string) {
-	addr, err := netip.ParseAddr(s)
-	switch {
-	case err != nil || addr.Zone() != "" || addr.Is4In6():
-		why = "is no IP address"
-	case addr.String() != s:
-		return "is not the address's usual form", addr.String()
-	case addr.IsLoopback() || addr.IsUnspecified() || addr.IsMulticast() || addr.IsLinkLocalUnicast():
-		why = "is no host's own address"
-	case r.reserved(s):
-		why = "is the broker's own address"
-	}
-	return why, ""
 }
 
 // life reads ttl and overlap.

@@ -3,7 +3,6 @@ package admin
 import (
 	"context"
 	"errors"
-	"strings"
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/lease/journal"
@@ -87,8 +86,8 @@ func likeThose(sc *policy.Scope, issued []string, now time.Time) (string, error)
 		if name, ok := canary.Like(issued[0], now); ok {
 			return name, nil
 		}
-	} else if sc.Vault != nil {
-		if mount, role, ok := strings.Cut(sc.Vault.Path, "/creds/"); ok && mount != "" && role != "" {
+	} else if source, ok := sc.Source.(interface{ AccountRole() string }); ok {
+		if role := source.AccountRole(); role != "" {
 			return canary.ForRole(role, now), nil
 		}
 	}

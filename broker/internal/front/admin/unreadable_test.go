@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/internal/issue/issuers"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/findings"
@@ -24,7 +26,7 @@ func TestUnreadableRows(t *testing.T) {
 	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
 		for _, id := range []string{"a", "b", "c"} {
 			check.Nil(t, inventory.Save(tx, inventory.Host{ID: id, Name: id, State: inventory.Trusted, Admitted: true, LastProved: now}))
-			check.Nil(t, journal.Save(tx, journal.Lease{ID: "lease-" + id, Host: id, Scope: "s", Kind: journal.KindVault, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
+			check.Nil(t, journal.Save(tx, journal.Lease{ID: "lease-" + id, Host: id, Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
 			_, _, err := findings.Report(tx, findings.Finding{Detector: "d", Cause: id, Severity: "low", First: now, Last: now, Count: 1}, now)
 			check.Nil(t, err)
 		}
@@ -38,7 +40,7 @@ func TestUnreadableRows(t *testing.T) {
 		}
 		return nil
 	}))
-	parse := func(files []policy.File) (*policy.Set, error) { return policy.Parse(files, policy.Options{}) }
+	parse := func(files []policy.File) (*policy.Set, error) { return issuers.Parse(files) }
 	var inForce atomic.Pointer[policy.Set]
 	inForce.Store(check.Must(parse(nil))(t))
 	d := &Desk{Store: s, Policy: &inForce, ParseSet: parse, Now: func() time.Time { return now }}

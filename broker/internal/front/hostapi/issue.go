@@ -2,13 +2,8 @@ package hostapi
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rsa"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"strings"
 	"time"
 	"unicode"
@@ -66,11 +61,6 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 		return d.notIssued(ctx, p, decision, o, request, now)
 	}
 	scope := decision.Scope()
-	if scope.Certificate != nil {
-		if err := checkCSR(o.CSR); err != nil {
-			return Issued{}, api.NewError(api.Fault, "csr", err.Error())
-		}
-	}
 	g, c, err := d.Leases.Issue(ctx, decision, lease.Request{
 		DeliveryID: o.DeliveryID, Replaces: o.Replaces, HandOver: o.HandOver, CSR: o.CSR, ID: request, Sources: []string{conn.Address},
 		With: func(tx *store.Tx) error {
@@ -80,6 +70,10 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 			return keepDecision(tx, p.host.ID, result, p.verified.Facts())
 		},
 	})
+	var wrong *issue.OrderError
+	if errors.As(err, &wrong) {
+		return Issued{}, api.NewError(api.Fault, wrong.Part, wrong.Error())
+	}
 	if errors.Is(err, lease.ErrReplaces) {
 		return Issued{}, api.NewError(api.Fault, api.CheckGone, err.Error())
 	}
@@ -93,8 +87,8 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	if err != nil {
 		return Issued{}, err
 	}
-	full := now.Add(scope.TTL())
-	if g.Kind == journal.KindCertificate {
+	full := now.Add(scope.TTL)
+	if c.Whole {
 		full = g.Expires
 	}
 	return Issued{Lease: g, Fields: c.Fields, ReplaceAt: replaceAt(now, full, scope), Ticket: ticket}, nil
@@ -103,38 +97,7 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 // replaceAt leaves the overlap, and a third of the life for a broker or Vault
 // that is away.
 func replaceAt(now, end time.Time, scope *policy.Scope) time.Time {
-	return now.Add((end.Sub(now) - scope.Overlap()) * 2 / 3)
-}
-
-// maxCSR bounds a request; one with an RSA key of 4096 bits has a kilobyte.
-const maxCSR = 16 << 10
-
-// checkCSR reads of a CSR only that it is one, that its key is of a kind that
-// is cheap to check, and that who made it has the key.
-func checkCSR(der []byte) error {
-	if len(der) == 0 {
-		return errors.New("this scope issues a certificate: set key in the credential's block on the host")
-	}
-	if len(der) > maxCSR {
-		return fmt.Errorf("a certificate request of %d bytes; at most %d are read", len(der), maxCSR)
-	}
-	csr, err := x509.ParseCertificateRequest(der)
-	if err != nil {
-		return errors.New("the certificate request is not PKCS #10")
-	}
-	switch key := csr.PublicKey.(type) {
-	case *ecdsa.PublicKey:
-		if key.Curve != elliptic.P256() && key.Curve != elliptic.P384() {
-			return errors.New("a certificate's key is on P-256 or P-384")
-		}
-	case *rsa.PublicKey:
-		if n := key.N.BitLen(); n < 2048 || n > 4096 {
-			return errors.New("a certificate's RSA key has 2048 to 4096 bits")
-		}
-	default:
-		return errors.New("a certificate's key is ECDSA or RSA")
-	}
-	return csr.CheckSignature()
+	return now.Add((end.Sub(now) - scope.Overlap) * 2 / 3)
 }
 
 // notIssued records a decision that issues nothing, and takes away what stands

@@ -138,10 +138,6 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 
 const live = "live"
 
-// aheadOf is how far in the future a certificate may have been issued and still
-// be accepted: for so long it begins before its making.
-const aheadOf = time.Minute
-
 // judge decides on one lease, writes what stays, and says why it has to end
 // where it has to.
 func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now time.Time, request string) (v Verdict, stop string, err error) {
@@ -164,9 +160,9 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 		v.Outcome, v.Reason = api.CheckGone, g.Reason
 		return v, "", nil
 	}
-	if g.Kind == journal.KindCertificate && g.Issued.After(now.Add(aheadOf)) {
+	if g.NotBefore.After(now) {
 		// Nobody accepts it yet; the host asks for another at once.
-		v.Outcome, v.Reason = api.CheckGone, "the certificate was issued by a clock that was ahead, and is not valid yet"
+		v.Outcome, v.Reason = api.CheckGone, "the credential was issued by a clock that was ahead, and is not valid yet"
 		return v, v.Reason, nil
 	}
 	verified, err := p.verified.WithProgram(lp.Program)
@@ -276,7 +272,7 @@ func (d *Desk) adopt(tx *store.Tx, p proven, lp LeaseProof, now time.Time, reque
 		return g, err
 	}
 	if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.adopted", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
-		map[string]any{"accessor": g.Accessor, "vault_lease": g.VaultLease, "serial": g.Serial, "names": g.Names}); err != nil {
+		map[string]any{"names": g.Names}); err != nil {
 		return g, err
 	}
 	return g, journal.Save(tx, g)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/api"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
@@ -41,7 +42,7 @@ func TestAnUnreadableLease(t *testing.T) {
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
 		for _, id := range []string{"a", "b"} {
-			check.Nil(t, journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: journal.KindVault, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
+			check.Nil(t, journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
 		}
 		_, err := tx.Exec(`UPDATE grants SET body = 'x' WHERE id = 'a'`)
 		return err

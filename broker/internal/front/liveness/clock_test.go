@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -36,7 +37,7 @@ func TestTheClockComesBack(t *testing.T) {
 		for id, r := range rows {
 			errs = append(errs,
 				inventory.Save(tx, inventory.Host{ID: id, State: inventory.Trusted, SilentAt: r.silent, LastProved: r.proved}),
-				journal.Save(tx, journal.Lease{ID: id, Host: id, Kind: journal.KindVault, State: journal.Revoking, Due: r.due}))
+				journal.Save(tx, journal.Lease{ID: id, Host: id, Kind: vault.Kind.Name, State: journal.Revoking, Due: r.due}))
 		}
 		return errors.Join(errs...)
 	}))

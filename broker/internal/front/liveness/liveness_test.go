@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/audit"
@@ -34,7 +35,7 @@ func watched(t *testing.T, n, brake int, heard time.Time) (*Watch, *store.Store)
 			if err := inventory.Save(tx, inventory.Host{ID: id, Name: id, State: inventory.Trusted, Admitted: true, LastProved: noon.Add(-2 * time.Hour), SilentAt: noon.Add(-time.Hour)}); err != nil {
 				return err
 			}
-			if err := journal.Save(tx, journal.Lease{ID: "lease-" + id, Host: id, Scope: "s", Kind: journal.KindVault, State: journal.Live, Settled: true,
+			if err := journal.Save(tx, journal.Lease{ID: "lease-" + id, Host: id, Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Settled: true,
 				ProveBy: noon.Add(-90 * time.Minute), Grace: 30 * time.Minute, Due: noon.Add(time.Hour), Issued: noon.Add(-3 * time.Hour)}); err != nil {
 				return err
 			}

@@ -30,6 +30,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -45,7 +46,6 @@ import (
 	"go.step.sm/crypto/pemutil"
 
 	"github.com/countersign/countersign/broker/internal/issue"
-	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
 // backdate forgives verifiers whose clock is behind.
@@ -68,7 +68,7 @@ type Options struct {
 	Dir         string // state folder, where Init wrote
 	Password    []byte // of the key files
 	TrustDomain string
-	Store       *store.Store
+	Values      issue.Values
 	CRLURL      string        // stands in certificates; empty: none does
 	CRLEvery    time.Duration // between CRLs while nothing is revoked
 	Log         *slog.Logger
@@ -92,14 +92,42 @@ type Issuer struct {
 	failed  atomic.Pointer[error] // of the last try to make a CRL; nil: it was made
 }
 
-var _ issue.Issuer = (*Issuer)(nil)
+var _ issue.Service = (*Issuer)(nil)
+
+// open is the CA of a broker's config.
+func open(ctx context.Context, e issue.Environment) (issue.Service, error) {
+	c := e.Config
+	if c.CA == nil {
+		return nil, nil
+	}
+	return Open(ctx, Options{
+		Dir: c.StateDir, Password: e.Password, TrustDomain: c.TrustDomain, Values: e.Values,
+		CRLURL: c.CA.CRLURL, CRLEvery: c.CA.Every(), Log: e.Log, Now: e.Wall, Sure: e.Sure,
+	})
+}
+
+// A ref is how the CA knows its certificate again.
+type ref struct {
+	Serial string `json:"serial"` // decimal
+}
+
+func encodeRef(serial string) (issue.Ref, error) { return json.Marshal(ref{serial}) }
+
+// serialOf is the serial of a handle.
+func serialOf(r issue.Ref) (string, error) {
+	var known ref
+	if err := json.Unmarshal(r, &known); err != nil {
+		return "", fmt.Errorf("workload CA: %.60q names no certificate: %w", r, err)
+	}
+	return known.Serial, nil
+}
 
 // Open loads the CA that Init made. Run has to run beside it.
 func Open(ctx context.Context, o Options) (*Issuer, error) {
 	if o.CRLEvery <= 0 {
 		return nil, errors.New("workload CA: no interval between CRLs")
 	}
-	i := &Issuer{Options: o, database: newDatabase(o.Store), signing: make(chan struct{}, runtime.GOMAXPROCS(0)), revoked: make(chan struct{}, 1)}
+	i := &Issuer{Options: o, database: newDatabase(o.Values), signing: make(chan struct{}, runtime.GOMAXPROCS(0)), revoked: make(chan struct{}, 1)}
 	if err := i.load(); err != nil {
 		return nil, fmt.Errorf("workload CA: %w", err)
 	}
@@ -164,11 +192,15 @@ func (i *Issuer) Extend(_ context.Context, h issue.Handle, _ time.Duration) (tim
 // Revoke records the serial as revoked and has it put on a CRL at once. A serial
 // that was never signed, as far as the journal knows, is revoked like any other.
 func (i *Issuer) Revoke(ctx context.Context, h issue.Handle) error {
-	serial, err := parseSerial(h.Serial)
+	number, err := serialOf(h.Ref)
 	if err != nil {
 		return err
 	}
-	if _, never := i.unsigned.LoadAndDelete(h.Serial); never {
+	serial, err := parseSerial(number)
+	if err != nil {
+		return err
+	}
+	if _, never := i.unsigned.LoadAndDelete(number); never {
 		return nil
 	}
 	ends := h.Expires

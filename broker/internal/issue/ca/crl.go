@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"math/big"
 	"time"
+
+	"github.com/countersign/countersign/broker/internal/issue"
 )
 
 // crlLife is long, because some verifiers refuse everybody once a CRL is over:
@@ -118,20 +120,27 @@ func (i *Issuer) CRL() []byte {
 	return nil
 }
 
-// NextUpdate is when the newest CRL ends; zero before there is one.
-func (i *Issuer) NextUpdate() time.Time {
-	c := i.crl.Load()
-	if c == nil {
-		return time.Time{}
-	}
-	return c.Made.Add(i.crlLife())
-}
-
 // crlLife is for how long a CRL is good.
 func (i *Issuer) crlLife() time.Duration { return max(crlLife, 3*i.CRLEvery) }
 
-// Certificates are the root's and the issuer's.
-func (i *Issuer) Certificates() (root, issuer *x509.Certificate) { return i.root, i.issuer }
+// What of the CA ends by itself, as the metric's label has it.
+const (
+	EndRoot   = "workload-ca"
+	EndIssuer = "workload-issuer"
+	EndCRL    = "crl"
+)
+
+// Ends are when the root's and the issuer's certificates and the newest CRL end.
+func (i *Issuer) Ends() []issue.End {
+	ends := []issue.End{
+		{What: EndRoot, At: i.root.NotAfter, Do: "make a new workload CA and have verifiers trust it: \"Rotate CAs\" in docs/OPERATIONS.md"},
+		{What: EndIssuer, At: i.issuer.NotAfter, Do: "make a new issuer by the root's key: \"Rotate CAs\" in docs/OPERATIONS.md"},
+	}
+	if c := i.crl.Load(); c != nil {
+		ends = append(ends, issue.End{What: EndCRL, At: c.Made.Add(i.crlLife())})
+	}
+	return ends
+}
 
 // Status says in words how the CA is.
 func (i *Issuer) Status() string {

@@ -14,7 +14,7 @@ import (
 const (
 	maxCSR     = 16 << 10
 	minRSABits = 2048
-	maxRSABits = 8192
+	maxRSABits = 4096
 )
 
 // parseCSR reads a PKCS #10 request and returns what is used of it: its key, and

@@ -3,16 +3,14 @@ package ca
 import (
 	"context"
 	"crypto/x509"
-	"database/sql"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"sync"
 	"time"
 
 	"github.com/smallstep/certificates/db"
 
-	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/issue"
 )
 
 // Buckets, named and filled as smallstep's own database does.
@@ -26,13 +24,13 @@ const (
 // is as durable as the journal. It keeps no certificate and no used token (see
 // the package's comment), and knows no SSH.
 type database struct {
-	store  *store.Store
+	values issue.Values
 	tokens sync.Map // ids of tokens that are made and not used
 }
 
 var _ db.AuthDB = (*database)(nil)
 
-func newDatabase(s *store.Store) *database { return &database{store: s} }
+func newDatabase(v issue.Values) *database { return &database{values: v} }
 
 // Revoke records a revocation; that of a serial which is revoked already
 // changes nothing.
@@ -41,18 +39,12 @@ func (d *database) Revoke(info *db.RevokedCertificateInfo) error {
 	if err != nil {
 		return err
 	}
-	return d.store.Update(context.Background(), func(tx *store.Tx) error {
-		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, ?, ?) ON CONFLICT (bucket, name) DO NOTHING`,
-			revokedBucket, info.Serial, value)
-		return err
-	})
+	return d.values.Add(context.Background(), revokedBucket, info.Serial, value)
 }
 
 func (d *database) IsRevoked(serial string) (revoked bool, err error) {
-	err = d.store.View(context.Background(), func(tx *store.Tx) error {
-		return tx.QueryRow(`SELECT COUNT(*) > 0 FROM ca_values WHERE bucket = ? AND name = ?`, revokedBucket, serial).Scan(&revoked)
-	})
-	return revoked, err
+	value, err := d.values.Get(context.Background(), revokedBucket, serial)
+	return value != nil, err
 }
 
 // UseToken says whether the token may be used: each one that was made, once.
@@ -81,20 +73,12 @@ type crl struct {
 
 // lastCRL is the newest CRL; nil where there is none.
 func (d *database) lastCRL(ctx context.Context) (*crl, error) {
-	var last *crl
-	err := d.store.View(ctx, func(tx *store.Tx) error {
-		var value []byte
-		err := tx.QueryRow(`SELECT value FROM ca_values WHERE bucket = ? AND name = ?`, crlBucket, crlKey).Scan(&value)
-		if errors.Is(err, sql.ErrNoRows) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		last = &crl{}
-		return json.Unmarshal(value, last)
-	})
-	if err != nil {
+	value, err := d.values.Get(ctx, crlBucket, crlKey)
+	if err != nil || value == nil {
+		return nil, err
+	}
+	last := &crl{}
+	if err := json.Unmarshal(value, last); err != nil {
 		return nil, fmt.Errorf("read the last CRL: %w", err)
 	}
 	return last, nil
@@ -106,19 +90,12 @@ var never = time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)
 // revocations are all that is recorded. One that can't be read is of a serial all the
 // same: it counts as revoked since ever, for good, and keeps no other off the CRL.
 func (d *database) revocations(ctx context.Context) (all []db.RevokedCertificateInfo, err error) {
-	err = d.store.View(ctx, func(tx *store.Tx) (err error) {
-		all, err = store.Collect(tx, func(row store.Row) (info db.RevokedCertificateInfo, err error) {
-			var serial string
-			var value []byte
-			if err := row.Scan(&serial, &value); err != nil {
-				return info, err
-			}
-			if err := json.Unmarshal(value, &info); err != nil || info.Serial != serial {
-				info = db.RevokedCertificateInfo{Serial: serial, RevokedAt: time.Unix(0, 0).UTC(), ExpiresAt: never}
-			}
-			return info, nil
-		}, `SELECT name, value FROM ca_values WHERE bucket = ? ORDER BY name`, revokedBucket)
-		return err
+	err = d.values.All(ctx, revokedBucket, func(serial string, value []byte) {
+		var info db.RevokedCertificateInfo
+		if err := json.Unmarshal(value, &info); err != nil || info.Serial != serial {
+			info = db.RevokedCertificateInfo{Serial: serial, RevokedAt: time.Unix(0, 0).UTC(), ExpiresAt: never}
+		}
+		all = append(all, info)
 	})
 	return all, err
 }
@@ -130,14 +107,5 @@ func (d *database) storeCRL(ctx context.Context, c *crl, forget []string) error 
 	if err != nil {
 		return err
 	}
-	return d.store.Update(ctx, func(tx *store.Tx) error {
-		for _, serial := range forget {
-			if _, err := tx.Exec(`DELETE FROM ca_values WHERE bucket = ? AND name = ?`, revokedBucket, serial); err != nil {
-				return err
-			}
-		}
-		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, ?, ?) ON CONFLICT (bucket, name) DO UPDATE SET value = excluded.value`,
-			crlBucket, crlKey, value)
-		return err
-	})
+	return d.values.Replace(ctx, crlBucket, crlKey, value, revokedBucket, forget)
 }

@@ -38,8 +38,8 @@ func TestCertificate(t *testing.T) {
 	if len(leaf.URIs) != 1 || leaf.URIs[0].String() != want || c.Names["spiffe"] != want {
 		t.Errorf("URIs %v, names %v", leaf.URIs, c.Names)
 	}
-	if leaf.SerialNumber.String() != o.Serial || c.Serial != o.Serial || c.Names["certificate_serial"] != o.Serial {
-		t.Errorf("serial %s, ordered %s, in the credential %s", leaf.SerialNumber, o.Serial, c.Serial)
+	if leaf.SerialNumber.String() != serialText(o.Prepared.Ref) || serialText(c.Ref) != serialText(o.Prepared.Ref) || c.Names["certificate_serial"] != serialText(o.Prepared.Ref) {
+		t.Errorf("serial %s, ordered %s, in the credential %s", leaf.SerialNumber, serialText(o.Prepared.Ref), serialText(c.Ref))
 	}
 	if !slices.Equal(leaf.DNSNames, []string{"billing.example.com", "billing"}) || fmt.Sprint(leaf.IPAddresses) != "[192.0.2.7 2001:db8::7]" || leaf.EmailAddresses != nil {
 		t.Errorf("names %v %v %v", leaf.DNSNames, leaf.IPAddresses, leaf.EmailAddresses)
@@ -181,14 +181,14 @@ func TestRefusedOrders(t *testing.T) {
 	}{
 		{"no decision", "no allowing decision", func(o *issue.Order) { o.Decision = policy.Decision{} }},
 		{"refused", "no allowing decision", func(o *issue.Order) { o.Decision = decide(t, "other-tls") }},
-		{"a vault scope", "no allowing decision", func(o *issue.Order) { o.Decision = decide(t, "billing-db") }},
+		{"a vault scope", "of another kind", func(o *issue.Order) { o.Decision = decide(t, "billing-db") }},
 		{"another host", "another host", func(o *issue.Order) { o.Host = "h0st4bbbbbbbbbbb" }},
-		{"no serial", "no decimal serial", func(o *issue.Order) { o.Serial = "" }},
-		{"serial 0", "no decimal serial", func(o *issue.Order) { o.Serial = "0" }},
-		{"negative", "no decimal serial", func(o *issue.Order) { o.Serial = "-5" }},
-		{"hexadecimal", "no decimal serial", func(o *issue.Order) { o.Serial = "0xff" }},
-		{"leading zero", "no decimal serial", func(o *issue.Order) { o.Serial = "017" }},
-		{"too long", "no decimal serial", func(o *issue.Order) { o.Serial = new(big.Int).Lsh(big.NewInt(1), 159).String() }},
+		{"no serial", "no decimal serial", func(o *issue.Order) { o.Prepared.Ref = refTo("") }},
+		{"serial 0", "no decimal serial", func(o *issue.Order) { o.Prepared.Ref = refTo("0") }},
+		{"negative", "no decimal serial", func(o *issue.Order) { o.Prepared.Ref = refTo("-5") }},
+		{"hexadecimal", "no decimal serial", func(o *issue.Order) { o.Prepared.Ref = refTo("0xff") }},
+		{"leading zero", "no decimal serial", func(o *issue.Order) { o.Prepared.Ref = refTo("017") }},
+		{"too long", "no decimal serial", func(o *issue.Order) { o.Prepared.Ref = refTo(new(big.Int).Lsh(big.NewInt(1), 159).String()) }},
 		{"after the issuer's end", "issuer's certificate ends", func(o *issue.Order) { o.Now = o.Now.Add(lifetime) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -204,7 +204,7 @@ func TestRefusedOrders(t *testing.T) {
 func TestTokenIsBound(t *testing.T) {
 	r := newRig(t)
 	o := r.order(t, "billing-tls", newCSR(t, newKey(t), x509.CertificateRequest{}))
-	c := r.content(o.Decision.Scope(), o)
+	c := r.content(o.Decision.Scope(), o.Decision.Scope().Source.(*Source), o, serialText(o.Prepared.Ref))
 	request, other := must(parseCSR(o.CSR))(t), must(parseCSR(newCSR(t, newKey(t), x509.CertificateRequest{})))(t)
 	ctx := provisioner.NewContextWithMethod(t.Context(), provisioner.SignMethod)
 	token, _, err := r.token(c.URI, signAudience, &c, request.Raw)

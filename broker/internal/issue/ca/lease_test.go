@@ -2,6 +2,7 @@ package ca
 
 import (
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"slices"
 	"sync/atomic"
@@ -14,7 +15,7 @@ import (
 )
 
 func (r *rig) leases() *lease.Manager {
-	return lease.New(r.Store, map[string]issue.Issuer{journal.KindCertificate: r.Issuer}, r.Log, r.now)
+	return lease.New(r.store, map[string]issue.Issuer{Kind.Name: r.Issuer}, r.Log, r.now)
 }
 
 func request(delivery string, csr []byte) lease.Request {
@@ -29,7 +30,7 @@ func TestLease(t *testing.T) {
 	g, c, err := m.Issue(t.Context(), decide(t, "billing-tls"), request("d1", newCSR(t, key, x509.CertificateRequest{})))
 	check(t, err)
 	leaf := parse(t, field(t, c, "certificate"))[0]
-	if g.State != journal.Provisional || g.Serial != leaf.SerialNumber.String() || !g.Expires.Equal(leaf.NotAfter) || g.Names["certificate_serial"] != g.Serial {
+	if g.State != journal.Provisional || serialText(g.Ref) != leaf.SerialNumber.String() || !g.Expires.Equal(leaf.NotAfter) || g.Names["certificate_serial"] != serialText(g.Ref) {
 		t.Errorf("grant %+v", g)
 	}
 	cause := lease.Cause{Actor: "test"}
@@ -42,15 +43,22 @@ func TestLease(t *testing.T) {
 		t.Errorf("revoked: %s, %s", g.State, g.LastError)
 	}
 	check(t, r.publish(t.Context()))
-	if _, serials := r.listed(t); !slices.Equal(serials, []string{g.Serial}) {
-		t.Errorf("lists %v, want %s", serials, g.Serial)
+	if _, serials := r.listed(t); !slices.Equal(serials, []string{serialText(g.Ref)}) {
+		t.Errorf("lists %v, want %s", serials, serialText(g.Ref))
 	}
-	// A bad request ends its lease and is not on the CRL.
-	g, _, err = m.Issue(t.Context(), decide(t, "billing-tls"), request("d2", []byte("bad")))
-	fails(t, err, "billing-tls", "no PKCS #10")
-	check(t, r.Store.View(t.Context(), func(tx *store.Tx) (err error) { g, err = journal.Load(tx, g.ID); return err }))
+	// A bad request makes no lease.
+	var wrong *issue.OrderError
+	if g, _, err := m.Issue(t.Context(), decide(t, "billing-tls"), request("d2", []byte("bad"))); !errors.As(err, &wrong) || wrong.Part != "csr" || g.ID != "" {
+		t.Errorf("a bad request: lease %q, %v", g.ID, err)
+	}
+	// What couldn't be signed ends its lease and is not on the CRL.
+	r.ahead.Store(int64(lifetime))
+	g, _, err = m.Issue(t.Context(), decide(t, "billing-tls"), request("d2", newCSR(t, key, x509.CertificateRequest{})))
+	r.ahead.Store(0)
+	fails(t, err, "billing-tls", "issuer's certificate ends")
+	check(t, r.store.View(t.Context(), func(tx *store.Tx) (err error) { g, err = journal.Load(tx, g.ID); return err }))
 	if g.State != journal.Gone {
-		t.Errorf("of a bad request: %s", g.State)
+		t.Errorf("of what was not signed: %s", g.State)
 	}
 	check(t, r.publish(t.Context()))
 	if list, _ := r.listed(t); len(list.RevokedCertificateEntries) != 1 {

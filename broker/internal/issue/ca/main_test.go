@@ -29,7 +29,9 @@ import (
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/values"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/internal/hclread"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -85,13 +87,14 @@ func decide(t testing.TB, scope string) policy.Decision {
 	}).Encode())(t)
 	verified := must(appraise.Appraise(appraise.Bundle{Binding: binding, Quote: quote, Program: program, Boot: boot},
 		inventory.Host{ID: host, AKPublic: soft.AKPublic, Tier: appraise.TierKnown}, appraise.Basis{}, time.Now()))(t)
-	set := must(policy.Parse([]policy.File{{Name: "test.hcl", Content: []byte(scopesHCL)}}, policy.Options{}))(t)
+	set := must(policy.Parse([]policy.File{{Name: "test.hcl", Content: []byte(scopesHCL)}}, policy.Options{Kinds: []policy.Kind{Kind.Kind, {Name: "vault", Arguments: []string{"path"}, Decode: func(hclread.Block, policy.Options) policy.Source { return nil }}}}))(t)
 	return set.Decide(verified, scope, time.Now())
 }
 
 // A rig is an issuer with a state folder and a clock of its own.
 type rig struct {
 	*Issuer
+	store *store.Store
 	dir   string
 	ahead atomic.Int64 // nanoseconds, of the clock
 	sure  atomic.Int64 // nanoseconds, of what has surely passed
@@ -112,7 +115,7 @@ func newRig(t testing.TB) *rig {
 func (r *rig) now() time.Time { return time.Now().Add(time.Duration(r.ahead.Load())) }
 
 func (r *rig) options(s *store.Store) Options {
-	return Options{Dir: r.dir, Password: password, TrustDomain: domain, Store: s, CRLURL: crlURL, CRLEvery: time.Hour,
+	return Options{Dir: r.dir, Password: password, TrustDomain: domain, Values: values.In(s), CRLURL: crlURL, CRLEvery: time.Hour,
 		Log: slog.New(slog.NewTextHandler(&r.log, nil)), Now: r.now, Sure: func() time.Time { return time.Now().Add(time.Duration(r.sure.Load())) }}
 }
 
@@ -121,13 +124,15 @@ func (r *rig) open(t testing.TB) {
 	t.Helper()
 	s := must(store.Open(filepath.Join(r.dir, "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
+	r.store = s
 	r.Issuer = must(Open(context.Background(), r.options(s)))(t)
 }
 
 func (r *rig) order(t testing.TB, scope string, csr []byte) issue.Order {
 	t.Helper()
-	n := must(rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 126)))(t)
-	return issue.Order{Decision: decide(t, scope), Lease: "g1", Host: host, Serial: n.SetBit(n, 126, 1).String(), CSR: csr, Request: "r1", Now: r.now()}
+	o := issue.Order{Decision: decide(t, scope), Lease: "g1", Host: host, CSR: csr, Request: "r1", Now: r.now()}
+	o.Prepared = issue.Prepared{Ref: refTo(newSerial())}
+	return o
 }
 
 // mustIssue issues to a new key and returns the leaf, too.
@@ -227,4 +232,22 @@ func fails(t testing.TB, err error, words ...string) {
 			t.Errorf("error %q lacks %q", err, w)
 		}
 	}
+}
+
+// refTo is a handle's reference to a serial.
+func refTo(serial string) issue.Ref {
+	r, err := encodeRef(serial)
+	if err != nil {
+		panic(err)
+	}
+	return r
+}
+
+// serialText is the reverse of refTo; empty where r is none.
+func serialText(r issue.Ref) string {
+	serial, err := serialOf(r)
+	if err != nil {
+		return ""
+	}
+	return serial
 }

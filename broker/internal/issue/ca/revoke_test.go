@@ -56,7 +56,7 @@ func TestRevoke(t *testing.T) {
 	}
 	check(t, r.publish(t.Context()))
 	second, serials := r.listed(t)
-	if !slices.Equal(serials, []string{bad.Serial}) || second.Number.Cmp(first.Number) <= 0 || !strings.Contains(r.Status(), "lists 1 certificates") {
+	if !slices.Equal(serials, []string{serialText(bad.Ref)}) || second.Number.Cmp(first.Number) <= 0 || !strings.Contains(r.Status(), "lists 1 certificates") {
 		t.Errorf("lists %v, number %s after %s: %s", serials, second.Number, first.Number, r.Status())
 	}
 	if out, err := verify(badDir); err == nil || !strings.Contains(out, "certificate revoked") {
@@ -70,21 +70,21 @@ func TestRevoke(t *testing.T) {
 	}
 
 	// The authority itself knows it, and a restart forgets nothing.
-	check(t, r.Store.Close())
+	check(t, r.store.Close())
 	r.open(t)
-	if _, serials := r.listed(t); !slices.Equal(serials, []string{bad.Serial}) {
+	if _, serials := r.listed(t); !slices.Equal(serials, []string{serialText(bad.Ref)}) {
 		t.Errorf("after a restart, before a new CRL: lists %v", serials)
 	}
-	if revoked, err := r.authority.IsRevoked(bad.Serial); !revoked || err != nil {
+	if revoked, err := r.authority.IsRevoked(serialText(bad.Ref)); !revoked || err != nil {
 		t.Errorf("after a restart: revoked %v, %v", revoked, err)
 	}
-	if revoked, err := r.authority.IsRevoked(good.Serial); revoked || err != nil {
+	if revoked, err := r.authority.IsRevoked(serialText(good.Ref)); revoked || err != nil {
 		t.Errorf("the other one: revoked %v, %v", revoked, err)
 	}
 	_, err := r.authority.Renew(leaf)
 	fails(t, err, "revoked")
 	check(t, r.publish(t.Context()))
-	if third, serials := r.listed(t); !slices.Equal(serials, []string{bad.Serial}) || third.Number.Cmp(second.Number) <= 0 {
+	if third, serials := r.listed(t); !slices.Equal(serials, []string{serialText(bad.Ref)}) || third.Number.Cmp(second.Number) <= 0 {
 		t.Errorf("after a restart: lists %v, number %s after %s", serials, third.Number, second.Number)
 	}
 }
@@ -93,13 +93,13 @@ func TestRevoke(t *testing.T) {
 func TestRevokeWhatWasNeverIssued(t *testing.T) {
 	r := newRig(t)
 	serial := new(big.Int).Lsh(big.NewInt(5), 120).String()
-	check(t, r.Revoke(t.Context(), issue.Handle{Lease: "g", Serial: serial}))
+	check(t, r.Revoke(t.Context(), issue.Handle{Lease: "g", Ref: refTo(serial)}))
 	check(t, r.publish(t.Context()))
 	if _, serials := r.listed(t); !slices.Equal(serials, []string{serial}) {
 		t.Errorf("lists %v", serials)
 	}
 	for _, bad := range []string{"", "abc", "-1", "0"} {
-		fails(t, r.Revoke(t.Context(), issue.Handle{Serial: bad}), "no decimal serial")
+		fails(t, r.Revoke(t.Context(), issue.Handle{Ref: refTo(bad)}), "no decimal serial")
 	}
 }
 
@@ -110,7 +110,7 @@ func TestFailedOrderIsNotOnTheCRL(t *testing.T) {
 	o := r.order(t, "billing-tls", []byte("bad"))
 	_, err := r.Issue(t.Context(), o)
 	fails(t, err, "no PKCS #10")
-	check(t, r.Revoke(t.Context(), issue.Handle{Serial: o.Serial}))
+	check(t, r.Revoke(t.Context(), issue.Handle{Ref: refTo(serialText(o.Prepared.Ref))}))
 	check(t, r.publish(t.Context()))
 	if _, serials := r.listed(t); serials != nil {
 		t.Errorf("lists %v", serials)
@@ -125,7 +125,7 @@ func TestCRLIsPruned(t *testing.T) {
 	long, _, _ := r.mustIssue(t, "billing-year")
 	check(t, r.Revoke(t.Context(), short.Handle))
 	check(t, r.Revoke(t.Context(), long.Handle))
-	both, one := []string{short.Serial, long.Serial}, []string{long.Serial}
+	both, one := []string{serialText(short.Ref), serialText(long.Ref)}, []string{serialText(long.Ref)}
 	slices.Sort(both)
 	for _, c := range []struct {
 		ahead, sure time.Duration
@@ -149,7 +149,7 @@ func TestCRLIsPruned(t *testing.T) {
 		}
 	}
 	var rows int
-	check(t, r.Store.View(t.Context(), func(tx *store.Tx) error {
+	check(t, r.store.View(t.Context(), func(tx *store.Tx) error {
 		return tx.QueryRow(`SELECT COUNT(*) FROM ca_values WHERE bucket = ?`, revokedBucket).Scan(&rows)
 	}))
 	if rows != 1 {
@@ -203,8 +203,8 @@ func TestACRLFollowsTheClock(t *testing.T) {
 		if !good() || list.Number.Int64() < last {
 			t.Errorf("%s ahead: CRL %s, after %d, is good from %s to %s", ahead, list.Number, last, list.ThisUpdate, list.NextUpdate)
 		}
-		if !r.NextUpdate().Equal(list.NextUpdate) {
-			t.Errorf("it is said to end at %s, and ends at %s", r.NextUpdate(), list.NextUpdate)
+		if ends := r.Ends(); ends[len(ends)-1].What != EndCRL || !ends[len(ends)-1].At.Equal(list.NextUpdate) {
+			t.Errorf("it is said that %+v, and it ends at %s", ends, list.NextUpdate)
 		}
 		last = list.Number.Int64()
 	}
@@ -237,7 +237,7 @@ func TestRun(t *testing.T) {
 	check(t, <-done)
 
 	// What can't be written is not confirmed.
-	check(t, r.Store.Close())
+	check(t, r.store.Close())
 	if err := r.Revoke(t.Context(), c.Handle); err == nil {
 		t.Error("confirmed a revocation without a store")
 	}
@@ -247,7 +247,7 @@ func TestRun(t *testing.T) {
 func TestIssuingWritesNothing(t *testing.T) {
 	r := newRig(t)
 	rows := func() (n int) {
-		check(t, r.Store.View(t.Context(), func(tx *store.Tx) error { return tx.QueryRow(`SELECT COUNT(*) FROM ca_values`).Scan(&n) }))
+		check(t, r.store.View(t.Context(), func(tx *store.Tx) error { return tx.QueryRow(`SELECT COUNT(*) FROM ca_values`).Scan(&n) }))
 		return n
 	}
 	c, _, _ := r.mustIssue(t, "billing-tls")
@@ -263,7 +263,7 @@ func TestIssuingWritesNothing(t *testing.T) {
 	if n := rows(); n != 1 {
 		t.Errorf("revoking left %d rows", n)
 	}
-	s := r.Store
+	s := r.store
 	check(t, s.Close())
 	r.mustIssue(t, "billing-tls") // would fail if it wrote
 }
@@ -344,14 +344,14 @@ func TestAnUnreadableRevocation(t *testing.T) {
 	r := newRig(t)
 	bad, _, _ := r.mustIssue(t, "billing-tls")
 	check(t, r.Revoke(t.Context(), bad.Handle))
-	check(t, r.Store.Update(t.Context(), func(tx *store.Tx) error {
+	check(t, r.store.Update(t.Context(), func(tx *store.Tx) error {
 		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, '7', 'x'), (?, 'no serial', '{}')`, revokedBucket, revokedBucket)
 		return err
 	}))
 	for range 2 {
 		check(t, r.publish(t.Context()))
-		if _, serials := r.listed(t); len(serials) != 2 || !slices.Contains(serials, "7") || !slices.Contains(serials, bad.Serial) {
-			t.Errorf("lists %v, want 7 and %s", serials, bad.Serial)
+		if _, serials := r.listed(t); len(serials) != 2 || !slices.Contains(serials, "7") || !slices.Contains(serials, serialText(bad.Ref)) {
+			t.Errorf("lists %v, want 7 and %s", serials, serialText(bad.Ref))
 		}
 	}
 }

@@ -2,9 +2,11 @@ package ca
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"math/big"
 	"net/url"
 	"slices"
 	"time"
@@ -49,24 +51,56 @@ const template = `{
 	"extKeyUsage": ["serverAuth", "clientAuth"]
 }`
 
+// Prepare checks the certificate request and chooses the serial, so that it is written
+// down before anything is signed.
+func (i *Issuer) Prepare(o issue.Order) (issue.Prepared, error) {
+	if len(o.CSR) == 0 {
+		return issue.Prepared{}, &issue.OrderError{Part: "csr", Err: errors.New("this scope issues a certificate: set key in the credential's block on the host")}
+	}
+	if _, err := parseCSR(o.CSR); err != nil {
+		return issue.Prepared{}, &issue.OrderError{Part: "csr", Err: err}
+	}
+	serial := newSerial()
+	r, err := encodeRef(serial)
+	return issue.Prepared{Ref: r, Names: map[string]string{serialName: serial}}, err
+}
+
+// serialName is what logs and the ledger call a serial.
+const serialName = "certificate_serial"
+
+// newSerial is a positive serial of 127 random bits (RFC 5280, section 4.1.2.2).
+func newSerial() string {
+	limit := new(big.Int).Lsh(big.NewInt(1), 127)
+	n, err := rand.Int(rand.Reader, limit)
+	if err != nil {
+		panic(err) // crypto/rand doesn't fail
+	}
+	return n.SetBit(n, 126, 1).String()
+}
+
 // Issue signs a certificate for the request's key, with the decision's names
 // and the scope's full length.
 func (i *Issuer) Issue(ctx context.Context, o issue.Order) (issue.Credential, error) {
 	scope, facts := o.Decision.Scope(), o.Decision.Facts()
-	if !o.Decision.Allows() || scope.Certificate == nil {
-		return issue.Credential{}, errors.New("workload CA: no allowing decision on a certificate scope")
+	if !o.Decision.Allows() {
+		return issue.Credential{}, errors.New("workload CA: no allowing decision")
+	}
+	source, ok := scope.Source.(*Source)
+	if !ok {
+		return issue.Credential{}, fmt.Errorf("workload CA: scope %s is of another kind", scope.Name)
 	}
 	if facts.Host.ID == "" || facts.Host.ID != o.Host {
 		return issue.Credential{}, errors.New("workload CA: the order is for another host than the decision")
 	}
-	return i.issue(ctx, scope, o)
-}
+	serial, err := serialOf(o.Prepared.Ref)
+	if err != nil {
+		return issue.Credential{}, err
+	}
 
-func (i *Issuer) issue(ctx context.Context, scope *policy.Scope, o issue.Order) (issue.Credential, error) {
-	c := i.content(scope, o)
+	c := i.content(scope, source, o, serial)
 	chain, err := i.sign(ctx, c, o.CSR)
 	if err != nil {
-		i.unsigned.Store(o.Serial, nil)
+		i.unsigned.Store(serial, nil)
 		return issue.Credential{}, fmt.Errorf("workload CA: %w", err)
 	}
 	leaf := chain[0]
@@ -74,21 +108,22 @@ func (i *Issuer) issue(ctx context.Context, scope *policy.Scope, o issue.Order) 
 		len(leaf.IPAddresses) != len(c.IPs) || len(leaf.URIs) != 1 || leaf.URIs[0].String() != c.URI {
 		return issue.Credential{}, errors.New("workload CA: the authority signed another certificate than was ordered")
 	}
+
 	field := func(name string, ders ...[]byte) issue.Field {
-		return issue.Field{Name: name, Value: secret.New(encode(ders...))}
+		return issue.Field{Name: name, Value: secret.New(encode(ders...)), Public: true}
 	}
 	return issue.Credential{
-		Handle: issue.Handle{Lease: o.Lease, Scope: scope.Name, Serial: c.Serial, Expires: leaf.NotAfter, Issued: o.Now},
+		Handle: issue.Handle{Lease: o.Lease, Scope: scope.Name, Ref: o.Prepared.Ref, Expires: leaf.NotAfter, Issued: o.Now},
 		Fields: []issue.Field{field("ca", i.root.Raw), field("certificate", leaf.Raw), field("chain", leaf.Raw, i.issuer.Raw)},
-		Names:  map[string]string{"certificate_serial": c.Serial, "spiffe": c.URI},
+		Names:  map[string]string{serialName: c.Serial, "spiffe": c.URI}, NotBefore: c.NotBefore, Whole: true,
 	}, nil
 }
 
-func (i *Issuer) content(scope *policy.Scope, o issue.Order) content {
+func (i *Issuer) content(scope *policy.Scope, source *Source, o issue.Order, serial string) content {
 	c := content{
-		Serial: o.Serial, DNS: append([]string{}, scope.Certificate.DNS...), IPs: append([]string{}, scope.Certificate.IPs...),
+		Serial: serial, DNS: append([]string{}, source.DNS...), IPs: append([]string{}, source.IPs...),
 		URI:       (&url.URL{Scheme: "spiffe", Host: i.TrustDomain, Path: "/host/" + o.Host + "/" + scope.Name}).String(),
-		NotBefore: o.Now.Add(-backdate).UTC().Truncate(time.Second), NotAfter: o.Now.Add(scope.Certificate.TTL).UTC().Truncate(time.Second),
+		NotBefore: o.Now.Add(-backdate).UTC().Truncate(time.Second), NotAfter: o.Now.Add(scope.TTL).UTC().Truncate(time.Second),
 	}
 	if len(c.DNS) > 0 && len(c.DNS[0]) <= maxCommonName {
 		c.CommonName = c.DNS[0]

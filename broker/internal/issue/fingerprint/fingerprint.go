@@ -56,7 +56,8 @@ func Open(dir string) (Key, error) {
 }
 
 // Of is the fingerprint of a credential's secret: its password, or without one
-// all that it consists of but its user name. Empty: there is no secret in it.
+// all that it consists of but its user name and what is public. Empty: there is no
+// secret in it.
 func (k Key) Of(fields []issue.Field) string {
 	sum := hmac.New(sha256.New, k.key)
 	if i := slices.IndexFunc(fields, func(f issue.Field) bool { return f.Name == "password" }); i >= 0 {
@@ -71,7 +72,7 @@ func (k Key) Of(fields []issue.Field) string {
 	byName := slices.SortedFunc(slices.Values(fields), func(a, b issue.Field) int { return strings.Compare(a.Name, b.Name) })
 	empty := true
 	for _, f := range byName {
-		if f.Name == "username" {
+		if f.Name == "username" || f.Public {
 			continue
 		}
 		empty = empty && f.Value.Len() == 0

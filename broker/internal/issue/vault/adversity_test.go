@@ -238,7 +238,7 @@ func TestPolicyTakenAway(t *testing.T) {
 	writePolicy(t, BrokerPolicy, `path "auth/token/lookup-self" { capabilities = ["read"] }`)
 	_, err = i.issue(ctx, scope("billing-db"), order("taken3"))
 	wantConfig(t, err, `the broker's Vault policy lacks "update" on auth/token/create/countersign-billing-db`)
-	wantConfig(t, i.Revoke(ctx, c.Handle), `lacks "update" on sys/leases/revoke/`+c.VaultLease)
+	wantConfig(t, i.Revoke(ctx, c.Handle), `lacks "update" on sys/leases/revoke/`+known(c).Lease)
 	_, err = i.Extend(ctx, c.Handle, time.Hour)
 	wantConfig(t, err, `lacks "update" on auth/token/renew-accessor`)
 	if v := values(c); login(t, v["username"], v["password"]) != nil {
@@ -259,9 +259,9 @@ func TestUnknownRoles(t *testing.T) {
 	wantConfig(t, err, "token role countersign-billing-kv", "unknown role")
 
 	other := *scope("billing-db")
-	source := *other.Vault
+	source := *other.Source.(*Source)
 	source.Path = "database/creds/nobody"
-	other.Vault = &source
+	other.Source = &source
 	writePolicy(t, "countersign-billing-db", `path "database/creds/nobody" { capabilities = ["read"] }`)
 	_, err = i.issue(ctx, &other, order("role2"))
 	wantConfig(t, err, "database/creds/nobody", "unknown role")
@@ -417,7 +417,7 @@ func TestDatabaseDown(t *testing.T) {
 	_, err := i.issue(ctx, scope("billing-db"), order("pgdown3"))
 	wantFault(t, err, "500", "database/creds/billing-ro")
 	wantFault(t, i.Revoke(ctx, c.Handle), "sys/leases/revoke/")
-	eventually(t, "the brief token is gone", func() bool { return !tokenLives(t, brief.Accessor) })
+	eventually(t, "the brief token is gone", func() bool { return !tokenLives(t, known(brief).Accessor) })
 	_, err = i.Extend(ctx, brief.Handle, time.Hour)
 	wantFault(t, err, "its end is not confirmed")
 	if err := testPG.Start(ctx); err != nil {

@@ -31,7 +31,7 @@ func TestSecretIDsEnd(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				token, ends := i.Ends()
+				token, ends := i.session.ends()
 				if left := time.Until(ends); !token.IsZero() || ends.IsZero() == c.known || c.known && (left > 21*time.Hour || left < 19*time.Hour) {
 					t.Errorf("%s: the token ends at %s, the secret id at %s", what, token, ends)
 				}

@@ -22,39 +22,39 @@ const maxFields = 256
 
 // fill makes the credential of Vault's answer.
 func fill(c *issue.Credential, scope *policy.Scope, answer *api.Secret, now time.Time) error {
+	source := source(scope)
 	data := answer.Data
 	if versioned(data) {
 		inner, ok := data["data"].(map[string]any)
 		if !ok || len(inner) == 0 {
-			return fmt.Errorf("%w: the newest version of the KV secret %s is deleted or empty", issue.ErrConfig, scope.Vault.Path)
+			return fmt.Errorf("%w: the newest version of the KV secret %s is deleted or empty", issue.ErrConfig, source.Path)
 		}
 		data = inner
 	}
 	if len(data) > maxFields {
-		return fmt.Errorf("%w: %s has %d fields; at most %d make a credential", issue.ErrConfig, scope.Vault.Path, len(data), maxFields)
+		return fmt.Errorf("%w: %s has %d fields; at most %d make a credential", issue.ErrConfig, source.Path, len(data), maxFields)
 	}
 	for _, name := range sorted(data) {
 		value, err := text(data[name])
 		if err != nil {
-			return fmt.Errorf("%s: field %q can't be written down", scope.Vault.Path, name)
+			return fmt.Errorf("%s: field %q can't be written down", source.Path, name)
 		}
 		c.Fields = append(c.Fields, issue.Field{Name: name, Value: secret.New(value)})
 	}
 	c.Names = names(scope, answer, data)
-	c.Names["vault_accessor"] = c.Accessor
-	if c.VaultLease = answer.LeaseID; c.VaultLease != "" {
-		c.Names["vault_lease"] = c.VaultLease
+	if answer.LeaseID != "" {
+		c.Names["vault_lease"] = answer.LeaseID
 		if end := now.Add(time.Duration(answer.LeaseDuration) * time.Second); answer.LeaseDuration > 0 && end.Before(c.Expires) {
 			c.Expires = end
 		}
 		return nil
 	}
-	c.Names["vault_path"] = scope.Vault.Path
+	c.Names["vault_path"] = source.Path
 	if v := version(answer.Data); v != "" {
 		c.Names["secret_version"] = v
 	}
-	c.Static = scope.Vault.Method != "write"
-	c.Expires = now.Add(scope.Vault.TTL)
+	c.Static = source.Method != "write"
+	c.Expires = now.Add(scope.TTL)
 	// What is signed has a time of its own.
 	end := int64(0)
 	if ssh := sshCertificate(data); ssh != nil && ssh.ValidBefore < math.MaxInt64 {
@@ -107,14 +107,15 @@ const maxAccount = 256
 // names are by what others know the credential; none of them is secret.
 func names(scope *policy.Scope, answer *api.Secret, data map[string]any) map[string]string {
 	out := map[string]string{}
-	parts := strings.Split(scope.Vault.Path, "/")
+	source := source(scope)
+	parts := strings.Split(source.Path, "/")
 	database := answer.MountType == "database" || answer.MountType == "" && len(parts) > 2 &&
 		strings.HasSuffix(parts[len(parts)-2], "creds")
 	// A static account lies in KV, or in another engine's static roles, as a user name
 	// beside its password. Of what isn't said to be for a database, a "username" may be
 	// anything, a token too.
 	_, password := data["password"]
-	static := answer.LeaseID == "" && scope.Vault.Method != "write" && password && slices.ContainsFunc(scope.Audience, forDatabase)
+	static := answer.LeaseID == "" && source.Method != "write" && password && slices.ContainsFunc(scope.Audience, forDatabase)
 	if user, ok := data["username"].(string); ok && (database || static && len(user) <= maxAccount) {
 		out["db_username"] = user
 	}

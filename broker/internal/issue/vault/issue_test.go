@@ -55,14 +55,14 @@ func TestDatabaseUser(t *testing.T) {
 	if err := login(t, v["username"], v["password"]); err != nil {
 		t.Fatalf("the issued user can't log in: %v", err)
 	}
-	if c.Static || c.VaultLease == "" || c.Accessor == "" || c.Names["db_username"] != v["username"] ||
-		c.Names["vault_lease"] != c.VaultLease || c.Names["vault_accessor"] != c.Accessor {
+	if c.Static || known(c).Lease == "" || known(c).Accessor == "" || c.Names["db_username"] != v["username"] ||
+		c.Names["vault_lease"] != known(c).Lease || c.Names["vault_accessor"] != known(c).Accessor {
 		t.Errorf("credential %+v, names %v", c.Handle, c.Names)
 	}
 	if left := time.Until(c.Expires); left > i.provisional || left < i.provisional-time.Minute {
 		t.Errorf("provisional credential lives for %v", left)
 	}
-	info, err := root.Auth().Token().LookupAccessorWithContext(ctx, c.Accessor)
+	info, err := root.Auth().Token().LookupAccessorWithContext(ctx, known(c).Accessor)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,8 +80,8 @@ func TestDatabaseUser(t *testing.T) {
 	if err := i.Revoke(ctx, c.Handle); err != nil {
 		t.Fatal(err)
 	}
-	if roleExists(t, v["username"]) || tokenLives(t, c.Accessor) {
-		t.Errorf("revoked, but role: %v, token: %v", roleExists(t, v["username"]), tokenLives(t, c.Accessor))
+	if roleExists(t, v["username"]) || tokenLives(t, known(c).Accessor) {
+		t.Errorf("revoked, but role: %v, token: %v", roleExists(t, v["username"]), tokenLives(t, known(c).Accessor))
 	}
 	if err := i.Revoke(ctx, c.Handle); err != nil {
 		t.Errorf("revoked twice: %v", err)
@@ -136,13 +136,13 @@ func TestKV(t *testing.T) {
 		v["hosts"] != `["a","b"]` || v["password"] != "kv-secret-4711" || v["port"] != "5432" || v["tls"] != "true" || v["empty"] != "" {
 		t.Errorf("fields %v: %v", names, v)
 	}
-	if !c.Static || c.VaultLease != "" || time.Until(c.Expires) < 59*time.Minute {
+	if !c.Static || known(c).Lease != "" || time.Until(c.Expires) < 59*time.Minute {
 		t.Errorf("credential %+v, static %v", c.Handle, c.Static)
 	}
 	if c.Names["secret_version"] != "1" {
 		t.Errorf("names %v, want the secret's version", c.Names)
 	}
-	if tokenLives(t, c.Accessor) {
+	if tokenLives(t, known(c).Accessor) {
 		t.Error("the token that read it lives on")
 	}
 	if until, err := i.Extend(ctx, c.Handle, time.Hour); err != nil || !until.Equal(c.Expires) {
@@ -186,7 +186,7 @@ func TestPKI(t *testing.T) {
 	c := mustIssue(t, i, "billing-pki", "pki1")
 	v := values(c)
 	serial := c.Names["certificate_serial"]
-	if c.Static || c.VaultLease == "" || serial == "" || serial != v["serial_number"] || !strings.Contains(v["private_key"], "PRIVATE KEY") {
+	if c.Static || known(c).Lease == "" || serial == "" || serial != v["serial_number"] || !strings.Contains(v["private_key"], "PRIVATE KEY") {
 		t.Fatalf("credential %+v, names %v", c.Handle, c.Names)
 	}
 	until, err := i.Extend(ctx, c.Handle, time.Hour) // such leases aren't renewed
@@ -216,7 +216,7 @@ func TestSSH(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Static || c.VaultLease != "" || c.Names["ssh_serial"] != fmt.Sprint(serial) || !strings.HasPrefix(c.Names["ssh_key_id"], "vault-") ||
+	if c.Static || known(c).Lease != "" || c.Names["ssh_serial"] != fmt.Sprint(serial) || !strings.HasPrefix(c.Names["ssh_key_id"], "vault-") ||
 		!strings.Contains(v["private_key"], "PRIVATE KEY") {
 		t.Errorf("credential %+v, names %v", c.Handle, c.Names)
 	}

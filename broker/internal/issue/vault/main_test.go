@@ -210,7 +210,7 @@ func prepare(ctx context.Context) error {
 }
 
 func mustParse(hcl string) *policy.Set {
-	set, err := policy.Parse([]policy.File{{Name: "test.hcl", Content: []byte(hcl)}}, policy.Options{})
+	set, err := policy.Parse([]policy.File{{Name: "test.hcl", Content: []byte(hcl)}}, policy.Options{Kinds: []policy.Kind{Kind.Kind}})
 	if err != nil {
 		panic(err)
 	}
@@ -332,4 +332,13 @@ func roleExists(t *testing.T, user string) bool {
 		t.Fatal(err)
 	}
 	return len(there) > 0
+}
+
+// known is what the issuer knows its credential by.
+func known(c issue.Credential) ref {
+	r, err := refOf(c.Handle)
+	if err != nil {
+		panic(err)
+	}
+	return r
 }

@@ -12,7 +12,7 @@ import (
 // under that name.
 func TestStaticAccountsAreDatabases(t *testing.T) {
 	for audience, want := range map[string]string{"postgres://db1:5432/billing": "x", "sqlserver://mssql1": "x", "https://git.example.com": "", "smtp://mail:25": "", "": ""} {
-		s := &policy.Scope{Vault: &policy.VaultSource{Path: "kv/data/x"}}
+		s := &policy.Scope{Source: &Source{Path: "kv/data/x"}}
 		if audience != "" {
 			s.Audience = []string{audience}
 		}

@@ -67,11 +67,12 @@ func Requirements(set *policy.Set) Needs {
 		{Path: "auth/token/renew-self", Capabilities: []string{"update"}},
 	}
 	for _, s := range set.Scopes() {
-		if s.Vault == nil {
+		from := source(s)
+		if from == nil {
 			continue
 		}
-		n.Scopes = append(n.Scopes, needs(s))
-		paths = append(paths, s.Vault.Path)
+		n.Scopes = append(n.Scopes, needs(s, from))
+		paths = append(paths, from.Path)
 		broker = append(broker, Rule{Path: "auth/token/create/" + RoleName(s.Name), Capabilities: []string{"update"}})
 	}
 	if len(paths) > 0 {
@@ -83,12 +84,12 @@ func Requirements(set *policy.Set) Needs {
 	return n
 }
 
-func needs(s *policy.Scope) Scope {
+func needs(s *policy.Scope, from *Source) Scope {
 	name := RoleName(s.Name)
-	rule := Rule{Path: s.Vault.Path, Capabilities: []string{"read"}}
-	if s.Vault.Method == "write" {
+	rule := Rule{Path: from.Path, Capabilities: []string{"read"}}
+	if from.Method == "write" {
 		rule.Capabilities = []string{"update"}
-		for k, v := range s.Vault.Parameters {
+		for k, v := range from.Parameters {
 			if rule.Parameters == nil {
 				rule.Parameters = map[string][]string{}
 			}
@@ -99,7 +100,7 @@ func needs(s *policy.Scope) Scope {
 		}
 	}
 	return Scope{
-		Scope: s.Name, Path: s.Vault.Path, TTL: s.Vault.TTL,
+		Scope: s.Name, Path: from.Path, TTL: s.TTL,
 		Policy: Policy{Name: name, Rules: []Rule{rule}},
 		Role: Role{Name: name, Settings: map[string]any{
 			"allowed_policies":        []string{name},
@@ -109,7 +110,7 @@ func needs(s *policy.Scope) Scope {
 			"renewable":               true,
 			"token_type":              "service",
 			"token_period":            0,
-			"token_explicit_max_ttl":  int(s.Vault.TTL.Seconds()),
+			"token_explicit_max_ttl":  int(s.TTL.Seconds()),
 			"token_no_default_policy": true,
 			"path_suffix":             "",
 		}},

@@ -20,6 +20,7 @@ package vault
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -53,7 +54,32 @@ type Issuer struct {
 	provisional time.Duration
 }
 
-var _ issue.Issuer = (*Issuer)(nil)
+var _ issue.Service = (*Issuer)(nil)
+
+// A ref is how Vault knows a credential again.
+type ref struct {
+	Accessor string `json:"accessor,omitempty"`    // of the token that owns the credential
+	Lease    string `json:"vault_lease,omitempty"` // empty where Vault made none
+}
+
+// refOf reads a handle's; it is empty where nothing is known to be issued.
+func refOf(h issue.Handle) (r ref, err error) {
+	if len(h.Ref) == 0 {
+		return r, nil
+	}
+	if err := json.Unmarshal(h.Ref, &r); err != nil {
+		return r, fmt.Errorf("vault: %.60q names nothing that Vault issued: %w", h.Ref, err)
+	}
+	return r, nil
+}
+
+// open is the Vault of a broker's config.
+func open(ctx context.Context, e issue.Environment) (issue.Service, error) {
+	if e.Config.Vault == nil {
+		return nil, nil
+	}
+	return New(ctx, *e.Config.Vault, e.Log, e.Steady)
+}
 
 // New makes an issuer. It asks nothing of Vault, which may be down or sealed:
 // Run, or the first request, logs in.
@@ -71,9 +97,24 @@ func (i *Issuer) Run(ctx context.Context) error {
 	return nil
 }
 
-// Ends returns when the broker's token ends, if nobody but a person can renew
-// it, and when its AppRole's secret id does. Zero is never, or unknown.
-func (i *Issuer) Ends() (token, secretID time.Time) { return i.session.ends() }
+// What of Vault ends by itself, as the metric's label has it.
+const (
+	EndToken    = "vault-token"
+	EndSecretID = "vault-secret-id"
+)
+
+// Ends are when the broker's token ends, if nobody but a person can renew it, and when
+// its AppRole's secret id does, as far as that is known.
+func (i *Issuer) Ends() (ends []issue.End) {
+	token, secretID := i.session.ends()
+	if !token.IsZero() {
+		ends = append(ends, issue.End{What: EndToken, At: token, Do: "put a new token into vault.token_file"})
+	}
+	if !secretID.IsZero() {
+		ends = append(ends, issue.End{What: EndSecretID, At: secretID, Do: "write a new secret id into vault.approle.secret_id_file"})
+	}
+	return ends
+}
 
 // Status says in words how the broker stands with Vault.
 func (i *Issuer) Status() string {
@@ -87,10 +128,13 @@ func (i *Issuer) Ready() error {
 	return err
 }
 
+// Prepare takes every order: Vault names what it makes.
+func (i *Issuer) Prepare(issue.Order) (issue.Prepared, error) { return issue.Prepared{}, nil }
+
 // Issue makes a credential of the decision's scope.
 func (i *Issuer) Issue(ctx context.Context, o issue.Order) (issue.Credential, error) {
 	scope := o.Decision.Scope()
-	if !o.Decision.Allows() || scope.Vault == nil {
+	if !o.Decision.Allows() || source(scope) == nil {
 		return issue.Credential{}, errors.New("vault: no allowing decision on a vault scope")
 	}
 	return i.issue(ctx, scope, o)
@@ -102,18 +146,22 @@ func (i *Issuer) issue(ctx context.Context, scope *policy.Scope, o issue.Order) 
 		return issue.Credential{}, err
 	}
 	c := issue.Credential{Handle: issue.Handle{
-		Lease: o.Lease, Scope: scope.Name, Accessor: auth.Accessor, Issued: o.Now,
+		Lease: o.Lease, Scope: scope.Name, Issued: o.Now,
 		Expires: o.Now.Add(time.Duration(auth.LeaseDuration) * time.Second),
 	}}
 	answer, err := i.obtain(ctx, scope, auth.ClientToken, o.Request)
 	if err == nil {
 		err = fill(&c, scope, answer, o.Now)
 	}
+	if err == nil {
+		c.Names["vault_accessor"] = auth.Accessor
+		c.Ref, err = json.Marshal(ref{Accessor: auth.Accessor, Lease: answer.LeaseID})
+	}
 	if err != nil {
 		i.abandon(ctx, auth.Accessor, o)
 		return issue.Credential{}, err
 	}
-	if c.VaultLease == "" {
+	if answer.LeaseID == "" {
 		i.abandon(ctx, auth.Accessor, o) // nothing hangs on it
 	}
 	return c, nil
@@ -156,10 +204,11 @@ func (i *Issuer) createToken(ctx context.Context, scope *policy.Scope, o issue.O
 
 // obtain reads or writes the scope's path with the lease's own token.
 func (i *Issuer) obtain(ctx context.Context, scope *policy.Scope, token, request string) (*api.Secret, error) {
-	c := call{read: scope.Vault.Method != "write", path: scope.Vault.Path, token: token, request: request, secret: true}
+	from, role := source(scope), RoleName(scope.Name)
+	c := call{read: from.Method != "write", path: from.Path, token: token, request: request, secret: true}
 	if !c.read {
 		c.body = map[string]any{}
-		for k, v := range scope.Vault.Parameters {
+		for k, v := range from.Parameters {
 			c.body[k] = v
 		}
 	}
@@ -168,7 +217,7 @@ func (i *Issuer) obtain(ctx context.Context, scope *policy.Scope, token, request
 	switch status(err) {
 	case http.StatusForbidden:
 		return nil, fmt.Errorf("%w: Vault policy %s lacks %q on %s: `countersign vault setup` grants it: %w",
-			issue.ErrConfig, RoleName(scope.Name), c.capability(), c.path, err)
+			issue.ErrConfig, role, c.capability(), c.path, err)
 	case http.StatusBadRequest, http.StatusNotFound, http.StatusMethodNotAllowed:
 		return nil, fmt.Errorf("%w: %w (is the role or secret %s there, and are the scope's parameters what it takes?)", issue.ErrConfig, err, c.path)
 	}
@@ -195,14 +244,18 @@ func (i *Issuer) abandon(ctx context.Context, accessor string, o issue.Order) {
 // less than ttl where Vault gave less, as it does near a longest life.
 func (i *Issuer) Extend(ctx context.Context, h issue.Handle, ttl time.Duration) (time.Time, error) {
 	now := i.now()
-	if h.VaultLease == "" {
+	known, err := refOf(h)
+	if err != nil {
+		return time.Time{}, err
+	}
+	if known.Lease == "" {
 		if !now.Before(h.Expires) {
 			return time.Time{}, issue.ErrGone
 		}
 		return h.Expires, nil
 	}
 	increment := int(ttl.Seconds())
-	answer, err := i.session.asBroker(ctx, call{path: "auth/token/renew-accessor", body: map[string]any{"accessor": h.Accessor, "increment": increment}})
+	answer, err := i.session.asBroker(ctx, call{path: "auth/token/renew-accessor", body: map[string]any{"accessor": known.Accessor, "increment": increment}})
 	switch {
 	case unknown(err):
 		return time.Time{}, i.ended(ctx, h)
@@ -215,12 +268,12 @@ func (i *Issuer) Extend(ctx context.Context, h issue.Handle, ttl time.Duration) 
 	}
 	until := now.Add(time.Duration(answer.Auth.LeaseDuration) * time.Second)
 
-	answer, err = i.session.asBroker(ctx, call{path: "sys/leases/renew/" + h.VaultLease, body: map[string]any{"increment": increment}, secret: true})
+	answer, err = i.session.asBroker(ctx, call{path: "sys/leases/renew/" + known.Lease, body: map[string]any{"increment": increment}, secret: true})
 	left := time.Duration(0)
 	switch {
 	case status(err) == http.StatusBadRequest || status(err) == http.StatusNotFound:
 		// Over, or of a kind that isn't renewed: the lookup tells which.
-		if left, err = i.lookupLease(ctx, h.VaultLease); unknown(err) || err == nil && left <= 0 {
+		if left, err = i.lookupLease(ctx, known.Lease); unknown(err) || err == nil && left <= 0 {
 			return time.Time{}, i.ended(ctx, h)
 		}
 	case err == nil && (answer == nil || answer.LeaseDuration <= 0):
@@ -249,30 +302,34 @@ func (i *Issuer) ended(ctx context.Context, h issue.Handle) error {
 // Revoke ends lease and token. It asks Vault afterwards whether they are over,
 // because revoking what Vault doesn't know succeeds, too.
 func (i *Issuer) Revoke(ctx context.Context, h issue.Handle) error {
-	if h.Accessor == "" && h.VaultLease == "" {
+	known, err := refOf(h)
+	if err != nil {
+		return err
+	}
+	if known == (ref{}) {
 		return i.outlive(h)
 	}
-	if h.VaultLease != "" {
+	if known.Lease != "" {
 		// With sync, so that Vault's answer is the engine's, and a lease that it
 		// gave up on is tried again.
-		if _, err := i.session.asBroker(ctx, call{path: "sys/leases/revoke/" + h.VaultLease, body: map[string]any{"sync": true}}); err != nil && !unknown(err) {
+		if _, err := i.session.asBroker(ctx, call{path: "sys/leases/revoke/" + known.Lease, body: map[string]any{"sync": true}}); err != nil && !unknown(err) {
 			return err
 		}
-		if _, err := i.lookupLease(ctx, h.VaultLease); err == nil {
-			return fmt.Errorf("vault still holds lease %s after revoking it", h.VaultLease)
+		if _, err := i.lookupLease(ctx, known.Lease); err == nil {
+			return fmt.Errorf("vault still holds lease %s after revoking it", known.Lease)
 		} else if !unknown(err) {
 			return err
 		}
 	}
-	if h.Accessor == "" {
+	if known.Accessor == "" {
 		return nil
 	}
-	named := map[string]any{"accessor": h.Accessor}
+	named := map[string]any{"accessor": known.Accessor}
 	if _, err := i.session.asBroker(ctx, call{path: "auth/token/revoke-accessor", body: named}); err != nil && !unknown(err) {
 		return err
 	}
 	if _, err := i.session.asBroker(ctx, call{path: "auth/token/lookup-accessor", body: named}); err == nil {
-		return fmt.Errorf("vault still holds the token of accessor %s after revoking it", h.Accessor)
+		return fmt.Errorf("vault still holds the token of accessor %s after revoking it", known.Accessor)
 	} else if !unknown(err) {
 		return err
 	}

@@ -4,8 +4,8 @@
 // Step is the whole life of a lease as a pure function. It is called by the
 // request path and by the sweeper alike, so that what repairs a crash is what
 // runs every day: recovery completes a lease or revokes it, it never issues.
-// The journal holds handles by which a credential can be ended (a token's
-// accessor, a lease id, a serial), never the credential.
+// The journal holds by what an issuer knows its credential again (a token's accessor, a
+// lease id, a serial), unread, and never the credential.
 package journal
 
 import (
@@ -27,15 +27,6 @@ const (
 	Revoking    State = "revoking"    // to be ended, not confirmed
 	Gone        State = "gone"        // its end is confirmed
 )
-
-// Kinds of credentials.
-const (
-	KindVault       = "vault"
-	KindCertificate = "certificate"
-)
-
-// Kinds are all of them.
-var Kinds = []string{KindVault, KindCertificate}
 
 // A Lease is one credential's entry. It is a value; Step returns a new one.
 type Lease struct {
@@ -62,10 +53,9 @@ type Lease struct {
 	Audience []string        `json:"audience,omitempty"`
 	Sources  []string        `json:"sources,omitempty"`
 
-	Accessor   string            `json:"accessor,omitempty"`    // of the Vault token that owns the lease
-	VaultLease string            `json:"vault_lease,omitempty"` // empty for KV
-	Serial     string            `json:"serial,omitempty"`      // of the certificate, known before it is signed
-	Names      map[string]string `json:"names,omitempty"`       // in the outside world: user name, key id
+	Ref       json.RawMessage   `json:"ref,omitempty"`   // the issuer's own; nobody else reads it
+	Names     map[string]string `json:"names,omitempty"` // in the outside world: user name, key id, serial
+	NotBefore time.Time         `json:"not_before,omitzero"`
 
 	TTL     time.Duration `json:"ttl"`
 	Overlap time.Duration `json:"overlap,omitempty"`
@@ -86,6 +76,42 @@ type Lease struct {
 	Unreadable error `json:"-"`
 }
 
+// An oldRef is how leases of brokers before this one stand in stores and tickets: each
+// issuer's words had a field of their own.
+type oldRef struct {
+	Accessor   string `json:"accessor,omitempty"`
+	VaultLease string `json:"vault_lease,omitempty"`
+	Serial     string `json:"serial,omitempty"`
+}
+
+// UnmarshalJSON reads a lease, an old one too.
+func (g *Lease) UnmarshalJSON(b []byte) (err error) {
+	type lease Lease // without this method
+	read := struct {
+		*lease
+		oldRef
+	}{lease: (*lease)(g)}
+	if err := json.Unmarshal(b, &read); err != nil {
+		return err
+	}
+	if g.Ref != nil || read.oldRef == (oldRef{}) {
+		return nil
+	}
+
+	// Its issuer wrote the same words, and reads them.
+	g.Ref, err = json.Marshal(read.oldRef)
+	for name, value := range map[string]string{"vault_accessor": read.Accessor, "vault_lease": read.VaultLease, "certificate_serial": read.Serial} {
+		if value == "" {
+			continue
+		}
+		if g.Names == nil {
+			g.Names = map[string]string{}
+		}
+		g.Names[name] = value
+	}
+	return err
+}
+
 // A Machine is how the host had booted, as the decision knew it that a lease was made
 // on; what wasn't proven is left out.
 type Machine struct {
@@ -100,10 +126,11 @@ type Event interface{ event() }
 type (
 	// Issued: the issuer answered.
 	Issued struct {
-		Accessor, VaultLease string
-		Names                map[string]string
-		Expires              time.Time
-		Static               bool // reading it made nothing that could be ended
+		Ref       json.RawMessage
+		Names     map[string]string
+		NotBefore time.Time
+		Expires   time.Time
+		Static    bool // reading it made nothing that could be ended
 	}
 	// IssueFailed: the issuer did not, and ended what it may have made.
 	IssueFailed struct{ Err error }
@@ -186,11 +213,11 @@ func Step(g Lease, e Event, now time.Time) (Lease, []Effect, error) {
 	case Issued:
 		if g.State != Intended {
 			// The sweeper gave it up meanwhile: end what was made.
-			g.Accessor, g.VaultLease = e.Accessor, e.VaultLease
+			g.Ref = e.Ref
 			return revoke(g, "issued too late", now)
 		}
 		g.State = Provisional
-		g.Accessor, g.VaultLease, g.Names, g.Expires = e.Accessor, e.VaultLease, e.Names, e.Expires
+		g.Ref, g.Names, g.NotBefore, g.Expires = e.Ref, e.Names, e.NotBefore, e.Expires
 		g.Unrotated = e.Static
 		g.Due = now.Add(issue.ProvisionalFor)
 		return g, nil, nil

@@ -34,7 +34,7 @@ func has(effects []journal.Effect, want journal.Effect) bool {
 }
 
 func live(t *testing.T) journal.Lease {
-	g, _ := step(t, intended(), journal.Issued{Accessor: "a", VaultLease: "l", Expires: t0.Add(issue.ProvisionalFor)}, t0)
+	g, _ := step(t, intended(), journal.Issued{Ref: []byte(`{"accessor":"a"}`), Expires: t0.Add(issue.ProvisionalFor)}, t0)
 	g, effects := step(t, g, journal.Acknowledged{}, t0)
 	if g.State != journal.Live || !has(effects, journal.DoExtend) {
 		t.Fatalf("acknowledged: %s %v, want live and to be extended", g.State, effects)
@@ -70,7 +70,7 @@ func TestOverlapNeverOutlivesTheCredential(t *testing.T) {
 }
 
 func TestWhatIsNotAcknowledgedDies(t *testing.T) {
-	g, _ := step(t, intended(), journal.Issued{Accessor: "a", Expires: t0.Add(issue.ProvisionalFor)}, t0)
+	g, _ := step(t, intended(), journal.Issued{Ref: []byte(`{"accessor":"a"}`), Expires: t0.Add(issue.ProvisionalFor)}, t0)
 	if early, effects := step(t, g, journal.Tick{}, t0.Add(issue.ProvisionalFor-1)); early.State != journal.Provisional || effects != nil {
 		t.Errorf("early: %s %v", early.State, effects)
 	}
@@ -104,16 +104,16 @@ func TestRevocationIsRetriedForever(t *testing.T) {
 
 func TestIssuedAfterGivingUp(t *testing.T) {
 	g, _ := step(t, intended(), journal.Tick{}, t0.Add(issue.ProvisionalFor))
-	g, effects := step(t, g, journal.Issued{Accessor: "late"}, t0.Add(3*time.Minute))
-	if g.State != journal.Revoking || g.Accessor != "late" || !has(effects, journal.DoRevoke) {
-		t.Errorf("%s %q %v: the late token must be ended", g.State, g.Accessor, effects)
+	g, effects := step(t, g, journal.Issued{Ref: []byte(`{"accessor":"late"}`)}, t0.Add(3*time.Minute))
+	if g.State != journal.Revoking || string(g.Ref) != `{"accessor":"late"}` || !has(effects, journal.DoRevoke) {
+		t.Errorf("%s %q %v: the late token must be ended", g.State, g.Ref, effects)
 	}
 }
 
 func TestFailedExtensionIsTriedAgainWhileItLives(t *testing.T) {
 	g := intended()
 	g.Replaces = "old"
-	g, _ = step(t, g, journal.Issued{Accessor: "a", Expires: t0.Add(issue.ProvisionalFor)}, t0)
+	g, _ = step(t, g, journal.Issued{Ref: []byte(`{"accessor":"a"}`), Expires: t0.Add(issue.ProvisionalFor)}, t0)
 	g, effects := step(t, g, journal.Acknowledged{}, t0)
 	if has(effects, journal.DoReplace) {
 		t.Error("the old one is retired before the new one has its length")
@@ -150,7 +150,7 @@ func TestFailedExtensionIsTriedAgainWhileItLives(t *testing.T) {
 // and never issues.
 func TestEveryEventInEveryState(t *testing.T) {
 	events := []journal.Event{
-		journal.Issued{Accessor: "a", Expires: t0.Add(time.Hour)}, journal.IssueFailed{Err: errors.New("x")},
+		journal.Issued{Ref: []byte(`{"accessor":"a"}`), Expires: t0.Add(time.Hour)}, journal.IssueFailed{Err: errors.New("x")},
 		journal.Acknowledged{}, journal.Extended{Expires: t0.Add(time.Hour)}, journal.ExtendFailed{Err: errors.New("x")},
 		journal.Proved{By: t0}, journal.Bound{Instance: "i"}, journal.Replaced{}, journal.Revoke{Reason: "r"},
 		journal.Vanished{}, journal.Revoked{}, journal.RevokeFailed{Err: errors.New("x")}, journal.Tick{},

@@ -1,6 +1,8 @@
 package journal
 
 import (
+	"database/sql"
+	"errors"
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -12,10 +14,16 @@ import (
 // clock was ahead. A lease that is due too early is asked for too early, which
 // ends nothing.
 func SetBack(tx *store.Tx, ahead time.Time, d time.Duration) error {
-	for _, kind := range Kinds {
+	for kind := ""; ; {
+		err := tx.QueryRow(`SELECT kind FROM grants WHERE due > 0 AND kind > ? ORDER BY kind LIMIT 1`, kind).Scan(&kind)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
 		if _, err := tx.Exec(`UPDATE grants SET due = due + ? WHERE kind = ? AND due > 0 AND due >= ?`, d.Milliseconds(), kind, store.Millis(ahead)); err != nil {
 			return err
 		}
 	}
-	return nil
 }

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/internal/issue/issuers"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
@@ -35,7 +37,7 @@ func TestForgetsOnlyWhatEnded(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Close() })
-	set, err := policy.Parse([]policy.File{{Name: "a.hcl", Content: []byte(scopes)}}, policy.Options{})
+	set, err := issuers.Parse([]policy.File{{Name: "a.hcl", Content: []byte(scopes)}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,7 +45,7 @@ func TestForgetsOnlyWhatEnded(t *testing.T) {
 	if err := s.Update(t.Context(), func(tx *store.Tx) error {
 		for i := range 3*page + 5 { // ended over the last 180 days, and some that never end
 			ended := now.Add(-180 * day * time.Duration(i) / (3*page + 5))
-			g := journal.Lease{ID: fmt.Sprintf("g%05d", i), Host: "h", Scope: "kept", Kind: journal.KindVault, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}
+			g := journal.Lease{ID: fmt.Sprintf("g%05d", i), Host: "h", Scope: "kept", Kind: vault.Kind.Name, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}
 			if i%50 == 0 {
 				g.State, g.Ended, g.Due = journal.Unended[i/50%len(journal.Unended)], time.Time{}, now
 			}
@@ -59,7 +61,7 @@ func TestForgetsOnlyWhatEnded(t *testing.T) {
 		}
 		for id, damage := range map[string]string{"odd-body": `'x'`, "odd-ttl": `'{"ttl":"1h"}'`} { // unreadable rows hold up no other
 			ended := now.Add(-170 * day)
-			if err := journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "kept", Kind: journal.KindVault, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}); err != nil {
+			if err := journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "kept", Kind: vault.Kind.Name, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}); err != nil {
 				return err
 			}
 			if _, err := tx.Exec(`UPDATE grants SET body = ` + damage + ` WHERE id = '` + id + `'`); err != nil {

@@ -13,19 +13,17 @@ import (
 	"slices"
 	"time"
 
+	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/issue/ca"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/internal/lifetime"
 )
 
 // What ends, as the metric's label has it.
 const (
-	HostCA         = "host-ca"
-	WorkloadCA     = "workload-ca"
-	WorkloadIssuer = "workload-issuer"
-	CRL            = "crl"
-	Operator       = "operator"
-	EKRoot         = "ek-root"
-	VaultToken     = "vault-token"
-	VaultSecretID  = "vault-secret-id"
+	HostCA   = "host-ca"
+	Operator = "operator"
+	EKRoot   = "ek-root"
 )
 
 // A Kind is a kind of thing that ends: a row of the table in
@@ -46,12 +44,12 @@ var Kinds = []Kind{
 	{"operator CA", "20 years", "nobody needs to: only the broker checks it, by its own key", "nothing", ""},
 	{"operator certificate of a person", "90 days, at most 366", "an admin: `operator remove`, `operator add`", "each call is answered with what to do", Operator},
 	{"certificate of the watch", "90 days, at most 366", "the watch, at two thirds, into its state folder", "after being off for so long it says what to do; an admin adds a new one", Operator},
-	{"workload CA and its issuer", "20 years", "nobody: verifiers trust it", "no certificate is issued that would outlive it; make a new one", WorkloadCA + ", " + WorkloadIssuer},
-	{"CRL", "7 days, or three intervals", "the broker, at each interval, each revocation, and when its clock was set back", "verifiers that demand a CRL refuse everybody", CRL},
+	{"workload CA and its issuer", "20 years", "nobody: verifiers trust it", "no certificate is issued that would outlive it; make a new one", ca.EndRoot + ", " + ca.EndIssuer},
+	{"CRL", "7 days, or three intervals", "the broker, at each interval, each revocation, and when its clock was set back", "verifiers that demand a CRL refuse everybody", ca.EndCRL},
 	{"workload certificate", "the scope's `ttl`", "the agent, at two thirds", "the program can't use it", ""},
 	{"audit key", "none", "", "", ""},
-	{"Vault token of the broker", "as Vault says", "the broker, by renewing it or logging in again; of a token file that can't be renewed, nobody", "no credential is issued, renewed or revoked at Vault", VaultToken},
-	{"Vault secret id", "as the AppRole says", "nobody: write a new one into `secret_id_file`", "the next login fails, and then as above", VaultSecretID},
+	{"Vault token of the broker", "as Vault says", "the broker, by renewing it or logging in again; of a token file that can't be renewed, nobody", "no credential is issued, renewed or revoked at Vault", vault.EndToken},
+	{"Vault secret id", "as the AppRole says", "nobody: write a new one into `secret_id_file`", "the next login fails, and then as above", vault.EndSecretID},
 	{"join token", "1 hour, at most 30 days", "nobody: make another", "the host is told to ask for a new one", ""},
 	{"EK certificate", "its vendor's", "nobody", "nothing for a TPM that the broker knows; a new host's EK hash has to be registered", ""},
 	{"certificate in `ek_roots`", "its vendor's", "nobody: ask the vendor for its next", "TPMs under it count as known, not certified, when they join first", EKRoot},
@@ -76,14 +74,10 @@ type OperatorKey struct {
 // Known is what a broker knows. What is nil or zero doesn't exist, or has no
 // end.
 type Known struct {
-	HostCA         *x509.Certificate
-	WorkloadCA     *x509.Certificate
-	WorkloadIssuer *x509.Certificate
-	EKRoots        []*x509.Certificate
-	CRL            time.Time
-	Operators      []OperatorKey
-	VaultToken     time.Time // of one that the broker can't renew
-	VaultSecretID  time.Time
+	HostCA    *x509.Certificate
+	EKRoots   []*x509.Certificate
+	Operators []OperatorKey
+	Issuers   []issue.End
 }
 
 // forgotten is how long after its end an operator's certificate is still
@@ -101,21 +95,14 @@ func List(k Known, now time.Time) (ends []End) {
 			ends = append(ends, End{What: what, Name: name, At: c.NotAfter, Do: do, Warn: lifetime.Warning})
 		}
 	}
-	moment := func(what string, at time.Time, do string) {
-		if !at.IsZero() {
-			ends = append(ends, End{What: what, At: at, Do: do, Warn: lifetime.Warning})
-		}
-	}
 
 	certificate(HostCA, "", k.HostCA, "agents go on by its pin; move to a new one: \"Rotate CAs\" in docs/OPERATIONS.md")
-	certificate(WorkloadCA, "", k.WorkloadCA, "make a new workload CA and have verifiers trust it: \"Rotate CAs\" in docs/OPERATIONS.md")
-	certificate(WorkloadIssuer, "", k.WorkloadIssuer, "make a new issuer by the root's key: \"Rotate CAs\" in docs/OPERATIONS.md")
 	for _, c := range k.EKRoots {
 		certificate(EKRoot, c.Subject.String(), c, "ask the TPM's vendor for its next certificate and put it into ek_roots, or register new hosts by their EK hash")
 	}
-	moment(CRL, k.CRL, "")
-	moment(VaultToken, k.VaultToken, "put a new token into vault.token_file")
-	moment(VaultSecretID, k.VaultSecretID, "write a new secret id into vault.approle.secret_id_file")
+	for _, e := range k.Issuers {
+		ends = append(ends, End{What: e.What, At: e.At, Do: e.Do, Warn: lifetime.Warning})
+	}
 	ends = append(ends, operators(k.Operators, now)...)
 
 	slices.SortFunc(ends, func(a, b End) int {

@@ -10,6 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/broker/internal/issue/ca"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -31,11 +34,11 @@ func alarms(k Known, at time.Time) (things []string) {
 // An end that no program renews is an alarm from 30 days before it on.
 func TestThirtyDaysBefore(t *testing.T) {
 	all := func(in time.Duration) Known {
-		return Known{HostCA: ending(in), WorkloadCA: ending(in), WorkloadIssuer: ending(in), EKRoots: []*x509.Certificate{ending(in)},
-			CRL: now.Add(in), VaultToken: now.Add(in), VaultSecretID: now.Add(in),
+		return Known{HostCA: ending(in), EKRoots: []*x509.Certificate{ending(in)},
+			Issuers:   []issue.End{{What: ca.EndRoot, At: now.Add(in), Do: "make a new one"}, {What: ca.EndCRL, At: now.Add(in)}, {What: vault.EndToken, At: now.Add(in), Do: "make a new one"}},
 			Operators: []OperatorKey{{Name: "alice", Role: "admin", Created: now.Add(in - 90*day), Expires: now.Add(in)}}}
 	}
-	want := []string{"ek-root", "host-ca", "operator alice", "vault-secret-id", "vault-token", "workload-ca", "workload-issuer"}
+	want := []string{"ek-root", "host-ca", "operator alice", "vault-token", "workload-ca"}
 	for in, want := range map[time.Duration][]string{31 * day: nil, 30 * day: want, day: want, 0: want, -day: want} {
 		if got := alarms(all(in), now); !slices.Equal(got, want) {
 			t.Errorf("%s before: %q, want %q", in, got, want)
@@ -103,7 +106,7 @@ func TestTheDocsTable(t *testing.T) {
 		t.Errorf("the docs have\n%s\nwant\n%s", strings.Join(rows, "\n"), strings.Join(want, "\n"))
 	}
 
-	for _, what := range []string{HostCA, WorkloadCA, WorkloadIssuer, CRL, Operator, EKRoot, VaultToken, VaultSecretID} {
+	for _, what := range []string{HostCA, Operator, EKRoot, ca.EndRoot, ca.EndIssuer, ca.EndCRL, vault.EndToken, vault.EndSecretID} {
 		if !slices.ContainsFunc(Kinds, func(k Kind) bool { return regexp.MustCompile(`\b` + what + `\b`).MatchString(k.What) }) {
 			t.Errorf("%s is of no kind", what)
 		}

@@ -203,11 +203,13 @@ func (f *filler) lease(tx *store.Tx, facts appraise.Facts, scopeName string, i, 
 	if k >= liveOfHost {
 		issued = f.now.Add(-time.Duration(k-liveOfHost+2) * endedOver / endedOfHost)
 	}
-	g := journal.Intend(journal.Lease{ID: fmt.Sprintf("%s%04d", hostID(i), k), Host: facts.Host.ID, Scope: scopeName, Kind: scope.Kind(), DeliveryID: hex.EncodeToString(f.digestBytes(8)),
+	g := journal.Intend(journal.Lease{ID: fmt.Sprintf("%s%04d", hostID(i), k), Host: facts.Host.ID, Scope: scopeName, Kind: scope.Kind, DeliveryID: hex.EncodeToString(f.digestBytes(8)),
 		Instance: program.Instance().String(), Unit: program.Unit, Boot: program.Boot, SHA256: program.SHA256.String(), Subject: subject, Facts: text,
 		Machine: journal.Machine{SecureBoot: facts.Host.SecureBoot, CommandLine: *facts.Host.EventLog.KernelCommandLine}, Policy: 1, Sources: []string{facts.Host.Address},
-		Serial: new(big.Int).SetBytes(f.digestBytes(15)).String(), TTL: scope.TTL(), Overlap: scope.Overlap(), Grace: scope.Grace}, issued)
-	g.Names = map[string]string{"certificate_sha256": f.digest().String()}
+		TTL: scope.TTL, Overlap: scope.Overlap, Grace: scope.Grace}, issued)
+	serial := new(big.Int).SetBytes(f.digestBytes(15)).String()
+	g.Ref = fmt.Appendf(nil, `{"serial":%q}`, serial)
+	g.Names = map[string]string{"certificate_serial": serial, "certificate_sha256": f.digest().String()}
 	g.State, g.Acked, g.Settled, g.ProveBy = journal.Live, issued, true, f.now.Add(scope.Reprove)
 	g.Expires = issued.Add(g.TTL)
 	g.Due = g.Expires
@@ -216,13 +218,13 @@ func (f *filler) lease(tx *store.Tx, facts appraise.Facts, scopeName string, i, 
 		return fmt.Errorf("host %d is not allowed scope %s: %+v", i, scopeName, result)
 	}
 	if _, err := audit.Append(tx, audit.Record{Time: issued, Kind: "credential.allowed", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID},
-		map[string]any{"decision": result, "facts": recorded, "host_facts": f.digest(), "serial": g.Serial}); err != nil {
+		map[string]any{"decision": result, "facts": recorded, "host_facts": f.digest(), "names": g.Names}); err != nil {
 		return err
 	}
 	if k >= liveOfHost {
 		g.State, g.Reason, g.Ended, g.Due = journal.Gone, "replaced", g.Expires, time.Time{}
 		if _, err := audit.Append(tx, audit.Record{Time: g.Ended, Kind: "credential.ended", Actor: "broker", Host: g.Host, Scope: g.Scope, Lease: g.ID},
-			map[string]any{"state": g.State, "reason": g.Reason, "serial": g.Serial, "names": g.Names, "expires": g.Expires}); err != nil {
+			map[string]any{"state": g.State, "reason": g.Reason, "names": g.Names, "expires": g.Expires}); err != nil {
 			return err
 		}
 	} else if err := decision(tx, g.Host, result, facts); err != nil {

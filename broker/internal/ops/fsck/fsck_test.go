@@ -8,6 +8,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/ops/fsck"
 	"github.com/countersign/countersign/broker/internal/state/audit"
@@ -43,7 +44,7 @@ func issue(t *testing.T, s *store.Store, id string, at time.Time) {
 		if _, err := audit.Append(tx, audit.Record{Time: at, Kind: "credential.allowed", Actor: "host:h", Host: "h", Lease: id}, nil); err != nil {
 			return err
 		}
-		return journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: journal.KindVault, State: journal.Live, Subject: subject, Issued: at, Due: now.Add(time.Hour)})
+		return journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Subject: subject, Issued: at, Due: now.Add(time.Hour)})
 	}); err != nil {
 		t.Fatal(err)
 	}

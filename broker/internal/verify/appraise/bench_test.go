@@ -11,6 +11,7 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/attestors/tpm"
+	"github.com/countersign/countersign/broker/internal/issue/issuers"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
@@ -34,7 +35,7 @@ type request struct {
 
 func newRequest(b *testing.B) request {
 	b.Helper()
-	set, err := policy.Parse([]policy.File{{Name: "bench.hcl", Content: []byte(`
+	set, err := issuers.Parse([]policy.File{{Name: "bench.hcl", Content: []byte(`
 scope "billing-db" {
   host    { labels = { role = "billing" } }
   process {
@@ -46,7 +47,7 @@ scope "billing-db" {
     dns = ["billing.example.com"]
     ttl = "1h"
   }
-}`)}}, policy.Options{})
+}`)}})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -1,0 +1,68 @@
+// Package values keeps what issuers have to remember, such as revoked serials, in the
+// broker's store: as durable as the journal, in the same file. It reads none of it.
+//
+// It implements issue.Values.
+package values
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+
+	"github.com/countersign/countersign/broker/internal/state/store"
+)
+
+// A Table is the store's table of values.
+type Table struct{ store *store.Store }
+
+// In is the table in a store.
+func In(s *store.Store) Table { return Table{s} }
+
+// Get reads one value; nil where there is none.
+func (t Table) Get(ctx context.Context, bucket, name string) (value []byte, err error) {
+	err = t.store.View(ctx, func(tx *store.Tx) error {
+		err := tx.QueryRow(`SELECT value FROM ca_values WHERE bucket = ? AND name = ?`, bucket, name).Scan(&value)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		return err
+	})
+	return value, err
+}
+
+// All reads a bucket, by name.
+func (t Table) All(ctx context.Context, bucket string, each func(name string, value []byte)) error {
+	return t.store.View(ctx, func(tx *store.Tx) error {
+		return tx.Each(func(row store.Row) error {
+			var name string
+			var value []byte
+			if err := row.Scan(&name, &value); err != nil {
+				return err
+			}
+			each(name, value)
+			return nil
+		}, `SELECT name, value FROM ca_values WHERE bucket = ? ORDER BY name`, bucket)
+	})
+}
+
+// Add writes a value unless there is one of that name.
+func (t Table) Add(ctx context.Context, bucket, name string, value []byte) error {
+	return t.store.Update(ctx, func(tx *store.Tx) error {
+		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, ?, ?) ON CONFLICT (bucket, name) DO NOTHING`, bucket, name, value)
+		return err
+	})
+}
+
+// Replace writes a value, and removes others with it: both, or neither.
+func (t Table) Replace(ctx context.Context, bucket, name string, value []byte, of string, remove []string) error {
+	return t.store.Update(ctx, func(tx *store.Tx) error {
+		for _, other := range remove {
+			if _, err := tx.Exec(`DELETE FROM ca_values WHERE bucket = ? AND name = ?`, of, other); err != nil {
+				return err
+			}
+		}
+		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, ?, ?) ON CONFLICT (bucket, name) DO UPDATE SET value = excluded.value`,
+			bucket, name, value)
+		return err
+	})
+}
