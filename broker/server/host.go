@@ -19,6 +19,7 @@ import (
 	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/countersign/countersign/broker/api"
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/front/enroll"
 	"github.com/countersign/countersign/broker/internal/front/hostapi"
 	"github.com/countersign/countersign/broker/internal/issue"
@@ -287,7 +288,8 @@ func (s *Hosts) Witness(ctx context.Context, req *connect.Request[v1.WitnessRequ
 	}
 	opens := make([]hostapi.Open, len(list))
 	for i, o := range list {
-		opens[i] = hostapi.Open{Lease: o.GetLeaseId(), Time: moment(valid(o.GetTime())), Path: o.GetPath(), PID: o.GetPid(), Exe: o.GetExe(), User: o.GetUser(), Unit: o.GetUnit()}
+		opens[i] = hostapi.Open{Lease: o.GetLeaseId(), Opened: event.Opened{
+			Time: moment(valid(o.GetTime())), Path: o.GetPath(), PID: o.GetPid(), Exe: o.GetExe(), User: o.GetUser(), Unit: o.GetUnit()}}
 	}
 	if err := s.Credentials.Witness(ctx, c.challenge, opens, requestID(ctx)); err != nil {
 		return nil, err

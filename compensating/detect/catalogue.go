@@ -1,24 +1,28 @@
 package detect
 
-import "slices"
+import (
+	"slices"
+
+	"github.com/countersign/countersign/broker/api/detector"
+)
 
 // A Name is a detector's.
-type Name string
+type Name = detector.Name
 
 // The detectors.
 const (
-	ForeignSource       Name = "foreign-source"
-	UseAfterRevoke      Name = "use-after-revoke"
-	UnmatchedLogin      Name = "unmatched-login"
-	SharedStaticAccount Name = "shared-static-account"
-	OutOfBandRead       Name = "out-of-band-read"
-	DuplicateInstance   Name = "duplicate-instance"
-	SubjectDrift        Name = "subject-drift"
-	SameSecret          Name = "same-secret"
-	HumanUse            Name = "human-use"
-	Dormant             Name = "dormant"
-	SilentSensor        Name = "silent-sensor"
-	Canary              Name = "canary"
+	ForeignSource       = detector.ForeignSource
+	UseAfterRevoke      = detector.UseAfterRevoke
+	UnmatchedLogin      = detector.UnmatchedLogin
+	SharedStaticAccount = detector.SharedStaticAccount
+	OutOfBandRead       = detector.OutOfBandRead
+	DuplicateInstance   = detector.DuplicateInstance
+	SubjectDrift        = detector.SubjectDrift
+	SameSecret          = detector.SameSecret
+	HumanUse            = detector.HumanUse
+	Dormant             = detector.Dormant
+	SilentSensor        = detector.SilentSensor
+	Canary              = detector.Canary
 )
 
 // A Severity is how much a finding matters.

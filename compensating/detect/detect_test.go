@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/api/detector"
 	"github.com/countersign/countersign/compensating/detect"
 	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/sightings"
@@ -367,5 +369,16 @@ func TestManyReads(t *testing.T) {
 	list, err := judge.Reads()
 	if err != nil || found+len(list) != reads {
 		t.Errorf("%d of %d reads were judged, %v", found+len(list), reads, err)
+	}
+}
+
+// The catalogue has each detector that findings and audit records name, once.
+func TestTheCatalogueIsWhole(t *testing.T) {
+	var names []detector.Name
+	for _, e := range detect.Catalogue {
+		names = append(names, e.Name)
+	}
+	if want := detector.All; !slices.Equal(names, want) {
+		t.Errorf("the catalogue has %q, want %q", names, want)
 	}
 }

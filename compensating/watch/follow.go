@@ -2,7 +2,6 @@ package watch
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -14,6 +13,7 @@ import (
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/compensating/ledger"
 	"github.com/countersign/countersign/compensating/sightings"
 )
@@ -134,7 +134,7 @@ func (f *follower) follow(ctx context.Context) error {
 		return err
 	}
 	confirmed := confirmation{}
-	records := make(chan auditRecord)
+	records := make(chan event.Record)
 	ended := make(chan error, 1)
 	go func() {
 		stream, err := client.ReadAudit(ctx, connect.NewRequest(&v1.ReadAuditRequest{From: uint64(f.next), Follow: true}))
@@ -144,9 +144,9 @@ func (f *follower) follow(ctx context.Context) error {
 		}
 		defer func() { _ = stream.Close() }()
 		for stream.Receive() {
-			var r auditRecord
-			if err := json.Unmarshal(stream.Msg().GetJson(), &r); err != nil {
-				ended <- fmt.Errorf("audit record %d: %w", stream.Msg().GetIndex(), err)
+			r, err := event.Parse(stream.Msg().GetJson())
+			if err != nil {
+				ended <- fmt.Errorf("record %d: %w", stream.Msg().GetIndex(), err)
 				return
 			}
 			r.Index = int64(stream.Msg().GetIndex())
@@ -164,16 +164,16 @@ func (f *follower) follow(ctx context.Context) error {
 	var opens []sightings.Sighting
 	canaries := false
 	next := f.next
-	take := func(r auditRecord) error {
+	take := func(r event.Record) error {
 		next = r.Index + 1
 		if r.Lease != "" {
 			leases[r.Lease] = true
 		}
-		canaries = canaries || strings.HasPrefix(r.Kind, "canary.")
-		if r.Kind != "credential.opened" {
+		canaries = canaries || r.Kind == event.CanaryIssued || r.Kind == event.CanaryRemoved
+		if r.Kind != event.CredentialOpened {
 			return nil
 		}
-		s, err := r.opened()
+		s, err := opened(r)
 		opens = append(opens, s)
 		return err
 	}
@@ -240,31 +240,18 @@ func within[In, Out any](ctx context.Context, call func(context.Context, *connec
 	return call(ctx, connect.NewRequest(in))
 }
 
-type auditRecord struct {
-	Index int64  `json:"index"`
-	Kind  string `json:"kind"`
-	Lease string `json:"lease"`
-
-	Detail json.RawMessage `json:"detail"`
-}
-
 // opened is what an agent saw of a credential's file.
-func (r auditRecord) opened() (sightings.Sighting, error) {
-	var d struct {
-		Time time.Time `json:"time"`
-		Path string    `json:"path"`
-		Exe  string    `json:"exe"`
-		User string    `json:"user"`
-		Unit string    `json:"unit"`
+func opened(r event.Record) (sightings.Sighting, error) {
+	e, err := r.Event()
+	if err != nil {
+		return sightings.Sighting{}, err
 	}
-	if err := json.Unmarshal(r.Detail, &d); err != nil {
-		return sightings.Sighting{}, fmt.Errorf("audit record %d: %w", r.Index, err)
+	o := e.(*event.Opened) // by the record's kind
+	who := "user " + o.User
+	if o.Unit != "" {
+		who += ", unit " + o.Unit
 	}
-	who := "user " + d.User
-	if d.Unit != "" {
-		who += ", unit " + d.Unit
-	}
-	return sightings.Sighting{Time: d.Time.UTC(), Kind: sightings.Open, Source: "agent", Line: r.Index, Target: d.Path, Program: d.Exe, Lease: r.Lease, Actor: who}, nil
+	return sightings.Sighting{Time: o.Time.UTC(), Kind: sightings.Open, Source: "agent", Line: r.Index, Target: o.Path, Program: o.Exe, Lease: r.Lease, Actor: who}, nil
 }
 
 func (f *follower) give(ctx context.Context, u update) error {

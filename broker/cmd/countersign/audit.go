@@ -15,6 +15,7 @@ import (
 	"golang.org/x/mod/sumdb/note"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/internal/checkpoint"
 )
@@ -67,12 +68,12 @@ func auditTailCommand(o *options) *cobra.Command {
 				_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", r.GetJson())
 				return err
 			}
-			var rec audit.Record
-			if err := json.Unmarshal(r.GetJson(), &rec); err != nil {
+			rec, err := event.Parse(r.GetJson())
+			if err != nil {
 				return err
 			}
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "%d %s %s %s host=%s scope=%s lease=%s %s\n", rec.Index, rec.Time.Format("2006-01-02T15:04:05.000Z"), rec.Kind, rec.Actor,
-				rec.Host, rec.Scope, rec.Lease, summary(rec.Detail))
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%d %s %s %s host=%s scope=%s lease=%s %s\n", rec.Index, rec.Time.Format("2006-01-02T15:04:05.000Z"), rec.Kind, rec.Actor,
+				rec.Host, rec.Scope, rec.Lease, summary(rec))
 			return err
 		})
 	}}
@@ -81,21 +82,14 @@ func auditTailCommand(o *options) *cobra.Command {
 	return cmd
 }
 
-// summary is of a record's detail what fits on a line.
-func summary(detail json.RawMessage) string {
-	var d struct {
-		Reason string `json:"reason"`
-		Check  string `json:"check"`
-		Detail string `json:"detail"`
-		Why    string `json:"why"`
+// summary is of a record's event what fits on a line.
+func summary(r event.Record) string {
+	e, err := r.Event()
+	if err != nil {
+		return "not understood: " + strconv.Quote(err.Error())
 	}
-	if json.Unmarshal(detail, &d) != nil {
-		return ""
-	}
-	for _, s := range []string{d.Detail, d.Reason, d.Check, d.Why} {
-		if s != "" {
-			return strconv.Quote(s)
-		}
+	if why := event.Why(e); why != "" {
+		return strconv.Quote(why)
 	}
 	return ""
 }

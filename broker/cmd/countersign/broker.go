@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/front/pki"
 	"github.com/countersign/countersign/broker/internal/issue/ca"
@@ -85,7 +86,7 @@ func initBroker(cmd *cobra.Command, c *config.Broker) error {
 		if _, err := tx.Exec(`INSERT INTO meta (name, value) VALUES ('broker.id', ?)`, id); err != nil {
 			return err
 		}
-		_, err := audit.Append(tx, audit.Record{Time: now, Kind: "broker.initialised", Actor: "operator:root"}, map[string]any{"broker": id, "host_ca": hostCA.Fingerprint()})
+		_, err := audit.Append(tx, event.Record{Time: now, Actor: "operator:root"}, event.Initialised{Broker: id, HostCA: hostCA.Fingerprint()})
 		return err
 	})
 	if err := errors.Join(err, s.Close()); err != nil {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -48,7 +49,7 @@ func restoreCommand(file *string) *cobra.Command {
 						return err
 					}
 					epoch = was + 1
-					return audit.OpenEpoch(tx, epoch, "operator:root", faults.Now(), map[string]any{"reason": "the store was restored from a backup"})
+					return audit.OpenEpoch(tx, epoch, "operator:root", faults.Now(), event.Epoch{Reason: "the store was restored from a backup"})
 				})
 			}
 			if err := errors.Join(err, s.Close()); err != nil {

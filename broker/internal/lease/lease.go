@@ -18,6 +18,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
@@ -163,6 +164,10 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id s
 		return journal.Lease{}, err
 	}
 	recorded.Program = program
+	told, err := json.Marshal(recorded)
+	if err != nil {
+		return journal.Lease{}, err
+	}
 	scope := d.Scope()
 	now := m.now()
 	g := journal.Intend(journal.Lease{
@@ -222,9 +227,10 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id s
 		if err := r.With(tx); err != nil {
 			return err
 		}
-		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.allowed", Actor: "host:" + g.Host,
-			Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: r.ID}, map[string]any{
-			"decision": d.Result(), "facts": recorded, "host_facts": hostFacts, "names": g.Names}); err != nil {
+		about := event.Record{Time: now, Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: r.ID}
+		if _, err := audit.Append(tx, about, event.Allowed{
+			Decision: d.Result().Event(), Facts: told, HostFacts: hostFacts, Names: g.Names,
+		}); err != nil {
 			return err
 		}
 		return journal.Save(tx, g)
@@ -250,20 +256,20 @@ type Cause struct {
 
 // recorded are the events that change what a credential is good for; the audit
 // keeps them.
-func recorded(e journal.Event) (kind string, ok bool) {
+func recorded(e journal.Event) (kind event.Kind, ok bool) {
 	switch e.(type) {
 	case journal.Issued:
-		return "credential.issued", true
+		return event.CredentialIssued, true
 	case journal.IssueFailed:
-		return "credential.failed", true
+		return event.CredentialFailed, true
 	case journal.Acknowledged:
-		return "credential.delivered", true
+		return event.CredentialDelivered, true
 	case journal.Replaced:
-		return "credential.replaced", true
+		return event.CredentialReplaced, true
 	case journal.Revoke:
-		return "credential.revoking", true
+		return event.CredentialRevoking, true
 	case journal.Revoked, journal.Vanished:
-		return "credential.ended", true
+		return event.CredentialEnded, true
 	}
 	return "", false
 }
@@ -373,22 +379,20 @@ func write(tx *store.Tx, before, g journal.Lease, e journal.Event, c Cause, now 
 	}
 	kind, ok := recorded(e)
 	if _, tick := e.(journal.Tick); tick {
-		kind, ok = "credential.revoking", true // all that time alone leads to
+		kind, ok = event.CredentialRevoking, true // all that time alone leads to
 	}
 	if !ok || g.State == before.State {
 		return nil
 	}
-	_, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: c.Actor, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: c.Request}, outcome(g))
+	_, err := audit.Append(tx, event.Record{Time: now, Actor: c.Actor, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: c.Request}, outcome(kind, g))
 	return err
 }
 
 // outcome is what the audit says of a lease: how it can be found and ended
 // elsewhere, and nothing secret.
-func outcome(g journal.Lease) map[string]any {
-	return map[string]any{
-		"state": g.State, "reason": g.Reason, "names": g.Names,
-		"expires": g.Expires, "unrotated": g.Unrotated, "error": g.LastError, "instance": g.Instance,
-	}
+func outcome(kind event.Kind, g journal.Lease) event.Outcome {
+	return event.Outcome{As: kind, State: string(g.State), Reason: g.Reason, Names: g.Names, Expires: g.Expires,
+		Unrotated: g.Unrotated, Error: g.LastError, Instance: g.Instance}
 }
 
 // act does the effects of one step, each with its own event after it, for who

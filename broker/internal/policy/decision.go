@@ -3,6 +3,7 @@ package policy
 import (
 	"time"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
 )
 
@@ -80,6 +81,15 @@ type Result struct {
 	Selectors []Selector `json:"selectors"`
 	Policy    int64      `json:"policy"`           // version of the set
 	Reason    string     `json:"reason,omitempty"` // in words, for Refused and Fault
+}
+
+// Event is the result as the audit log has it.
+func (r Result) Event() event.Decision {
+	d := event.Decision{Scope: r.Scope, Outcome: string(r.Outcome), Policy: r.Policy, Reason: r.Reason}
+	for _, s := range r.Selectors {
+		d.Selectors = append(d.Selectors, event.Selector(s))
+	}
+	return d
 }
 
 // A Decision is a Result on verified evidence for one request. Only

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/front/pki"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
@@ -88,19 +89,20 @@ func (a Actor) need(r Role) error {
 }
 
 // act does change and records it, in one transaction, for actors of at least
-// the role need. Change fills in of the record whom it concerns; one without a
-// kind is not written, for what changes nothing that the log speaks of.
-func (d *Desk) act(ctx context.Context, a Actor, need Role, kind string, detail any, change func(tx *store.Tx, r *audit.Record) error) error {
+// the role need. Change fills in of the record whom it concerns, and of what is told what
+// it comes to know; without a kind nothing is written, for what changes nothing that
+// the log speaks of.
+func (d *Desk) act(ctx context.Context, a Actor, need Role, told event.Event, change func(tx *store.Tx, r *event.Record) error) error {
 	if err := a.need(need); err != nil {
 		return err
 	}
 	now := d.Now()
 	return d.Store.Update(ctx, func(tx *store.Tx) error {
-		r := audit.Record{Time: now, Kind: kind, Actor: "operator:" + a.Name, Request: a.Request}
-		if err := change(tx, &r); err != nil || r.Kind == "" {
+		r := event.Record{Time: now, Actor: "operator:" + a.Name, Request: a.Request}
+		if err := change(tx, &r); err != nil || told.Kind() == "" {
 			return err
 		}
-		_, err := audit.Append(tx, r, detail)
+		_, err := audit.Append(tx, r, told)
 		return err
 	})
 }

@@ -5,9 +5,9 @@ import (
 	"errors"
 	"time"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
-	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/canary"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -42,7 +42,7 @@ func (d *Desk) IssueCanary(ctx context.Context, a Actor, scope, username string)
 			return c, invalid("%s is the user name of a credential that was issued: a canary has one that nobody was given", c.Username)
 		}
 	}
-	err = d.act(ctx, a, Operator, "canary.issued", map[string]any{"canary": c.ID}, func(tx *store.Tx, r *audit.Record) error {
+	err = d.act(ctx, a, Operator, event.Canary{As: event.CanaryIssued, ID: c.ID}, func(tx *store.Tx, r *event.Record) error {
 		r.Scope = scope
 		return canaryError(canary.Add(tx, c))
 	})
@@ -108,7 +108,7 @@ func (d *Desk) Canaries(ctx context.Context, a Actor, scope string) (list []cana
 
 // RemoveCanary removes a canary.
 func (d *Desk) RemoveCanary(ctx context.Context, a Actor, id string) error {
-	return d.act(ctx, a, Operator, "canary.removed", map[string]any{"canary": id}, func(tx *store.Tx, r *audit.Record) (err error) {
+	return d.act(ctx, a, Operator, event.Canary{As: event.CanaryRemoved, ID: id}, func(tx *store.Tx, r *event.Record) (err error) {
 		r.Scope, err = canary.Remove(tx, id)
 		return err
 	})

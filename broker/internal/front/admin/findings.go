@@ -6,8 +6,9 @@ import (
 	"errors"
 	"time"
 
+	"github.com/countersign/countersign/broker/api/detector"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
-	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/findings"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -15,9 +16,9 @@ import (
 )
 
 // told is what the audit log says of a finding.
-func told(f findings.Finding) map[string]any {
-	return map[string]any{"finding": f.ID, "detector": f.Detector, "cause": f.Cause, "severity": f.Severity, "account": f.Account, "why": f.Why,
-		"first": f.First, "last": f.Last, "count": f.Count}
+func told(kind event.Kind, f findings.Finding) event.Finding {
+	return event.Finding{As: kind, ID: f.ID, Detector: detector.Name(f.Detector), Cause: f.Cause, Severity: string(f.Severity),
+		Account: f.Account, Why: f.Why, First: f.First, Last: f.Last, Count: f.Count}
 }
 
 // Report enters a finding, and closes one that is known where over says how evidence
@@ -34,8 +35,8 @@ func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over str
 		return f, findings.Known, invalid("why it is over has %d bytes; at most %d are kept", len(over), maxReason)
 	}
 	outcome := findings.Known
-	detail := map[string]any{}
-	err := d.act(ctx, a, Responder, "", detail, func(tx *store.Tx, r *audit.Record) error {
+	said := &event.Finding{}
+	err := d.act(ctx, a, Responder, said, func(tx *store.Tx, r *event.Record) error {
 		// A lease that the journal doesn't have, a canary's, says nothing of a scope.
 		if f.Lease != "" {
 			g, err := journal.Load(tx, f.Lease)
@@ -50,22 +51,23 @@ func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over str
 		if f, outcome, err = findings.Report(tx, f, d.Now()); err != nil {
 			return err
 		}
+		var kind event.Kind
 		switch outcome {
 		case findings.New:
-			r.Kind = "finding.opened"
+			kind = event.FindingOpened
 		case findings.Reopened:
-			r.Kind = "finding.reopened"
+			kind = event.FindingReopened
 		}
+		closed := ""
 		if over != "" && outcome == findings.Known && f.Settles() {
 			if f, err = findings.Settle(tx, f, a.Name, over, d.Now()); err != nil {
 				return err
 			}
-			r.Kind, detail["reason"] = "finding.closed", over
+			kind, closed = event.FindingClosed, over
 		}
 		r.Host, r.Scope, r.Lease = f.Host, f.Scope, f.Lease
-		for k, v := range told(f) {
-			detail[k] = v
-		}
+		*said = told(kind, f)
+		said.Reason = closed
 		return nil
 	})
 	return f, outcome, err
@@ -121,18 +123,14 @@ func (d *Desk) CloseFinding(ctx context.Context, a Actor, id, reason string, unt
 	case !until.IsZero() && (!until.After(now) || until.Sub(now) > maxClosed):
 		return f, invalid("closed until %s: it has to be in the future, and within 10 years; leave it away to have the next sighting open it again", until.UTC().Format(time.RFC3339))
 	}
-	detail := map[string]any{"reason": reason}
-	if !until.IsZero() {
-		detail["until"] = until
-	}
-	err = d.act(ctx, a, Operator, "finding.closed", detail, func(tx *store.Tx, r *audit.Record) error {
+	said := &event.Finding{}
+	err = d.act(ctx, a, Operator, said, func(tx *store.Tx, r *event.Record) error {
 		if f, err = findings.Close(tx, id, a.Name, reason, until, now); err != nil {
 			return err
 		}
 		r.Host, r.Scope, r.Lease = f.Host, f.Scope, f.Lease
-		for k, v := range told(f) {
-			detail[k] = v
-		}
+		*said = told(event.FindingClosed, f)
+		said.Reason, said.Until = reason, until
 		return nil
 	})
 	return f, err

@@ -10,9 +10,9 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
-	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/secret"
@@ -198,7 +198,7 @@ func (d *Desk) AddHosts(ctx context.Context, a Actor, hosts []NewHost, dryRun bo
 	}
 	for first := 0; first < len(list); first += addPage {
 		some := list[first:min(first+addPage, len(list))]
-		if err := d.act(ctx, a, Operator, "host.added", map[string]any{"count": len(some), "hosts": some}, func(tx *store.Tx, _ *audit.Record) error {
+		if err := d.act(ctx, a, Operator, added(some), func(tx *store.Tx, _ *event.Record) error {
 			for _, h := range some {
 				if err := inventory.Save(tx, h); err != nil {
 					return err
@@ -210,6 +210,15 @@ func (d *Desk) AddHosts(ctx context.Context, a Actor, hosts []NewHost, dryRun bo
 		}
 	}
 	return ids, nil, nil
+}
+
+// added is what the audit log says of hosts that were made known.
+func added(hosts []inventory.Host) event.Added {
+	told := event.Added{Count: len(hosts)}
+	for _, h := range hosts {
+		told.Hosts = append(told.Hosts, event.AddedHost{ID: h.ID, Name: h.Name, EKs: h.EKs, Labels: h.Labels, Reference: h.Reference})
+	}
+	return told
 }
 
 func checkLabels(labels map[string]string) error {
@@ -233,29 +242,30 @@ type Change struct {
 	Reason     string
 }
 
-// needs is the role that each action takes.
-var needs = map[string]Role{
-	"approve": Operator, "label": Operator, "quarantine": Responder, "release": Operator,
-	"reenrol": Operator, "remove": Operator, "reference": Operator,
-	"step-up": Responder,
-}
-
-// kinds are the actions' names in the audit log.
-var kinds = map[string]string{
-	"approve": "host.approved", "label": "host.labelled", "quarantine": "host.quarantined", "release": "host.released",
-	"reenrol": "host.reenrol", "remove": "host.removed", "reference": "host.reference",
-	"step-up": "host.step-up",
+// acts are the actions: the role that each takes, and its name in the audit log.
+var acts = map[string]struct {
+	need Role
+	kind event.Kind
+}{
+	"approve":    {Operator, event.HostApproved},
+	"label":      {Operator, event.HostLabelled},
+	"quarantine": {Responder, event.HostQuarantined},
+	"release":    {Operator, event.HostReleased},
+	"reenrol":    {Operator, event.HostReenrol},
+	"remove":     {Operator, event.HostRemoved},
+	"reference":  {Operator, event.HostReference},
+	"step-up":    {Responder, event.HostStepUp},
 }
 
 // ChangeHost does c to a host. Quarantine and removal revoke its leases
 // without its help; the number of them is returned.
 func (d *Desk) ChangeHost(ctx context.Context, a Actor, host string, c Change) (inventory.Host, int, error) {
-	role, ok := needs[c.Action]
+	act, ok := acts[c.Action]
 	if !ok {
 		return inventory.Host{}, 0, invalid("no such action on a host: %q", c.Action)
 	}
 	var h inventory.Host
-	err := d.act(ctx, a, role, kinds[c.Action], c, func(tx *store.Tx, r *audit.Record) (err error) {
+	err := d.act(ctx, a, act.need, event.Change{As: act.kind, Action: c.Action, SetLabels: c.SetLabels, DropLabels: c.DropLabels, Reference: c.Reference, Reason: c.Reason}, func(tx *store.Tx, r *event.Record) (err error) {
 		if h, err = inventory.Find(tx, host); err != nil {
 			return err
 		}
@@ -348,8 +358,8 @@ func (d *Desk) CreateToken(ctx context.Context, a Actor, t inventory.JoinToken) 
 	if t.Name != "" && !plainName(t.Name) {
 		return token, invalid("host name %q: 1 to 64 letters, digits, and . @ _ -", t.Name)
 	}
-	err = d.act(ctx, a, Operator, "token.created", map[string]any{"name": t.Name, "labels": t.Labels, "reference": t.Reference, "expires": t.Expires},
-		func(tx *store.Tx, _ *audit.Record) (err error) {
+	err = d.act(ctx, a, Operator, event.Token{Name: t.Name, Labels: t.Labels, Reference: t.Reference, Expires: t.Expires},
+		func(tx *store.Tx, _ *event.Record) (err error) {
 			if t.Reference != "" {
 				if err := inForce(tx, t.Reference, d.Now()); err != nil {
 					return err

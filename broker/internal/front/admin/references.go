@@ -8,7 +8,7 @@ import (
 	"time"
 
 	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
-	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/broker/internal/verify/reference"
@@ -21,7 +21,7 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 	if !plainName(name) {
 		return r, invalid("reference name %q: 1 to 64 letters, digits, and . @ _ -", name)
 	}
-	err = d.act(ctx, a, Operator, "reference.learned", map[string]any{"name": name, "pcrs": pcrs}, func(tx *store.Tx, rec *audit.Record) error {
+	err = d.act(ctx, a, Operator, event.Reference{As: event.ReferenceLearned, Name: name, PCRs: pcrs}, func(tx *store.Tx, rec *event.Record) error {
 		h, err := inventory.Find(tx, host)
 		if err != nil {
 			return err
@@ -76,7 +76,7 @@ func (d *Desk) AddReference(ctx context.Context, a Actor, name string, content [
 	if err != nil {
 		return r, invalid("%v", err)
 	}
-	err = d.act(ctx, a, Operator, "reference.added", map[string]any{"name": name}, func(tx *store.Tx, _ *audit.Record) error {
+	err = d.act(ctx, a, Operator, event.Reference{As: event.ReferenceAdded, Name: name}, func(tx *store.Tx, _ *event.Record) error {
 		r = inventory.Reference{Name: name, Created: d.Now()}
 		if r.Content, err = json.Marshal(parsed); err != nil {
 			return err
@@ -95,7 +95,7 @@ func (d *Desk) ApproveReference(ctx context.Context, a Actor, name string, versi
 	if olderEnd.Before(now) {
 		olderEnd = now
 	}
-	err = d.act(ctx, a, Operator, "reference.approved", map[string]any{"name": name, "version": version, "older_end": olderEnd}, func(tx *store.Tx, rec *audit.Record) error {
+	err = d.act(ctx, a, Operator, event.Reference{As: event.ReferenceApproved, Name: name, Version: version, OlderEnd: olderEnd}, func(tx *store.Tx, rec *event.Record) error {
 		if r, err = inventory.ApproveReference(tx, name, version, now, olderEnd); err != nil {
 			return err
 		}
@@ -135,7 +135,7 @@ func (d *Desk) Maintain(ctx context.Context, a Actor, name string, until time.Ti
 	if until.After(d.Now().Add(longestMaintenance)) {
 		return invalid("maintenance lasts a week at most")
 	}
-	err := d.act(ctx, a, Operator, "reference.maintenance", map[string]any{"name": name, "until": until}, func(tx *store.Tx, _ *audit.Record) error {
+	err := d.act(ctx, a, Operator, event.Reference{As: event.ReferenceMaintenance, Name: name, Until: until}, func(tx *store.Tx, _ *event.Record) error {
 		if _, err := inventory.Versions(tx, name); err != nil {
 			return err
 		}
@@ -185,7 +185,7 @@ func (d *Desk) AddRelease(ctx context.Context, a Actor, r inventory.Release, old
 		olderEnd = now
 	}
 	r.Added = now
-	err := d.act(ctx, a, Operator, "release.added", map[string]any{"name": r.Name, "files": len(r.Files), "source": r.Source, "older_end": olderEnd}, func(tx *store.Tx, _ *audit.Record) (err error) {
+	err := d.act(ctx, a, Operator, event.Release{Name: r.Name, Files: len(r.Files), Source: r.Source, OlderEnd: olderEnd}, func(tx *store.Tx, _ *event.Record) (err error) {
 		r, err = inventory.AddRelease(tx, r, olderEnd)
 		return err
 	})

@@ -5,7 +5,6 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"path/filepath"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/front/pki"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -95,9 +95,8 @@ func TestRenewOperator(t *testing.T) {
 	var kinds []string
 	check.Nil(t, s.View(t.Context(), func(tx *store.Tx) error {
 		return audit.Read(tx, 0, 100, func(_ int64, body []byte) error {
-			var r audit.Record
-			err := json.Unmarshal(body, &r)
-			kinds = append(kinds, r.Kind+" "+r.Actor)
+			r, err := event.Parse(body)
+			kinds = append(kinds, string(r.Kind)+" "+r.Actor)
 			return err
 		})
 	}))

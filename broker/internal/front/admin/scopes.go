@@ -13,10 +13,10 @@ import (
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
-	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/findings"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -58,7 +58,14 @@ func (d *Desk) Apply(ctx context.Context, a Actor, files []policy.File, planOnly
 	if err != nil {
 		return p, err
 	}
-	err = d.act(ctx, a, Admin, "policy.applied", map[string]any{"scopes": p.Scopes, "files": files}, func(tx *store.Tx, _ *audit.Record) error {
+	told := event.Policy{}
+	for _, c := range p.Scopes {
+		told.Scopes = append(told.Scopes, event.ScopeChange(c))
+	}
+	for _, f := range files {
+		told.Files = append(told.Files, event.File(f))
+	}
+	err = d.act(ctx, a, Admin, told, func(tx *store.Tx, _ *event.Record) error {
 		if err := tx.QueryRow(`SELECT COALESCE(MAX(version), 0) + 1 FROM policies`).Scan(&p.Version); err != nil {
 			return err
 		}
@@ -339,7 +346,7 @@ func (d *Desk) Revoke(ctx context.Context, a Actor, ids []string, host, scope, r
 	if reason == "" {
 		reason = "revoked by " + a.Name
 	}
-	err := d.act(ctx, a, Responder, "lease.revoke", map[string]any{"leases": ids, "host": host, "scope": scope, "reason": reason}, func(tx *store.Tx, r *audit.Record) error {
+	err := d.act(ctx, a, Responder, event.Revocation{Leases: ids, Host: host, Scope: scope, Reason: reason}, func(tx *store.Tx, r *event.Record) error {
 		for _, id := range ids {
 			if _, err := journal.Load(tx, id); err != nil {
 				return err

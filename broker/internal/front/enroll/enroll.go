@@ -23,6 +23,7 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
 	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/front/challenge"
 	"github.com/countersign/countersign/broker/internal/front/pki"
 	"github.com/countersign/countersign/broker/internal/lease"
@@ -269,13 +270,13 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 			h.State, h.Reason = inventory.Quarantined, "the TPM's counters went back: a copy or a reverted snapshot"
 			h.SilentAt = time.Time{}
 			r, revoke, because = Result{Host: h, Pending: true}, h.ID, h.Reason
-			return d.save(tx, h, "finding.duplicate-instance", requestID, now)
+			return d.save(tx, h, event.HostDuplicate, requestID, now)
 		}
 		rejoined := h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling
 		if h.Reenrolling {
 			revoke, because = h.ID, "the host was enrolled anew"
 		}
-		kind := "host.joined"
+		kind := event.HostJoined
 		if !h.Admitted {
 			if j.Token != "" {
 				t, err := inventory.UseToken(tx, j.Token, h.ID, wall)
@@ -286,7 +287,7 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 					h.Name = t.Name
 				}
 				h.Admitted, h.Labels, h.Reference = true, t.Labels, t.Reference
-				kind = "host.admitted"
+				kind = event.HostAdmitted
 			} else if len(h.AKPublic) == 0 {
 				// Its first time: one more that waits. Where roots are configured,
 				// software can't take the places of those that wait.
@@ -300,7 +301,7 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 				if n >= d.MostPending {
 					return ErrPendingFull
 				}
-				kind = "host.pending"
+				kind = event.HostPending
 			}
 		}
 		h.AKPublic, h.TLSKey, h.Counters, h.PCRs = j.AK.Encoded(), conn.Key(), &quoted.Counters, quoted.PCRs
@@ -353,14 +354,19 @@ func (d *Desk) wanted(tx *store.Tx, h inventory.Host, requestID string, now time
 	} else {
 		h.Reason = wantsReenrol
 	}
-	return d.save(tx, h, "host.reenrol-wanted", requestID, now)
+	return d.save(tx, h, event.HostReenrolWanted, requestID, now)
 }
 
-func (d *Desk) save(tx *store.Tx, h inventory.Host, kind, requestID string, now time.Time) error {
-	if _, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: "host:" + h.ID, Host: h.ID, Request: requestID}, map[string]any{
-		"name": h.Name, "state": h.State, "tier": h.Tier, "eks": h.EKs, "ak": evidence.Sum(h.AKPublic), "tls_key": h.TLSKey,
-		"address": h.Address, "labels": h.Labels, "reference": h.Reference, "reason": h.Reason,
-	}); err != nil {
+func (d *Desk) save(tx *store.Tx, h inventory.Host, kind event.Kind, requestID string, now time.Time) error {
+	enrolment := &event.Enrolment{
+		As: kind, Name: h.Name, State: string(h.State), Tier: h.Tier, EKs: h.EKs, AK: evidence.Sum(h.AKPublic), TLSKey: h.TLSKey,
+		Address: h.Address, Labels: h.Labels, Reference: h.Reference, Reason: h.Reason,
+	}
+	var told event.Event = enrolment
+	if kind == event.HostDuplicate {
+		told = event.Duplicate{Enrolment: enrolment}
+	}
+	if _, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + h.ID, Host: h.ID, Request: requestID}, told); err != nil {
 		return err
 	}
 	return inventory.Save(tx, h)

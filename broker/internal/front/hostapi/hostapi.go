@@ -26,6 +26,7 @@ import (
 	"github.com/countersign/countersign/attestors/tpm"
 	tpmappraise "github.com/countersign/countersign/attestors/tpm/appraise"
 	"github.com/countersign/countersign/broker/api"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/front/challenge"
 	"github.com/countersign/countersign/broker/internal/front/enroll"
 	"github.com/countersign/countersign/broker/internal/front/pki"
@@ -167,10 +168,11 @@ const maxDetail = 4096
 
 // reject fails the host and revokes its leases.
 func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejected, request string) error {
-	state, kind := inventory.Failed, "host.failed"
+	state := inventory.Failed
 	r = &evidence.Rejected{Check: r.Check, Detail: strings.ToValidUTF8(r.Detail[:min(len(r.Detail), maxDetail)], "")}
+	var failed event.Event = event.Failed{Check: string(r.Check), Detail: r.Detail}
 	if r.Check == appraise.CheckCounters {
-		state, kind = inventory.Quarantined, "finding.duplicate-instance"
+		state, failed = inventory.Quarantined, event.Duplicate{Check: string(r.Check), Detail: r.Detail}
 	}
 	now := d.Now()
 	err := d.Store.Update(ctx, func(tx *store.Tx) error {
@@ -182,8 +184,7 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 			h.State, h.Reason = state, fmt.Sprintf("%s: %s", r.Check, r.Detail)
 			h.SilentAt = time.Time{}
 		}
-		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: "host:" + h.ID, Host: h.ID, Request: request},
-			map[string]any{"check": r.Check, "detail": r.Detail}); err != nil {
+		if _, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + h.ID, Host: h.ID, Request: request}, failed); err != nil {
 			return err
 		}
 		return inventory.Save(tx, h)
@@ -229,8 +230,11 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 	}
 	if h.FactsDigest != digest.String() {
 		h.FactsDigest = digest.String()
-		if _, err := audit.Append(tx, audit.Record{Time: facts.At, Kind: "host.facts", Actor: "host:" + h.ID, Host: h.ID},
-			map[string]any{"facts": facts.Host, "sha256": h.FactsDigest}); err != nil {
+		told, err := json.Marshal(facts.Host)
+		if err != nil {
+			return err
+		}
+		if _, err := audit.Append(tx, event.Record{Time: facts.At, Actor: "host:" + h.ID, Host: h.ID}, event.Facts{Facts: told, SHA256: h.FactsDigest}); err != nil {
 			return err
 		}
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/api"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/front/challenge"
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/lease"
@@ -105,9 +106,12 @@ func replaceAt(now, end time.Time, scope *policy.Scope) time.Time {
 func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision, o Order, request string, now time.Time) (Issued, error) {
 	result := decision.Result()
 	observe := decision.Scope() != nil && decision.Scope().Observe
-	kind := "credential." + string(result.Outcome)
-	if observe {
-		kind = "credential.observed"
+	told := event.Decided{As: event.CredentialRefused, Decision: result.Event(), Program: o.Program}
+	switch {
+	case observe:
+		told.As = event.CredentialObserved
+	case result.Outcome == policy.Fault:
+		told.As = event.CredentialFault
 	}
 	err := d.Store.Update(ctx, func(tx *store.Tx) error {
 		if err := p.save(tx, time.Time{}, false); err != nil {
@@ -118,8 +122,8 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 				return err
 			}
 		}
-		_, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: "host:" + p.host.ID, Host: p.host.ID, Scope: bounded(o.Scope, maxWord), Request: request},
-			map[string]any{"decision": result, "program": p.verified.Facts().Program})
+		_, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + p.host.ID, Host: p.host.ID, Scope: bounded(o.Scope, maxWord), Request: request},
+			told)
 		return err
 	})
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/api"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/front/challenge"
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/lease"
@@ -187,8 +188,8 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 		if decision.Scope().Observe {
 			break
 		}
-		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.refused", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
-			map[string]any{"decision": result, "program": verified.Facts().Program}); err != nil {
+		if _, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
+			event.Decided{As: event.CredentialRefused, Decision: result.Event(), Program: lp.Program}); err != nil {
 			return v, "", err
 		}
 		v.Outcome, v.Reason = string(api.Refused), refusal(result).Message
@@ -206,8 +207,8 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 		if g, _, err = journal.Step(g, journal.Bound{Instance: instance, Subject: lp.Program}, now); err != nil {
 			return v, "", err
 		}
-		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.bound", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
-			map[string]any{"instance": instance}); err != nil {
+		if _, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
+			event.Bound{Instance: instance}); err != nil {
 			return v, "", err
 		}
 	}
@@ -271,8 +272,8 @@ func (d *Desk) adopt(tx *store.Tx, p proven, lp LeaseProof, now time.Time, reque
 	if g.Facts, err = json.Marshal(recorded); err != nil {
 		return g, err
 	}
-	if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.adopted", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
-		map[string]any{"names": g.Names}); err != nil {
+	if _, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
+		event.Adopted{Names: g.Names}); err != nil {
 		return g, err
 	}
 	return g, journal.Save(tx, g)

@@ -2,8 +2,8 @@ package hostapi
 
 import (
 	"context"
-	"time"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/front/challenge"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/audit"
@@ -13,17 +13,9 @@ import (
 // An Open is that a program opened the file of a credential that is not its own, by
 // the word of the host.
 type Open struct {
-	Lease string    `json:"-"`
-	Time  time.Time `json:"time"`
-	Path  string    `json:"path"`
-	PID   uint32    `json:"pid"`
-	Exe   string    `json:"exe"`
-	User  string    `json:"user"`
-	Unit  string    `json:"unit,omitempty"`
+	Lease string
+	event.Opened
 }
-
-// openedKind is what an audit record of an Open is called.
-const openedKind = "credential.opened"
 
 // maxSeen bounds a text of an Open as it is kept.
 const maxSeen = 512
@@ -46,8 +38,8 @@ func (d *Desk) Witness(ctx context.Context, conn *challenge.Conn, opens []Open, 
 				o.Time = now // no clock of a host's moves it to another lease's time
 			}
 			o.Path, o.Exe, o.User, o.Unit = bounded(o.Path, maxSeen), bounded(o.Exe, maxSeen), bounded(o.User, maxSeen), bounded(o.Unit, maxSeen)
-			r := audit.Record{Time: now, Kind: openedKind, Actor: "host:" + leases[i].Host, Host: leases[i].Host, Scope: leases[i].Scope, Lease: leases[i].ID, Request: request}
-			if _, err := audit.Append(tx, r, o); err != nil {
+			r := event.Record{Time: now, Actor: "host:" + leases[i].Host, Host: leases[i].Host, Scope: leases[i].Scope, Lease: leases[i].ID, Request: request}
+			if _, err := audit.Append(tx, r, o.Opened); err != nil {
 				return err
 			}
 		}

@@ -1,7 +1,6 @@
 package hostapi
 
 import (
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"path/filepath"
@@ -11,6 +10,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/countersign/countersign/broker/api"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/front/challenge"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/audit"
@@ -40,19 +40,20 @@ func witnesses(t *testing.T) (d *Desk, now time.Time, ours *challenge.Conn) {
 }
 
 // entered are the audit's records of opens.
-func entered(t *testing.T, d *Desk) (records []audit.Record, opens []Open) {
+func entered(t *testing.T, d *Desk) (records []event.Record, opens []event.Opened) {
 	t.Helper()
 	check.Nil(t, d.Store.View(t.Context(), func(tx *store.Tx) error {
 		return audit.Read(tx, 0, 100, func(_ int64, body []byte) error {
-			var r audit.Record
-			var o Open
-			if err := json.Unmarshal(body, &r); err != nil || r.Kind != openedKind {
+			r, err := event.Parse(body)
+			if err != nil || r.Kind != event.CredentialOpened {
 				return err
 			}
-			records = append(records, r)
-			err := json.Unmarshal(r.Detail, &o)
-			opens = append(opens, o)
-			return err
+			e, err := r.Event()
+			if err != nil {
+				return err
+			}
+			records, opens = append(records, r), append(opens, *e.(*event.Opened))
+			return nil
 		})
 	}))
 	return records, opens
@@ -63,12 +64,10 @@ func entered(t *testing.T, d *Desk) (records []audit.Record, opens []Open) {
 func TestWitnessOfItsOwn(t *testing.T) {
 	d, now, conn := witnesses(t)
 	at := now.Add(-time.Minute)
-	mine := Open{Lease: "lease-ours", Time: at, Path: "/etc/billing/db", PID: 7, Exe: "/bin/cat", User: "root", Unit: "thief.service"}
+	mine := Open{"lease-ours", event.Opened{Time: at, Path: "/etc/billing/db", PID: 7, Exe: "/bin/cat", User: "root", Unit: "thief.service"}}
 	check.Nil(t, d.Witness(t.Context(), conn, []Open{mine}, "req"))
 	records, opens := entered(t, d)
-	want := mine
-	want.Lease = ""
-	if len(records) != 1 || opens[0] != want || records[0].Actor != "host:ours" || records[0].Host != "ours" || records[0].Lease != "lease-ours" ||
+	if len(records) != 1 || opens[0] != mine.Opened || records[0].Actor != "host:ours" || records[0].Host != "ours" || records[0].Lease != "lease-ours" ||
 		records[0].Scope != "billing-db" || records[0].Request != "req" || !records[0].Time.Equal(now) {
 		t.Fatalf("%+v %+v", records, opens)
 	}
@@ -102,7 +101,7 @@ func TestWitnessIsBounded(t *testing.T) {
 		{time.Time{}, now},
 	} {
 		long := strings.Repeat("ü\n", 5000)
-		check.Nil(t, d.Witness(t.Context(), conn, []Open{{Lease: "lease-ours", Time: tt.said, Path: long, Exe: long, User: long, Unit: long}}, "req"))
+		check.Nil(t, d.Witness(t.Context(), conn, []Open{{"lease-ours", event.Opened{Time: tt.said, Path: long, Exe: long, User: long, Unit: long}}}, "req"))
 		_, opens := entered(t, d)
 		o := opens[len(opens)-1]
 		if !o.Time.Equal(tt.want) {

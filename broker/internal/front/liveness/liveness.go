@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/audit"
@@ -305,7 +306,7 @@ func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.T
 	}
 	if h.State == inventory.Trusted {
 		h.State, h.Reason = inventory.Stale, "silent since "+h.LastProved.Format(time.RFC3339)
-		if err := w.record(tx, h, now, "host.stale"); err != nil {
+		if err := w.record(tx, h, now, event.HostStale); err != nil {
 			return nil, false, err
 		}
 	}
@@ -327,15 +328,15 @@ func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.T
 		due, held = nil, true
 		h.SilentAt = time.Time{}
 		h.Reason = fmt.Sprintf("silent since %s; %s: `countersign lease revoke --host %s` ends its leases", h.LastProved.Format(time.RFC3339), heldWords, h.ID)
-		if err := w.record(tx, h, now, "host.held"); err != nil {
+		if err := w.record(tx, h, now, event.HostHeld); err != nil {
 			return nil, false, err
 		}
 	}
 	return due, held, inventory.Save(tx, h)
 }
 
-func (w *Watch) record(tx *store.Tx, h inventory.Host, now time.Time, kind string) error {
-	_, err := audit.Append(tx, audit.Record{Time: now, Kind: kind, Actor: "broker", Host: h.ID}, map[string]any{"reason": h.Reason, "last_proved": h.LastProved})
+func (w *Watch) record(tx *store.Tx, h inventory.Host, now time.Time, kind event.Kind) error {
+	_, err := audit.Append(tx, event.Record{Time: now, Actor: "broker", Host: h.ID}, event.Silence{As: kind, Reason: h.Reason, LastProved: h.LastProved})
 	return err
 }
 

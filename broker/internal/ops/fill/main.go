@@ -20,6 +20,8 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/broker/api/detector"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/audit"
@@ -199,6 +201,10 @@ func (f *filler) lease(tx *store.Tx, facts appraise.Facts, scopeName string, i, 
 		return err
 	}
 	recorded.Program = &program
+	told, err := json.Marshal(recorded)
+	if err != nil {
+		return err
+	}
 	issued := f.now.Add(-time.Hour)
 	if k >= liveOfHost {
 		issued = f.now.Add(-time.Duration(k-liveOfHost+2) * endedOver / endedOfHost)
@@ -217,14 +223,14 @@ func (f *filler) lease(tx *store.Tx, facts appraise.Facts, scopeName string, i, 
 	if result.Outcome != policy.Allowed {
 		return fmt.Errorf("host %d is not allowed scope %s: %+v", i, scopeName, result)
 	}
-	if _, err := audit.Append(tx, audit.Record{Time: issued, Kind: "credential.allowed", Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID},
-		map[string]any{"decision": result, "facts": recorded, "host_facts": f.digest(), "names": g.Names}); err != nil {
+	if _, err := audit.Append(tx, event.Record{Time: issued, Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID},
+		event.Allowed{Decision: result.Event(), Facts: told, HostFacts: f.digest(), Names: g.Names}); err != nil {
 		return err
 	}
 	if k >= liveOfHost {
 		g.State, g.Reason, g.Ended, g.Due = journal.Gone, "replaced", g.Expires, time.Time{}
-		if _, err := audit.Append(tx, audit.Record{Time: g.Ended, Kind: "credential.ended", Actor: "broker", Host: g.Host, Scope: g.Scope, Lease: g.ID},
-			map[string]any{"state": g.State, "reason": g.Reason, "names": g.Names, "expires": g.Expires}); err != nil {
+		if _, err := audit.Append(tx, event.Record{Time: g.Ended, Actor: "broker", Host: g.Host, Scope: g.Scope, Lease: g.ID},
+			event.Outcome{As: event.CredentialEnded, State: string(g.State), Reason: g.Reason, Names: g.Names, Expires: g.Expires}); err != nil {
 			return err
 		}
 	} else if err := decision(tx, g.Host, result, facts); err != nil {
@@ -288,7 +294,7 @@ func (f *filler) findings(ctx context.Context, n, hosts int) error {
 		if err := f.store.Update(ctx, func(tx *store.Tx) error {
 			for i := first; i < min(first+page, n); i++ {
 				at := f.now.Add(-time.Duration(n-i) * 365 * 24 * time.Hour / time.Duration(n))
-				r := findings.Finding{Detector: "unmatched-login", Cause: fmt.Sprintf("cause-%d", i), Severity: "high", Host: hostID(i % max(hosts, 1)), Account: fmt.Sprintf("app_%d", i),
+				r := findings.Finding{Detector: string(detector.UnmatchedLogin), Cause: fmt.Sprintf("cause-%d", i), Severity: "high", Host: hostID(i % max(hosts, 1)), Account: fmt.Sprintf("app_%d", i),
 					Why: "the account is governed, and was not issued by the broker", First: at, Last: at, Count: 3,
 					Evidence: []json.RawMessage{json.RawMessage(fmt.Sprintf(`{"time":%q,"kind":"login","account":"app_%d","from":"10.9.8.7","source":"billing-db","line":%d}`, at.Format(time.RFC3339), i, i))}}
 				made, _, err := findings.Report(tx, r, f.now)

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
@@ -149,17 +150,17 @@ func (c *checker) record(index, all int64, body []byte) error {
 			c.bad(SilentSecrets, "record %d holds %q", index, pattern)
 		}
 	}
-	h, err := audit.ParseHeader(body)
+	h, err := event.Header(body)
 	if err != nil {
 		return nil // AuditIntact has it
 	}
 	t := c.traces[h.Lease]
 	switch h.Kind {
-	case "credential.allowed", "credential.adopted":
+	case event.CredentialAllowed, event.CredentialAdopted:
 		t.allowed = index + 1
-	case "credential.issued":
+	case event.CredentialIssued:
 		t.issued = index + 1
-	case "credential.ended":
+	case event.CredentialEnded:
 		t.ended = index + 1
 	default:
 		return nil

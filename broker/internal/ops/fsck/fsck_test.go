@@ -8,6 +8,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/ops/fsck"
@@ -41,7 +42,7 @@ func issue(t *testing.T, s *store.Store, id string, at time.Time) {
 		t.Fatal(err)
 	}
 	if err := s.Update(t.Context(), func(tx *store.Tx) error {
-		if _, err := audit.Append(tx, audit.Record{Time: at, Kind: "credential.allowed", Actor: "host:h", Host: "h", Lease: id}, nil); err != nil {
+		if _, err := audit.Append(tx, event.Record{Time: at, Actor: "host:h", Host: "h", Lease: id}, event.Allowed{}); err != nil {
 			return err
 		}
 		return journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Subject: subject, Issued: at, Due: now.Add(time.Hour)})
@@ -58,7 +59,7 @@ func end(t *testing.T, s *store.Store, id string) {
 			return err
 		}
 		g.State, g.Ended, g.Due = journal.Gone, now, time.Time{}
-		if _, err := audit.Append(tx, audit.Record{Time: now, Kind: "credential.ended", Actor: "broker", Host: "h", Lease: id}, nil); err != nil {
+		if _, err := audit.Append(tx, event.Record{Time: now, Actor: "broker", Host: "h", Lease: id}, event.Outcome{As: event.CredentialEnded}); err != nil {
 			return err
 		}
 		return journal.Save(tx, g)

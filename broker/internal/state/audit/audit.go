@@ -22,33 +22,19 @@ import (
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/checkpoint"
 )
 
-// A Record is one line of the log.
-type Record struct {
-	Index   int64           `json:"index"`
-	Time    time.Time       `json:"time"`
-	Kind    string          `json:"kind"`            // what happened, as "host.admitted"
-	Actor   string          `json:"actor"`           // "host:<id>", "operator:<name>" or "broker"
-	Host    string          `json:"host,omitempty"`  // whom it concerns
-	Scope   string          `json:"scope,omitempty"` //
-	Lease   string          `json:"lease,omitempty"` //
-	Request string          `json:"request,omitempty"`
-	Detail  json.RawMessage `json:"detail,omitempty"`
-}
-
-// Append writes r as the next record; it fills in Index. The detail is
-// marshalled as it is and must hold no secret.
-func Append(tx *store.Tx, r Record, detail any) (int64, error) {
-	if detail != nil {
-		b, err := json.Marshal(detail)
-		if err != nil {
-			return 0, fmt.Errorf("audit %s: %w", r.Kind, err)
-		}
-		r.Detail = b
+// Append writes e as the next record; r says whom it concerns, and Append fills in the
+// rest of it. An event holds no secret.
+func Append(tx *store.Tx, r event.Record, e event.Event) (int64, error) {
+	detail, err := json.Marshal(e)
+	if err != nil {
+		return 0, fmt.Errorf("audit %s: %w", e.Kind(), err)
 	}
+	r.Kind, r.Detail = e.Kind(), detail
 	n, err := size(tx)
 	if err != nil {
 		return 0, err
@@ -221,8 +207,8 @@ func (l *Log) Receipt(ctx context.Context, index int64) (record, signed []byte, 
 }
 
 // CheckReceipt verifies what Receipt gave, without the broker.
-func CheckReceipt(verifier note.Verifier, record, signed []byte, rawProof [][]byte) (Record, error) {
-	var r Record
+func CheckReceipt(verifier note.Verifier, record, signed []byte, rawProof [][]byte) (event.Record, error) {
+	var r event.Record
 	head, err := checkpoint.Open(signed, verifier)
 	if err != nil {
 		return r, err
@@ -301,20 +287,20 @@ func (l *Log) Shown(ctx context.Context, signed []byte, actor string, now time.T
 		if err := check(tx); err != nil || !behind {
 			return err
 		}
-		return OpenEpoch(tx, max(shown.Epoch, 1)+1, actor, now, map[string]any{
-			"reason": "a checkpoint that this log can't follow was shown", "shown": string(signed),
+		return OpenEpoch(tx, max(shown.Epoch, 1)+1, actor, now, event.Epoch{
+			Reason: "a checkpoint that this log can't follow was shown", Shown: string(signed),
 		})
 	})
 	return 0, err
 }
 
 // OpenEpoch records that the log starts anew at its present size.
-func OpenEpoch(tx *store.Tx, number int64, actor string, now time.Time, detail any) error {
+func OpenEpoch(tx *store.Tx, number int64, actor string, now time.Time, e event.Epoch) error {
 	if _, err := tx.Exec(`INSERT INTO meta (name, value) VALUES ('audit.epoch', ?)
 		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, strconv.FormatInt(number, 10)); err != nil {
 		return err
 	}
-	_, err := Append(tx, Record{Time: now, Kind: "audit.epoch", Actor: actor}, detail)
+	_, err := Append(tx, event.Record{Time: now, Actor: actor}, e)
 	return err
 }
 

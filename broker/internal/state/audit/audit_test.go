@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/checkpoint"
@@ -34,7 +35,7 @@ func appendN(t *testing.T, s *store.Store, n int) {
 	t.Helper()
 	for range n {
 		if err := s.Update(t.Context(), func(tx *store.Tx) error {
-			_, err := audit.Append(tx, audit.Record{Time: now, Kind: "test", Actor: "broker"}, map[string]int{"n": n})
+			_, err := audit.Append(tx, event.Record{Time: now, Actor: "broker"}, event.Canary{As: event.CanaryIssued, ID: fmt.Sprint(n)})
 			return err
 		}); err != nil {
 			t.Fatal(err)

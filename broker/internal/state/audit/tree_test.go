@@ -44,20 +44,3 @@ func TestTreeIsTlogs(t *testing.T) {
 		t.Errorf("the edge of 600 records has %d hashes", len(tree.edge))
 	}
 }
-
-// A header is read without the detail, whatever texts before it hold.
-func TestParseHeader(t *testing.T) {
-	for body, want := range map[string]Header{
-		`{"index":7,"time":"2026-01-02T03:04:05Z","kind":"a.b","actor":"broker","lease":"l","detail":{"kind":"x","index":9}}`: {Index: 7, Kind: "a.b", Lease: "l"},
-		`{"index":7,"kind":"a.b","actor":"operator:x\",\"detail\":{","host":"h"}`:                                             {Index: 7, Kind: "a.b", Host: "h"},
-		`{"index":7,"kind":"a.b","actor":"x"}`:                                                                                {Index: 7, Kind: "a.b"},
-	} {
-		h, err := ParseHeader([]byte(body))
-		if want.Time = h.Time; err != nil || h != want {
-			t.Errorf("%s: %+v, %v", body, h, err)
-		}
-	}
-	if _, err := ParseHeader([]byte(`{"index":7,"kind"`)); err == nil {
-		t.Error("half a record was read")
-	}
-}

@@ -3,12 +3,11 @@ package audit
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
-	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
@@ -47,24 +46,6 @@ func (t *Tree) Root() (tlog.Hash, error) {
 		h = tlog.NodeHash(t.edge[i], h)
 	}
 	return h, nil
-}
-
-// A Header is what a record says before its detail.
-type Header struct {
-	Index int64     `json:"index"`
-	Time  time.Time `json:"time"`
-	Kind  string    `json:"kind"`
-	Host  string    `json:"host"`
-	Lease string    `json:"lease"`
-}
-
-// ParseHeader reads a record's header and leaves its detail alone, which may be long.
-func ParseHeader(body []byte) (h Header, err error) {
-	// Detail is the last field, and a quote within a text before it is escaped.
-	if i := bytes.Index(body, []byte(`,"detail":`)); i >= 0 {
-		body = append(body[:i:i], '}')
-	}
-	return h, json.Unmarshal(body, &h)
 }
 
 // A Verification is a log that was hashed again.
@@ -118,7 +99,7 @@ func (v *Verification) page(tx *store.Tx, each func(index, all int64, body []byt
 			v.bad("record %d is missing", v.Tree.size)
 			v.Tree.size = index // what follows is still to be seen
 		}
-		if h, err := ParseHeader(body); err != nil || h.Index != index {
+		if h, err := event.Header(body); err != nil || h.Index != index {
 			v.bad("record %d is not readable", index)
 		}
 		if v.Problem == nil {

@@ -19,6 +19,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/countersign/countersign/broker/api/detector"
 )
 
 // A Severity is how much a finding matters.
@@ -175,11 +177,11 @@ func (f Finding) onTopOf(before Finding) Finding {
 
 // passing are the detectors of what can be over: a state, or something that the ledger
 // had late. What somebody did is for somebody to look into.
-var passing = map[string]bool{"silent-sensor": true, "dormant": true, "unmatched-login": true, "out-of-band-read": true}
+var passing = map[detector.Name]bool{detector.SilentSensor: true, detector.Dormant: true, detector.UnmatchedLogin: true, detector.OutOfBandRead: true}
 
 // Settles says whether evidence may close f: nothing that was acted on.
 func (f Finding) Settles() bool {
-	return f.Status == Open && passing[f.Detector] && f.Severity != "critical" && (f.Response == "" || f.Response == "alert")
+	return f.Status == Open && passing[detector.Name(f.Detector)] && f.Severity != "critical" && (f.Response == "" || f.Response == "alert")
 }
 
 // A Risk is what a host's open findings mean for it, by scope; under "" for all.
