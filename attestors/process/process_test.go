@@ -2,6 +2,8 @@ package process_test
 
 import (
 	"bytes"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -84,4 +86,27 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("%q came back as %q, %v", b, again, err)
 		}
 	})
+}
+
+// What agents of the first version sent, and brokers keep with leases, is read
+// for ever. The files were written by that version.
+func TestFirstVersion(t *testing.T) {
+	files, err := filepath.Glob("testdata/v1/*.json")
+	if err != nil || len(files) < 5 {
+		t.Fatal(files, err)
+	}
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := process.Parse(b)
+		if err != nil {
+			t.Errorf("%s: %v", file, err)
+			continue
+		}
+		if again, err := p.Encode(); err != nil || !bytes.Equal(again, b) {
+			t.Errorf("%s: came back as %s, %v", file, again, err)
+		}
+	}
 }
