@@ -36,8 +36,8 @@ type piece struct {
 }
 
 func compile(template string) ([]piece, error) {
-	if len(template) > maxContent {
-		return nil, fmt.Errorf("the template has %d bytes; at most %d are read", len(template), maxContent)
+	if len(template) > MaxContent {
+		return nil, fmt.Errorf("the template has %d bytes; at most %d are read", len(template), MaxContent)
 	}
 	known := map[string]any{"index": true} // the parser takes nil for undefined
 	for name := range encoders {
@@ -129,8 +129,8 @@ func action(pipe *parse.PipeNode) (p piece, err error) {
 	return p, nil
 }
 
-// render fills a template in. Its errors name fields, never their values.
-func render(template string, fields map[string]secret.Bytes) (secret.Bytes, error) {
+// Render fills a template in. Its errors name fields, never their values.
+func Render(template string, fields map[string]secret.Bytes) (secret.Bytes, error) {
 	pieces, err := compile(template)
 	if err != nil {
 		return secret.Bytes{}, err
@@ -144,9 +144,9 @@ func render(template string, fields map[string]secret.Bytes) (secret.Bytes, erro
 				return secret.Bytes{}, fmt.Errorf("template: line %d: field %q: %w", p.line, p.field, err)
 			}
 		}
-		if out.Len()+len(b) > maxContent {
+		if out.Len()+len(b) > MaxContent {
 			clear(out.Bytes())
-			return secret.Bytes{}, fmt.Errorf("template: the content is larger than %d bytes", maxContent)
+			return secret.Bytes{}, fmt.Errorf("template: the content is larger than %d bytes", MaxContent)
 		}
 		out.Write(b)
 	}
@@ -164,8 +164,8 @@ func (p piece) value(fields map[string]secret.Bytes) ([]byte, error) {
 		return nil, fmt.Errorf("the credential has none of this name; it has %s", strings.Join(names, ", "))
 	}
 	b := field.Reveal()
-	if len(b) > maxContent {
-		return nil, fmt.Errorf("larger than %d bytes", maxContent)
+	if len(b) > MaxContent {
+		return nil, fmt.Errorf("larger than %d bytes", MaxContent)
 	}
 	names := p.encoders
 	if len(names) == 0 {

@@ -72,7 +72,7 @@ func TestEncoders(t *testing.T) {
 	} {
 		t.Run(tt.encoder, func(t *testing.T) {
 			for _, v := range values {
-				got, err := render("{{ .password | "+tt.encoder+" }}", one(v))
+				got, err := Render("{{ .password | "+tt.encoder+" }}", one(v))
 				if tt.cannot != nil && tt.cannot(v) {
 					if err == nil {
 						t.Errorf("%q was written", v)
@@ -193,7 +193,7 @@ func TestTemplate(t *testing.T) {
 		{"{{ .password | pem }}", "", "not PEM"}, {"{{ .half | pem }}", "", "not whole PEM"}, {"{{ .after | pem }}", "", "not PEM"}, {"{{ .broken | pem }}", "", "not whole PEM"},
 		{"{{ .nothing }}", "", "none of this name; it has after, broken"},
 	} {
-		got, err := render(tt.template, fields)
+		got, err := Render(tt.template, fields)
 		if tt.err != "" {
 			silent(t, err, tt.err)
 			if strings.Contains(err.Error(), block[40:60]) {
@@ -206,12 +206,12 @@ func TestTemplate(t *testing.T) {
 		}
 	}
 	fields["password"] = secret.New(bytes.Repeat([]byte("s3cret:"), 100_000))
-	if _, err := render("{{ .password }}", fields); err != nil {
+	if _, err := Render("{{ .password }}", fields); err != nil {
 		t.Error(err)
 	}
-	_, err := render("{{ .password }}{{ .password }}", fields)
+	_, err := Render("{{ .password }}{{ .password }}", fields)
 	silent(t, err, "larger than")
-	_, err = render("{{ .password | json | json | json | json | json }}{{ .password | pgpass}}", fields)
+	_, err = Render("{{ .password | json | json | json | json | json }}{{ .password | pgpass}}", fields)
 	silent(t, err, "larger than")
 }
 
@@ -250,7 +250,7 @@ func TestValidate(t *testing.T) {
 	for _, builtin := range []string{"printf", "print", "println", "html", "js", "urlquery", "call", "slice", "len", "eq", "and", "or", "not", "file", "env", "exec"} {
 		silent(t, Validate("{{ "+builtin+" .a }}"), "not defined", builtin)
 	}
-	silent(t, Validate(strings.Repeat("x", maxContent+1)), "at most")
+	silent(t, Validate(strings.Repeat("x", MaxContent+1)), "at most")
 }
 
 // FuzzRender: whatever a value holds, it stays inside its place.
@@ -259,7 +259,7 @@ func FuzzRender(f *testing.F) {
 		f.Add(v)
 	}
 	f.Fuzz(func(t *testing.T, v string) {
-		out, err := render(`{{ .password }}`, one(v))
+		out, err := Render(`{{ .password }}`, one(v))
 		if err == nil && (string(out.Reveal()) != v || strings.ContainsFunc(v, control)) {
 			t.Errorf("plain: %q from %q", out.Reveal(), v)
 		}
@@ -269,21 +269,21 @@ func FuzzRender(f *testing.F) {
 			}
 			return
 		}
-		out, err = render(`{"a":{{ .password | json }},"b":1}`, one(v))
+		out, err = Render(`{"a":{{ .password | json }},"b":1}`, one(v))
 		check(t, err)
 		var j map[string]any
 		check(t, json.Unmarshal(out.Reveal(), &j))
 		if j["a"] != v || len(j) != 2 {
 			t.Errorf("json: %q", out.Reveal())
 		}
-		out, err = render("a: {{ .password | yaml }}\nb: 1\n", one(v))
+		out, err = Render("a: {{ .password | yaml }}\nb: 1\n", one(v))
 		check(t, err)
 		var y map[string]any
 		check(t, yaml.Unmarshal(out.Reveal(), &y))
 		if y["a"] != v || len(y) != 2 {
 			t.Errorf("yaml: %q", out.Reveal())
 		}
-		if out, err = render(`<x a="{{ .password | xml }}"/>`, one(v)); err == nil {
+		if out, err = Render(`<x a="{{ .password | xml }}"/>`, one(v)); err == nil {
 			var x struct {
 				A string `xml:"a,attr"`
 			}
@@ -292,15 +292,15 @@ func FuzzRender(f *testing.F) {
 				t.Errorf("xml: %q", out.Reveal())
 			}
 		}
-		out, err = render(`{{ .password | properties }}`, one(v))
+		out, err = Render(`{{ .password | properties }}`, one(v))
 		check(t, err)
 		if read := readProperties(t, string(out.Reveal())); read != v {
 			t.Errorf("properties: %q from %q", read, out.Reveal())
 		}
-		if out, err = render(`{{ .password | pgpass }}`, one(v)); err == nil && bytes.ContainsAny(out.Reveal(), "\r\n\x00") {
+		if out, err = Render(`{{ .password | pgpass }}`, one(v)); err == nil && bytes.ContainsAny(out.Reveal(), "\r\n\x00") {
 			t.Errorf("pgpass: %q", out.Reveal())
 		}
-		if out, err = render(`{{ .password | pem }}`, one(v)); err == nil && strings.ContainsFunc(strings.ReplaceAll(string(out.Reveal()), "\n", ""), control) {
+		if out, err = Render(`{{ .password | pem }}`, one(v)); err == nil && strings.ContainsFunc(strings.ReplaceAll(string(out.Reveal()), "\n", ""), control) {
 			t.Errorf("pem: %q", out.Reveal())
 		}
 	})

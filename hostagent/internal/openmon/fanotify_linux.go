@@ -15,7 +15,7 @@ import (
 
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
-	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 )
 
 // Run watches and tells until ctx ends. Where the kernel doesn't let it, it says
@@ -183,7 +183,7 @@ func (g *group) follow(at place, f *config.File, held bool, m *marked) error {
 		g.unmark(at, m)
 		return nil
 	}
-	file, err := deliver.Place(f)
+	file, err := files.Place(f)
 	if err != nil {
 		g.unmark(at, m)
 		if errors.Is(err, unix.ENOENT) {
@@ -199,7 +199,7 @@ func (g *group) follow(at place, f *config.File, held bool, m *marked) error {
 	}
 	g.unmark(at, m)
 	if err == nil {
-		err = deliver.Delivered(f, file)
+		err = files.Delivered(f, file)
 	}
 	if err == nil {
 		err = watchable(self(file))

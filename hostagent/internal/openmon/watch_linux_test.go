@@ -22,7 +22,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
-	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/hostagent/internal/notify"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -418,7 +418,7 @@ credential "c" {
 }`, 0, b.file, b.file, reload)))(t)
 	o := agent.Credentials[0].OnChange
 	for range 3 {
-		check.Nil(t, errors.Join(deliver.Check(t.Context(), o, nil), deliver.Notify(t.Context(), o, process.Program{})))
+		check.Nil(t, errors.Join(notify.Check(t.Context(), o, nil), notify.Notify(t.Context(), o, process.Program{})))
 	}
 	b.only(t)
 }

@@ -9,7 +9,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
-	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 	"github.com/countersign/countersign/internal/faults"
 )
 
@@ -29,11 +29,11 @@ func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool)
 	if lease == nil || lease.ID != id {
 		return
 	}
-	var contents []deliver.Content
+	var contents []files.Content
 	if withhold && lease.holds() && lease.Unit != "" && lease.Acked && r.now().Before(lease.Expires) {
-		contents = deliver.ReadBack(r.cfg.Files)
+		contents = files.ReadBack(r.cfg.Files)
 	}
-	err := deliver.Withdraw(r.cfg.Files)
+	err := files.Withdraw(r.cfg.Files)
 	faults.Point("agent.withdrawn")
 	told, returned := true, lease.Returned
 	if !returned {
@@ -128,8 +128,8 @@ func (r *Runner) adopt(p *process.Program) {
 	defer r.files.Unlock()
 	lease, contents, err := r.keep.loadWithheld()
 	if err == nil && lease != nil {
-		var swap *deliver.Swap
-		if swap, err = deliver.PutBack(r.cfg.Files, contents); err == nil {
+		var swap *files.Swap
+		if swap, err = files.PutBack(r.cfg.Files, contents); err == nil {
 			defer swap.Discard()
 			if err = swap.Commit(); err == nil {
 				err = swap.Finish()
@@ -190,7 +190,7 @@ func (r *Runner) recover(ctx context.Context) error {
 	r.files.Lock()
 	defer r.files.Unlock()
 	pending := r.pending
-	swap, committed, err := deliver.Recover(r.cfg.Files)
+	swap, committed, err := files.Recover(r.cfg.Files)
 	if err != nil {
 		return err
 	}

@@ -14,8 +14,9 @@ import (
 	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
-	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/hostagent/internal/notify"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/secret"
 )
@@ -268,7 +269,7 @@ const observeEvery = 15 * time.Minute
 func (r *Runner) put(ctx context.Context, p *process.Program, lease *Lease, fields map[string]secret.Bytes) error {
 	r.files.Lock()
 	defer r.files.Unlock()
-	swap, err := deliver.Prepare(r.cfg.Files, fields)
+	swap, err := files.Prepare(r.cfg.Files, fields)
 	for _, f := range fields {
 		f.Wipe()
 	}
@@ -276,7 +277,7 @@ func (r *Runner) put(ctx context.Context, p *process.Program, lease *Lease, fiel
 		return err
 	}
 	defer swap.Discard()
-	if err := deliver.Check(ctx, r.cfg.OnChange, swap.Paths()); err != nil {
+	if err := notify.Check(ctx, r.cfg.OnChange, swap.Paths()); err != nil {
 		return err
 	}
 	faults.Point("agent.prepared")
@@ -296,7 +297,7 @@ func (r *Runner) put(ctx context.Context, p *process.Program, lease *Lease, fiel
 
 // settle acknowledges a swap that stands in the files, and finishes or undoes
 // it. r.files is held.
-func (r *Runner) settle(ctx context.Context, p *process.Program, lease *Lease, swap *deliver.Swap) error {
+func (r *Runner) settle(ctx context.Context, p *process.Program, lease *Lease, swap *files.Swap) error {
 	expires, err := r.acknowledge(ctx, lease)
 	if err != nil {
 		return r.undo(swap, err)
@@ -327,7 +328,7 @@ func (r *Runner) settle(ctx context.Context, p *process.Program, lease *Lease, s
 		// program come back.
 		go func() {
 			// A program that ended has nothing to be told.
-			if err := deliver.Notify(ctx, r.cfg.OnChange, *p); err != nil && !errors.Is(err, deliver.ErrEnded) {
+			if err := notify.Notify(ctx, r.cfg.OnChange, *p); err != nil && !errors.Is(err, notify.ErrEnded) {
 				r.complain("tell the program", err)
 			}
 		}()
@@ -344,7 +345,7 @@ func (r *Runner) dropPending() error {
 
 // undo brings the old files back. While that fails the pending note stays: the
 // next run of the agent tries again.
-func (r *Runner) undo(swap *deliver.Swap, err error) error {
+func (r *Runner) undo(swap *files.Swap, err error) error {
 	if rollback := swap.Rollback(); rollback != nil {
 		return errors.Join(err, rollback)
 	}
@@ -451,7 +452,7 @@ func (r *Runner) Ready(ctx context.Context) error {
 	l := r.lease
 	r.mu.Unlock()
 	// Not under mu, which proofs wait for: the files' file system may hang.
-	if l.holds() && l.Acked && (l.Instance == p.Instance().String() || l.Coming) && r.now().Before(l.Expires) && deliver.Standing(r.cfg.Files) {
+	if l.holds() && l.Acked && (l.Instance == p.Instance().String() || l.Coming) && r.now().Before(l.Expires) && files.Standing(r.cfg.Files) {
 		return nil // handed over, and there already
 	}
 	r.mu.Lock()

@@ -17,7 +17,7 @@ import (
 
 	"crypto"
 
-	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 	"github.com/countersign/countersign/internal/durable"
 	"github.com/countersign/countersign/internal/secret"
 )
@@ -96,7 +96,7 @@ type withheldFile struct {
 	Contents [][]byte `json:"contents"` // in the order of the credential's files
 }
 
-func (k *keeper) withhold(l *Lease, contents []deliver.Content) error {
+func (k *keeper) withhold(l *Lease, contents []files.Content) error {
 	w := withheldFile{Lease: l}
 	for _, c := range contents {
 		w.Contents = append(w.Contents, c.Data.Reveal())

@@ -1,4 +1,4 @@
-package deliver
+package files
 
 import (
 	"errors"
@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/internal/secret"
 )
 
@@ -174,7 +175,7 @@ func TestReadBackOfAnothersFile(t *testing.T) {
 		"owner": func() error {
 			return errors.Join(os.WriteFile(files[0].Path, nil, 0o600), os.Chown(files[0].Path, 4711, 0))
 		},
-		"over 1 MiB":  func() error { return os.WriteFile(files[0].Path, make([]byte, maxContent+1), 0o600) },
+		"over 1 MiB":  func() error { return os.WriteFile(files[0].Path, make([]byte, deliver.MaxContent+1), 0o600) },
 		"a directory": func() error { return os.Mkdir(files[0].Path, 0o700) },
 	} {
 		if err := errors.Join(os.Remove(files[0].Path), plant()); err != nil {

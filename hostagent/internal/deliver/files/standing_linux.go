@@ -1,4 +1,4 @@
-package deliver
+package files
 
 import (
 	"errors"
@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/internal/secret"
 )
 
@@ -132,8 +133,8 @@ func readBack(f *config.File) (secret.Bytes, error) {
 	if err := Delivered(f, file); err != nil {
 		return secret.Bytes{}, err
 	}
-	b, err := io.ReadAll(io.LimitReader(file, maxContent+1))
-	if err == nil && len(b) > maxContent {
+	b, err := io.ReadAll(io.LimitReader(file, deliver.MaxContent+1))
+	if err == nil && len(b) > deliver.MaxContent {
 		err = errors.New("too large")
 	}
 	return secret.New(b), err

@@ -1,4 +1,4 @@
-package deliver
+package notify
 
 import (
 	"bufio"
@@ -43,16 +43,16 @@ func script(t *testing.T, text string) string {
 
 func TestCheck(t *testing.T) {
 	t.Setenv("AGENT_SECRET", "s3cret")
-	files := two(t)
-	must(t, files, "old")
+	paths := []string{filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")}
+	for _, path := range paths {
+		check(t, os.WriteFile(path, []byte("user=u-new password=s3cret"), 0o600))
+	}
 	ctx := context.Background()
 	seen := filepath.Join(t.TempDir(), "seen")
 	ok := script(t, `grep -q u-new "$COUNTERSIGN_FILE_0" && grep -q u-new "$COUNTERSIGN_FILE_1" || exit 9; ls /proc/$$/fd | grep -x 3 && exit 8; tr '\0' '\n' </proc/self/environ >`+seen+"; pwd >>"+seen)
-	s, err := Prepare(files, fields("new"))
-	check(t, err)
-	check(t, Check(ctx, nil, s.Paths()))
-	check(t, Check(ctx, onChange(t, ""), s.Paths()))
-	check(t, Check(ctx, onChange(t, "check = [\""+ok+"\"]"), s.Paths()))
+	check(t, Check(ctx, nil, paths))
+	check(t, Check(ctx, onChange(t, ""), paths))
+	check(t, Check(ctx, onChange(t, "check = [\""+ok+"\"]"), paths))
 	b, err := os.ReadFile(seen)
 	check(t, err)
 	for line := range strings.Lines(string(b)) {
@@ -65,16 +65,14 @@ func TestCheck(t *testing.T) {
 	}
 
 	bad := script(t, `cat "$COUNTERSIGN_FILE_0"; cat "$COUNTERSIGN_FILE_0" >&2; exit 3`)
-	silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), s.Paths()), bad, "exit status 3", "the old credential stays")
-	missing := Check(ctx, onChange(t, `check = ["/no/such/check"]`), s.Paths())
+	silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), paths), bad, "exit status 3", "the old credential stays")
+	missing := Check(ctx, onChange(t, `check = ["/no/such/check"]`), paths)
 	silent(t, missing, "check: exec /no/such/check: no such file", "the old credential stays")
 	if !errors.Is(missing, os.ErrNotExist) {
 		t.Errorf("%v", missing)
 	}
 	check(t, os.Chmod(bad, 0o600))
-	silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), s.Paths()), "exec "+bad+": permission denied")
-	s.Discard()
-	stands(t, files, "old")
+	silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), paths), "exec "+bad+": permission denied")
 }
 
 // TestLimit: at the limit the command's whole group ends.

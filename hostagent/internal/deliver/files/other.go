@@ -1,12 +1,10 @@
 //go:build !linux
 
-package deliver
+package files
 
 import (
-	"context"
 	"errors"
 
-	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/internal/secret"
 )
@@ -44,9 +42,3 @@ func Standing([]*config.File) bool { return false }
 
 // ReadBack is nil.
 func ReadBack([]*config.File) []Content { return nil }
-
-// Check can't be run.
-func Check(context.Context, *config.OnChange, []string) error { return errNotHere }
-
-// Notify can't be done.
-func Notify(context.Context, *config.OnChange, process.Program) error { return errNotHere }
