@@ -28,6 +28,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/hostagent/internal/deliver/ways"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/supervisor"
 	"github.com/countersign/countersign/internal/faults"
@@ -225,7 +226,7 @@ func serveCommand(o *options) *cobra.Command {
 		defer cl.Close()
 		finder := instance.New()
 		defer finder.Close()
-		s, err := supervisor.New(c, cl, finder, log, now, faults.Now)
+		s, err := supervisor.New(c, cl, finder, ways.All, log, now, faults.Now)
 		if err != nil {
 			return err
 		}

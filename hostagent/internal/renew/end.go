@@ -9,12 +9,13 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
-	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 	"github.com/countersign/countersign/internal/faults"
+	"github.com/countersign/countersign/internal/secret"
 )
 
-// withdraw takes the files away and gives the lease back, whatever the files
-// say: their folder may be the program's user's, who could keep them from going.
+// withdraw takes the credential away and gives the lease back, whatever becomes
+// of the first: a file's folder may be the program's user's, who could keep it
+// from going.
 // What can't be done now is noted in the lease, and is tried again. Where only
 // the program's end is the reason, and the broker can't be told, a unit's
 // credential is kept in memory for its next start: withhold says so. One that a
@@ -29,11 +30,14 @@ func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool)
 	if lease == nil || lease.ID != id {
 		return
 	}
-	var contents []files.Content
-	if withhold && lease.holds() && lease.Unit != "" && lease.Acked && r.now().Before(lease.Expires) {
-		contents = files.ReadBack(r.cfg.Files)
+	var contents []secret.Bytes
+	if withhold && r.push != nil && lease.holds() && lease.Unit != "" && lease.Acked && r.now().Before(lease.Expires) {
+		contents = r.push.Contents()
 	}
-	err := files.Withdraw(r.cfg.Files)
+	err := r.way().Withdraw()
+	if r.pull != nil {
+		err = errors.Join(err, r.dropPending()) // what was offered beside it is not, any more
+	}
 	faults.Point("agent.withdrawn")
 	told, returned := true, lease.Returned
 	if !returned {
@@ -122,43 +126,6 @@ func (r *Runner) PayOwed(ctx context.Context) error {
 	return nil
 }
 
-// adopt puts a withheld credential back for the next start of its unit.
-func (r *Runner) adopt(p *process.Program) {
-	r.files.Lock()
-	defer r.files.Unlock()
-	lease, contents, err := r.keep.loadWithheld()
-	if err == nil && lease != nil {
-		var swap *files.Swap
-		if swap, err = files.PutBack(r.cfg.Files, contents); err == nil {
-			defer swap.Discard()
-			if err = swap.Commit(); err == nil {
-				err = swap.Finish()
-			}
-		}
-	}
-	if err == nil {
-		adopted := *lease
-		adopted.Instance, adopted.Coming = p.Instance().String(), false
-		if err = r.keep.save(&adopted); err == nil {
-			r.mu.Lock()
-			r.lease, r.withheld = &adopted, nil
-			r.mu.Unlock()
-			err = r.keep.dropWithheld()
-		}
-	}
-	if err != nil {
-		r.fail("put the withheld credential back", err)
-		r.mu.Lock()
-		r.withheld = nil
-		r.mu.Unlock()
-		r.proceed(err)
-		return
-	}
-	r.log.Warn("no broker can be asked: the unit goes on with the credential that it had", "lease", lease.ID, "expires", lease.Expires)
-	r.proceed(nil)
-	r.proveNow()
-}
-
 func (r *Runner) clearWithheld() {
 	r.mu.Lock()
 	withheld := r.withheld
@@ -181,32 +148,6 @@ func (r *Runner) dropWithheld(reason string) {
 	}
 	r.clearWithheld()
 	r.log.Info("withheld credential dropped", "lease", withheld.ID, "reason", reason)
-}
-
-// recover finishes a delivery that the agent died in: the new credential is
-// kept where the broker still takes its acknowledgement, else the old files
-// come back.
-func (r *Runner) recover(ctx context.Context) error {
-	r.files.Lock()
-	defer r.files.Unlock()
-	pending := r.pending
-	swap, committed, err := files.Recover(r.cfg.Files)
-	if err != nil {
-		return err
-	}
-	if pending == nil {
-		return swap.Finish() // leftovers of a swap that was settled
-	}
-	defer swap.Discard()
-	if r.lease != nil && r.lease.ID == pending.ID {
-		// It was acknowledged and noted: only the tidying up is missing.
-		return errors.Join(swap.Finish(), r.dropPending())
-	}
-	if !committed {
-		r.release(ctx, []string{pending.ID}, "the agent died before it delivered")
-		return r.dropPending()
-	}
-	return r.settle(ctx, nil, pending, swap)
 }
 
 // Proofs are what a proof says of this credential: of the lease in force, and
@@ -276,10 +217,14 @@ func (r *Runner) cameWith(lease *Lease, p *process.Program) {
 func (r *Runner) Judged(ctx context.Context, lease string, v attest.Verdict) {
 	r.mu.Lock()
 	mine := r.lease.holds() && r.lease.ID == lease
+	offered := r.offered != nil && r.pending.ID == lease
 	if mine && v.Outcome == "live" && !v.Expires.IsZero() {
 		r.lease = r.lease.with(func(l *Lease) { l.Expires = v.Expires })
 	}
 	r.mu.Unlock()
+	if offered && (v.Outcome == string(api.Refused) || v.Outcome == string(api.Rejected)) {
+		r.retract(v.Outcome + ": " + v.Reason)
+	}
 	if !mine {
 		return
 	}
@@ -310,6 +255,7 @@ func (r *Runner) Rejected(ctx context.Context, reason string) {
 	if lease.holds() {
 		r.withdraw(ctx, lease.ID, "rejected: "+reason, false)
 	}
+	r.retract("rejected: " + reason)
 	r.dropWithheld(reason)
 	r.poke()
 }

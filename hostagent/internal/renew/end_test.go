@@ -14,6 +14,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 )
 
@@ -103,7 +104,7 @@ func TestAFolderThatKeepsItsFiles(t *testing.T) {
 				}
 
 				// The agent is started again, and then the folder is mended.
-				again, err := New(Options{Credential: r.cfg, Broker: b, Programs: r.programs, StateDir: r.keep.state, RunDir: r.keep.run, ProveNow: func() {}, Log: r.log, Now: time.Now})
+				again, err := New(Options{Credential: r.cfg, Broker: b, Programs: r.programs, Way: files.New(r.cfg.Files), StateDir: r.keep.state, RunDir: r.keep.run, ProveNow: func() {}, Log: r.log, Now: time.Now})
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -4,9 +4,10 @@
 //
 // Each credential has one goroutine over a pure Plan, so that one that is
 // stuck holds up no other. The package trusts instance for what runs, attest
-// for what the broker says, and deliver for what stands in files. It promises
-// that a file is taken away only on a broker's word, at the credential's end,
-// or when the program that earned it is gone; a fault takes nothing.
+// for what the broker says, and the way of delivery for what the program has:
+// what is pushed is acknowledged once it is committed, what is pulled once it is
+// read. It promises that a credential is taken away only on a broker's word, at
+// its end, or when the program that earned it is gone; a fault takes nothing.
 package renew
 
 import (
@@ -64,6 +65,10 @@ type Observed struct {
 	Withheld *Lease           // whose credential is kept in memory while its unit is down
 	RetryAt  time.Time        // no request before this
 	Offline  bool             // the last request found no broker that could decide
+
+	Asked   bool   // Program came for a credential, and none is offered to it
+	Offered *Lease // whose credential Program may read; nil: none
+	Read    bool   // the one that is offered was read
 }
 
 // A Kind of action.
@@ -75,17 +80,40 @@ const (
 	Adopt                // put back what was withheld
 	Withdraw             // take the files away and give the lease back
 	Drop                 // give back what was withheld
+	Accept               // acknowledge what was offered: it was read
+	Retract              // offer it no longer: it dies by itself
 )
 
 // An Action is what to do next.
 type Action struct {
 	Kind   Kind
 	Until  time.Time // of Wait; zero: only a change matters
-	Reason string    // of Withdraw and Drop
+	Reason string    // of Withdraw, Drop and Retract
 }
 
 // Plan says what to do next. It has no side effects.
 func Plan(o Observed) Action {
+	l := o.Offered
+	if l == nil {
+		return planHeld(o)
+	}
+	switch {
+	case o.Read:
+		return Action{Kind: Accept}
+	case !o.Now.Before(l.AckBy):
+		return Action{Kind: Retract, Reason: "it was not read in time"}
+	case !o.Unknown && (o.Program == nil || o.Program.Instance().String() != l.Instance):
+		return Action{Kind: Retract, Reason: "the program ended before it read it"}
+	}
+	a := planHeld(o)
+	if a.Kind == Obtain || a.Kind == Wait && (a.Until.IsZero() || l.AckBy.Before(a.Until)) {
+		return Action{Kind: Wait, Until: l.AckBy}
+	}
+	return a
+}
+
+// planHeld is Plan without what is offered.
+func planHeld(o Observed) Action {
 	if o.Withheld != nil && !o.Now.Before(o.Withheld.Expires) {
 		return Action{Kind: Drop, Reason: "expired"}
 	}
@@ -104,7 +132,7 @@ func Plan(o Observed) Action {
 			return Action{Kind: Withdraw, Reason: "the program ended"}
 		case o.Program != nil && o.Program.Instance().String() != l.Instance && !l.Coming:
 			return Action{Kind: Withdraw, Reason: "the program was restarted"}
-		case o.Program == nil, o.Now.Before(l.Replace):
+		case o.Program == nil, o.Now.Before(l.Replace) && !o.Asked:
 			return Action{Kind: Wait, Until: earliest(l.Expires, l.Replace, o.Now)}
 		case o.Now.Before(o.RetryAt):
 			return Action{Kind: Wait, Until: earliest(l.Expires, o.RetryAt, o.Now)}

@@ -14,7 +14,7 @@ import (
 	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
-	"github.com/countersign/countersign/hostagent/internal/deliver/files"
+	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/notify"
 	"github.com/countersign/countersign/internal/faults"
@@ -51,13 +51,17 @@ type Runner struct {
 	now      func() time.Time
 	wake     chan struct{}
 
-	// files is held by who changes the credential's files, the lease that stands
-	// in them, and what is owed. It is taken before mu.
+	push deliver.Push // one of push and pull is set
+	pull deliver.Pull
+
+	// files is held by who changes what is delivered, the lease of it, and what is
+	// owed. It is taken before mu.
 	files sync.Mutex
 
 	mu       sync.Mutex // guards what follows; a *Lease is never changed once it is here
 	lease    *Lease
-	pending  *Lease // that is being delivered
+	pending  *Lease        // that is being delivered
+	offered  deliver.Offer // of pending; nil: pending is being pushed
 	withheld *Lease
 	program  *process.Program // as last seen
 	starting *process.Program // of a unit that waits in Ready
@@ -75,6 +79,7 @@ type Options struct {
 	Credential *config.Credential
 	Broker     Broker
 	Programs   Programs
+	Way        deliver.Way // of the credential
 	StateDir   string
 	RunDir     string // in memory
 	ProveNow   func()
@@ -87,6 +92,14 @@ type Options struct {
 func New(o Options) (*Runner, error) {
 	r := &Runner{cfg: o.Credential, broker: o.Broker, programs: o.Programs, keep: &keeper{o.StateDir, o.RunDir, o.Credential.Name},
 		proveNow: o.ProveNow, log: o.Log.With("credential", o.Credential.Name), now: o.Now, wake: make(chan struct{}, 1)}
+	switch w := o.Way.(type) {
+	case deliver.Push:
+		r.push = w
+	case deliver.Pull:
+		r.pull = w
+	default:
+		return nil, fmt.Errorf("a way of delivery (%T) that neither puts a credential in its place nor hands it out", w)
+	}
 	var err error
 	if r.lease, err = r.keep.load(); err != nil {
 		return nil, err
@@ -106,7 +119,7 @@ func (r *Runner) Run(ctx context.Context) {
 	if err := r.recover(ctx); err != nil {
 		r.fail("recover from an interrupted delivery", err)
 	}
-	changes := r.programs.Watch(ctx, r.cfg.Process)
+	changes := r.watch(ctx)
 	for ctx.Err() == nil {
 		o := r.observe(ctx)
 		switch a := Plan(o); a.Kind {
@@ -114,6 +127,10 @@ func (r *Runner) Run(ctx context.Context) {
 			r.wait(ctx, a.Until, changes)
 		case Obtain:
 			r.obtain(ctx, o.Program)
+		case Accept:
+			r.accept(ctx)
+		case Retract:
+			r.retract(a.Reason)
 		case Adopt:
 			r.adopt(o.Program)
 		case Withdraw:
@@ -122,6 +139,32 @@ func (r *Runner) Run(ctx context.Context) {
 			r.dropWithheld(a.Reason)
 		}
 	}
+}
+
+// recover finishes a delivery that the agent died in.
+func (r *Runner) recover(ctx context.Context) error {
+	r.files.Lock()
+	defer r.files.Unlock()
+	if r.pull != nil {
+		return r.recoverPull(ctx)
+	}
+	return r.recoverPush(ctx)
+}
+
+// way is how the credential is delivered.
+func (r *Runner) way() deliver.Way {
+	if r.pull != nil {
+		return r.pull
+	}
+	return r.push
+}
+
+// watch sends when observe may see something else.
+func (r *Runner) watch(ctx context.Context) <-chan struct{} {
+	if r.pull != nil {
+		return r.pull.Watch(ctx)
+	}
+	return r.programs.Watch(ctx, r.cfg.Process)
 }
 
 // observe looks at the program anew.
@@ -145,7 +188,7 @@ func (r *Runner) observe(ctx context.Context) Observed {
 		r.log.Warn("the program can't be seen", "err", unseen)
 	}
 	r.unseen = unseen
-	if p != nil && p.Starting && starting == nil && (r.lease == nil || r.lease.Instance != p.Instance().String()) {
+	if p != nil && p.Starting && starting == nil && r.pull == nil && (r.lease == nil || r.lease.Instance != p.Instance().String()) {
 		p = nil // it starts and doesn't wait for us: it is served when it runs
 	}
 	if r.program != nil && p != nil && r.program.Instance() != p.Instance() {
@@ -154,7 +197,14 @@ func (r *Runner) observe(ctx context.Context) Observed {
 	if unseen == "" {
 		r.program = p
 	}
-	return Observed{Now: r.now(), Program: p, Unknown: unseen != "", Lease: r.lease, Withheld: r.withheld, RetryAt: r.retryAt, Offline: r.offline}
+	o := Observed{Now: r.now(), Program: p, Unknown: unseen != "", Lease: r.lease, Withheld: r.withheld, RetryAt: r.retryAt, Offline: r.offline}
+	if r.pull != nil {
+		o.Asked = r.pull.Asked()
+	}
+	if r.offered != nil {
+		o.Offered, o.Read = r.pending, isClosed(r.offered.Read())
+	}
+	return o
 }
 
 // seeTime bounds one look at the program: a proof waits for it.
@@ -170,6 +220,9 @@ func (r *Runner) find(ctx context.Context) (process.Program, error) {
 	r.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, seeTime)
 	defer cancel()
+	if r.pull != nil {
+		return r.pull.Find(ctx, held)
+	}
 	return r.programs.Find(ctx, r.cfg.Process, held)
 }
 
@@ -181,10 +234,17 @@ func (r *Runner) wait(ctx context.Context, until time.Time, changes <-chan struc
 	if !until.IsZero() {
 		d = min(max(until.Sub(r.now()), 10*time.Millisecond), d)
 	}
+	var read <-chan struct{}
+	r.mu.Lock()
+	if r.offered != nil {
+		read = r.offered.Read()
+	}
+	r.mu.Unlock()
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():
+	case <-read:
 	case <-changes:
 	case <-r.wake:
 	case <-timer.C:
@@ -213,14 +273,21 @@ func (r *Runner) obtain(ctx context.Context, p *process.Program) {
 		return
 	}
 	faults.Point("agent.issued")
-	if err := r.put(ctx, p, lease, fields); err != nil {
+	if r.pull != nil {
+		err = r.offer(ctx, p, lease, fields)
+	} else {
+		err = r.put(ctx, p, lease, fields)
+	}
+	if err != nil {
 		r.fail("deliver", err)
 		r.files.Lock()
 		defer r.files.Unlock()
 		r.release(ctx, []string{lease.ID}, "not delivered")
 		return
 	}
-	r.succeed()
+	if r.push != nil {
+		r.succeed() // what is only offered is not delivered yet
+	}
 }
 
 func (r *Runner) request(ctx context.Context, p *process.Program, old *Lease) (*Lease, map[string]secret.Bytes, error) {
@@ -229,7 +296,7 @@ func (r *Runner) request(ctx context.Context, p *process.Program, old *Lease) (*
 		return nil, nil, err
 	}
 	o := attest.Order{Scope: r.cfg.Scope, Program: encoded, DeliveryID: newDeliveryID(), BeforeStart: p.Starting,
-		HandOver: r.cfg.OnChange != nil && r.cfg.OnChange.Restart && !p.Starting}
+		HandOver: r.push != nil && r.cfg.OnChange != nil && r.cfg.OnChange.Restart && !p.Starting}
 	if old != nil {
 		o.Replaces = old.ID
 	}
@@ -263,93 +330,22 @@ func (r *Runner) request(ctx context.Context, p *process.Program, old *Lease) (*
 // observeEvery is how often an observing scope is asked again.
 const observeEvery = 15 * time.Minute
 
-// put swaps the files and acknowledges. The old files come back where the
-// acknowledgement doesn't get through in time: they hold a credential that
-// lives, the new ones one that dies.
-func (r *Runner) put(ctx context.Context, p *process.Program, lease *Lease, fields map[string]secret.Bytes) error {
-	r.files.Lock()
-	defer r.files.Unlock()
-	swap, err := files.Prepare(r.cfg.Files, fields)
-	for _, f := range fields {
-		f.Wipe()
-	}
-	if err != nil {
-		return err
-	}
-	defer swap.Discard()
-	if err := notify.Check(ctx, r.cfg.OnChange, swap.Paths()); err != nil {
-		return err
-	}
-	faults.Point("agent.prepared")
-	if err := r.keep.savePending(lease); err != nil {
-		return err
-	}
-	r.mu.Lock()
-	r.pending = lease
-	r.mu.Unlock()
-	faults.Point("agent.pending")
-	if err := swap.Commit(); err != nil {
-		return errors.Join(err, r.dropPending())
-	}
-	faults.Point("agent.swapped")
-	return r.settle(ctx, p, lease, swap)
-}
-
-// settle acknowledges a swap that stands in the files, and finishes or undoes
-// it. r.files is held.
-func (r *Runner) settle(ctx context.Context, p *process.Program, lease *Lease, swap *files.Swap) error {
-	expires, err := r.acknowledge(ctx, lease)
-	if err != nil {
-		return r.undo(swap, err)
-	}
-	faults.Point("agent.acknowledged")
-	acknowledged := *lease
-	acknowledged.Acked, acknowledged.Expires = true, expires
-	lease = &acknowledged
-	if err := r.keep.save(lease); err != nil {
-		return r.undo(swap, err)
-	}
-	faults.Point("agent.saved")
-	r.mu.Lock()
-	r.lease, r.offline, r.observed = lease, false, false
-	r.mu.Unlock()
-	if err := swap.Finish(); err != nil {
-		r.log.Warn("the old files could not be wiped", "err", err)
-	}
-	faults.Point("agent.finished")
-	if err := r.dropPending(); err != nil {
-		return err
-	}
-	r.proveNow()
-	r.log.Info("credential delivered", "lease", lease.ID, "expires", lease.Expires, "replaces", lease.Replaces)
-	r.clearWithheld()
-	if p != nil && !p.Starting {
-		// In the background: a restart must not hold up the loop that sees the
-		// program come back.
-		go func() {
-			// A program that ended has nothing to be told.
-			if err := notify.Notify(ctx, r.cfg.OnChange, *p); err != nil && !errors.Is(err, notify.ErrEnded) {
-				r.complain("tell the program", err)
-			}
-		}()
-	}
-	return nil
+// tell tells the program in the background: a restart must not hold up the loop
+// that sees the program come back.
+func (r *Runner) tell(ctx context.Context, p process.Program) {
+	go func() {
+		// A program that ended has nothing to be told.
+		if err := notify.Notify(ctx, r.cfg.OnChange, p); err != nil && !errors.Is(err, notify.ErrEnded) {
+			r.complain("tell the program", err)
+		}
+	}()
 }
 
 func (r *Runner) dropPending() error {
 	r.mu.Lock()
-	r.pending = nil
+	r.pending, r.offered = nil, nil
 	r.mu.Unlock()
 	return r.keep.dropPending()
-}
-
-// undo brings the old files back. While that fails the pending note stays: the
-// next run of the agent tries again.
-func (r *Runner) undo(swap *files.Swap, err error) error {
-	if rollback := swap.Rollback(); rollback != nil {
-		return errors.Join(err, rollback)
-	}
-	return errors.Join(err, r.dropPending())
 }
 
 // acknowledge tries until it gets an answer or the time for it is over.
@@ -443,6 +439,9 @@ func (r *Runner) Ready(ctx context.Context) error {
 	if r.cfg.Process.Unit == "" {
 		return errors.New("only a credential whose program is found by its unit can be waited for")
 	}
+	if r.pull != nil {
+		return errors.New("the program comes for this credential itself: there is nothing to wait for")
+	}
 	p, err := r.programs.Starting(ctx, r.cfg.Process.Unit)
 	if err != nil {
 		return err
@@ -452,7 +451,7 @@ func (r *Runner) Ready(ctx context.Context) error {
 	l := r.lease
 	r.mu.Unlock()
 	// Not under mu, which proofs wait for: the files' file system may hang.
-	if l.holds() && l.Acked && (l.Instance == p.Instance().String() || l.Coming) && r.now().Before(l.Expires) && files.Standing(r.cfg.Files) {
+	if l.holds() && l.Acked && (l.Instance == p.Instance().String() || l.Coming) && r.now().Before(l.Expires) && r.push.Present() {
 		return nil // handed over, and there already
 	}
 	r.mu.Lock()

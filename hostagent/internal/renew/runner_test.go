@@ -15,6 +15,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/test/check"
@@ -79,7 +80,7 @@ credential "billing-db" {
 	if err := (&keeper{dir, dir, "billing-db"}).save(&l); err != nil {
 		t.Fatal(err)
 	}
-	r, err = New(Options{Credential: cfg.Credentials[0], Broker: b, Programs: p, StateDir: dir, RunDir: dir, ProveNow: func() {},
+	r, err = New(Options{Credential: cfg.Credentials[0], Broker: b, Programs: p, Way: files.New(cfg.Credentials[0].Files), StateDir: dir, RunDir: dir, ProveNow: func() {},
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now})
 	if err != nil {
 		t.Fatal(err)

@@ -17,7 +17,6 @@ import (
 
 	"crypto"
 
-	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 	"github.com/countersign/countersign/internal/durable"
 	"github.com/countersign/countersign/internal/secret"
 )
@@ -96,10 +95,10 @@ type withheldFile struct {
 	Contents [][]byte `json:"contents"` // in the order of the credential's files
 }
 
-func (k *keeper) withhold(l *Lease, contents []files.Content) error {
+func (k *keeper) withhold(l *Lease, contents []secret.Bytes) error {
 	w := withheldFile{Lease: l}
 	for _, c := range contents {
-		w.Contents = append(w.Contents, c.Data.Reveal())
+		w.Contents = append(w.Contents, c.Reveal())
 	}
 	return write(k.withheldFile(), w)
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver/ways"
 	"github.com/countersign/countersign/hostagent/internal/renew"
 )
 
@@ -77,7 +78,7 @@ func holding(t *testing.T, b *broker, p programs) (s *Service, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s, err = New(cfg, b, p, slog.New(slog.DiscardHandler), time.Now, time.Now); err != nil {
+	if s, err = New(cfg, b, p, ways.All, slog.New(slog.DiscardHandler), time.Now, time.Now); err != nil {
 		t.Fatal(err)
 	}
 	return s, dir

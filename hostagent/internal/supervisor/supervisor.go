@@ -15,6 +15,7 @@ import (
 	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/openmon"
 	"github.com/countersign/countersign/hostagent/internal/renew"
 )
@@ -46,12 +47,12 @@ type Service struct {
 	rejected bool      // guarded by mu; the broker takes nothing of this host
 }
 
-// New makes a Service with a Runner for each credential of cfg. Leases run by
-// now, certificates by wall.
-func New(cfg *config.Agent, broker Broker, programs renew.Programs, log *slog.Logger, now, wall func() time.Time) (*Service, error) {
+// New makes a Service with a Runner for each credential of cfg, which is delivered
+// in one of ways. Leases run by now, certificates by wall.
+func New(cfg *config.Agent, broker Broker, programs renew.Programs, ways []deliver.Kind, log *slog.Logger, now, wall func() time.Time) (*Service, error) {
 	s := &Service{broker: broker, cfg: cfg, log: log, now: now, wall: wall, prove: make(chan struct{}, 1)}
 	for _, c := range cfg.Credentials {
-		r, err := renew.New(renew.Options{Credential: c, Broker: broker, Programs: programs, StateDir: cfg.StateDir, RunDir: cfg.RunDir,
+		r, err := renew.New(renew.Options{Credential: c, Broker: broker, Programs: programs, Way: wayOf(c, ways, programs), StateDir: cfg.StateDir, RunDir: cfg.RunDir,
 			ProveNow: s.proveNow, Log: log, Now: now})
 		if err != nil {
 			return nil, fmt.Errorf("credential %q: %w", c.Name, err)
@@ -60,6 +61,16 @@ func New(cfg *config.Agent, broker Broker, programs renew.Programs, log *slog.Lo
 	}
 	s.turns = make([]sync.Mutex, len(s.runners))
 	return s, nil
+}
+
+// wayOf is the first of ways that c has a block of, nil for none.
+func wayOf(c *config.Credential, ways []deliver.Kind, programs deliver.Programs) deliver.Way {
+	for _, kind := range ways {
+		if way := kind(c, programs); way != nil {
+			return way
+		}
+	}
+	return nil
 }
 
 // Run works until ctx ends. Files and leases stay for the next run.

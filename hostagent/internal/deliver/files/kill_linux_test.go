@@ -87,7 +87,7 @@ func killAt(t *testing.T, mode string, n, m int) bool {
 			return true // recovery has fewer steps
 		}
 	}
-	s, committed, err := Recover(files)
+	s, committed, err := New(files).Recover()
 	if err != nil {
 		t.Fatalf("at %s: %v", last, err)
 	}

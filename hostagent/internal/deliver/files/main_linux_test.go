@@ -48,11 +48,11 @@ func child(mode string) {
 	files, err := parseSet(os.Getenv("PATHS"))
 	do(err)
 	if mode == "recover" {
-		_, _, err := Recover(files)
+		_, _, err := New(files).Recover()
 		do(err)
 		return
 	}
-	s, err := Prepare(files, fields("new"))
+	s, err := New(files).Stage(fields("new"))
 	do(err)
 	do(s.Commit())
 	fmt.Println("committed")
@@ -106,7 +106,7 @@ func content(path, generation string) string {
 // must puts a whole generation in place.
 func must(t *testing.T, files []*config.File, generation string) {
 	t.Helper()
-	s, err := Prepare(files, fields(generation))
+	s, err := New(files).Stage(fields(generation))
 	if err != nil {
 		t.Fatal(err)
 	}

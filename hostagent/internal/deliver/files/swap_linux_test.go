@@ -20,7 +20,6 @@ import (
 
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
-	"github.com/countersign/countersign/internal/secret"
 )
 
 func two(t *testing.T) []*config.File {
@@ -56,7 +55,7 @@ func TestRollbackAndDiscard(t *testing.T) {
 		if old != "" {
 			must(t, files, old)
 		}
-		s, err := Prepare(files, fields("new"))
+		s, err := New(files).Stage(fields("new"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -68,7 +67,7 @@ func TestRollbackAndDiscard(t *testing.T) {
 		s.Discard()
 		stands(t, files, old)
 
-		if s, err = Prepare(files, fields("new")); err != nil {
+		if s, err = New(files).Stage(fields("new")); err != nil {
 			t.Fatal(err)
 		}
 		if err := s.Commit(); err != nil {
@@ -82,14 +81,14 @@ func TestRollbackAndDiscard(t *testing.T) {
 		stands(t, files, old)
 
 		// Committed and let go of: the next agent's Recover sees it.
-		if s, err = Prepare(files, fields("new")); err != nil {
+		if s, err = New(files).Stage(fields("new")); err != nil {
 			t.Fatal(err)
 		}
 		if err := s.Commit(); err != nil {
 			t.Fatal(err)
 		}
 		s.Discard()
-		s, committed, err := Recover(files)
+		s, committed, err := New(files).Recover()
 		if err != nil || !committed {
 			t.Fatalf("committed %v, %v", committed, err)
 		}
@@ -103,14 +102,14 @@ func TestRollbackAndDiscard(t *testing.T) {
 // TestMissingFolderIsNothing: a folder in memory is gone after a reboot.
 func TestMissingFolderIsNothing(t *testing.T) {
 	files := set(t, []string{"/run/countersign-no-such-folder/a"})
-	s, committed, err := Recover(files)
+	s, committed, err := New(files).Recover()
 	if s == nil || committed || err != nil {
 		t.Errorf("%v %v %v", s, committed, err)
 	}
-	if err := Withdraw(files); err != nil {
+	if err := New(files).Withdraw(); err != nil {
 		t.Error(err)
 	}
-	if Standing(files) || ReadBack(files) != nil {
+	if New(files).Present() || New(files).Contents() != nil {
 		t.Error("something stands in a folder that doesn't exist")
 	}
 }
@@ -118,15 +117,15 @@ func TestMissingFolderIsNothing(t *testing.T) {
 func TestWithdrawAndPutBack(t *testing.T) {
 	files := two(t)
 	must(t, files, "old")
-	if !Standing(files) {
+	if !New(files).Present() {
 		t.Error("delivered, and not standing")
 	}
-	contents := ReadBack(files)
-	if len(contents) != 2 || contents[0].File != files[0] || !contents[1].Data.Equal([]byte(content(files[1].Path, "old"))) {
+	contents := New(files).Contents()
+	if len(contents) != 2 || !contents[1].Equal([]byte(content(files[1].Path, "old"))) {
 		t.Fatalf("read back: %v", contents)
 	}
 	// A swap that was not settled must not bring the old content back.
-	s, err := Prepare(files, fields("new"))
+	s, err := New(files).Stage(fields("new"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,20 +133,20 @@ func TestWithdrawAndPutBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Discard()
-	if err := Withdraw(files); err != nil {
+	if err := New(files).Withdraw(); err != nil {
 		t.Fatal(err)
 	}
 	stands(t, files, "")
-	if Standing(files) || ReadBack(files) != nil {
+	if New(files).Present() || New(files).Contents() != nil {
 		t.Error("withdrawn, and still standing")
 	}
-	if err := Withdraw(files); err != nil {
+	if err := New(files).Withdraw(); err != nil {
 		t.Error("twice:", err)
 	}
-	if _, err := PutBack(files, nil); err == nil {
+	if _, err := New(files).PutBack(nil); err == nil {
 		t.Error("contents for none of the files were taken")
 	}
-	if s, err = PutBack(files, []secret.Bytes{contents[0].Data, contents[1].Data}); err != nil {
+	if s, err = New(files).PutBack(contents); err != nil {
 		t.Fatal(err)
 	}
 	if err := errors.Join(s.Commit(), s.Finish()); err != nil {
@@ -161,7 +160,7 @@ func TestWithdrawAndPutBack(t *testing.T) {
 func TestReadBackOfAnothersFile(t *testing.T) {
 	files := set(t, []string{filepath.Join(t.TempDir(), "a")})
 	must(t, files, "old")
-	if ReadBack(files) == nil {
+	if New(files).Contents() == nil {
 		t.Fatal("the twin is not read back")
 	}
 	other := filepath.Join(t.TempDir(), "other")
@@ -181,7 +180,7 @@ func TestReadBackOfAnothersFile(t *testing.T) {
 		if err := errors.Join(os.Remove(files[0].Path), plant()); err != nil {
 			t.Fatal(err)
 		}
-		if c := ReadBack(files); c != nil {
+		if c := New(files).Contents(); c != nil {
 			t.Errorf("%s: read back", name)
 		}
 	}
@@ -272,7 +271,7 @@ func TestErrors(t *testing.T) {
 			if tt.edit != nil {
 				tt.edit(files[1])
 			}
-			_, err := Prepare(files, fields("new"))
+			_, err := New(files).Stage(fields("new"))
 			silent(t, err, append(tt.words, files[1].Path)...)
 			stands(t, files[:1], "old")
 			b, err := os.ReadFile(old)
@@ -304,7 +303,7 @@ func TestHalfCommit(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			files := two(t)
 			must(t, files, "old")
-			s, err := Prepare(files, fields("new"))
+			s, err := New(files).Stage(fields("new"))
 			check(t, err, trouble(files[1].Path))
 			silent(t, s.Commit(), files[1].Path, "the old credential stays")
 			s.Discard()
@@ -316,7 +315,7 @@ func TestHalfCommit(t *testing.T) {
 	}
 	t.Run("came into being", func(t *testing.T) {
 		files := two(t)
-		s, err := Prepare(files, fields("new"))
+		s, err := New(files).Stage(fields("new"))
 		check(t, err)
 		defer func() { step = func(string) {} }()
 		step = func(name string) {
@@ -358,7 +357,7 @@ func TestReader(t *testing.T) {
 		})
 	}
 	for i := range 1000 { // two swaps each
-		s, err := Prepare(files, fields(fmt.Sprintf("x%d", i+1)))
+		s, err := New(files).Stage(fields(fmt.Sprintf("x%d", i+1)))
 		check(t, err, s.Commit())
 		if i%2 == 0 {
 			check(t, s.Finish())
@@ -413,7 +412,7 @@ func TestSymlinkRace(t *testing.T) {
 	})
 	delivered, refused := 0, 0
 	for range 10_000 {
-		s, err := Prepare(files, fields("new"))
+		s, err := New(files).Stage(fields("new"))
 		if err == nil {
 			if err = s.Commit(); err == nil {
 				err = s.Finish()
@@ -428,7 +427,7 @@ func TestSymlinkRace(t *testing.T) {
 				t.Fatal("the error has the secret in it")
 			}
 		}
-		_ = ReadBack(files)
+		_ = New(files).Contents()
 	}
 	stop.Store(true)
 	wg.Wait()
@@ -451,7 +450,7 @@ func TestSymlinkRace(t *testing.T) {
 // IMA: what is prepared is held, and not for writing.
 func TestNothingStaysOpenForWriting(t *testing.T) {
 	files := two(t)
-	s, err := Prepare(files, fields("new"))
+	s, err := New(files).Stage(fields("new"))
 	if err != nil {
 		t.Fatal(err)
 	}

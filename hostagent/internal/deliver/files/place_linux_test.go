@@ -38,7 +38,7 @@ func TestDelivered(t *testing.T) {
 			file := os.NewFile(uintptr(fd), path)
 			defer func() { _ = file.Close() }()
 			f := &config.File{Path: path, Owner: tt.owner}
-			back := ReadBack([]*config.File{f})
+			back := New([]*config.File{f}).Contents()
 			if err := Delivered(f, file); tt.words != "" {
 				silent(t, err, tt.words)
 			} else if err != nil || len(back) != 1 {

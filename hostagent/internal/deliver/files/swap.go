@@ -4,11 +4,10 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"os"
+	"io"
+	"io/fs"
 	"path/filepath"
 	"slices"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/internal/secret"
@@ -23,7 +22,7 @@ import (
 // and each step is durable (fsync of the folder) before the next one, file
 // after file in the order of their paths:
 //
-//	Prepare   open(new, O_CREAT|O_EXCL|O_NOFOLLOW, 0600) write fchown fchmod fsync
+//	Stage     open(new, O_CREAT|O_EXCL|O_NOFOLLOW, 0600) write fchown fchmod fsync
 //	Commit    link(NAME, old) or open(none, O_CREAT|O_EXCL) · rename(new, NAME)
 //	Finish    unlink(old), unlink(none)
 //	Rollback  last file first: rename(old, NAME), or unlink(NAME) unlink(none);
@@ -33,18 +32,18 @@ import (
 // What stands after a crash, for a set of three (N: new, with or without old;
 // K: old or none, without new; -: neither):
 //
-//	N - -   N N -    died in Prepare                    Recover rolls back
+//	N - -   N N -    died in Stage                      Recover rolls back
 //	N N N   K N N    died in Commit                     Recover rolls back
 //	- N N   - - N    died rolling back a Commit         Recover rolls back
 //	K K K            committed                          the caller's choice
 //	- K K   - - K    died in Finish                     Recover finishes
 //	K K -   K - -    died in Rollback                   Recover rolls back
-//	- - -            before Prepare, or all is done     nothing to do
+//	- - -            before Stage, or all is done     nothing to do
 //
 // So a new anywhere means that the set isn't committed, and is the last thing
 // to go; and without any, the first file says which way the set was going.
 
-// The states of a Swap.
+// The states of a swap.
 type state int
 
 const (
@@ -53,37 +52,39 @@ const (
 	committed
 )
 
-// A Swap is the replacing of a set of files by another. It holds no secret.
-type Swap struct {
+// A swap is the replacing of a set of files by another. It holds no secret.
+type swap struct {
 	targets []*target // in the config's order
 	state   state
 }
 
-// A target is one file of a Swap.
+// A target is one file of a swap.
 type target struct {
 	path string
 	name string
-	dir  *os.File // nil: the folder doesn't exist
-	made *os.File // the new content: open, so that its inode isn't used again
+	dir  folder    // nil: it doesn't exist
+	made io.Closer // the new content
 }
 
-func (t *target) fd() int      { return int(t.dir.Fd()) }
 func (t *target) new() string  { return "." + t.name + ".countersign-new" }
 func (t *target) old() string  { return "." + t.name + ".countersign-old" }
 func (t *target) none() string { return "." + t.name + ".countersign-none" }
 
-// step is called between system calls by the tests that die there.
-var step = func(string) {}
+func (t *target) beside(name string) string { return filepath.Join(filepath.Dir(t.path), name) }
 
-func openTarget(f *config.File) (*target, error) {
-	dir, err := openFolder(filepath.Dir(f.Path))
-	t := &target{path: f.Path, name: filepath.Base(f.Path), dir: dir}
+// target is f's, with its folder open.
+func (w *Way) target(f *config.File) (*target, error) {
+	t := &target{path: f.Path, name: filepath.Base(f.Path)}
+	dir, err := w.open(filepath.Dir(f.Path))
+	if err == nil {
+		t.dir = dir
+	}
 	return t, err
 }
 
 // prepare settles what an earlier swap left and writes the new contents.
-func prepare(files []*config.File, data []secret.Bytes) (_ *Swap, err error) {
-	left, _, err := Recover(files)
+func (w *Way) prepare(data []secret.Bytes) (_ *swap, err error) {
+	left, _, err := w.recover()
 	if err == nil {
 		err = left.Finish()
 	}
@@ -91,14 +92,15 @@ func prepare(files []*config.File, data []secret.Bytes) (_ *Swap, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Swap{state: prepared}
+
+	s := &swap{state: prepared}
 	defer func() {
 		if err != nil {
 			s.Discard()
 		}
 	}()
-	for i, f := range files {
-		t, err := openTarget(f)
+	for i, f := range w.files {
+		t, err := w.target(f)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w; the old credential stays", f.Path, err)
 		}
@@ -111,105 +113,21 @@ func prepare(files []*config.File, data []secret.Bytes) (_ *Swap, err error) {
 	return s, nil
 }
 
-// write makes the new content. Owner and mode are set by descriptor, on a file
-// that nobody else made.
+// write makes the new content, where it could take the old one's place.
 func (t *target) write(f *config.File, data secret.Bytes) error {
-	uid, err := uidOf(f.Owner)
-	if err != nil {
-		return err
-	}
-	gid, err := gidOf(f.Group)
-	if err != nil {
-		return err
-	}
-	if st, err := lstat(t.fd(), t.name); err == nil {
-		if err := regular(st); err != nil {
-			return explain(t.path, err)
-		}
-	} else if err != unix.ENOENT {
+	if _, err := t.dir.look(t.name); err != nil {
 		return explain(t.path, err)
 	}
-	if t.made, err = t.create(t.new()); err != nil {
-		return explain(t.beside(t.new()), err)
-	}
-	step("create " + t.name)
-	fd := int(t.made.Fd())
-	var st unix.Stat_t
-	err = unix.Fstat(fd, &st)
-	if err == nil && (st.Nlink != 1 || regular(st) != nil) {
-		err = errors.New("somebody else has hold of the new file")
-	}
-	if err == nil {
-		_, err = t.made.Write(data.Reveal())
-	}
-	step("write " + t.name)
-	if err == nil {
-		err = unix.Fchown(fd, uid, gid)
-	}
-	if err == nil {
-		err = unix.Fchmod(fd, uint32(f.FileMode().Perm()))
-	}
-	step("chmod " + t.name)
-	if err == nil {
-		err = t.made.Sync()
-	}
+	made, err := t.dir.write(t.new(), data, f)
 	if err != nil {
-		// *os.PathError would say the same name once more.
-		var pathErr *os.PathError
-		if errors.As(err, &pathErr) {
-			err = pathErr.Err
-		}
 		return explain(t.beside(t.new()), err)
 	}
-	if err := t.hold(); err != nil {
-		return explain(t.beside(t.new()), err)
-	}
+	t.made = made
 	return nil
 }
 
-// hold has the new content open no longer for writing: to IMA, whoever reads a
-// file that can still be written is a violation. The inode is kept from being
-// used again as before.
-func (t *target) hold() error {
-	fd, err := openat(t.fd(), t.new(), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	held := os.NewFile(uintptr(fd), t.new())
-	var written, now unix.Stat_t
-	err = errors.Join(unix.Fstat(int(t.made.Fd()), &written), unix.Fstat(fd, &now))
-	if err == nil && (written.Ino != now.Ino || written.Dev != now.Dev) {
-		err = errors.New("somebody put another file in the new one's place")
-	}
-	if err != nil {
-		return errors.Join(err, held.Close())
-	}
-	err = t.made.Close()
-	t.made = held
-	return err
-}
-
-func (t *target) beside(name string) string { return filepath.Join(filepath.Dir(t.path), name) }
-
-// create makes a file that wasn't there. One that the folder's owner put there
-// is removed, once: where he keeps doing it, he does without.
-func (t *target) create(name string) (*os.File, error) {
-	for again := true; ; again = false {
-		fd, err := openat(t.fd(), name, unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
-		if err == nil {
-			return os.NewFile(uintptr(fd), name), nil
-		}
-		if err != unix.EEXIST || !again {
-			return nil, err
-		}
-		if err := unlink(t.fd(), name); err != nil {
-			return nil, err
-		}
-	}
-}
-
-// Paths are the new files, for a check before Commit, in the config's order.
-func (s *Swap) Paths() []string {
+// Paths are the new files, in the config's order.
+func (s *swap) Paths() []string {
 	var out []string
 	for _, t := range s.targets {
 		out = append(out, t.beside(t.new()))
@@ -218,12 +136,12 @@ func (s *Swap) Paths() []string {
 }
 
 // ordered are the targets in the order in which they are swapped.
-func (s *Swap) ordered() []*target {
+func (s *swap) ordered() []*target {
 	return slices.SortedFunc(slices.Values(s.targets), func(a, b *target) int { return cmp.Compare(a.path, b.path) })
 }
 
 // Commit puts the new files in the old ones' place: all, or on an error none.
-func (s *Swap) Commit() error {
+func (s *swap) Commit() error {
 	if s.state != prepared {
 		return errors.New("this swap is not one that is prepared")
 	}
@@ -237,75 +155,57 @@ func (s *Swap) Commit() error {
 }
 
 func (t *target) swap() error {
-	st, err := lstat(t.fd(), t.name)
-	was := err == nil
-	switch {
-	case was:
-		if err := regular(st); err != nil {
-			return explain(t.path, err)
-		}
-		if err = t.link(); err != nil {
-			return explain(t.beside(t.old()), err)
-		}
-	case err == unix.ENOENT:
-		marker, err := t.create(t.none())
-		if err != nil {
-			return explain(t.beside(t.none()), err)
-		}
-		if err := marker.Close(); err != nil {
-			return explain(t.beside(t.none()), err)
-		}
-	default:
+	was, err := t.dir.look(t.name)
+	if err != nil {
 		return explain(t.path, err)
 	}
+	if err := t.keep(was); err != nil {
+		return err
+	}
 	step("keep " + t.name)
-	if err := t.dir.Sync(); err != nil {
+	if err := t.dir.sync(); err != nil {
 		return err
 	}
 	step("keep-sync " + t.name)
+
+	into := t.dir.renameNew
 	if was {
-		err = unix.Renameat(t.fd(), t.new(), t.fd(), t.name)
-	} else {
-		err = unix.Renameat2(t.fd(), t.new(), t.fd(), t.name, unix.RENAME_NOREPLACE)
-		if err == unix.EINVAL || err == unix.ENOSYS { // NFS, among others
-			err = unix.Renameat(t.fd(), t.new(), t.fd(), t.name)
-		}
+		into = t.dir.rename
 	}
-	if err == unix.EEXIST {
+	err = into(t.new(), t.name)
+	if errors.Is(err, fs.ErrExist) && !was {
 		return errors.New("it came into being just now, made by somebody else: trying again")
 	}
 	if err != nil {
 		return explain(t.path, err)
 	}
 	step("rename " + t.name)
-	if !t.isMade(t.name) {
-		return errors.New("somebody put another file in the new one's place: look who can write to the folder")
+	if !t.dir.is(t.name, t.made) {
+		return fmt.Errorf("%w: look who can write to the folder", errReplaced)
 	}
-	if err := t.dir.Sync(); err != nil {
+	if err := t.dir.sync(); err != nil {
 		return err
 	}
 	step("rename-sync " + t.name)
 	return nil
 }
 
-// isMade says whether name is the new content.
-func (t *target) isMade(name string) bool {
-	var made unix.Stat_t
-	err := unix.Fstat(int(t.made.Fd()), &made)
-	st, statErr := lstat(t.fd(), name)
-	return err == nil && statErr == nil && st.Ino == made.Ino && st.Dev == made.Dev
-}
-
-// link keeps the old content under a second name.
-func (t *target) link() error {
-	if err := unlink(t.fd(), t.old()); err != nil {
-		return err
+// keep gives the old content a second name, or notes that there is none.
+func (t *target) keep(was bool) error {
+	if !was {
+		if err := t.dir.mark(t.none()); err != nil {
+			return explain(t.beside(t.none()), err)
+		}
+		return nil
 	}
-	return unix.Linkat(t.fd(), t.name, t.fd(), t.old(), 0)
+	if err := t.dir.link(t.name, t.old()); err != nil {
+		return explain(t.beside(t.old()), err)
+	}
+	return nil
 }
 
 // Finish removes the old content.
-func (s *Swap) Finish() error {
+func (s *swap) Finish() error {
 	switch s.state {
 	case prepared:
 		return errors.New("this swap is not committed")
@@ -326,16 +226,16 @@ func (t *target) clear(names ...string) error {
 		return nil
 	}
 	for _, name := range names {
-		if err := unlink(t.fd(), name); err != nil {
+		if err := t.dir.remove(name); err != nil {
 			return explain(t.beside(name), err)
 		}
 		step("clear " + name)
 	}
-	return t.dir.Sync()
+	return t.dir.sync()
 }
 
 // Rollback brings the old files back, and removes those that were none.
-func (s *Swap) Rollback() error {
+func (s *swap) Rollback() error {
 	if s.state == done {
 		return nil
 	}
@@ -344,7 +244,7 @@ func (s *Swap) Rollback() error {
 
 // back rolls back from every state that a crash can leave. It stops at the
 // first error: what it leaves then is again such a state.
-func (s *Swap) back() error {
+func (s *swap) back() error {
 	backwards := s.ordered()
 	slices.Reverse(backwards)
 	var unswapped []*target
@@ -381,7 +281,7 @@ func (s *Swap) back() error {
 }
 
 func (t *target) restore() error {
-	if err := unix.Renameat(t.fd(), t.old(), t.fd(), t.name); err != nil {
+	if err := t.dir.rename(t.old(), t.name); err != nil {
 		return explain(t.path, err)
 	}
 	step("restore " + t.name)
@@ -390,22 +290,38 @@ func (t *target) restore() error {
 
 // Discard lets go of a swap: what is only prepared is removed; what is
 // committed stays as it is, for Recover.
-func (s *Swap) Discard() {
+func (s *swap) Discard() {
 	if s.state == prepared {
 		_ = s.back() // what stays is Recover's
 	}
 	s.end()
 }
 
-func (s *Swap) end() {
+func (s *swap) end() {
 	for _, t := range s.targets {
-		for _, f := range []*os.File{t.dir, t.made} {
-			if f != nil {
-				_ = f.Close() // what matters was synced
-			}
+		if t.made != nil {
+			_ = t.made.Close() // what matters was synced
+		}
+		if t.dir != nil {
+			_ = t.dir.Close()
 		}
 	}
 	s.targets, s.state = nil, done
+}
+
+// sync has on disk what is there, before more is built on it: the last step of
+// an agent that died may be in memory alone, and a loss of power would take it
+// back while the steps that followed stay.
+func (s *swap) sync() error {
+	for _, t := range s.targets {
+		if t.dir == nil {
+			continue
+		}
+		if err := t.dir.sync(); err != nil {
+			return fmt.Errorf("%s: %w", t.path, err)
+		}
+	}
+	return nil
 }
 
 // The marks are what stands beside a file.
@@ -416,35 +332,30 @@ func (t *target) marks() (m marks, err error) {
 		return m, nil
 	}
 	for name, there := range map[string]*bool{t.new(): &m.new, t.old(): &m.old, t.none(): &m.none} {
-		switch _, err := lstat(t.fd(), name); err {
-		case nil:
-			*there = true
-		case unix.ENOENT:
-		default:
+		if *there, err = t.dir.present(name); err != nil {
 			return m, explain(t.beside(name), err)
 		}
 	}
 	return m, nil
 }
 
-// Recover settles what a crash left of a swap of these files. committed says
-// that the new files stand; the caller then finishes the swap or, unless that
-// had begun, rolls it back. Otherwise the old files stand, and the swap is
-// over. The Swap is never nil.
-func Recover(files []*config.File) (_ *Swap, isCommitted bool, err error) {
-	s := &Swap{}
+// recover settles what a crash left of a swap; see [deliver.Push]. The swap is
+// never nil.
+func (w *Way) recover() (_ *swap, isCommitted bool, err error) {
+	s := &swap{}
 	defer func() {
 		if err != nil {
 			s.end()
 		}
 	}()
-	for _, f := range files {
-		t, err := openTarget(f)
-		if err != nil && !errors.Is(err, unix.ENOENT) {
+	for _, f := range w.files {
+		t, err := w.target(f)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return s, false, fmt.Errorf("%s: %w", f.Path, err)
 		}
 		s.targets = append(s.targets, t)
 	}
+
 	var news int
 	var kept []bool
 	for _, t := range s.ordered() {
@@ -457,10 +368,15 @@ func Recover(files []*config.File) (_ *Swap, isCommitted bool, err error) {
 		}
 		kept = append(kept, has.old || has.none)
 	}
-	switch {
-	case news == 0 && !slices.Contains(kept, true):
+
+	if news == 0 && !slices.Contains(kept, true) {
 		s.end()
 		return s, false, nil
+	}
+	if err := s.sync(); err != nil {
+		return s, false, err
+	}
+	switch {
 	case news == 0 && !slices.Contains(kept, false):
 		s.state = committed
 		return s, true, nil
