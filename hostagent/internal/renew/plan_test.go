@@ -24,6 +24,7 @@ func TestPlan(t *testing.T) {
 	}
 	other := unit("a")
 	other.SHA256 = evidence.Sum([]byte("another program"))
+	offered := lease(func(l *Lease) { l.AckBy = now.Add(2 * time.Minute) })
 	for _, tt := range []struct {
 		name  string
 		o     Observed
@@ -50,6 +51,16 @@ func TestPlan(t *testing.T) {
 		{"withheld, the broker is away", Observed{Program: unit("b"), Withheld: lease(nil), Offline: true, RetryAt: now.Add(time.Minute)}, Adopt, 0},
 		{"withheld, another program", Observed{Program: other, Withheld: lease(nil), Offline: true, RetryAt: now.Add(time.Minute)}, Wait, time.Minute},
 		{"withheld and expired", Observed{Program: unit("b"), Withheld: lease(func(l *Lease) { l.Expires = now }), Offline: true}, Drop, 0},
+		{"offered", Observed{Program: unit("a"), Offered: offered}, Wait, 2 * time.Minute},
+		{"offered and read", Observed{Program: unit("a"), Offered: offered, Read: true}, Accept, 0},
+		{"offered, and not read in time", Observed{Program: unit("a"), Offered: lease(func(l *Lease) { l.AckBy = now })}, Retract, 0},
+		{"read at the last moment", Observed{Program: unit("a"), Offered: lease(func(l *Lease) { l.AckBy = now }), Read: true}, Accept, 0},
+		{"offered, and the program ended", Observed{Offered: offered}, Retract, 0},
+		{"offered, and the program can't be seen", Observed{Unknown: true, Offered: offered}, Wait, 2 * time.Minute},
+		{"offered, and another came", Observed{Program: unit("b"), Offered: offered}, Retract, 0},
+		{"offered beside one that is due", Observed{Program: unit("a"), Lease: lease(func(l *Lease) { l.Replace = now }), Offered: offered}, Wait, 2 * time.Minute},
+		{"offered beside one that expires", Observed{Program: unit("a"), Lease: lease(func(l *Lease) { l.Expires = now }), Offered: offered}, Withdraw, 0},
+		{"it comes again, and nothing is there to serve", Observed{Program: unit("a"), Lease: lease(nil), Asked: true}, Obtain, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			tt.o.Now = now

@@ -88,6 +88,7 @@ func (r *Runner) retract(reason string) {
 	}
 	offered.Retract()
 	r.fail("offer "+lease.ID, errors.Join(errors.New(reason), r.dropPending()))
+	r.poke()
 }
 
 // recoverPull gives back what was offered when the agent died: the secret was in

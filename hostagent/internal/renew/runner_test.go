@@ -15,6 +15,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/internal/secret"
@@ -57,35 +58,44 @@ var running = process.Program{Boot: "boot", PID: 7, Start: 9, Exe: "/bin/x", SHA
 
 // holding is a Runner that starts with the lease l, whose credential stands in
 // the file.
-func holding(t *testing.T, b *broker, p programs, l Lease) (r *Runner, file string) {
+func holding(t *testing.T, b *broker, p programs, l Lease) (_ *Runner, file string) {
 	t.Helper()
 	dir := t.TempDir()
 	file = filepath.Join(dir, "db.properties")
 	if err := os.WriteFile(file, []byte("password=old\n"), 0o400); err != nil {
 		t.Fatal(err)
 	}
+	o := options(t, dir, b, p, nil)
+	o.Credential.Files[0].Path = file
+	o.Way = files.New(o.Credential.Files)
+	l.Instance, l.Boot, l.Acked = running.Instance().String(), "boot", true
+	if err := (&keeper{dir, dir, "billing-db"}).save(&l); err != nil {
+		t.Fatal(err)
+	}
+	r, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r, file
+}
+
+// options are those of a Runner with its state in dir.
+func options(t *testing.T, dir string, b Broker, p Programs, way deliver.Way) Options {
+	t.Helper()
 	cfg, err := config.Parse("x.hcl", []byte(`broker {
   addresses = ["https://b.example:1"]
   ca_sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
 }
 credential "billing-db" {
   process { exe = "/bin/x" }
-  file "`+file+`" { template = "password={{ .password }}\n" }
+  file "/nothing/here" { template = "password={{ .password }}\n" }
 }
 `))
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.Instance, l.Boot, l.Acked = running.Instance().String(), "boot", true
-	if err := (&keeper{dir, dir, "billing-db"}).save(&l); err != nil {
-		t.Fatal(err)
-	}
-	r, err = New(Options{Credential: cfg.Credentials[0], Broker: b, Programs: p, Way: files.New(cfg.Credentials[0].Files), StateDir: dir, RunDir: dir, ProveNow: func() {},
-		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return r, file
+	return Options{Credential: cfg.Credentials[0], Broker: b, Programs: p, Way: way, StateDir: dir, RunDir: dir, ProveNow: func() {},
+		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now}
 }
 
 // An agent that restarts and can't see its program takes nothing, and says
