@@ -17,7 +17,8 @@ func OfLease(l *v1.Lease) (Entry, error) {
 		Issued: moment(l.GetIssued()), Expires: moment(l.GetExpires()), Revoked: moment(l.GetRevoked()),
 		Names: Names{DBUsername: n["db_username"], VaultLease: n["vault_lease"], VaultAccessor: n["vault_accessor"], VaultPath: n["vault_path"],
 			CertificateSerial: n["certificate_serial"], SSHKeyID: n["ssh_key_id"], SSHSerial: n["ssh_serial"], SecretHMAC: n["secret_hmac"], SecretVersion: n["secret_version"]}}
-	if err := json.Unmarshal(l.GetSubject(), &e.Subject); err != nil {
+	var err error
+	if e.Subject, err = subjectOf(l.GetSubject()); err != nil {
 		return e, fmt.Errorf("lease %s: its subject: %w", l.GetId(), err)
 	}
 	e.Subject.Release = l.GetRelease()
@@ -25,6 +26,34 @@ func OfLease(l *v1.Lease) (Entry, error) {
 		e.Machine = Machine{SecureBoot: m.SecureBoot, CommandLine: m.GetKernelCommandLine(), Reference: m.GetReference()}
 	}
 	return e, nil
+}
+
+// subjectOf reads an attested program, in either version of its encoding: the
+// first has all facts side by side, the second has its files and what its system
+// adds in objects of their own.
+func subjectOf(b []byte) (Subject, error) {
+	var p struct {
+		Subject
+		Executables []struct {
+			Path   string `json:"path"`
+			SHA256 string `json:"sha256"`
+		} `json:"executables"`
+		Linux *struct {
+			Unit       string `json:"unit"`
+			Invocation string `json:"invocation"`
+		} `json:"linux"`
+	}
+	if err := json.Unmarshal(b, &p); err != nil {
+		return Subject{}, err
+	}
+	s := p.Subject
+	if len(p.Executables) > 0 {
+		s.Exe, s.SHA256 = p.Executables[0].Path, p.Executables[0].SHA256
+	}
+	if p.Linux != nil {
+		s.Unit, s.Invocation = p.Linux.Unit, p.Linux.Invocation
+	}
+	return s, nil
 }
 
 // OfCanary is the entry of a canary.

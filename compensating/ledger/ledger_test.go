@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/compensating/ledger"
 )
 
@@ -257,3 +260,24 @@ func TestSharedNamesThatChange(t *testing.T) {
 type readerAt struct{ b *bytes.Buffer }
 
 func (r readerAt) ReadAt(p []byte, at int64) (int, error) { return copy(p, r.b.Bytes()[at:]), nil }
+
+// A lease's subject is the same in either version of the attested program.
+func TestSubjects(t *testing.T) {
+	for _, name := range []string{"unit", "process", "starting", "least", "odd-names"} {
+		var subjects [2]ledger.Subject
+		for i, version := range []string{"v1", "v2"} {
+			b, err := os.ReadFile(filepath.Join("../../attestors/process/testdata", version, name+".json"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			e, err := ledger.OfLease(&v1.Lease{Id: "L1", Subject: b})
+			if err != nil {
+				t.Fatal(err)
+			}
+			subjects[i] = e.Subject
+		}
+		if subjects[0] != subjects[1] || subjects[0].Exe == "" || subjects[0].SHA256 == "" || (subjects[0].Unit == "") != (name == "process" || name == "least") {
+			t.Errorf("%s: %+v and %+v", name, subjects[0], subjects[1])
+		}
+	}
+}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/countersign/countersign/attestors/process"
 )
 
 // A package update replaces the files of units that run: in each sandbox that
@@ -29,14 +31,14 @@ func TestUpdatedUnitsInSandboxes(t *testing.T) {
 			m.sh(t, "mkdir -p /opt/sandbox/bin && cp /bin/sleep /opt/sandbox/bin/napd")
 			m.sh(t, fmt.Sprintf("systemd-run -q --collect -p Type=exec --unit=%s %s /opt/sandbox/bin/napd 600", name, tt.unit))
 			pid := strings.TrimSpace(m.sh(t, "systemctl show -P MainPID "+name))
-			var before, after struct{ Exe, SHA256, Unit string }
+			var before, after process.Program
 			inspect := agent + "countersign-agent inspect " + pid + " -o json 2>&1"
-			if err := json.Unmarshal([]byte(m.sh(t, inspect)), &before); err != nil || before.Exe != "/opt/sandbox/bin/napd" || before.Unit != name {
+			if err := json.Unmarshal([]byte(m.sh(t, inspect)), &before); err != nil || before.Main().Path != "/opt/sandbox/bin/napd" || before.Unit() != name {
 				t.Errorf("%q, agent %q: %+v, %v", tt.unit, agent, before, err)
 			}
 			m.sh(t, "cp /bin/cat /opt/sandbox/bin/new && mv /opt/sandbox/bin/new /opt/sandbox/bin/napd")
 			out, err := m.try(t, inspect)
-			if told && (json.Unmarshal([]byte(out), &after) != nil || after != before) {
+			if told && (json.Unmarshal([]byte(out), &after) != nil || after.Main() != before.Main() || after.Unit() != name) {
 				t.Errorf("%q, agent %q, updated: %s, before it %+v", tt.unit, agent, out, before)
 			}
 			if !told && (err == nil || !strings.Contains(out, "a user namespace of its own")) {

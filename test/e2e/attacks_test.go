@@ -658,30 +658,25 @@ func TestInspectTellsUnitsApart(t *testing.T) {
 	m.sh(t, "systemctl start billing.service && loginctl enable-linger billing")
 	uid := strings.TrimSpace(m.sh(t, "id -u billing"))
 	m.sh(t, "mkdir -p /var/lib/billing-home/.config/systemd/user && chown -R billing /var/lib/billing-home && usermod -d /var/lib/billing-home billing || true")
-	type told struct {
-		Unit string `json:"unit"`
-		Exe  string `json:"exe"`
-		Cgrp string `json:"cgroup"`
-	}
-	inspect := func(pid string) (p told) {
+	inspect := func(pid string) (p process.Program) {
 		check.Nil(t, json.Unmarshal([]byte(m.sh(t, "countersign-agent inspect "+pid+" -o json")), &p))
 		return p
 	}
 	main := strings.TrimSpace(m.sh(t, "systemctl show -P MainPID billing.service"))
-	if p := inspect(main); p.Unit != "billing.service" {
+	if p := inspect(main); p.Unit() != "billing.service" {
 		t.Errorf("the unit's own process: %+v", p)
 	}
 	// The trusted program, started by somebody else with a lying environment.
 	pid := strings.TrimSpace(m.sh(t, "INVOCATION_ID="+strings.TrimSpace(m.sh(t, "systemctl show -P InvocationID billing.service"))+
 		" setsid /opt/billing/bin/billingd -file /nowhere -database x -status /dev/null >/dev/null 2>&1 & sleep 0.5; echo $!"))
-	if p := inspect(pid); p.Unit != "" || p.Exe != "/opt/billing/bin/billingd" {
+	if p := inspect(pid); p.Unit() != "" || p.Main().Path != "/opt/billing/bin/billingd" {
 		t.Errorf("an impostor: %+v", p)
 	}
 	if out, err := m.try(t, "systemd-run --user -M billing@.host --unit=billing.service --collect /opt/billing/bin/billingd -file /nowhere -database x -status /dev/null; "+
 		"sleep 1; systemctl --user -M billing@.host show -P MainPID billing.service"); err == nil {
 		lines := strings.Fields(out)
 		if user := lines[len(lines)-1]; user != "0" {
-			if p := inspect(user); p.Unit != "" || !strings.Contains(p.Cgrp, "user@"+uid) {
+			if p := inspect(user); p.Unit() != "" || !strings.Contains(p.Linux.Cgroup, "user@"+uid) {
 				t.Errorf("a user manager's unit: %+v", p)
 			}
 		} else {

@@ -204,7 +204,8 @@ func (h *SoftHost) Facts() *v1.HostFacts { return &v1.HostFacts{BootId: h.Boot, 
 // Program is evidence of a program on the host: exe, run by user, as a process
 // of its own. Edits change it before it is encoded.
 func (h *SoftHost) Program(exe, user string, pid int, edits ...func(*programs.Program)) ([]byte, error) {
-	p := programs.Program{Boot: h.Boot, PID: pid, Start: uint64(pid) * 100, Exe: exe, SHA256: sha256.Sum256([]byte(exe)), User: user, UID: 990, GID: 990}
+	p := programs.Program{Boot: h.Boot, PID: pid, Start: uint64(pid) * 100, User: user,
+		Executables: programs.OneFile(exe, sha256.Sum256([]byte(exe))), Linux: &programs.Linux{UID: 990, GID: 990}}
 	for _, edit := range edits {
 		edit(&p)
 	}

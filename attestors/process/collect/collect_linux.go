@@ -50,7 +50,7 @@ func once(pid int) (process.Program, error) {
 		return process.Program{}, err
 	}
 	defer d.close()
-	p := process.Program{PID: pid}
+	p := process.Program{PID: pid, Linux: &process.Linux{}}
 	if p.Boot, err = BootID(); err != nil {
 		return p, err
 	}
@@ -62,7 +62,7 @@ func once(pid int) (process.Program, error) {
 	if err := d.status(&p); err != nil {
 		return p, err
 	}
-	if p.Cgroup, err = d.cgroup(); err != nil {
+	if p.Linux.Cgroup, err = d.cgroup(); err != nil {
 		return p, err
 	}
 	exe, err := d.exe()
@@ -70,11 +70,11 @@ func once(pid int) (process.Program, error) {
 		return p, err
 	}
 	defer func() { _ = exe.file.Close() }()
-	p.Exe = exe.path
+	p.Executables = []process.Executable{{Path: exe.path, Role: process.Main}}
 	if err := d.isHostFile(exe); err != nil {
 		return p, err
 	}
-	if p.SHA256, err = digests.of(exe.file); err != nil {
+	if p.Executables[0].SHA256, err = digests.of(exe.file); err != nil {
 		return p, err
 	}
 	if p.Mappings, err = d.mappings(exe); err != nil {
@@ -216,8 +216,8 @@ func (d *dir) status(p *process.Program) error {
 			return fmt.Errorf("pid %d runs under several identities (%s %v): a set-id program, or one that changes its user, earns nothing", d.pid, name, four)
 		}
 	}
-	p.UID, p.GID, p.Groups = ids["Uid"][0], ids["Gid"][0], ids["Groups"]
-	p.User = userName(p.UID)
+	p.Linux.UID, p.Linux.GID, p.Linux.Groups = ids["Uid"][0], ids["Gid"][0], ids["Groups"]
+	p.User = userName(p.Linux.UID)
 	return nil
 }
 

@@ -69,11 +69,11 @@ func TestProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p.Exe != exe || p.SHA256 != evidence.Sum(b) {
-		t.Errorf("exe %s %s, want %s", p.Exe, p.SHA256, exe)
+	if p.Main().Path != exe || p.Main().SHA256 != evidence.Sum(b) {
+		t.Errorf("exe %s %s, want %s", p.Main().Path, p.Main().SHA256, exe)
 	}
-	if p.User != "nobody" || p.UID != 65534 || p.GID != 65534 || !slices.Equal(p.Groups, []uint32{4, 24}) {
-		t.Errorf("runs as %s %d %d %v", p.User, p.UID, p.GID, p.Groups)
+	if p.User != "nobody" || p.Linux.UID != 65534 || p.Linux.GID != 65534 || !slices.Equal(p.Linux.Groups, []uint32{4, 24}) {
+		t.Errorf("runs as %s %d %d %v", p.User, p.Linux.UID, p.Linux.GID, p.Linux.Groups)
 	}
 	if p.Parent == nil || p.Parent.PID != os.Getpid() || p.Parent.Exe == "" || p.Start == 0 {
 		t.Errorf("parent %+v, start %d", p.Parent, p.Start)
@@ -95,8 +95,8 @@ func TestProcess(t *testing.T) {
 	if slices.ContainsFunc(again.Mappings, func(m process.Mapping) bool { return m.Path == exe }) {
 		t.Error("the program's own file counts as a foreign mapping once it was replaced")
 	}
-	if err != nil || again.SHA256 != p.SHA256 || again.Exe != exe {
-		t.Errorf("after it was replaced: %s %s, %v", again.Exe, again.SHA256, err)
+	if err != nil || again.Main().SHA256 != p.Main().SHA256 || again.Main().Path != exe {
+		t.Errorf("after it was replaced: %s %s, %v", again.Main().Path, again.Main().SHA256, err)
 	}
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
@@ -170,8 +170,8 @@ func TestChroot(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	time.Sleep(100 * time.Millisecond)
-	if p, err := Process(cmd.Process.Pid); err != nil || p.Exe != filepath.Join(root, "bin", "sleep") {
-		t.Errorf("a program in a chroot is told as %s, %v", p.Exe, err)
+	if p, err := Process(cmd.Process.Pid); err != nil || p.Main().Path != filepath.Join(root, "bin", "sleep") {
+		t.Errorf("a program in a chroot is told as %s, %v", p.Main().Path, err)
 	}
 }
 

@@ -121,12 +121,12 @@ func TestReplaced(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newStage(t)
 			pid := s.play(t, tt.how, tt.script, s.exe)
-			if p, err := Process(pid); err != nil || p.Exe != s.exe {
-				t.Fatalf("before: %s, %v", p.Exe, err)
+			if p, err := Process(pid); err != nil || p.Main().Path != s.exe {
+				t.Fatalf("before: %s, %v", p.Main().Path, err)
 			}
 			s.install(t)
-			if p, err := Process(pid); err != nil || p.Exe != s.exe {
-				t.Errorf("after: %s, %v", p.Exe, err)
+			if p, err := Process(pid); err != nil || p.Main().Path != s.exe {
+				t.Errorf("after: %s, %v", p.Main().Path, err)
 			}
 		})
 	}
@@ -166,7 +166,7 @@ func TestForgedPath(t *testing.T) {
 			pid := s.play(t, tt.how, tt.script, printed)
 			p, err := Process(pid)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("told as %s, %v; want %q", p.Exe, err, tt.want)
+				t.Errorf("told as %s, %v; want %q", p.Main().Path, err, tt.want)
 			}
 			if pa := parent(pid); pa.Exe != "" {
 				t.Errorf("a parent is told as %s", pa.Exe)

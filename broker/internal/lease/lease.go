@@ -172,7 +172,7 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id s
 	now := m.now()
 	g := journal.Intend(journal.Lease{
 		ID: id, Host: facts.Host.ID, Scope: scope.Name, Kind: scope.Kind, Ref: known.Ref, Names: known.Names,
-		DeliveryID: r.DeliveryID, Unit: facts.Program.Unit, Boot: facts.Program.Boot, SHA256: facts.Program.SHA256.String(),
+		DeliveryID: r.DeliveryID, Unit: facts.Program.Unit(), Boot: facts.Program.Boot, SHA256: facts.Program.Main().SHA256.String(),
 		Subject: subject, Facts: kept, Machine: machine(facts.Host), Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
 		TTL: scope.TTL, Overlap: scope.Overlap, Grace: scope.Grace, ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
 	}, now)

@@ -58,8 +58,8 @@ var vocabulary = map[string][]fact{
 		{"ima", cel.StringType}, {"ima_bank", cel.StringType}, {"ima_entries", cel.IntType}, {"ima_violations", cel.IntType}, {"ima_unexpected", cel.IntType},
 	},
 	processType.TypeName(): {
-		{"exe", cel.StringType}, {"sha256", cel.StringType}, {"user", cel.StringType}, {"uid", cel.IntType},
-		{"gid", cel.IntType}, {"groups", cel.ListType(cel.IntType)}, {"unit", cel.StringType}, {"cgroup", cel.StringType},
+		{"exe", cel.StringType}, {"sha256", cel.StringType}, {"user", cel.StringType}, {"unit", cel.StringType}, // "": of none
+		{"uid", cel.IntType}, {"gid", cel.IntType}, {"groups", cel.ListType(cel.IntType)}, {"cgroup", cel.StringType}, // absent on another system than Linux
 		{"starting", cel.BoolType}, {"releases", cel.ListType(cel.StringType)},
 		{"measured", cel.BoolType}, // absent unless an IMA list was appraised
 		{"mappings", cel.ListType(mappingType)}, {"parent", parentType},
@@ -279,17 +279,19 @@ func activation(f appraise.Facts, now time.Time) map[string]any {
 	}
 	process := object{}
 	if p := f.Program; p != nil {
-		groups := make([]int64, len(p.Groups))
-		for i, g := range p.Groups {
-			groups[i] = int64(g)
-		}
 		mappings := make([]object, len(p.Mappings))
 		for i, m := range p.Mappings {
 			mappings[i] = object{"path": m.Path, "deleted": m.Deleted}
 		}
 		process = object{
-			"exe": p.Exe, "sha256": p.SHA256.String(), "user": p.User, "uid": int64(p.UID), "gid": int64(p.GID),
-			"groups": groups, "unit": p.Unit, "cgroup": p.Cgroup, "starting": p.Starting, "mappings": mappings,
+			"exe": p.Main().Path, "sha256": p.Main().SHA256.String(), "user": p.User, "unit": p.Unit(), "starting": p.Starting, "mappings": mappings,
+		}
+		if l := p.Linux; l != nil {
+			groups := make([]int64, len(l.Groups))
+			for i, g := range l.Groups {
+				groups[i] = int64(g)
+			}
+			process["uid"], process["gid"], process["groups"], process["cgroup"] = int64(l.UID), int64(l.GID), groups, l.Cgroup
 		}
 		if f.Releases == nil {
 			f.Releases = []string{}

@@ -187,13 +187,13 @@ func (e *evaluation) process(sc *Scope, f appraise.Facts) {
 		e.is("process.user", want.User, p.User, p.User == want.User)
 	}
 	if want.Unit != "" {
-		e.is("process.unit", want.Unit, p.Unit, p.Unit == want.Unit)
+		e.is("process.unit", want.Unit, p.Unit(), p.Unit() == want.Unit)
 	}
 	if want.Exe != "" {
-		e.is("process.exe", want.Exe, p.Exe, p.Exe == want.Exe)
+		e.is("process.exe", want.Exe, p.Main().Path, p.Main().Path == want.Exe)
 	}
 	if len(want.SHA256) > 0 {
-		saw := p.SHA256.String()
+		saw := p.Main().SHA256.String()
 		e.is("process.sha256", strings.Join(want.SHA256, " or "), saw, slices.Contains(want.SHA256, saw))
 	}
 	wanted, saw := "running", "running"
@@ -241,7 +241,7 @@ func (e *evaluation) measured(p *process.Program, m *appraise.Measured) {
 // mappings looks for code in the program that its exe doesn't account for, as
 // LD_PRELOAD puts there.
 func (e *evaluation) mappings(sc *Scope, p *process.Program) {
-	allowed, wanted := func(m process.Mapping) bool { return ordinary(m, p.Exe) }, "the system's libraries and the program's own"
+	allowed, wanted := func(m process.Mapping) bool { return ordinary(m, p.Main().Path) }, "the system's libraries and the program's own"
 	if globs := sc.compiled.mappings; len(globs) > 0 {
 		wanted = strings.Join(sc.Process.Mappings, " or ")
 		allowed = func(m process.Mapping) bool {

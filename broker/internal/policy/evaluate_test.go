@@ -37,10 +37,10 @@ func TestSelectors(t *testing.T) {
 		{"another reference", "host.reference", "lab", func(f *appraise.Facts) { f.Host.Reference = "lab" }},
 		{"no reference", "host.reference", "(none)", func(f *appraise.Facts) { f.Host.Reference = "" }},
 		{"user", "process.user", "root", func(f *appraise.Facts) { f.Program.User = "root" }},
-		{"unit", "process.unit", "other.service", func(f *appraise.Facts) { f.Program.Unit = "other.service" }},
-		{"no unit", "process.unit", "(none)", func(f *appraise.Facts) { f.Program.Unit = "" }},
-		{"exe", "process.exe", "/bin/sh", func(f *appraise.Facts) { f.Program.Exe = "/bin/sh" }},
-		{"digest", "process.sha256", evidence.Sum([]byte("other")).String(), func(f *appraise.Facts) { f.Program.SHA256 = evidence.Sum([]byte("other")) }},
+		{"unit", "process.unit", "other.service", func(f *appraise.Facts) { f.Program.Linux.Unit = "other.service" }},
+		{"no unit", "process.unit", "(none)", func(f *appraise.Facts) { f.Program.Linux.Unit = "" }},
+		{"exe", "process.exe", "/bin/sh", func(f *appraise.Facts) { f.Program.Executables[0].Path = "/bin/sh" }},
+		{"digest", "process.sha256", evidence.Sum([]byte("other")).String(), func(f *appraise.Facts) { f.Program.Executables[0].SHA256 = evidence.Sum([]byte("other")) }},
 		{"preload", "process.mappings", "/tmp/evil.so", func(f *appraise.Facts) {
 			f.Program.Mappings = append(f.Program.Mappings, process.Mapping{Path: "/tmp/evil.so"})
 		}},
@@ -111,7 +111,7 @@ func TestMappings(t *testing.T) {
 	} {
 		f := subject()
 		f.Program.User = "www-data"
-		f.Program.Exe = c.exe
+		f.Program.Executables[0].Path = c.exe
 		f.Program.Mappings = []process.Mapping{c.m}
 		scope := map[string]string{"default": "billing-tls", "listed": "web-pki"}[c.scope]
 		r := set.Evaluate(scope, f, noon)
@@ -229,7 +229,7 @@ func TestFacts(t *testing.T) {
 		{"a parent", "", "process.parent.exe == '/usr/lib/systemd/systemd' && process.parent.pid == 1", subject, Allowed},
 		{"no parent", "", "process.parent.pid == 1", func() appraise.Facts { f := subject(); f.Program.Parent = nil; return f }, Fault},
 		{"no parent is asked for", "", "has(process.parent)", func() appraise.Facts { f := subject(); f.Program.Parent = nil; return f }, Refused},
-		{"an empty unit is not there", "", "has(process.unit) || process.unit != ''", func() appraise.Facts { f := subject(); f.Program.Unit = ""; return f }, Refused},
+		{"an empty unit is not there", "", "has(process.unit) || process.unit != ''", func() appraise.Facts { f := subject(); f.Program.Linux.Unit = ""; return f }, Refused},
 		{"labels", "", "host.labels.env == 'prod' && 'role' in host.labels && !('x' in host.labels)", subject, Allowed},
 		{"a label that is missing", "", "host.labels.nothing == 'x'", subject, Fault},
 		{"pcrs", "", "host.pcrs[0] == '" + evidence.Sum([]byte("zero")).String() + "'", subject, Allowed},
@@ -299,7 +299,7 @@ func TestUnknownScope(t *testing.T) {
 // A host reads the reason: it must not learn what would be accepted.
 func TestReasonsHoldNoValues(t *testing.T) {
 	f := subject()
-	f.Program.Unit, f.Host.Labels["env"] = "other.service", "test"
+	f.Program.Linux.Unit, f.Host.Labels["env"] = "other.service", "test"
 	r := billing(t).Evaluate("billing-db", f, noon)
 	if r.Outcome != Refused || strings.Contains(r.Reason, "billing.service") || strings.Contains(r.Reason, "prod") {
 		t.Errorf("%+v", r)

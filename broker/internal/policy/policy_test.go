@@ -252,8 +252,8 @@ func subject() appraise.Facts {
 		Host: appraise.Host{ID: "h1", Name: "db-client", Labels: map[string]string{"env": "prod", "role": "billing", "extra": "x"},
 			Tier: appraise.TierCertified, Reference: "debian12-prod", Address: "192.0.2.7", Boot: "boot",
 			PCRs: map[int]evidence.Digest{0: evidence.Sum([]byte("zero"))}},
-		Program: &process.Program{Boot: "boot", PID: 10, Start: 20, Exe: "/opt/billing/bin/billingd", SHA256: evidence.Sum([]byte("test")),
-			User: "billing", UID: 990, GID: 990, Groups: []uint32{990, 4}, Unit: "billing.service", Invocation: strings.Repeat("a", 32),
+		Program: &process.Program{Boot: "boot", PID: 10, Start: 20, User: "billing", Executables: process.OneFile("/opt/billing/bin/billingd", evidence.Sum([]byte("test"))),
+			Linux:    &process.Linux{UID: 990, GID: 990, Groups: []uint32{990, 4}, Unit: "billing.service", Invocation: strings.Repeat("a", 32)},
 			Mappings: []process.Mapping{{Path: "/usr/lib/x86_64-linux-gnu/libc.so.6"}}, Parent: &process.Parent{PID: 1, Start: 1, Exe: "/usr/lib/systemd/systemd"}},
 	}
 }

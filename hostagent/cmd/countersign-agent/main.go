@@ -29,7 +29,8 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/deliver/ways"
-	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/hostagent/internal/program"
+	"github.com/countersign/countersign/hostagent/internal/program/kinds"
 	"github.com/countersign/countersign/hostagent/internal/supervisor"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/hclread"
@@ -224,7 +225,7 @@ func serveCommand(o *options) *cobra.Command {
 			return err
 		}
 		defer cl.Close()
-		finder := instance.New()
+		finder := program.New(kinds.All()...)
 		defer finder.Close()
 		s, err := supervisor.New(c, cl, finder, ways.All, log, now, faults.Now)
 		if err != nil {
@@ -287,9 +288,9 @@ func inspectCommand(o *options) *cobra.Command {
 		if err != nil || pid <= 0 {
 			return &exitError{exitUsage, fmt.Errorf("%q is no pid", args[0])}
 		}
-		finder := instance.New()
+		finder := program.New(kinds.All()...)
 		defer finder.Close()
-		p, err := finder.Inspect(cmd.Context(), pid)
+		p, err := finder.Find(cmd.Context(), config.Process{PID: pid}, "")
 		if err != nil {
 			return err
 		}

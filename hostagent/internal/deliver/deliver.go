@@ -85,7 +85,7 @@ type Pull interface {
 
 	// Find returns the evidence of the process to serve: the one of the instance
 	// held while that lives, else one that has come; an error that wraps
-	// [process.ErrNotRunning] where there is neither.
+	// program.ErrNotRunning where there is neither.
 	Find(ctx context.Context, held string) (process.Program, error)
 	// Watch sends when Find or Asked may answer differently, until ctx ends.
 	Watch(ctx context.Context) <-chan struct{}

@@ -27,8 +27,9 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/ekcert"
-	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/openmon"
+	"github.com/countersign/countersign/hostagent/internal/program"
+	"github.com/countersign/countersign/hostagent/internal/program/kinds"
 	"github.com/countersign/countersign/internal/faults"
 )
 
@@ -330,7 +331,7 @@ func (r *Report) witness() {
 }
 
 func (r *Report) programs(ctx context.Context, credentials []*config.Credential) {
-	finder := instance.New()
+	finder := program.New(kinds.All()...)
 	defer finder.Close()
 	for _, c := range credentials {
 		check := "credential " + c.Name
@@ -346,8 +347,8 @@ func (r *Report) programs(ctx context.Context, credentials []*config.Credential)
 		cancel()
 		switch {
 		case err == nil:
-			r.add(check, OK, fmt.Sprintf("%s, sha256 %s, user %s", p.Exe, p.SHA256, p.User), "")
-		case errors.Is(err, instance.ErrNotRunning):
+			r.add(check, OK, fmt.Sprintf("%s, sha256 %s, user %s", p.Main().Path, p.Main().SHA256, p.User), "")
+		case errors.Is(err, program.ErrNotRunning):
 			r.add(check, OK, "its program does not run now", "")
 		default:
 			r.add(check, Wrong, err.Error(), "mend process in its block")

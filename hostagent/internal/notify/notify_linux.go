@@ -43,7 +43,7 @@ func Notify(ctx context.Context, o *config.OnChange, p process.Program) error {
 	case o.Signal != "":
 		return signal(o.Signal, p)
 	case o.Restart, o.Reload:
-		return job(ctx, o, p.Unit)
+		return job(ctx, o, p.Unit())
 	case len(o.Exec) > 0:
 		if err := command(ctx, o.Exec, []string{commandPath}, o.Limit()); err != nil {
 			return fmt.Errorf("exec: %w", err)

@@ -148,7 +148,7 @@ func notifyChild() error {
 	if err != nil {
 		return err
 	}
-	return Notify(context.Background(), a.Credentials[0].OnChange, process.Program{Unit: os.Getenv("UNIT")})
+	return Notify(context.Background(), a.Credentials[0].OnChange, process.Program{Linux: &process.Linux{Unit: os.Getenv("UNIT")}})
 }
 
 // TestNoManager: where there is no systemd the error says so, and nothing hangs.

@@ -6,7 +6,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/hostagent/internal/program/proc"
+	"github.com/countersign/countersign/hostagent/internal/program/systemd"
 )
 
 // Bounds of what is read in /proc. What is needed of status stands before its
@@ -35,10 +36,10 @@ func look(thread int) visitor {
 	// The thread's own, as its process may have lost its first one.
 	v.exe = exe(dir, "exe")
 	v.pid, v.uid = identity(read(dir, "status", statusRead))
-	v.unit = instance.UnitOf(cgroup(read(dir, "cgroup", cgroupRead)))
+	v.unit = systemd.UnitOf(cgroup(read(dir, "cgroup", cgroupRead)))
 	v.line = []relative{{v.pid, v.exe}}
 	if v.pid > 0 {
-		for _, pid := range instance.Ancestors(v.pid, maxAncestors) {
+		for _, pid := range proc.Ancestors(v.pid, maxAncestors) {
 			v.line = append(v.line, relative{pid, exe(unix.AT_FDCWD, "/proc/"+strconv.Itoa(pid)+"/exe")})
 		}
 	}

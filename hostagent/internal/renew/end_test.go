@@ -15,7 +15,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver/files"
-	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/hostagent/internal/program"
 )
 
 // counting counts the looks at a program.
@@ -67,7 +67,7 @@ func TestAFolderThatKeepsItsFiles(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b, n := &broker{away: tt.away}, &atomic.Int64{}
 				r, file := holding(t, b, programs{}, Lease{ID: "l1", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(time.Hour)})
-				r.programs = counting{programs{err: instance.ErrNotRunning}, n}
+				r.programs = counting{programs{err: program.ErrNotRunning}, n}
 				if tt.put != nil {
 					if err := tt.put(file); err != nil {
 						t.Fatal(err)

@@ -3,7 +3,7 @@
 // when the program ends.
 //
 // Each credential has one goroutine over a pure Plan, so that one that is
-// stuck holds up no other. The package trusts instance for what runs, attest
+// stuck holds up no other. The package trusts program for what runs, attest
 // for what the broker says, and the way of delivery for what the program has:
 // what is pushed is acknowledged once it is committed, what is pulled once it is
 // read. It promises that a credential is taken away only on a broker's word, at
@@ -53,7 +53,7 @@ func (l *Lease) with(change func(*Lease)) *Lease {
 // while no broker can be asked: the same unit, running the same file, in the
 // same boot.
 func (l *Lease) fits(p *process.Program) bool {
-	return l.Unit != "" && l.Unit == p.Unit && l.Boot == p.Boot && l.SHA256 == p.SHA256.String()
+	return l.Unit != "" && l.Unit == p.Unit() && l.Boot == p.Boot && l.SHA256 == p.Main().SHA256.String()
 }
 
 // Observed is all that Plan decides on.

@@ -12,7 +12,8 @@ import (
 func TestPlan(t *testing.T) {
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	unit := func(invocation string) *process.Program {
-		return &process.Program{Boot: "b", PID: 9, Start: 9, Exe: "/x", SHA256: evidence.Sum([]byte("x")), Unit: "x.service", Invocation: strings.Repeat(invocation, 32)}
+		return &process.Program{Boot: "b", PID: 9, Start: 9, Executables: process.OneFile("/x", evidence.Sum([]byte("x"))),
+			Linux: &process.Linux{Unit: "x.service", Invocation: strings.Repeat(invocation, 32)}}
 	}
 	lease := func(edit func(*Lease)) *Lease {
 		l := &Lease{ID: "l", Instance: unit("a").Instance().String(), Boot: "b", Unit: "x.service", SHA256: evidence.Sum([]byte("x")).String(),
@@ -23,7 +24,7 @@ func TestPlan(t *testing.T) {
 		return l
 	}
 	other := unit("a")
-	other.SHA256 = evidence.Sum([]byte("another program"))
+	other.Executables[0].SHA256 = evidence.Sum([]byte("another program"))
 	offered := lease(func(l *Lease) { l.AckBy = now.Add(2 * time.Minute) })
 	for _, tt := range []struct {
 		name  string

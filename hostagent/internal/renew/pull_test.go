@@ -15,7 +15,7 @@ import (
 	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
-	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/hostagent/internal/program"
 	"github.com/countersign/countersign/internal/secret"
 )
 
@@ -38,7 +38,7 @@ func (h *hand) Find(context.Context, string) (process.Program, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.program == nil {
-		return process.Program{}, instance.ErrNotRunning
+		return process.Program{}, program.ErrNotRunning
 	}
 	return *h.program, nil
 }

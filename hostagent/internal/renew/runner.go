@@ -15,8 +15,8 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
-	"github.com/countersign/countersign/hostagent/internal/instance"
 	"github.com/countersign/countersign/hostagent/internal/notify"
+	"github.com/countersign/countersign/hostagent/internal/program"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/secret"
 )
@@ -30,7 +30,7 @@ type Broker interface {
 
 // Programs is what a Runner needs to know of what runs.
 type Programs interface {
-	// Find is the program's evidence; instance.ErrNotRunning while there is
+	// Find is the program's evidence; program.ErrNotRunning while there is
 	// none. Of several that answer to p, it is of the instance named held. It
 	// returns when ctx ends.
 	Find(ctx context.Context, p config.Process, held string) (process.Program, error)
@@ -178,7 +178,7 @@ func (r *Runner) observe(ctx context.Context) Observed {
 		switch {
 		case err == nil:
 			p = &found
-		case !errors.Is(err, instance.ErrNotRunning):
+		case !errors.Is(err, program.ErrNotRunning):
 			unseen = err.Error()
 		}
 	}
@@ -323,8 +323,8 @@ func (r *Runner) request(ctx context.Context, p *process.Program, old *Lease) (*
 	if key != nil {
 		issued.Fields["private_key"] = key.pem()
 	}
-	return &Lease{ID: issued.Lease, Delivery: o.DeliveryID, Instance: p.Instance().String(), Coming: o.HandOver, Boot: p.Boot, Unit: p.Unit,
-		SHA256: p.SHA256.String(), Expires: issued.Expires, Replace: issued.ReplaceAt, Ticket: issued.Ticket, AckBy: issued.AcknowledgeBy, Replaces: o.Replaces}, issued.Fields, nil
+	return &Lease{ID: issued.Lease, Delivery: o.DeliveryID, Instance: p.Instance().String(), Coming: o.HandOver, Boot: p.Boot, Unit: p.Unit(),
+		SHA256: p.Main().SHA256.String(), Expires: issued.Expires, Replace: issued.ReplaceAt, Ticket: issued.Ticket, AckBy: issued.AcknowledgeBy, Replaces: o.Replaces}, issued.Fields, nil
 }
 
 // observeEvery is how often an observing scope is asked again.

@@ -17,7 +17,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/deliver/files"
-	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/hostagent/internal/program"
 	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/test/check"
 )
@@ -54,7 +54,7 @@ func (r programs) Find(context.Context, config.Process, string) (process.Program
 func (r programs) Starting(context.Context, string) (process.Program, error) { return r.p, r.err }
 func (r programs) Watch(context.Context, config.Process) <-chan struct{}     { return nil }
 
-var running = process.Program{Boot: "boot", PID: 7, Start: 9, Exe: "/bin/x", SHA256: [32]byte{1}, User: "x"}
+var running = process.Program{Boot: "boot", PID: 7, Start: 9, User: "x", Executables: process.OneFile("/bin/x", [32]byte{1})}
 
 // holding is a Runner that starts with the lease l, whose credential stands in
 // the file.
@@ -165,7 +165,7 @@ func TestAVerdictDuringADelivery(t *testing.T) {
 func TestWhatIsWithheld(t *testing.T) {
 	test := func(t *testing.T, refused bool) {
 		b := &broker{away: true}
-		r, file := holding(t, b, programs{err: instance.ErrNotRunning}, Lease{ID: "l1", Unit: "x.service", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(time.Hour)})
+		r, file := holding(t, b, programs{err: program.ErrNotRunning}, Lease{ID: "l1", Unit: "x.service", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(time.Hour)})
 		if err := os.Chown(file, 0, 0); err != nil {
 			t.Fatal(err)
 		}

@@ -54,7 +54,7 @@ func (p programs) Find(ctx context.Context, c config.Process, _ string) (process
 		<-ctx.Done()
 		return process.Program{}, ctx.Err()
 	}
-	return process.Program{Boot: "boot", PID: 7, Start: 9, Exe: c.Exe, SHA256: [32]byte{1}, User: "x"}, nil
+	return process.Program{Boot: "boot", PID: 7, Start: 9, User: "x", Executables: process.OneFile(c.Exe, [32]byte{1})}, nil
 }
 func (p programs) Starting(context.Context, string) (process.Program, error) {
 	return process.Program{}, errors.New("no unit")

@@ -25,7 +25,8 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/hostagent/internal/deliver/ways"
-	"github.com/countersign/countersign/hostagent/internal/instance"
+	"github.com/countersign/countersign/hostagent/internal/program"
+	"github.com/countersign/countersign/hostagent/internal/program/kinds"
 	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/test/check"
 )
@@ -109,7 +110,7 @@ func (b *issuing) Prove(context.Context, []attest.LeaseProof) (attest.Proven, er
 
 // serve runs a Service with one credential whose file lies at path, and with one
 // more way of delivery.
-func serve(t *testing.T, b *issuing, path, process string, kinds []deliver.Kind) {
+func serve(t *testing.T, b *issuing, path, process string, ways []deliver.Kind) {
 	t.Helper()
 	text := "broker {\n  addresses = [\"https://b.example:1\"]\n  ca_sha256 = \"" + strings.Repeat("0", 64) + "\"\n}\n" +
 		fmt.Sprintf("state_dir = %q\nrun_dir = %q\n", filepath.Dir(path), filepath.Dir(path)) +
@@ -118,9 +119,9 @@ func serve(t *testing.T, b *issuing, path, process string, kinds []deliver.Kind)
 	if err != nil {
 		t.Fatal(err)
 	}
-	finder := instance.New()
+	finder := program.New(kinds.All()...)
 	t.Cleanup(finder.Close)
-	s, err := New(cfg, b, finder, kinds, slog.New(slog.DiscardHandler), time.Now, time.Now)
+	s, err := New(cfg, b, finder, ways, slog.New(slog.DiscardHandler), time.Now, time.Now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -307,7 +308,7 @@ func (w *socketWay) Find(ctx context.Context, held string) (process.Program, err
 	if len(waiting) > 0 {
 		return waiting[0].program, nil
 	}
-	return process.Program{}, instance.ErrNotRunning
+	return process.Program{}, program.ErrNotRunning
 }
 
 func (w *socketWay) Asked() bool {

@@ -239,7 +239,7 @@ func withSource(sources []string, address string) []string {
 // same file as the one that earned it.
 func mayBind(g journal.Lease, f *appraise.Facts, scope *policy.Scope) bool {
 	p := f.Program
-	if g.Unit == "" || p.Unit != g.Unit || p.Boot != g.Boot || p.SHA256.String() != g.SHA256 {
+	if g.Unit == "" || p.Unit() != g.Unit || p.Boot != g.Boot || p.Main().SHA256.String() != g.SHA256 {
 		return false
 	}
 	return g.Instance == "" || scope.Process.BeforeStart

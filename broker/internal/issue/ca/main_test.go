@@ -82,8 +82,8 @@ func decide(t testing.TB, scope string) policy.Decision {
 	binding := evidence.Binding{Call: evidence.CallIssue, Request: []byte("request")}
 	quote := must(soft.Quote(binding.ExtraData(), tpm.DefaultPCRs()))(t)
 	program := must((&process.Program{
-		Boot: boot, PID: 4711, Start: 815, Exe: "/opt/billing/bin/billingd", SHA256: evidence.Sum([]byte("billingd")),
-		User: "billing", UID: 990, GID: 990, Cgroup: "/system.slice/billing.service", Unit: "billing.service", Invocation: "0123456789abcdef0123456789abcdef",
+		Boot: boot, PID: 4711, Start: 815, User: "billing", Executables: process.OneFile("/opt/billing/bin/billingd", evidence.Sum([]byte("billingd"))),
+		Linux: &process.Linux{UID: 990, GID: 990, Cgroup: "/system.slice/billing.service", Unit: "billing.service", Invocation: "0123456789abcdef0123456789abcdef"},
 	}).Encode())(t)
 	verified := must(appraise.Appraise(appraise.Bundle{Binding: binding, Quote: quote, Program: program, Boot: boot},
 		inventory.Host{ID: host, AKPublic: soft.AKPublic, Tier: appraise.TierKnown}, appraise.Basis{}, time.Now()))(t)

@@ -187,8 +187,9 @@ const endedOver = 80 * 24 * time.Hour
 // lease writes the k-th of host i: the first are live, the others ended.
 func (f *filler) lease(tx *store.Tx, facts appraise.Facts, scopeName string, i, k int) error {
 	scope := f.set.Scope(scopeName)
-	program := process.Program{Boot: facts.Host.Boot, PID: 1000 + k, Start: uint64(100_000 + k), Exe: scope.Process.Exe, SHA256: sha256.Sum256([]byte(scopeName)),
-		User: "app", UID: 990, GID: 990, Cgroup: "/system.slice/" + scopeName + ".service", Unit: scopeName + ".service", Invocation: hex.EncodeToString(f.digestBytes(16))}
+	program := process.Program{Boot: facts.Host.Boot, PID: 1000 + k, Start: uint64(100_000 + k), User: "app",
+		Executables: process.OneFile(scope.Process.Exe, sha256.Sum256([]byte(scopeName))),
+		Linux:       &process.Linux{UID: 990, GID: 990, Cgroup: "/system.slice/" + scopeName + ".service", Unit: scopeName + ".service", Invocation: hex.EncodeToString(f.digestBytes(16))}}
 	subject, err := program.Encode()
 	if err != nil {
 		return err
@@ -210,7 +211,7 @@ func (f *filler) lease(tx *store.Tx, facts appraise.Facts, scopeName string, i, 
 		issued = f.now.Add(-time.Duration(k-liveOfHost+2) * endedOver / endedOfHost)
 	}
 	g := journal.Intend(journal.Lease{ID: fmt.Sprintf("%s%04d", hostID(i), k), Host: facts.Host.ID, Scope: scopeName, Kind: scope.Kind, DeliveryID: hex.EncodeToString(f.digestBytes(8)),
-		Instance: program.Instance().String(), Unit: program.Unit, Boot: program.Boot, SHA256: program.SHA256.String(), Subject: subject, Facts: text,
+		Instance: program.Instance().String(), Unit: program.Unit(), Boot: program.Boot, SHA256: program.Main().SHA256.String(), Subject: subject, Facts: text,
 		Machine: journal.Machine{SecureBoot: facts.Host.SecureBoot, CommandLine: *facts.Host.EventLog.KernelCommandLine}, Policy: 1, Sources: []string{facts.Host.Address},
 		TTL: scope.TTL, Overlap: scope.Overlap, Grace: scope.Grace}, issued)
 	serial := new(big.Int).SetBytes(f.digestBytes(15)).String()

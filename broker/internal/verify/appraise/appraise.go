@@ -116,7 +116,7 @@ func (v Verified) WithProgram(encoded []byte) (Verified, error) {
 	f := *v.facts
 	f.Program, f.Measured = &p, v.known.measured(&p)
 	if v.releases != nil {
-		f.Releases = v.releases(p.Exe, "sha256:"+p.SHA256.String())
+		f.Releases = v.releases(p.Main().Path, "sha256:"+p.Main().SHA256.String())
 	}
 	v.facts = &f
 	return v, nil

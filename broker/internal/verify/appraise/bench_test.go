@@ -56,8 +56,8 @@ scope "billing-db" {
 		b.Fatal(err)
 	}
 	const boot = "00000000-0000-4000-8000-000000000001"
-	program := process.Program{Boot: boot, PID: 4711, Start: 471100, Exe: "/opt/billing/bin/billingd", SHA256: evidence.Sum([]byte("exe")),
-		User: "billing", UID: 990, GID: 990, Groups: []uint32{990}, Cgroup: "/system.slice/billing.service", Parent: &process.Parent{PID: 1, Start: 4, Exe: "/usr/lib/systemd/systemd"}}
+	program := process.Program{Boot: boot, PID: 4711, Start: 471100, User: "billing", Executables: process.OneFile("/opt/billing/bin/billingd", evidence.Sum([]byte("exe"))),
+		Linux: &process.Linux{UID: 990, GID: 990, Groups: []uint32{990}, Cgroup: "/system.slice/billing.service"}, Parent: &process.Parent{PID: 1, Start: 4, Exe: "/usr/lib/systemd/systemd"}}
 	for _, library := range []string{"ld-linux-x86-64.so.2", "libc.so.6", "libm.so.6", "libssl.so.3", "libcrypto.so.3", "libpq.so.5.15", "libz.so.1.2.13", "libpthread.so.0"} {
 		program.Mappings = append(program.Mappings, process.Mapping{Path: "/usr/lib/x86_64-linux-gnu/" + library})
 	}

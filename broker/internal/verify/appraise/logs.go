@@ -317,7 +317,7 @@ func (k *Known) measured(p *process.Program) *Measured {
 	if k.ima == nil {
 		return nil
 	}
-	m := &Measured{Exe: k.files.hasDigest("sha256:" + p.SHA256.String())}
+	m := &Measured{Exe: k.files.hasDigest("sha256:" + p.Main().SHA256.String())}
 	for _, mapping := range p.Mappings {
 		if mapping.Path != process.Anonymous && !k.files.hasName(imaName(mapping.Path)) && len(m.Unmeasured) < shown {
 			m.Unmeasured = append(m.Unmeasured, mapping.Path)

@@ -233,12 +233,12 @@ func TestFilesAreJudged(t *testing.T) {
 func TestMeasuredProgram(t *testing.T) {
 	whole, pcrs, _, _ := recorded(t, "clean", 0)
 	k := check.Must(appraiseLogs(whole, bootID, reset, pcrs, nil))(t)
-	app := process.Program{Exe: "/usr/local/bin/app", SHA256: check.Must(evidence.ParseDigest("958b719038e8aa676698c3b1da64e157f6eb15b6baaf7d3ea1646cc7056db645"))(t),
+	app := process.Program{Executables: process.OneFile("/usr/local/bin/app", check.Must(evidence.ParseDigest("958b719038e8aa676698c3b1da64e157f6eb15b6baaf7d3ea1646cc7056db645"))(t)),
 		Mappings: []process.Mapping{{Path: "/bin/busybox"}, {Path: process.Anonymous}}}
 	if m := k.measured(&app); !m.Exe || m.Unmeasured != nil {
 		t.Errorf("%+v", m)
 	}
-	app.SHA256[0] ^= 1
+	app.Executables[0].SHA256[0] ^= 1
 	app.Mappings = append(app.Mappings, process.Mapping{Path: "/tmp/my library.so"})
 	if m := k.measured(&app); m.Exe || !slices.Equal(m.Unmeasured, []string{"/tmp/my library.so"}) {
 		t.Errorf("%+v", m)

@@ -1,4 +1,4 @@
-package instance
+package proc
 
 import (
 	"context"
@@ -16,6 +16,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/program"
 )
 
 // A pid file is its program's user's: whatever stands there is answered at once.
@@ -56,28 +57,10 @@ func TestPIDFile(t *testing.T) {
 	}
 }
 
-// A look that hangs ends for who asked, keeps its place, and is no other's.
-func TestALookThatHangs(t *testing.T) {
-	f := New()
-	free := make(chan struct{})
-	looks := 0
-	see := func() (process.Program, error) { looks++; <-free; return process.Program{PID: 7}, nil }
-	hung, fine := config.Process{Exe: "/a"}, config.Process{Exe: "/b"}
-	for range 3 {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-		if _, err := f.look(ctx, hung, see); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("it hangs: %v", err)
-		}
-		cancel()
-	}
-	if p, err := f.look(t.Context(), fine, func() (process.Program, error) { return process.Program{PID: 8}, nil }); err != nil || p.PID != 8 {
-		t.Errorf("another: %v, %v", p.PID, err)
-	}
-	close(free)
-	if p, err := f.look(t.Context(), hung, see); err != nil || p.PID != 7 || looks != 2 {
-		t.Errorf("it doesn't hang any more: %v, %v, %d looks", p.PID, err, looks)
-	}
-}
+// nobody is a manager without services.
+type nobody struct{}
+
+func (nobody) Name(context.Context, *process.Program) error { return nil }
 
 // Another user's process of the same exe takes nothing from the instance that
 // has the credential, nor hides its end.
@@ -104,7 +87,7 @@ func TestACopyBesideTheHolder(t *testing.T) {
 		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 		return cmd
 	}
-	f, loose := New(), config.Process{Exe: exe}
+	f, loose := New(nobody{}), config.Process{Exe: exe}
 	holder := run(1)
 	p, err := f.Find(t.Context(), loose, "")
 	if err != nil || p.PID != holder.Process.Pid {
@@ -114,10 +97,10 @@ func TestACopyBesideTheHolder(t *testing.T) {
 	for range 2 {
 		run(65534)
 	}
-	if _, err := f.Find(t.Context(), loose, ""); err == nil || errors.Is(err, ErrNotRunning) || !strings.Contains(err.Error(), "more than one process") {
+	if _, err := f.Find(t.Context(), loose, ""); err == nil || errors.Is(err, program.ErrNotRunning) || !strings.Contains(err.Error(), "more than one process") {
 		t.Errorf("nothing held: %v", err)
 	}
-	if _, err := f.Find(t.Context(), loose, "another-boot"+held[strings.Index(held, "/"):]); !errors.Is(err, ErrNotRunning) {
+	if _, err := f.Find(t.Context(), loose, "another-boot"+held[strings.Index(held, "/"):]); !errors.Is(err, program.ErrNotRunning) {
 		t.Errorf("held since another boot: %v", err)
 	}
 	if p, err := f.Find(t.Context(), loose, held); err != nil || p.Instance().String() != held {
@@ -128,26 +111,7 @@ func TestACopyBesideTheHolder(t *testing.T) {
 	}
 	_ = holder.Process.Kill()
 	_ = holder.Wait()
-	if _, err := f.Find(t.Context(), loose, held); !errors.Is(err, ErrNotRunning) {
+	if _, err := f.Find(t.Context(), loose, held); !errors.Is(err, program.ErrNotRunning) {
 		t.Errorf("the holder ended: %v", err)
-	}
-}
-
-// A unit is the system manager's, whatever its processes or a user make below it.
-func TestUnitOf(t *testing.T) {
-	for cgroup, want := range map[string]string{
-		"/system.slice/billing.service":                                     "billing.service",
-		"/system.slice/billing.service/.control":                            "billing.service",
-		"/system.slice/billing.service/payload/thief.service":               "billing.service",
-		"/system.slice/system-getty.slice/getty@tty1.service":               "getty@tty1.service",
-		"/user.slice/user-7.slice/user@7.service/app.slice/billing.service": "user@7.service",
-		"/user.slice/user-7.slice/session-3.scope":                          "session-3.scope",
-		"/init.scope":                   "init.scope",
-		"/system.slice/_cgroup.service": "cgroup.service",
-		"/system.slice":                 "", "/": "", "": "", "/lxc/payload/system.slice/a.service": "",
-	} {
-		if got := UnitOf(cgroup); got != want {
-			t.Errorf("%s: %q, want %q", cgroup, got, want)
-		}
 	}
 }

@@ -1,4 +1,4 @@
-package instance
+package systemd
 
 import (
 	"context"
@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/dbus"
+
+	"github.com/countersign/countersign/hostagent/internal/program"
 )
 
 // askTime bounds one question to the system manager.
@@ -121,7 +123,7 @@ func (m *manager) unit(ctx context.Context, name string) (unit, error) {
 		return unit{}, fmt.Errorf("unit %s: %w", name, err)
 	}
 	if general["LoadState"] == "not-found" {
-		return unit{}, fmt.Errorf("%w: there is no unit %s", ErrNotRunning, name)
+		return unit{}, fmt.Errorf("%w: there is no unit %s", program.ErrNotRunning, name)
 	}
 	if canonical, _ := general["Id"].(string); canonical != name {
 		return unit{}, fmt.Errorf("unit %s is an alias of %s: use that name", name, canonical)

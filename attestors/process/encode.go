@@ -1,0 +1,240 @@
+package process
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/countersign/countersign/attestors/evidence"
+)
+
+// Version is the newest version of the encoding. A reader of it takes whatever
+// optional facts a newer agent adds: they get a new field, here or in a type of
+// this package, and the version stays. It changes when a reader that doesn't know
+// a fact would decide wrongly.
+const Version = 2
+
+// Encode writes the program for the wire: as it came, if Parse returned it,
+// otherwise in the newest version.
+func (p Program) Encode() ([]byte, error) { return p.EncodeAs(Version) }
+
+// EncodeAs is Encode for a reader that knows no version newer than this. Facts
+// that it has no place for are left out.
+func (p Program) EncodeAs(version int) ([]byte, error) {
+	if err := p.check(); err != nil {
+		return nil, err
+	}
+	var out []byte
+	var err error
+	switch {
+	case p.encoded != nil:
+		return p.encoded, nil
+	case version >= Version:
+		out, err = second(p)
+	default:
+		out, err = marshal(firstOf(p))
+	}
+	if err == nil && len(out) > MaxEncoded {
+		err = fmt.Errorf("program evidence of %d bytes; at most %d are sent", len(out), MaxEncoded)
+	}
+	return out, err
+}
+
+// Parse reads what Encode wrote. Doubled fields, other spacing or order, values
+// out of bounds and versions that it doesn't know are errors; a fact that it
+// doesn't know is kept and means nothing.
+func Parse(b []byte) (Program, error) {
+	if len(b) > MaxEncoded {
+		return Program{}, fmt.Errorf("program evidence of %d bytes; at most %d are read", len(b), MaxEncoded)
+	}
+	p, version, err := parse(b)
+	if err != nil {
+		return Program{}, err
+	}
+	if err := p.check(); err != nil {
+		return Program{}, err
+	}
+
+	// The first version has no facts but its own.
+	var again []byte
+	if version == 1 {
+		again, err = marshal(firstOf(p))
+	} else {
+		again, err = ordered(b)
+	}
+	if err != nil {
+		return Program{}, err
+	}
+	if !bytes.Equal(again, b) {
+		return Program{}, errors.New("program evidence is not in its one encoding")
+	}
+	p.encoded = bytes.Clone(b)
+	return p, nil
+}
+
+// parse reads either version, in any order and spacing.
+func parse(b []byte) (p Program, version int, err error) {
+	var v struct {
+		Version *int `json:"version"`
+	}
+	if err := json.Unmarshal(b, &v); err != nil {
+		return p, 0, fmt.Errorf("program evidence: %w", err)
+	}
+	if v.Version == nil {
+		var f first
+		if err := json.Unmarshal(b, &f); err != nil {
+			return p, 0, fmt.Errorf("program evidence: %w", err)
+		}
+		return f.program(), 1, nil
+	}
+	if *v.Version != Version {
+		return p, 0, fmt.Errorf("program evidence of version %d; 1 to %d are read", *v.Version, Version)
+	}
+	if err := json.Unmarshal(b, (*plain)(&p)); err != nil {
+		return p, 0, fmt.Errorf("program evidence: %w", err)
+	}
+	return p, *v.Version, nil
+}
+
+// plain is a Program without its methods.
+type plain Program
+
+// second is a program in the second version.
+func second(p Program) ([]byte, error) {
+	b, err := marshal(struct {
+		plain
+		Version int `json:"version"`
+	}{plain(p), Version})
+	if err != nil {
+		return nil, err
+	}
+	return ordered(b)
+}
+
+// marshal writes JSON without spaces.
+func marshal(v any) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	err := e.Encode(v)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
+}
+
+// ordered is any JSON as marshal writes it, with the fields of each object in the
+// alphabet's order, each once. Names in capitals are refused, which Go would take
+// for those without, and null, which it would take for nothing.
+func ordered(b []byte) ([]byte, error) {
+	var v any
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.UseNumber()
+	if err := d.Decode(&v); err != nil {
+		return nil, fmt.Errorf("program evidence: %w", err)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, errors.New("program evidence: something follows it")
+	}
+	if err := plainNames(v); err != nil {
+		return nil, err
+	}
+	return marshal(v)
+}
+
+func plainNames(v any) error {
+	switch v := v.(type) {
+	case nil:
+		return errors.New("program evidence: a fact is null")
+	case []any:
+		for _, one := range v {
+			if err := plainNames(one); err != nil {
+				return err
+			}
+		}
+	case map[string]any:
+		for name, one := range v {
+			if name == "" || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789_") != "" {
+				return fmt.Errorf("program evidence: a fact's name %q has other characters than a-z, 0-9 and _", name)
+			}
+			if err := plainNames(one); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// MarshalJSON writes the program as Encode does, whether or not it is complete.
+func (p Program) MarshalJSON() ([]byte, error) {
+	if p.encoded != nil {
+		return p.encoded, nil
+	}
+	return second(p)
+}
+
+// UnmarshalJSON reads what MarshalJSON wrote, or anybody who laid it out for
+// reading, and holds it to nothing: it is for what a broker recorded itself, and
+// for tools.
+func (p *Program) UnmarshalJSON(b []byte) error {
+	read, _, err := parse(b)
+	*p = read
+	return err
+}
+
+// first is the first version, of Linux programs alone. It has no version field,
+// and doesn't change any more.
+type first struct {
+	Boot       string          `json:"boot"`
+	PID        int             `json:"pid,omitempty"`
+	Start      uint64          `json:"start,omitempty"`
+	Exe        string          `json:"exe"`
+	SHA256     evidence.Digest `json:"sha256"`
+	User       string          `json:"user"`
+	UID        uint32          `json:"uid"`
+	GID        uint32          `json:"gid"`
+	Groups     []uint32        `json:"groups,omitempty"`
+	Cgroup     string          `json:"cgroup,omitempty"`
+	Unit       string          `json:"unit,omitempty"`
+	Invocation string          `json:"invocation,omitempty"`
+	Starting   bool            `json:"starting,omitempty"`
+	Mappings   []firstMapping  `json:"mappings,omitempty"`
+	Parent     *firstParent    `json:"parent,omitempty"`
+}
+
+type firstMapping struct {
+	Path    string `json:"path"`
+	Deleted bool   `json:"deleted,omitempty"`
+}
+
+type firstParent struct {
+	PID   int    `json:"pid"`
+	Start uint64 `json:"start"`
+	Exe   string `json:"exe,omitempty"`
+}
+
+func firstOf(p Program) first {
+	f := first{Boot: p.Boot, PID: p.PID, Start: p.Start, Exe: p.Main().Path, SHA256: p.Main().SHA256, User: p.User, Starting: p.Starting}
+	if l := p.Linux; l != nil {
+		f.UID, f.GID, f.Groups, f.Cgroup, f.Unit, f.Invocation = l.UID, l.GID, l.Groups, l.Cgroup, l.Unit, l.Invocation
+	}
+	for _, m := range p.Mappings {
+		f.Mappings = append(f.Mappings, firstMapping{Path: m.Path, Deleted: m.Deleted})
+	}
+	if p.Parent != nil {
+		f.Parent = &firstParent{PID: p.Parent.PID, Start: p.Parent.Start, Exe: p.Parent.Exe}
+	}
+	return f
+}
+
+func (f first) program() Program {
+	p := Program{Boot: f.Boot, PID: f.PID, Start: f.Start, Executables: OneFile(f.Exe, f.SHA256), User: f.User, Starting: f.Starting,
+		Linux: &Linux{UID: f.UID, GID: f.GID, Groups: f.Groups, Cgroup: f.Cgroup, Unit: f.Unit, Invocation: f.Invocation}}
+	for _, m := range f.Mappings {
+		p.Mappings = append(p.Mappings, Mapping{Path: m.Path, Deleted: m.Deleted})
+	}
+	if f.Parent != nil {
+		p.Parent = &Parent{PID: f.Parent.PID, Start: f.Parent.Start, Exe: f.Parent.Exe}
+	}
+	return p
+}
