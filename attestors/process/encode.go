@@ -35,7 +35,7 @@ func (p Program) EncodeAs(version int) ([]byte, error) {
 	case version >= Version:
 		out, err = second(p)
 	default:
-		out, err = marshal(firstOf(p))
+		out, err = firstOf(p).encode()
 	}
 	if err == nil && len(out) > MaxEncoded {
 		err = fmt.Errorf("program evidence of %d bytes; at most %d are sent", len(out), MaxEncoded)
@@ -61,7 +61,7 @@ func Parse(b []byte) (Program, error) {
 	// The first version has no facts but its own.
 	var again []byte
 	if version == 1 {
-		again, err = marshal(firstOf(p))
+		again, err = firstOf(p).encode()
 	} else {
 		again, err = ordered(b)
 	}
@@ -104,7 +104,7 @@ type plain Program
 
 // second is a program in the second version.
 func second(p Program) ([]byte, error) {
-	b, err := marshal(struct {
+	b, err := json.Marshal(struct {
 		plain
 		Version int `json:"version"`
 	}{plain(p), Version})
@@ -114,18 +114,11 @@ func second(p Program) ([]byte, error) {
 	return ordered(b)
 }
 
-// marshal writes JSON without spaces.
-func marshal(v any) ([]byte, error) {
-	var b bytes.Buffer
-	e := json.NewEncoder(&b)
-	e.SetEscapeHTML(false)
-	err := e.Encode(v)
-	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
-}
-
-// ordered is any JSON as marshal writes it, with the fields of each object in the
-// alphabet's order, each once. Names in capitals are refused, which Go would take
-// for those without, and null, which it would take for nothing.
+// ordered is any JSON as json.Marshal writes it: without spaces, with <, > and &
+// escaped, and with the fields of each object in the alphabet's order, each once.
+// So json.Marshal leaves it as it is inside of something larger, a lease, say.
+// Names in capitals are refused, which Go would take for those without, and null,
+// which it would take for nothing.
 func ordered(b []byte) ([]byte, error) {
 	var v any
 	d := json.NewDecoder(bytes.NewReader(b))
@@ -139,7 +132,7 @@ func ordered(b []byte) ([]byte, error) {
 	if err := plainNames(v); err != nil {
 		return nil, err
 	}
-	return marshal(v)
+	return json.Marshal(v)
 }
 
 func plainNames(v any) error {
@@ -225,6 +218,14 @@ func firstOf(p Program) first {
 		f.Parent = &firstParent{PID: p.Parent.PID, Start: p.Parent.Start, Exe: p.Parent.Exe}
 	}
 	return f
+}
+
+func (f first) encode() ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	err := e.Encode(f)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
 }
 
 func (f first) program() Program {

@@ -132,7 +132,7 @@ func TestFactsOfANewerAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, add := range map[string][2]string{
-		"of the program":      {`"boot":`, `"a_new_fact":{"deep":[1,2.50,{"x":"<&>\u2028"}]},"boot":`},
+		"of the program":      {`"boot":`, `"a_new_fact":{"deep":[1,2.50,{"x":"\u003c\u0026\u003e\u2028"}]},"boot":`},
 		"of Linux":            {`"cgroup":`, `"capabilities":["cap_chown"],"cgroup":`},
 		"of an executable":    {`"role":"main",`, `"role":"main","seal":true,`},
 		"of a mapping":        {`{"path":"[anonymous]"}`, `{"path":"[anonymous]","size":4096}`},
@@ -263,6 +263,20 @@ func TestFirstVersion(t *testing.T) {
 		recorded := strings.Replace(file, "v1", "v2", 1)
 		if want, err := os.ReadFile(recorded); err != nil || !bytes.Equal(second, want) {
 			t.Errorf("%s: %s, %v", recorded, second, err)
+		}
+		// A broker keeps it inside of a lease.
+		for _, b := range [][]byte{b, second} {
+			inside, err := json.Marshal(json.RawMessage(b))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var read process.Program
+			if err := json.Unmarshal(inside, &read); err != nil || read.Main() != p.Main() || !reflect.DeepEqual(read.Linux, p.Linux) {
+				t.Errorf("%s: kept as %s, read as %+v, %v", file, inside, read, err)
+			}
+			if bytes.Equal(b, second) && !bytes.Equal(inside, second) {
+				t.Errorf("%s: kept as %s", file, inside)
+			}
 		}
 		if same, err := process.Parse(second); err != nil || same.Instance() != p.Instance() || same.Main() != p.Main() || !reflect.DeepEqual(same.Linux, p.Linux) {
 			t.Errorf("%s: in the second version %+v, in the first %+v, %v", file, same, p, err)

@@ -21,6 +21,9 @@ import (
 	"github.com/countersign/countersign/internal/lifetime"
 )
 
+// MaxContinuation bounds ProveResponse.continuation, in bytes.
+const MaxContinuation = 64
+
 const (
 	dialTimeout = 15 * time.Second
 	keepAlive   = 30 * time.Second

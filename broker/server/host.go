@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"math"
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/attestors/tpm"
 	"github.com/countersign/countersign/broker/api"
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
@@ -148,7 +150,7 @@ func (s *Hosts) Challenge(ctx context.Context, req *connect.Request[v1.Challenge
 	}
 	c.known.Store(true)
 	boot, logs, offset := known.Resume()
-	out := &v1.ChallengeResponse{Known: &v1.Known{BootId: boot, ImaOffset: uint64(offset)}}
+	out := &v1.ChallengeResponse{Known: &v1.Known{BootId: boot, ImaOffset: uint64(offset)}, ProgramVersion: process.Version}
 	if !logs.IsZero() {
 		out.Known.EventLogSha256 = logs[:]
 	}
@@ -172,6 +174,9 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	if err != nil {
 		return nil, malformed(err)
 	}
+	if n := len(body.GetContinuation()); n > api.MaxContinuation {
+		return nil, malformed(fmt.Errorf("continuation: %d bytes; at most %d are read", n, api.MaxContinuation))
+	}
 	p := hostapi.Proof{Evidence: e, Certificate: c.leaf}
 	for _, l := range body.GetLeases() {
 		p.Leases = append(p.Leases, hostapi.LeaseProof{Lease: l.GetLeaseId(), Scope: l.GetScope(), Program: l.GetProgram(), Ticket: l.GetTicket()})
@@ -180,7 +185,8 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	if err != nil {
 		return nil, err
 	}
-	out := &v1.ProveResponse{HostState: string(inventory.Trusted), ProveBy: stamp(proven.ProveBy), Now: stamp(s.Now())}
+	out := &v1.ProveResponse{HostState: string(inventory.Trusted), ProveBy: stamp(proven.ProveBy), Now: stamp(s.Now()), Continuation: make([]byte, 16)}
+	_, _ = rand.Read(out.Continuation) // never fails
 	for _, v := range proven.Verdicts {
 		out.Leases = append(out.Leases, &v1.LeaseVerdict{LeaseId: v.Lease, Outcome: v.Outcome, Reason: v.Reason, ProveBy: stamp(v.ProveBy), Expires: stamp(v.Expires)})
 	}

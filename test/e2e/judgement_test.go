@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand"
@@ -107,8 +108,8 @@ func TestAdoptedLeasesAreNeverLost(t *testing.T) {
 	}
 }
 
-// Evidence of a program that the broker can't understand, of a newer agent or
-// of one that couldn't see it, decides nothing.
+// Evidence of a program that the broker can't understand, in a version to come or
+// of an agent that couldn't see it, decides nothing.
 func TestEvidenceThatIsNotUnderstood(t *testing.T) {
 	b := newBroker(t, softScope, false)
 	ctx := check.Within(t, time.Minute)
@@ -116,7 +117,7 @@ func TestEvidenceThatIsNotUnderstood(t *testing.T) {
 	s := dial(t, h)
 	good := check.Must(h.Program(softExe, "billing", 7))(t)
 	r := check.Must(h.Issue(ctx, s, h.IssueBody("soft", good)))(t)
-	newer := append(bytes.Clone(good[:len(good)-1]), `,"selinux":"x"}`...)
+	newer := bytes.Replace(good, []byte(`"version":2`), []byte(`"version":3`), 1)
 	for what, program := range map[string][]byte{"none": nil, "a newer agent's": newer} {
 		p := check.Must(h.Prove(ctx, s, nil, &v1.LeaseProof{LeaseId: r.GetLeaseId(), Scope: "soft", Program: program}))(t)
 		if got := p.GetLeases()[0].GetOutcome(); got != "fault" {
@@ -128,6 +129,62 @@ func TestEvidenceThatIsNotUnderstood(t *testing.T) {
 	if live := b.leases(t, "--state", "live"); len(live) != 1 || b.hostState(t, h.ID) != "trusted" {
 		t.Errorf("leases %+v of a host that is %s", live, b.hostState(t, h.ID))
 	}
+}
+
+// Evidence in the first version, of agents from before the second, and with facts
+// that this broker doesn't know, of agents to come, earns what it did, is kept as
+// it came, and stays the same program's.
+func TestEvidenceOfOtherVersions(t *testing.T) {
+	b := newBroker(t, softScope, false)
+	ctx := check.Within(t, time.Minute)
+	h := joined(t, b, services.TPMCA)
+	s := dial(t, h)
+	second := check.Must(h.Program(softExe, "billing", 7))(t)
+	var p process.Program
+	check.Nil(t, json.Unmarshal(second, &p))
+	first := check.Must(p.EncodeAs(1))(t)
+	newer := bytes.Replace(second, []byte(`"linux":{`), []byte(`"linux":{"apparmor":"\u003cunconfined\u003e",`), 1)
+	sent := map[string][]byte{"first": first, "second": second, "newer": newer}
+	for name, program := range sent {
+		r := check.Must(h.Issue(ctx, s, h.IssueBody("soft", program)))(t)
+		if kept := check.Must(b.broker.CLI(ctx, "lease", "show", r.GetLeaseId()))(t); !bytes.Contains(kept, program) {
+			t.Errorf("%s: kept as %s", name, kept)
+		}
+		for now, program := range sent {
+			p := check.Must(h.Prove(ctx, s, nil, &v1.LeaseProof{LeaseId: r.GetLeaseId(), Scope: "soft", Program: program}))(t)
+			if got := p.GetLeases()[0]; got.GetOutcome() != "live" {
+				t.Errorf("issued to %s, proven by %s: %v", name, now, got)
+			}
+		}
+	}
+	without := bytes.Replace(newer, []byte(`"user":"billing"`), []byte(`"user":"root"`), 1)
+	_, err := h.Issue(ctx, s, h.IssueBody("soft", without))
+	outcome(t, err, api.Refused, "process.user")
+}
+
+// What the next proof shows of the last answer is another value each time, and
+// bounded.
+func TestContinuation(t *testing.T) {
+	b := newBroker(t, softScope, false)
+	ctx := check.Within(t, time.Minute)
+	h := joined(t, b, services.TPMCA)
+	s := dial(t, h)
+	prove := func(shown []byte) (*v1.ProveResponse, error) {
+		a := check.Must(h.Attest(ctx, s, evidence.CallProve, &v1.ProveBody{Host: h.Facts(), Continuation: shown}))(t)
+		r, err := s.Hosts.Prove(ctx, connect.NewRequest(&v1.ProveRequest{Attested: a}))
+		if err != nil {
+			return nil, err
+		}
+		return r.Msg, nil
+	}
+	first := check.Must(prove(nil))(t).GetContinuation()
+	second := check.Must(prove(first))(t).GetContinuation()
+	if len(first) < 16 || len(first) > api.MaxContinuation || bytes.Equal(first, second) {
+		t.Errorf("%x, then %x", first, second)
+	}
+	check.Must(prove(make([]byte, api.MaxContinuation)))(t) // not checked yet
+	_, err := prove(make([]byte, api.MaxContinuation+1))
+	outcome(t, err, api.Fault, "request")
 }
 
 // An order in a loose scope doesn't stretch a tight one's grace.

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/api"
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/internal/secret"
@@ -19,7 +20,7 @@ import (
 // An Order is a request for a credential.
 type Order struct {
 	Scope       string
-	Program     []byte // the process attestor's encoding
+	Program     process.Program
 	CSR         []byte
 	Replaces    string
 	DeliveryID  string
@@ -41,15 +42,15 @@ type Issued struct {
 // Issue asks for a credential. Errors are *api.Error, or local ones, which
 // count as faults.
 func (c *Client) Issue(ctx context.Context, o Order) (Issued, error) {
-	body, err := proto.Marshal(&v1.IssueBody{
-		Scope: o.Scope, Program: o.Program, Host: c.facts(), Csr: o.CSR, Replaces: o.Replaces,
-		DeliveryId: o.DeliveryID, BeforeStart: o.BeforeStart, HandOver: o.HandOver,
-	})
-	if err != nil {
-		return Issued{}, err
+	body := func(reads int) (proto.Message, error) {
+		program, err := o.Program.EncodeAs(reads)
+		return &v1.IssueBody{
+			Scope: o.Scope, Program: program, Host: c.facts(), Csr: o.CSR, Replaces: o.Replaces,
+			DeliveryId: o.DeliveryID, BeforeStart: o.BeforeStart, HandOver: o.HandOver,
+		}, err
 	}
 	var out Issued
-	err = c.attested(ctx, evidence.CallIssue, body, func(s *api.Session, a *v1.Attested) error {
+	err := c.attested(ctx, evidence.CallIssue, body, func(s *api.Session, a *v1.Attested) error {
 		r, err := s.Hosts.Issue(ctx, request(&v1.IssueRequest{Attested: a}))
 		if err != nil {
 			return err
@@ -154,8 +155,9 @@ func (c *Client) plain(ctx context.Context, send func(*api.Session) error) error
 
 // A LeaseProof is a lease and the program that holds it.
 type LeaseProof struct {
-	Lease, Scope    string
-	Program, Ticket []byte
+	Lease, Scope string
+	Program      *process.Program // nil: it was not seen
+	Ticket       []byte
 }
 
 // A Verdict is what a proof means for a lease.
@@ -173,23 +175,18 @@ type Proven struct {
 
 // Prove proves the host and all leases it holds. A lease left out is revoked.
 func (c *Client) Prove(ctx context.Context, leases []LeaseProof) (Proven, error) {
-	msg := &v1.ProveBody{Host: c.facts()}
-	for _, l := range leases {
-		msg.Leases = append(msg.Leases, &v1.LeaseProof{LeaseId: l.Lease, Scope: l.Scope, Program: l.Program, Ticket: l.Ticket})
-	}
-	slices.SortFunc(msg.Leases, func(a, b *v1.LeaseProof) int { return strings.Compare(a.GetLeaseId(), b.GetLeaseId()) })
-	body, err := proto.Marshal(msg)
-	if err != nil {
-		return Proven{}, err
-	}
 	c.mu.Lock()
-	var shown []byte
+	var shown, last []byte
 	if c.member != nil {
-		shown = c.member.Checkpoint
+		shown, last = c.member.Checkpoint, c.member.Continuation
 	}
 	c.mu.Unlock()
+
+	body := func(reads int) (proto.Message, error) {
+		return &v1.ProveBody{Host: c.facts(), Leases: c.leases(leases, reads), Continuation: last}, nil
+	}
 	out := Proven{Verdicts: map[string]Verdict{}}
-	err = c.attested(ctx, evidence.CallProve, body, func(s *api.Session, a *v1.Attested) error {
+	err := c.attested(ctx, evidence.CallProve, body, func(s *api.Session, a *v1.Attested) error {
 		r, err := s.Hosts.Prove(ctx, request(&v1.ProveRequest{Attested: a, Checkpoint: shown}))
 		if err != nil {
 			return err
@@ -204,8 +201,30 @@ func (c *Client) Prove(ctx context.Context, leases []LeaseProof) (Proven, error)
 	return out, err
 }
 
-// proven keeps the checkpoint, and the certificate where there is a new one.
+// leases are the proofs' messages, in an order of their own. A program that can't
+// be told of is left out: its lease is named all the same.
+func (c *Client) leases(proofs []LeaseProof, reads int) []*v1.LeaseProof {
+	var out []*v1.LeaseProof
+	for _, l := range proofs {
+		m := &v1.LeaseProof{LeaseId: l.Lease, Scope: l.Scope, Ticket: l.Ticket}
+		if l.Program != nil {
+			var err error
+			if m.Program, err = l.Program.EncodeAs(reads); err != nil {
+				c.log.Error("the program can't be told of", "lease", l.Lease, "err", err)
+			}
+		}
+		out = append(out, m)
+	}
+	slices.SortFunc(out, func(a, b *v1.LeaseProof) int { return strings.Compare(a.GetLeaseId(), b.GetLeaseId()) })
+	return out
+}
+
+// proven keeps the checkpoint, what the next proof continues from, and the
+// certificate where there is a new one.
 func (c *Client) proven(m *v1.ProveResponse, shown []byte) error {
+	if n := len(m.GetContinuation()); n > api.MaxContinuation {
+		return api.NewError(api.Fault, "continuation", fmt.Sprintf("the broker's answer has %d bytes to continue from; at most %d are kept", n, api.MaxContinuation))
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if string(c.member.Checkpoint) == string(shown) {
@@ -219,5 +238,6 @@ func (c *Client) proven(m *v1.ProveResponse, shown []byte) error {
 		c.member.Certificate = m.GetCertificate()
 		c.drop() // the next session shows the new one
 	}
+	c.member.Continuation = m.GetContinuation()
 	return writeJSON(c.dir, membershipFile, c.member)
 }

@@ -18,6 +18,7 @@ import (
 
 	"connectrpc.com/connect"
 	"golang.org/x/mod/sumdb/note"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm"
@@ -191,10 +192,14 @@ func (c *Client) rejoin(ctx context.Context, s *api.Session, e *api.Error) error
 	return &api.Error{Outcome: e.Outcome, Check: e.Check, Request: e.Request, Message: fmt.Sprintf("%s; joining again failed, and is tried again: %v", e.Message, err)}
 }
 
-// attested makes body's evidence and sends it. A lost connection rebuilds
-// nonce and quote on the next; a host that the broker asks to join again does,
+// A body makes what is to be attested, for a broker that reads programs' evidence
+// up to this version.
+type body func(reads int) (proto.Message, error)
+
+// attested makes a body's evidence and sends it. A lost connection rebuilds
+// body, nonce and quote on the next; a host that the broker asks to join again does,
 // once.
-func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, send func(*api.Session, *v1.Attested) error) error {
+func (c *Client) attested(ctx context.Context, call evidence.Call, b body, send func(*api.Session, *v1.Attested) error) error {
 	var last error
 	rejoined := false
 	for range tries {
@@ -202,7 +207,7 @@ func (c *Client) attested(ctx context.Context, call evidence.Call, body []byte, 
 		if err != nil {
 			return err
 		}
-		a, err := c.attest(ctx, s, k, call, body)
+		a, err := c.attest(ctx, s, k, call, b)
 		if err == nil {
 			err = send(s, a)
 		}
@@ -239,8 +244,8 @@ func (c *Client) forget(s *api.Session) {
 	}
 }
 
-// attest fetches a nonce and quotes over body.
-func (c *Client) attest(ctx context.Context, s *api.Session, k *keys, call evidence.Call, body []byte) (*v1.Attested, error) {
+// attest fetches a nonce and quotes over a body.
+func (c *Client) attest(ctx context.Context, s *api.Session, k *keys, call evidence.Call, b body) (*v1.Attested, error) {
 	r, err := s.Hosts.Challenge(ctx, request(&v1.ChallengeRequest{Count: 1}))
 	if err != nil {
 		return nil, err
@@ -256,7 +261,15 @@ func (c *Client) attest(ctx context.Context, s *api.Session, k *keys, call evide
 	if err != nil {
 		return nil, err
 	}
-	extra, err := binding(call, s, nonce, body, signer)
+	msg, err := b(int(r.Msg.GetProgramVersion()))
+	if err != nil {
+		return nil, err
+	}
+	encoded, err := proto.Marshal(msg)
+	if err != nil {
+		return nil, err
+	}
+	extra, err := binding(call, s, nonce, encoded, signer)
 	if err != nil {
 		return nil, err
 	}
@@ -268,7 +281,7 @@ func (c *Client) attest(ctx context.Context, s *api.Session, k *keys, call evide
 	if err != nil {
 		return nil, err
 	}
-	return &v1.Attested{Body: body, Nonce: nonce[:], Quote: quoteMessage(q), Logs: logs}, nil
+	return &v1.Attested{Body: encoded, Nonce: nonce[:], Quote: quoteMessage(q), Logs: logs}, nil
 }
 
 func quoteMessage(q tpm.Quote) *v1.Quote {

@@ -32,6 +32,8 @@ type membership struct {
 	AuditKey    string   `json:"audit_key"`
 	Certificate [][]byte `json:"certificate"` // DER chain, leaf first
 	Checkpoint  []byte   `json:"checkpoint"`  // signed note
+	// Continuation is of the last answer to a proof, and is shown in the next one.
+	Continuation []byte `json:"continuation,omitempty"`
 }
 
 func readJSON(dir, name string, into any) error {

@@ -173,19 +173,12 @@ func (r *Runner) Proofs(ctx context.Context) []attest.LeaseProof {
 			r.mu.Unlock()
 		}
 	}
-	var program []byte
-	if p != nil {
-		var err error
-		if program, err = p.Encode(); err != nil {
-			r.log.Error("the program can't be told of", "err", err)
-		}
-	}
 	var proofs []attest.LeaseProof
 	for _, l := range []*Lease{lease, pending} {
 		if l == nil || len(proofs) > 0 && proofs[0].Lease == l.ID {
 			continue
 		}
-		proofs = append(proofs, attest.LeaseProof{Lease: l.ID, Scope: r.cfg.Scope, Program: program, Ticket: l.Ticket})
+		proofs = append(proofs, attest.LeaseProof{Lease: l.ID, Scope: r.cfg.Scope, Program: p, Ticket: l.Ticket})
 	}
 	if lease != nil && p != nil {
 		r.cameWith(lease, p)

@@ -141,7 +141,7 @@ func TestAHandOverDuringADelivery(t *testing.T) {
 		if delivering {
 			r.files.Lock()
 		}
-		if proofs := r.Proofs(t.Context()); len(proofs) != 1 || !strings.Contains(string(proofs[0].Program), `"pid":8`) {
+		if proofs := r.Proofs(t.Context()); len(proofs) != 1 || proofs[0].Program.PID != 8 {
 			t.Errorf("delivering=%v: %+v", delivering, proofs)
 		}
 		if delivering {

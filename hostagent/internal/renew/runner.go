@@ -291,16 +291,13 @@ func (r *Runner) obtain(ctx context.Context, p *process.Program) {
 }
 
 func (r *Runner) request(ctx context.Context, p *process.Program, old *Lease) (*Lease, map[string]secret.Bytes, error) {
-	encoded, err := p.Encode()
-	if err != nil {
-		return nil, nil, err
-	}
-	o := attest.Order{Scope: r.cfg.Scope, Program: encoded, DeliveryID: newDeliveryID(), BeforeStart: p.Starting,
+	o := attest.Order{Scope: r.cfg.Scope, Program: *p, DeliveryID: newDeliveryID(), BeforeStart: p.Starting,
 		HandOver: r.push != nil && r.cfg.OnChange != nil && r.cfg.OnChange.Restart && !p.Starting}
 	if old != nil {
 		o.Replaces = old.ID
 	}
 	var key *hostKey
+	var err error
 	if r.cfg.Key != "" {
 		if key, err = newHostKey(r.cfg.Key); err != nil {
 			return nil, nil, err

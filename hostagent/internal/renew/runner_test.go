@@ -107,7 +107,7 @@ func TestAProgramThatCantBeSeenKeepsItsCredential(t *testing.T) {
 			Lease{ID: "l1", Expires: time.Now().Add(time.Hour), Replace: time.Now().Add(-time.Minute)})
 		for _, p := range r.Proofs(t.Context()) {
 			if p.Program != nil {
-				t.Errorf("told of a program that was not seen: %s", p.Program)
+				t.Errorf("told of a program that was not seen: %+v", p.Program)
 			}
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Minute)

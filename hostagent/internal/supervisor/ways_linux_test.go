@@ -80,11 +80,7 @@ func (b *issuing) Issue(_ context.Context, o attest.Order) (attest.Issued, error
 	b.issued++
 	n := b.issued
 	b.mu.Unlock()
-	p, err := process.Parse(o.Program)
-	if err != nil {
-		return attest.Issued{}, err
-	}
-	b.note("issue l%d to pid %d for %q", n, p.PID, o.Replaces)
+	b.note("issue l%d to pid %d for %q", n, o.Program.PID, o.Replaces)
 	now := time.Now()
 	out := attest.Issued{Lease: fmt.Sprintf("l%d", n), Fields: map[string]secret.Bytes{"password": secret.New(fmt.Appendf(nil, "p%d", n))},
 		Expires: now.Add(10 * time.Second), ReplaceAt: now.Add(time.Hour), AcknowledgeBy: now.Add(10 * time.Second)}

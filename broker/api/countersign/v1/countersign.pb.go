@@ -629,11 +629,14 @@ func (x *ChallengeRequest) GetCount() uint32 {
 }
 
 type ChallengeResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Nonces        [][]byte               `protobuf:"bytes,1,rep,name=nonces,proto3" json:"nonces,omitempty"`
-	Known         *Known                 `protobuf:"bytes,2,opt,name=known,proto3" json:"known,omitempty"` // what needn't be sent again
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Nonces [][]byte               `protobuf:"bytes,1,rep,name=nonces,proto3" json:"nonces,omitempty"`
+	Known  *Known                 `protobuf:"bytes,2,opt,name=known,proto3" json:"known,omitempty"` // what needn't be sent again
+	// The newest version of the process attestor's encoding that the broker reads; 0,
+	// from a broker that doesn't say: the first.
+	ProgramVersion uint32 `protobuf:"varint,3,opt,name=program_version,json=programVersion,proto3" json:"program_version,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ChallengeResponse) Reset() {
@@ -678,6 +681,13 @@ func (x *ChallengeResponse) GetKnown() *Known {
 		return x.Known
 	}
 	return nil
+}
+
+func (x *ChallengeResponse) GetProgramVersion() uint32 {
+	if x != nil {
+		return x.ProgramVersion
+	}
+	return 0
 }
 
 // Known is what the broker has proven of a host's logs.
@@ -949,9 +959,15 @@ func (x *ProveRequest) GetCheckpoint() []byte {
 }
 
 type ProveBody struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Host          *HostFacts             `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
-	Leases        []*LeaseProof          `protobuf:"bytes,2,rep,name=leases,proto3" json:"leases,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Host   *HostFacts             `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	Leases []*LeaseProof          `protobuf:"bytes,2,rep,name=leases,proto3" json:"leases,omitempty"`
+	// ProveResponse.continuation of the last answer that this agent kept; empty: none,
+	// as after joining. It is to tell two agents apart that run with one identity, a
+	// machine and its clone, say: of those that continue from one answer, only one is
+	// the agent that was answered. An answer may be lost on its way, so the value
+	// before the last is no proof of a clone yet. Brokers hold it to its bounds so far.
+	Continuation  []byte `protobuf:"bytes,3,opt,name=continuation,proto3" json:"continuation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -996,6 +1012,13 @@ func (x *ProveBody) GetHost() *HostFacts {
 func (x *ProveBody) GetLeases() []*LeaseProof {
 	if x != nil {
 		return x.Leases
+	}
+	return nil
+}
+
+func (x *ProveBody) GetContinuation() []byte {
+	if x != nil {
+		return x.Continuation
 	}
 	return nil
 }
@@ -1072,7 +1095,7 @@ func (x *HostFacts) GetAgentVersion() string {
 type LeaseProof struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	LeaseId       string                 `protobuf:"bytes,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
-	Program       []byte                 `protobuf:"bytes,2,opt,name=program,proto3" json:"program,omitempty"` // the process attestor's encoding
+	Program       []byte                 `protobuf:"bytes,2,opt,name=program,proto3" json:"program,omitempty"` // the process attestor's encoding, in a version that the broker reads
 	Scope         string                 `protobuf:"bytes,3,opt,name=scope,proto3" json:"scope,omitempty"`
 	Ticket        []byte                 `protobuf:"bytes,4,opt,name=ticket,proto3" json:"ticket,omitempty"` // as it came with the credential
 	unknownFields protoimpl.UnknownFields
@@ -1144,7 +1167,8 @@ type ProveResponse struct {
 	Leases        []*LeaseVerdict        `protobuf:"bytes,3,rep,name=leases,proto3" json:"leases,omitempty"`
 	Certificate   [][]byte               `protobuf:"bytes,4,rep,name=certificate,proto3" json:"certificate,omitempty"` // a new host certificate, when the old one nears its end
 	Checkpoint    *Checkpoint            `protobuf:"bytes,5,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
-	Now           *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=now,proto3" json:"now,omitempty"` // the broker's clock: times above are relative to it
+	Now           *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=now,proto3" json:"now,omitempty"`                   // the broker's clock: times above are relative to it
+	Continuation  []byte                 `protobuf:"bytes,7,opt,name=continuation,proto3" json:"continuation,omitempty"` // the next proof shows it; at most 64 bytes that nobody can guess
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1217,6 +1241,13 @@ func (x *ProveResponse) GetCheckpoint() *Checkpoint {
 func (x *ProveResponse) GetNow() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Now
+	}
+	return nil
+}
+
+func (x *ProveResponse) GetContinuation() []byte {
+	if x != nil {
+		return x.Continuation
 	}
 	return nil
 }
@@ -6877,10 +6908,11 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"checkpoint\x12\x1b\n" +
 	"\taudit_key\x18\x06 \x01(\tR\bauditKey\"(\n" +
 	"\x10ChallengeRequest\x12\x14\n" +
-	"\x05count\x18\x01 \x01(\rR\x05count\"X\n" +
+	"\x05count\x18\x01 \x01(\rR\x05count\"\x81\x01\n" +
 	"\x11ChallengeResponse\x12\x16\n" +
 	"\x06nonces\x18\x01 \x03(\fR\x06nonces\x12+\n" +
-	"\x05known\x18\x02 \x01(\v2\x15.countersign.v1.KnownR\x05known\"i\n" +
+	"\x05known\x18\x02 \x01(\v2\x15.countersign.v1.KnownR\x05known\x12'\n" +
+	"\x0fprogram_version\x18\x03 \x01(\rR\x0eprogramVersion\"i\n" +
 	"\x05Known\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12(\n" +
 	"\x10event_log_sha256\x18\x02 \x01(\fR\x0eeventLogSha256\x12\x1d\n" +
@@ -6904,10 +6936,11 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\battested\x18\x01 \x01(\v2\x18.countersign.v1.AttestedR\battested\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x02 \x01(\fR\n" +
-	"checkpoint\"n\n" +
+	"checkpoint\"\x92\x01\n" +
 	"\tProveBody\x12-\n" +
 	"\x04host\x18\x01 \x01(\v2\x19.countersign.v1.HostFactsR\x04host\x122\n" +
-	"\x06leases\x18\x02 \x03(\v2\x1a.countersign.v1.LeaseProofR\x06leases\"u\n" +
+	"\x06leases\x18\x02 \x03(\v2\x1a.countersign.v1.LeaseProofR\x06leases\x12\"\n" +
+	"\fcontinuation\x18\x03 \x01(\fR\fcontinuation\"u\n" +
 	"\tHostFacts\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x0e\n" +
@@ -6918,7 +6951,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x18\n" +
 	"\aprogram\x18\x02 \x01(\fR\aprogram\x12\x14\n" +
 	"\x05scope\x18\x03 \x01(\tR\x05scope\x12\x16\n" +
-	"\x06ticket\x18\x04 \x01(\fR\x06ticket\"\xa7\x02\n" +
+	"\x06ticket\x18\x04 \x01(\fR\x06ticket\"\xcb\x02\n" +
 	"\rProveResponse\x12\x1d\n" +
 	"\n" +
 	"host_state\x18\x01 \x01(\tR\thostState\x125\n" +
@@ -6928,7 +6961,8 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\n" +
 	"checkpoint\x18\x05 \x01(\v2\x1a.countersign.v1.CheckpointR\n" +
 	"checkpoint\x12,\n" +
-	"\x03now\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"\xc8\x01\n" +
+	"\x03now\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\x12\"\n" +
+	"\fcontinuation\x18\a \x01(\fR\fcontinuation\"\xc8\x01\n" +
 	"\fLeaseVerdict\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12\x16\n" +

@@ -187,8 +187,8 @@ func factsOf(g journal.Lease, host appraise.Host) (appraise.Facts, error) {
 	if err := json.Unmarshal(g.Facts, &recorded); err != nil {
 		return appraise.Facts{}, fmt.Errorf("lease %s: recorded facts: %w", g.ID, err)
 	}
-	program, err := process.Parse(g.Subject)
-	if err != nil {
+	var program process.Program
+	if err := json.Unmarshal(g.Subject, &program); err != nil {
 		return appraise.Facts{}, fmt.Errorf("lease %s: subject: %w", g.ID, err)
 	}
 	recorded.Program = &program

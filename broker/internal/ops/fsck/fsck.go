@@ -316,7 +316,7 @@ func (c *checker) lease(tx *store.Tx, id string) (wrong []Violation, err error) 
 	if (g.State == journal.Gone) != (t.ended != 0) {
 		bad(EndsRecorded, "lease %s is %s, and the audit log says otherwise", g.ID, g.State)
 	}
-	if _, err := process.Parse(g.Subject); err != nil {
+	if err := json.Unmarshal(g.Subject, &process.Program{}); err != nil {
 		bad(AllowFirst, "lease %s: its subject: %v", g.ID, err)
 	}
 	if strings.Contains(g.LastError, secretPattern) {
