@@ -59,8 +59,9 @@ type issuing struct {
 	replaceAfter time.Duration
 
 	mu     sync.Mutex
-	events []string // guarded by mu
-	issued int      // guarded by mu
+	events []string        // guarded by mu
+	issued int             // guarded by mu
+	last   process.Program // guarded by mu; of Issue
 }
 
 func (b *issuing) note(format string, args ...any) {
@@ -79,7 +80,14 @@ func (b *issuing) Issue(_ context.Context, o attest.Order) (attest.Issued, error
 	b.mu.Lock()
 	b.issued++
 	n := b.issued
+	encoded, err := o.Program.Encode()
+	if err == nil {
+		b.last, err = process.Parse(encoded)
+	}
 	b.mu.Unlock()
+	if err != nil {
+		return attest.Issued{}, err
+	}
 	b.note("issue l%d to pid %d for %q", n, o.Program.PID, o.Replaces)
 	now := time.Now()
 	out := attest.Issued{Lease: fmt.Sprintf("l%d", n), Fields: map[string]secret.Bytes{"password": secret.New(fmt.Appendf(nil, "p%d", n))},
@@ -106,7 +114,7 @@ func (b *issuing) Prove(context.Context, []attest.LeaseProof) (attest.Proven, er
 
 // serve runs a Service with one credential whose file lies at path, and with one
 // more way of delivery.
-func serve(t *testing.T, b *issuing, path, process string, ways []deliver.Kind) {
+func serve(t *testing.T, b *issuing, path, process string, ways []deliver.Kind, programs ...program.Kind) {
 	t.Helper()
 	text := "broker {\n  addresses = [\"https://b.example:1\"]\n  ca_sha256 = \"" + strings.Repeat("0", 64) + "\"\n}\n" +
 		fmt.Sprintf("state_dir = %q\nrun_dir = %q\n", filepath.Dir(path), filepath.Dir(path)) +
@@ -115,7 +123,7 @@ func serve(t *testing.T, b *issuing, path, process string, ways []deliver.Kind) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	finder := program.New(kinds.All()...)
+	finder := program.New(append(programs, kinds.All()...)...)
 	t.Cleanup(finder.Close)
 	s, err := New(cfg, b, finder, ways, slog.New(slog.DiscardHandler), time.Now, time.Now)
 	if err != nil {
@@ -344,6 +352,67 @@ func (o *socketOffer) Retract() {
 	defer o.way.mu.Unlock()
 	o.way.offers = slices.DeleteFunc(o.way.offers, func(other *socketOffer) bool { return other == o })
 }
+
+// A kind of program, from nothing but its registration: it comes, earns its
+// credential into a real file, and loses it by its end. Nothing of Linux is told of
+// it, so that this is what another system's program goes through.
+func TestAProgramKind(t *testing.T) {
+	b, toy := &issuing{replaceAfter: time.Second}, &toyKind{changed: make(chan struct{}, 1)}
+	file := filepath.Join(shortDir(t), "a")
+	serve(t, b, file, `pid_file = "/toys/billing"`, ways.All, toy)
+	holds := func(want string) {
+		t.Helper()
+		check.Eventually(t, 10*time.Second, "the file holds "+want, func() (bool, string) {
+			got, _ := os.ReadFile(file)
+			return string(got) == want, string(got)
+		})
+	}
+
+	toy.run(7)
+	so := `issue l1 to pid 7 for "", acknowledge l1, issue l2 to pid 7 for "l1", acknowledge l2`
+	happened(t, b, so)
+	holds("p2")
+	if got := b.last; got.Windows == nil || got.Windows.Service != "billing" || got.Linux != nil {
+		t.Errorf("issued to %+v", got)
+	}
+	toy.run(8) // another one
+	so += `, release l2, issue l3 to pid 8 for "", acknowledge l3`
+	happened(t, b, so)
+	holds("p3")
+	toy.run(0)
+	happened(t, b, so+", release l3")
+	holds("")
+}
+
+// toyKind is a kind of programs that a pid file in /toys describes.
+type toyKind struct {
+	changed chan struct{}
+
+	mu  sync.Mutex
+	pid int // guarded by mu; 0: it doesn't run
+}
+
+func (k *toyKind) run(pid int) {
+	k.mu.Lock()
+	k.pid = pid
+	k.mu.Unlock()
+	k.changed <- struct{}{}
+}
+
+func (k *toyKind) Describes(p config.Process) bool { return strings.HasPrefix(p.PIDFile, "/toys/") }
+
+func (k *toyKind) Find(_ context.Context, p config.Process, _ string) (process.Program, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.pid == 0 {
+		return process.Program{}, program.ErrNotRunning
+	}
+	return process.Program{Boot: "boot", PID: k.pid, Start: 1 << 60, User: "toy", Executables: process.OneFile(`C:\toys\toy.exe`, [32]byte{1}),
+		Windows: &process.Windows{SID: "S-1-5-80-1", Service: filepath.Base(p.PIDFile)}}, nil
+}
+
+func (k *toyKind) Watch(context.Context, config.Process) <-chan struct{} { return k.changed }
+func (k *toyKind) Close()                                                {}
 
 // A way of pushing, from nothing but its kind.
 func TestAPushWay(t *testing.T) {
