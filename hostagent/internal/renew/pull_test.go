@@ -108,8 +108,6 @@ func (h *hand) reads() string {
 // handing is a broker that issues l1, l2 and so on, each with two minutes to be
 // acknowledged, an hour to be replaced and two to expire, and keeps what happens.
 type handing struct {
-	broker
-
 	mu      sync.Mutex
 	refuses error    // guarded by mu; Acknowledge
 	events  []string // guarded by mu

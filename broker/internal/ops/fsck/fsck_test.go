@@ -37,7 +37,8 @@ func open(t *testing.T) *store.Store {
 // issue writes a lease with its allow.
 func issue(t *testing.T, s *store.Store, id string, at time.Time) {
 	t.Helper()
-	subject, err := process.Program{Boot: "00000000-0000-4000-8000-000000000000", PID: 1, Start: 1, User: "a", Executables: process.OneFile("/bin/a", evidence.Sum([]byte("a")))}.Encode()
+	// Inside of a lease & is written otherwise than in the first version of subjects.
+	subject, err := process.Program{Boot: "00000000-0000-4000-8000-000000000000", PID: 1, Start: 1, User: "a", Executables: process.OneFile("/bin/a & b", evidence.Sum([]byte("a")))}.EncodeAs(1)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,5 +1,7 @@
 // Package ways names the ways of delivery. It trusts them to keep what
-// [deliver.Push] and [deliver.Pull] promise.
+// [deliver.Push] and [deliver.Pull] promise. Each has a block type of its own in
+// config.Credential, where its settings are checked, and by which a credential's
+// config names it.
 package ways
 
 import (
