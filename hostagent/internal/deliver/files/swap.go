@@ -38,7 +38,7 @@ import (
 //	K K K            committed                          the caller's choice
 //	- K K   - - K    died in Finish                     Recover finishes
 //	K K -   K - -    died in Rollback                   Recover rolls back
-//	- - -            before Stage, or all is done     nothing to do
+//	- - -            before Stage, or all is done       nothing to do
 //
 // So a new anywhere means that the set isn't committed, and is the last thing
 // to go; and without any, the first file says which way the set was going.
@@ -123,7 +123,7 @@ func (t *target) write(f *config.File, data secret.Bytes) error {
 		return explain(t.beside(t.new()), err)
 	}
 	t.made = made
-	return nil
+	return t.dir.sync()
 }
 
 // Paths are the new files, in the config's order.
@@ -285,6 +285,9 @@ func (t *target) restore() error {
 		return explain(t.path, err)
 	}
 	step("restore " + t.name)
+	if err := t.dir.sync(); err != nil {
+		return err
+	}
 	return t.clear(t.old()) // there still, if it was one file with the new
 }
 

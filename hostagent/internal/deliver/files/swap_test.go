@@ -15,7 +15,7 @@ import (
 )
 
 // A disk has folders in memory, and fails or dies at its at-th operation. After a
-// loss of power each folder has what was synced and the first few operations since.
+// loss of power each folder has what was synced, and any of the operations since.
 type disk struct {
 	folders map[string]*memory
 	at      int
@@ -62,11 +62,13 @@ func (d *disk) losses() []*disk {
 	for name := range d.folders {
 		var next []*disk
 		for _, one := range all {
-			for kept := 0; kept <= len(one.folders[name].since); kept++ {
+			for kept := range 1 << len(one.folders[name].since) { // a bit for each
 				c := one.clone()
 				m := c.folders[name]
-				for _, do := range m.since[:kept] {
-					do(m.synced)
+				for i, do := range m.since {
+					if kept>>i&1 == 1 {
+						do(m.synced)
+					}
 				}
 				m.entries, m.since = maps.Clone(m.synced), nil
 				next = append(next, c)
@@ -172,19 +174,22 @@ func (m *memory) sync() error {
 }
 func (m *memory) Close() error { return nil }
 
-// A layout is where three files lie. One of them is new.
-type layout []string
-
-var layouts = map[string]layout{
-	"folders of their own": {"/z/f", "/y/f", "/x/f"},
-	"one folder":           {"/d/c", "/d/b", "/d/a"},
+// A layout is where files lie, and which of them is new.
+type layout struct {
+	paths []string
+	fresh int // -1: none
 }
 
-const fresh = 1
+var layouts = map[string]layout{
+	"folders of their own": {[]string{"/z/f", "/y/f", "/x/f"}, 1},
+	"one folder":           {[]string{"/d/c", "/d/b", "/d/a"}, 1},
+	"one file":             {[]string{"/d/f"}, -1},
+	"a new file":           {[]string{"/d/f"}, 0},
+}
 
 func (l layout) way(d *disk) *Way {
 	var list []*config.File
-	for _, path := range l {
+	for _, path := range l.paths {
 		list = append(list, &config.File{Path: path, Template: "{{ .password }} in " + path})
 	}
 	return &Way{list, d.open}
@@ -193,13 +198,13 @@ func (l layout) way(d *disk) *Way {
 // disk has the old generation on it.
 func (l layout) disk() *disk {
 	d := newDisk()
-	for i, path := range l {
+	for i, path := range l.paths {
 		dir := filepath.Dir(path)
 		if d.folders[dir] == nil {
 			maps.Copy(d.folders, newDisk(dir).folders)
 			d.folders[dir].disk = d
 		}
-		if m := d.folders[dir]; i != fresh {
+		if m := d.folders[dir]; i != l.fresh {
 			m.entries[filepath.Base(path)] = &inode{"old in " + path}
 			m.synced = maps.Clone(m.entries)
 		}
@@ -210,9 +215,9 @@ func (l layout) disk() *disk {
 // generation is which one stands, whole; "" is none.
 func (l layout) generation(d *disk) string {
 	seen := map[string]int{}
-	for i, path := range l {
+	for i, path := range l.paths {
 		switch f := d.folders[filepath.Dir(path)].entries[filepath.Base(path)]; {
-		case f == nil && i == fresh:
+		case f == nil && i == l.fresh:
 			seen["old"]++
 		case f == nil:
 		default:
@@ -223,7 +228,7 @@ func (l layout) generation(d *disk) string {
 		}
 	}
 	for generation, n := range seen {
-		if n == len(l) {
+		if n == len(l.paths) {
 			return generation
 		}
 	}
@@ -251,6 +256,9 @@ func (l layout) deliver(d *disk, end string) (reached string) {
 	}
 	defer s.Discard()
 	if s.Commit() != nil {
+		if !d.dead && l.generation(d) != "old" {
+			return "half committed"
+		}
 		return "staged"
 	}
 	if end == "rollback" {
@@ -273,6 +281,9 @@ func (l layout) settle(d *disk, end string) error {
 		return err
 	}
 	defer s.Discard()
+	if got := l.generation(d); committed && got != "new" && !d.dead {
+		return fmt.Errorf("taken for committed, and %q stands", got)
+	}
 	if committed && end == "rollback" {
 		return s.Rollback()
 	}
@@ -318,7 +329,7 @@ func everyDeath(t *testing.T, l layout, end string) {
 		first.at, first.trouble = n, "die"
 		reached := l.deliver(first, end)
 		if !first.dead {
-			if n < 40 {
+			if n < 12*len(l.paths) {
 				t.Errorf("only %d operations", n)
 			}
 			break
@@ -340,7 +351,7 @@ func everyDeath(t *testing.T, l layout, end string) {
 			}
 		}
 	}
-	if cases < 1000 {
+	if cases < 200*len(l.paths) {
 		t.Errorf("only %d cases", cases)
 	}
 }
@@ -366,7 +377,7 @@ func TestEveryFailure(t *testing.T) {
 					if err := l.settle(d, end); err != nil {
 						t.Errorf("%s: %v", what, err)
 					}
-					if got := l.generation(d); got != want || len(l.left(d)) > 0 {
+					if got := l.generation(d); got != want || reached == "half committed" || len(l.left(d)) > 0 {
 						t.Errorf("%s: reached %s; %q stands, left over %v", what, reached, got, l.left(d))
 					}
 				}
