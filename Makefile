@@ -43,8 +43,9 @@ test-vm: setup build ## a real machine with Secure Boot and IMA boots the agent,
 demo: setup build ## a legacy program gets in with an earned credential, and loses it
 	@$(GO) run ./test/demo
 
-bench: setup build ## speed and size, as ratios against floors; writes bench.json
-	@$(GO) run ./test/bench
+bench: setup build ## speed and size, as ratios against floors; ONLY=certificates is a part; AGAINST=COMMIT compares with that commit's broker, MOST=0.65 bounds the ratio
+	@$(if $(AGAINST),sh test/bench/against.sh $(AGAINST))
+	@$(GO) run ./test/bench $(if $(ONLY),-only $(ONLY)) $(if $(AGAINST),-against bin/against/countersign) $(if $(MOST),-most $(MOST))
 
 bench-large: setup build ## a broker whose store is like a year's use, and a watch over 2 GB of logs; SCALE=0.1 BYTES=200M is a tenth
 	$(BUILD) -o bin/fill ./broker/internal/ops/fill

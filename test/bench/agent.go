@@ -40,7 +40,7 @@ scope "tls" {
     ttl = "24h"
   }
 }
-`, exe))
+`, exe), "")
 	if err != nil {
 		return nil, err
 	}

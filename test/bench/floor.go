@@ -53,10 +53,17 @@ func (f *floor) once() (time.Duration, error) {
 		if err := f.file.Sync(); err != nil {
 			return 0, err
 		}
-		if !ecdsa.VerifyASN1(&f.key.PublicKey, f.digest[:], f.sig) {
-			return 0, errors.New("the floor's signature doesn't verify")
+		if err := f.verify(); err != nil {
+			return 0, err
 		}
 	}
 	_, err := ecdsa.SignASN1(rand.Reader, f.key, f.digest[:])
 	return time.Since(start), err
+}
+
+func (f *floor) verify() error {
+	if !ecdsa.VerifyASN1(&f.key.PublicKey, f.digest[:], f.sig) {
+		return errors.New("the floor's signature doesn't verify")
+	}
+	return nil
 }

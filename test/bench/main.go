@@ -10,12 +10,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
 	"runtime"
 	"slices"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -55,8 +57,13 @@ func fastest(r Row, runs []float64, floor string, floorRuns []float64, limit flo
 	r.Value, r.Raw = slices.Min(runs), runs
 	r.Floor, r.FloorValue, r.FloorRaw = floor, slices.Min(floorRuns), floorRuns
 	r.Ratio = r.Value / r.FloorValue
+	return r.atMost(limit, "floor")
+}
+
+// atMost is r with its ratio at most limit times what, or failed.
+func (r Row) atMost(limit float64, what string) Row {
 	pass := r.Ratio <= limit
-	r.Limit, r.Pass = fmt.Sprintf("≤ %g × floor", limit), &pass
+	r.Limit, r.Pass = fmt.Sprintf("≤ %g × %s", limit, what), &pass
 	return r
 }
 
@@ -76,15 +83,43 @@ type Report struct {
 }
 
 func main() {
+	only := flag.String("only", "", "measure one part: "+strings.Join(names(), ", "))
+	flag.StringVar(&against.program, "against", "", "another build of the broker, to compare processor time with")
+	flag.Float64Var(&against.most, "most", 1.05, "how much of the other build's processor time this one may use")
+	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx); err != nil {
+	if err := run(ctx, *only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context) error {
+// against is the other build of the broker that the command line names; without a program: none.
+var against struct {
+	program string
+	most    float64
+}
+
+var parts = []struct {
+	name    string
+	measure func(context.Context, string) ([]Row, error)
+}{
+	{"appraisal", appraisal}, {"watching", watching}, {"alerting", alerting},
+	{"brokers", brokers}, {"certificates", certificates}, {"agents", agents},
+}
+
+func names() (list []string) {
+	for _, p := range parts {
+		list = append(list, p.name)
+	}
+	return list
+}
+
+func run(ctx context.Context, only string) error {
+	if only != "" && !slices.Contains(names(), only) {
+		return fmt.Errorf("no part is named %s", only)
+	}
 	report := Report{Time: time.Now().UTC().Truncate(time.Second), Go: runtime.Version(), System: runtime.GOOS + "/" + runtime.GOARCH, CPUs: runtime.NumCPU()}
 	// Not /tmp, which may be in memory: what is measured waits for a disk.
 	dir, err := os.MkdirTemp("/var/tmp", "countersign-bench-")
@@ -92,8 +127,11 @@ func run(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	for _, measure := range []func(context.Context, string) ([]Row, error){appraisal, watching, alerting, brokers, agents} {
-		rows, err := measure(ctx, dir)
+	for _, p := range parts {
+		if only != "" && p.name != only {
+			continue
+		}
+		rows, err := p.measure(ctx, dir)
 		if err != nil {
 			return err
 		}

@@ -92,7 +92,7 @@ const canaries = 60
 // PostgreSQL can't turn it away any more.
 func alerting(ctx context.Context, dir string) (rows []Row, err error) {
 	say(fmt.Sprintf("the watch, and %d logins", canaries))
-	b, _, err := newBroker(ctx, filepath.Join(dir, "watched"), fleet.Scope)
+	b, _, err := newBroker(ctx, filepath.Join(dir, "watched"), fleet.Scope, "")
 	if err != nil {
 		return nil, err
 	}

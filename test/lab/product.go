@@ -31,6 +31,7 @@ type Broker struct {
 // BrokerOptions are the parts of a broker's config that tests vary.
 type BrokerOptions struct {
 	Faults  bool     // use the build with failpoints and a clock
+	Program string   // a broker's program of another build; empty: as made here
 	EKRoots []string // PEM files
 	Vault   string   // the body of the vault block; empty: none
 	Front   *Front   // what stands between NewBrokerFor's broker and its Vault
@@ -62,14 +63,18 @@ var pinned = regexp.MustCompile(`ca_sha256 = "([0-9a-f]{64})"`)
 
 // NewBroker writes a config to dir and initialises the broker; Start runs it.
 func NewBroker(ctx context.Context, dir string, o BrokerOptions) (*Broker, error) {
-	bin, err := Program("countersign", o.Faults)
-	if err != nil {
-		return nil, err
+	bin := o.Program
+	if bin == "" {
+		var err error
+		if bin, err = Program("countersign", o.Faults); err != nil {
+			return nil, err
+		}
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
 	b := &Broker{Dir: dir, bin: bin}
+	var err error
 	if b.Addr, err = freeAddr(); err != nil {
 		return nil, err
 	}

@@ -1,0 +1,13 @@
+#!/bin/sh
+# Builds the broker of another commit as bin/against/countersign, from a worktree that is
+# removed again.
+set -eu
+
+commit=$(git rev-parse --verify "$1^{commit}")
+tree=$(mktemp -d /var/tmp/countersign-against-XXXXXX)
+trap 'git worktree remove --force "$tree"' EXIT
+trap 'exit 130' INT TERM # through the EXIT trap
+
+git worktree add --quiet --detach "$tree" "$commit"
+out=$PWD/bin/against/countersign
+(cd "$tree" && CGO_ENABLED=0 "${GO:-go}" build -trimpath -ldflags "-s -w -X main.version=$commit" -o "$out" ./broker/cmd/countersign)
