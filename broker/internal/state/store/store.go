@@ -22,12 +22,12 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
-	_ "modernc.org/sqlite" // the embedded database
 )
 
 // ErrStopped says that an earlier commit failed and nothing is known of the
@@ -40,8 +40,22 @@ var migrations embed.FS
 // A Tx is one caller's part of a transaction. Its statements are portable SQL
 // with ? placeholders.
 type Tx struct {
-	ctx context.Context // interrupts statements of a Report; else never done
-	tx  *sql.Tx
+	ctx   context.Context // interrupts statements of a Report; else never done
+	tx    *sql.Tx
+	store *Store
+}
+
+// Beside is the value of type T that the process keeps beside the transaction's store:
+// one of each type, zero at first, shared by all transactions. A change that is undone
+// undoes nothing of it, and other processes know nothing of it: whoever keeps there what
+// the store says has to see in each transaction whether it still says so.
+func Beside[T any](t *Tx) *T {
+	key := reflect.TypeFor[T]()
+	if v, ok := t.store.beside.Load(key); ok {
+		return v.(*T)
+	}
+	v, _ := t.store.beside.LoadOrStore(key, new(T))
+	return v.(*T)
 }
 
 // Exec runs a statement that returns no rows.
@@ -100,7 +114,8 @@ type Store struct {
 	closed  bool  // guarded by mu
 	stopped error // guarded by mu; set once, by commitLoop
 
-	log logKeeper
+	log    logKeeper
+	beside sync.Map // pointers of Beside, by what they point to
 }
 
 type update struct {
@@ -223,20 +238,20 @@ func open(path, mode string) (*Store, error) {
 	if mode != "ro" {
 		pragmas += fmt.Sprintf("&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=journal_size_limit(%d)&_pragma=wal_autocheckpoint(0)", keepLog)
 	}
-	writer, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas+"&_txlock=immediate")
+	writer, err := openDB(dsn + "?mode=" + mode + pragmas + "&_txlock=immediate")
 	if err != nil {
 		return nil, err
 	}
 	writer.SetMaxOpenConns(1)
-	readers, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas)
+	readers, err := openDB(dsn + "?mode=" + mode + pragmas)
 	if err != nil {
 		return nil, errors.Join(err, writer.Close())
 	}
-	reports, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas)
+	reports, err := openDB(dsn + "?mode=" + mode + pragmas)
 	if err != nil {
 		return nil, errors.Join(err, writer.Close(), readers.Close())
 	}
-	copier, err := sql.Open("sqlite", dsn+"?mode="+mode+pragmas)
+	copier, err := openDB(dsn + "?mode=" + mode + pragmas)
 	if err != nil {
 		return nil, errors.Join(err, writer.Close(), readers.Close(), reports.Close())
 	}
@@ -313,7 +328,7 @@ func (s *Store) View(ctx context.Context, read func(*Tx) error) error {
 		return err
 	}
 	defer func() { _ = tx.Rollback() }()
-	return read(&Tx{context.Background(), tx})
+	return read(&Tx{context.Background(), tx, s})
 }
 
 const (
@@ -336,7 +351,7 @@ func (s *Store) Report(ctx context.Context, read func(*Tx) error) error {
 	tx, err := s.reports.BeginTx(bounded, nil)
 	if err == nil {
 		defer func() { _ = tx.Rollback() }()
-		err = read(&Tx{bounded, tx})
+		err = read(&Tx{bounded, tx, s})
 	}
 	if err != nil && ctx.Err() == nil && bounded.Err() != nil {
 		return ErrSlow
@@ -411,34 +426,15 @@ func (s *Store) commitLoop() {
 	}
 }
 
-// commit runs each update under a savepoint of its own, so that one that fails
-// takes nothing of the others with it, and answers all after the sync.
+// commit runs the updates in one transaction and answers all after the sync. Where one of several
+// fails, all are run again, each under a savepoint of its own, so that it takes nothing of
+// the others with it: savepoints cost SQLite a copy of each page that changes.
 func (s *Store) commit(batch []*update) error {
 	results := make([]error, len(batch))
-	err := func() error {
-		tx, err := s.writer.Begin()
-		if err != nil {
-			return err
-		}
-		defer func() { _ = tx.Rollback() }()
-		for i, u := range batch {
-			if results[i] = u.ctx.Err(); results[i] != nil {
-				continue
-			}
-			if _, err := tx.Exec(`SAVEPOINT one`); err != nil {
-				return err
-			}
-			if results[i] = run(u.change, &Tx{context.Background(), tx}); results[i] != nil {
-				if _, err := tx.Exec(`ROLLBACK TO one`); err != nil {
-					return errors.Join(results[i], err)
-				}
-			}
-			if _, err := tx.Exec(`RELEASE one`); err != nil {
-				return err
-			}
-		}
-		return tx.Commit()
-	}()
+	failed, err := s.transact(batch, results, false)
+	if failed && err == nil && len(batch) > 1 {
+		_, err = s.transact(batch, results, true)
+	}
 	for i, u := range batch {
 		if err != nil {
 			results[i] = fmt.Errorf("%w: %w", ErrStopped, err)
@@ -446,6 +442,41 @@ func (s *Store) commit(batch []*update) error {
 		u.result <- results[i]
 	}
 	return err
+}
+
+// transact runs updates and commits them. Without savepoints it commits nothing and
+// returns failed where one of them fails.
+func (s *Store) transact(batch []*update, results []error, savepoints bool) (failed bool, err error) {
+	tx, err := s.writer.Begin()
+	if err != nil {
+		return false, err
+	}
+	defer func() { _ = tx.Rollback() }()
+	for i, u := range batch {
+		if results[i] = u.ctx.Err(); results[i] != nil {
+			continue
+		}
+		if savepoints {
+			if _, err := tx.Exec(`SAVEPOINT one`); err != nil {
+				return false, err
+			}
+		}
+		results[i] = run(u.change, &Tx{context.Background(), tx, s})
+		switch {
+		case results[i] != nil && !savepoints:
+			return true, tx.Rollback()
+		case results[i] != nil:
+			if _, err := tx.Exec(`ROLLBACK TO one`); err != nil {
+				return false, errors.Join(results[i], err)
+			}
+		}
+		if savepoints {
+			if _, err := tx.Exec(`RELEASE one`); err != nil {
+				return false, err
+			}
+		}
+	}
+	return false, tx.Commit()
 }
 
 // run keeps a panic of one update from ending the loop that all depend on.
