@@ -35,29 +35,29 @@ func Append(tx *store.Tx, r event.Record, e event.Event) (int64, error) {
 		return 0, fmt.Errorf("audit %s: %w", e.Kind(), err)
 	}
 	r.Kind, r.Detail = e.Kind(), detail
-	n, err := size(tx)
+	tree, err := load(tx)
 	if err != nil {
 		return 0, err
 	}
+	n := tree.Size()
 	r.Index = n
 	r.Time = r.Time.UTC().Truncate(time.Millisecond)
 	body, err := json.Marshal(r)
 	if err != nil {
 		return 0, err
 	}
-	hashes, err := tlog.StoredHashes(n, body, reader(tx))
-	if err != nil {
-		return 0, fmt.Errorf("audit: %w", err)
-	}
+
 	if _, err := tx.Exec(`INSERT INTO audit_records (idx, body) VALUES (?, ?)`, n, body); err != nil {
 		return 0, err
 	}
-	at := tlog.StoredHashCount(n)
-	for i := range hashes {
-		if _, err := tx.Exec(`INSERT INTO audit_hashes (idx, hash) VALUES (?, ?)`, at+int64(i), hashes[i][:]); err != nil {
-			return 0, err
-		}
+	var hashes []any
+	for i, h := range tree.Append(body) {
+		hashes = append(hashes, tlog.StoredHashCount(n)+int64(i), h[:])
 	}
+	if _, err := tx.Exec(insertHashes(len(hashes)/2), hashes...); err != nil {
+		return 0, err
+	}
+	keep(tx, tree)
 	return n, nil
 }
 
@@ -65,23 +65,6 @@ func size(tx *store.Tx) (int64, error) {
 	var n int64
 	err := tx.QueryRow(`SELECT COALESCE(MAX(idx)+1, 0) FROM audit_records`).Scan(&n)
 	return n, err
-}
-
-func reader(tx *store.Tx) tlog.HashReader {
-	return tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
-		hashes := make([]tlog.Hash, len(indexes))
-		for i, idx := range indexes {
-			var b []byte
-			if err := tx.QueryRow(`SELECT hash FROM audit_hashes WHERE idx = ?`, idx).Scan(&b); err != nil {
-				return nil, fmt.Errorf("hash %d: %w", idx, err)
-			}
-			if len(b) != tlog.HashSize {
-				return nil, fmt.Errorf("hash %d has %d bytes", idx, len(b))
-			}
-			hashes[i] = tlog.Hash(b)
-		}
-		return hashes, nil
-	})
 }
 
 const keyFile = "audit.key"
@@ -170,15 +153,15 @@ func (l *Log) Head(ctx context.Context, since int64) (signed []byte, proof [][]b
 }
 
 func (l *Log) head(tx *store.Tx) (checkpoint.Checkpoint, error) {
-	c := checkpoint.Checkpoint{Broker: l.broker}
-	var err error
-	if c.Size, err = size(tx); err != nil {
-		return c, err
+	tree, err := load(tx)
+	if err != nil {
+		return checkpoint.Checkpoint{}, err
 	}
+	c := checkpoint.Checkpoint{Broker: l.broker, Size: tree.Size()}
 	if c.Epoch, err = epoch(tx); err != nil {
 		return c, err
 	}
-	c.Root, err = tlog.TreeHash(c.Size, reader(tx))
+	c.Root, err = tree.Root()
 	return c, err
 }
 
