@@ -73,39 +73,47 @@ type Evidence struct {
 // Challenge opens up to n nonces on conn, together with what is known now of
 // the TPM's counters, and says what of the host's logs needn't be sent again.
 func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int) ([]evidence.Nonce, *appraise.Known, error) {
-	h, _, err := d.host(ctx, conn)
+	h, err := d.host(ctx, conn, nothing)
 	if err != nil {
 		return nil, nil, err
 	}
 	return conn.Give(max(n, 1), h.Counters, d.Now()), d.Logs.Get(h.ID), nil
 }
 
-// host finds who speaks, with what is open against it, and turns away who must
-// not.
-func (d *Desk) host(ctx context.Context, conn *challenge.Conn) (inventory.Host, findings.Risk, error) {
+// host finds who speaks and reads in the same snapshot what else is wanted of it. It
+// turns away who must not speak.
+func (d *Desk) host(ctx context.Context, conn *challenge.Conn, read func(*store.Tx, inventory.Host) error) (inventory.Host, error) {
 	var h inventory.Host
-	var risk findings.Risk
 	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
-		if h, err = inventory.ByTLSKey(tx, conn.Key()); err == nil {
-			risk, err = findings.OfHost(tx, h.ID)
+		if h, err = inventory.ByTLSKey(tx, conn.Key()); err != nil {
+			return err
 		}
-		return err
+		if err := admissible(h); err != nil {
+			return err
+		}
+		return read(tx, h)
 	})
-	switch {
-	case errors.Is(err, inventory.ErrUnknown):
-		return h, nil, api.NewError(api.Fault, api.CheckUnknownHost, "this broker knows no host with this key; join again")
-	case err != nil:
-		return h, nil, err
-	case h.State == inventory.Removed:
-		return h, nil, api.NewError(api.Rejected, "host-removed", "this host was removed")
-	case h.Reenrolling:
-		return h, nil, api.NewError(api.Fault, api.CheckReenrol, "an operator asks this host to join again")
-	case h.State == inventory.Quarantined:
-		return h, nil, api.NewError(api.Rejected, "host-quarantined", "this host is quarantined; an operator knows why")
-	case !h.Admitted:
-		return h, nil, api.NewError(api.Fault, "host-pending", "this host waits for an operator's approval")
+	if errors.Is(err, inventory.ErrUnknown) {
+		return h, api.NewError(api.Fault, api.CheckUnknownHost, "this broker knows no host with this key; join again")
 	}
-	return h, risk, nil
+	return h, err
+}
+
+func nothing(*store.Tx, inventory.Host) error { return nil }
+
+// admissible is an error for a host that must not speak.
+func admissible(h inventory.Host) error {
+	switch {
+	case h.State == inventory.Removed:
+		return api.NewError(api.Rejected, "host-removed", "this host was removed")
+	case h.Reenrolling:
+		return api.NewError(api.Fault, api.CheckReenrol, "an operator asks this host to join again")
+	case h.State == inventory.Quarantined:
+		return api.NewError(api.Rejected, "host-quarantined", "this host is quarantined; an operator knows why")
+	case !h.Admitted:
+		return api.NewError(api.Fault, "host-pending", "this host waits for an operator's approval")
+	}
+	return nil
 }
 
 // A proven host, and what to write of it in the transaction that acts on it.
@@ -120,7 +128,11 @@ type proven struct {
 // appraise spends the nonce and holds the evidence against the host. Evidence
 // that is false has failed the host when this returns.
 func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence.Call, e Evidence, program []byte, request string) (proven, error) {
-	h, risk, err := d.host(ctx, conn)
+	var risk findings.Risk
+	h, err := d.host(ctx, conn, func(tx *store.Tx, h inventory.Host) (err error) {
+		risk, err = findings.OfHost(tx, h.ID)
+		return err
+	})
 	if err != nil {
 		return proven{}, err
 	}
@@ -203,7 +215,7 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 // counters are at least this high. SilentAt is when it counts as silent; only a
 // proof of all its leases may put that off.
 func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
-	h, err := inventory.Get(tx, p.host.ID)
+	h, err := inventory.StandingOf(tx, p.host.ID)
 	if err != nil {
 		return err
 	}
@@ -213,17 +225,13 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 	if !bytes.Equal(h.AKPublic, p.host.AKPublic) {
 		return api.NewError(api.Fault, api.CheckReenrol, "the host was enrolled anew meanwhile")
 	}
+
 	facts := p.verified.Facts()
 	counters := p.verified.Counters()
 	if h.Counters == nil || h.Counters.Before(counters) {
 		h.Counters = &counters
 	}
-	h.State, h.Reason, h.Address, h.PCRs, h.LastProved = inventory.Trusted, "", p.conn.Address, facts.Host.PCRs, facts.At
-	hostFacts := *facts
-	hostFacts.Program, hostFacts.Subject = nil, appraise.Subject{}
-	if h.Facts, err = json.Marshal(hostFacts); err != nil {
-		return err
-	}
+	h.State = inventory.Trusted
 	digest, err := facts.Host.Digest()
 	if err != nil {
 		return err
@@ -241,7 +249,10 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 	if proof || h.SilentAt.IsZero() || !silentAt.IsZero() && silentAt.Before(h.SilentAt) {
 		h.SilentAt = silentAt
 	}
-	return inventory.Save(tx, h)
+
+	hostFacts := *facts
+	hostFacts.Program, hostFacts.Subject = nil, appraise.Subject{}
+	return h.Save(tx, inventory.Showing{Address: p.conn.Address, PCRs: facts.Host.PCRs, Facts: hostFacts, At: facts.At})
 }
 
 // keepDecision keeps what `why` shows, where it differs from what is kept.

@@ -19,6 +19,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
@@ -198,22 +199,17 @@ func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delive
 
 // own loads a lease of the host that speaks.
 func (d *Desk) own(ctx context.Context, conn *challenge.Conn, id string) (journal.Lease, error) {
-	h, _, err := d.host(ctx, conn)
-	if err != nil {
-		return journal.Lease{}, err
-	}
 	var g journal.Lease
-	err = d.Store.View(ctx, func(tx *store.Tx) (err error) {
-		g, err = journal.Load(tx, id)
+	_, err := d.host(ctx, conn, func(tx *store.Tx, h inventory.Host) (err error) {
+		if g, err = journal.Load(tx, id); err == nil && g.Host != h.ID {
+			err = journal.ErrUnknown
+		}
 		return err
 	})
-	if errors.Is(err, journal.ErrUnknown) || err == nil && g.Host != h.ID {
+	if errors.Is(err, journal.ErrUnknown) {
 		return journal.Lease{}, api.NewError(api.Fault, api.CheckGone, "this host has no such lease")
 	}
-	if err != nil {
-		return g, err
-	}
-	return g, nil
+	return g, err
 }
 
 // Release ends leases that the host gives back, and returns those whose end is

@@ -66,8 +66,9 @@ type Host struct {
 	SilentAt    time.Time // when it counts as silent, in serving time; zero: never
 
 	// Unreadable is why the row can't be read whole. Lists have such a host, too; nothing
-	// else reads or writes it.
+	// else reads or writes it. Part of a host can't be saved, either.
 	Unreadable error `json:"-"`
+	part       bool
 }
 
 var (
@@ -93,10 +94,15 @@ const (
 	columns = saved + ofEKs
 	listed  = `id, name, state, state_reason, admitted, reenrolling, tier, labels, reference, address,
 	ak_public, tls_key_hash, '', '', '{}', '', created, last_proved, silent_at` + ofEKs
+	asked = `id, name, state, state_reason, admitted, reenrolling, tier, labels, reference, address,
+	ak_public, tls_key_hash, counters, '', '{}', facts_digest, created, last_proved, silent_at, ''`
 )
 
 // Save writes h as it is now, its EKs too; an EK of another host is ErrTaken.
 func Save(tx *store.Tx, h Host) error {
+	if h.part {
+		return fmt.Errorf("inventory: %s is part of a host, and not to be saved", h.ID)
+	}
 	if h.Unreadable != nil {
 		return h.Unreadable
 	}
@@ -159,9 +165,12 @@ func StateOf(tx *store.Tx, id string) (state State, err error) {
 	return state, err
 }
 
-// ByTLSKey reads the host whose sessions this key opens.
+// ByTLSKey reads the host whose sessions this key opens, as far as it takes to answer
+// it: neither what it showed last nor its EKs. It can't be saved.
 func ByTLSKey(tx *store.Tx, key evidence.Digest) (Host, error) {
-	return one(tx, `SELECT `+columns+` FROM hosts WHERE tls_key_hash = ?`, key.String())
+	h, err := one(tx, `SELECT `+asked+` FROM hosts WHERE tls_key_hash = ?`, key.String())
+	h.part = true
+	return h, err
 }
 
 // ByEK reads the host that an EK belongs to.
