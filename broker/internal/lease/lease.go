@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -306,11 +307,8 @@ func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Caus
 		if err != nil {
 			return err
 		}
-		now := m.now()
-		if g, effects, err = journal.Step(before, e, now); err != nil {
-			return err
-		}
-		return write(tx, before, g, e, c, now)
+		g, effects, err = m.advance(tx, before, e, c, m.now())
+		return err
 	})
 	if err == nil {
 		m.due(g)
@@ -341,12 +339,12 @@ func (m *Manager) recordIn(tx *store.Tx, ids []string, e journal.Event, c Cause)
 			odd[id] = err
 			continue
 		}
-		g, effects, err := journal.Step(before, e, now)
-		if err != nil {
+		g, effects, err := m.advance(tx, before, e, c, now)
+		if errors.Is(err, errStep) {
 			odd[id] = err
 			continue
 		}
-		if err := write(tx, before, g, e, c, now); err != nil {
+		if err != nil {
 			return nil, odd, err
 		}
 		steps = append(steps, step{g, effects})
@@ -372,11 +370,70 @@ func (m *Manager) RevokeIn(tx *store.Tx, ids []string, reason string, c Cause) (
 	}, err
 }
 
-// write keeps what an event made of a lease, with the audit record of it.
-func write(tx *store.Tx, before, g journal.Lease, e journal.Event, c Cause, now time.Time) error {
-	if err := journal.Save(tx, g); err != nil {
+// errStep is returned where an event doesn't fit a lease. Nothing is written then.
+var errStep = errors.New("lease")
+
+// advance steps a lease and keeps what the event made of it, with the audit record of
+// it. In the same transaction goes what needs nobody outside: the answer of an issuer that
+// knows it, and that the lease which this one replaces is replaced.
+func (m *Manager) advance(tx *store.Tx, before journal.Lease, e journal.Event, c Cause, now time.Time) (journal.Lease, []journal.Effect, error) {
+	g, effects, err := journal.Step(before, e, now)
+	if err != nil {
+		return g, nil, fmt.Errorf("%w: %w", errStep, err)
+	}
+	if err := recordStep(tx, before, g, e, c, now); err != nil {
+		return g, nil, err
+	}
+	c = Cause{Actor: "broker", Request: c.Request}
+	knowing, ok := m.issuer(g.Kind).(knowing)
+	if i := slices.Index(effects, journal.DoExtend); ok && i >= 0 {
+		answer := extended(knowing.Until(handle(g)))
+		next, more, err := journal.Step(g, answer, now)
+		if err != nil {
+			return g, nil, err
+		}
+		if err := recordStep(tx, g, next, answer, c, now); err != nil {
+			return g, nil, err
+		}
+		g, effects = next, append(slices.Delete(effects, i, i+1), more...)
+	}
+	if i := slices.Index(effects, journal.DoReplace); i >= 0 {
+		effects = slices.Delete(effects, i, i+1)
+		if err := m.replaced(tx, g, c, now); err != nil {
+			return g, nil, err
+		}
+	}
+	return g, effects, journal.Save(tx, g)
+}
+
+// A knowing issuer asks nobody until when a credential lives, as it had its length from
+// the start. It returns issue.ErrGone of one that is over.
+type knowing interface {
+	Until(h issue.Handle) (time.Time, error)
+}
+
+// replaced marks the lease that g replaces, if it is still there. One that can't be read
+// doesn't keep g from its length.
+func (m *Manager) replaced(tx *store.Tx, g journal.Lease, c Cause, now time.Time) error {
+	before, err := journal.Load(tx, g.Replaces)
+	switch {
+	case errors.Is(err, journal.ErrUnknown):
+		return nil
+	case errors.Is(err, journal.ErrUnreadable):
+		m.log.Error("lease: not marked as replaced", "lease", g.Replaces, "by", g.ID, "err", err)
+		return nil
+	case err != nil:
 		return err
 	}
+	old, _, err := m.advance(tx, before, journal.Replaced{}, c, now)
+	if err == nil {
+		m.due(old)
+	}
+	return err
+}
+
+// recordStep writes the audit record of a step.
+func recordStep(tx *store.Tx, before, g journal.Lease, e journal.Event, c Cause, now time.Time) error {
 	kind, ok := recorded(e)
 	if _, tick := e.(journal.Tick); tick {
 		kind, ok = event.CredentialRevoking, true // all that time alone leads to
@@ -402,14 +459,7 @@ func (m *Manager) act(ctx context.Context, g journal.Lease, effects []journal.Ef
 	for len(effects) > 0 {
 		effect := effects[0]
 		effects = effects[1:]
-		e, target := m.do(ctx, g, effect)
-		if target != g.ID {
-			if _, err := m.Event(ctx, target, e, Cause{Actor: "broker", Request: c.Request, Later: true}); err != nil && !errors.Is(err, journal.ErrUnknown) {
-				return g, err
-			}
-			continue
-		}
-		next, more, err := m.record(ctx, target, e, Cause{Actor: "broker", Request: c.Request})
+		next, more, err := m.record(ctx, g.ID, m.do(ctx, g, effect), Cause{Actor: "broker", Request: c.Request})
 		if err != nil {
 			return g, err
 		}
@@ -422,35 +472,41 @@ func (m *Manager) act(ctx context.Context, g journal.Lease, effects []journal.Ef
 	return g, nil
 }
 
-// do carries out one effect. It returns the event that follows, and the id of the
-// lease that the event is for.
-func (m *Manager) do(ctx context.Context, g journal.Lease, effect journal.Effect) (journal.Event, string) {
-	if effect == journal.DoReplace {
-		return journal.Replaced{}, g.Replaces
-	}
+// do carries out one effect and returns the event that follows.
+func (m *Manager) do(ctx context.Context, g journal.Lease, effect journal.Effect) journal.Event {
 	ctx, cancel := context.WithTimeout(ctx, actTimeout)
 	defer cancel()
-	h := issue.Handle{Lease: g.ID, Scope: g.Scope, Ref: g.Ref, Issued: g.Issued, Expires: g.Expires}
 	issuer := m.issuer(g.Kind)
 	if effect == journal.DoExtend {
-		until, err := issuer.Extend(ctx, h, g.TTL)
+		until, err := issuer.Extend(ctx, handle(g), g.TTL)
 		faults.Point("lease.extended")
-		switch {
-		case errors.Is(err, issue.ErrGone):
-			return journal.Vanished{}, g.ID
-		case err != nil:
+		if err != nil && !errors.Is(err, issue.ErrGone) {
 			m.log.Warn("lease: not extended, trying again", "lease", g.ID, "scope", g.Scope, "err", err)
-			return journal.ExtendFailed{Err: err}, g.ID
 		}
-		return journal.Extended{Expires: until}, g.ID
+		return extended(until, err)
 	}
-	err := issuer.Revoke(ctx, h)
+	err := issuer.Revoke(ctx, handle(g))
 	faults.Point("lease.revoked")
 	if err != nil {
 		m.log.Warn("lease: revocation is not confirmed, trying again", "lease", g.ID, "scope", g.Scope, "attempt", g.Attempts+1, "err", err)
-		return journal.RevokeFailed{Err: err}, g.ID
+		return journal.RevokeFailed{Err: err}
 	}
-	return journal.Revoked{}, g.ID
+	return journal.Revoked{}
+}
+
+func handle(g journal.Lease) issue.Handle {
+	return issue.Handle{Lease: g.ID, Scope: g.Scope, Ref: g.Ref, Issued: g.Issued, Expires: g.Expires}
+}
+
+// extended is the event of an issuer's answer to whether a credential lives on.
+func extended(until time.Time, err error) journal.Event {
+	switch {
+	case errors.Is(err, issue.ErrGone):
+		return journal.Vanished{}
+	case err != nil:
+		return journal.ExtendFailed{Err: err}
+	}
+	return journal.Extended{Expires: until}
 }
 
 func (m *Manager) claim(id string) bool {
