@@ -15,6 +15,7 @@ package store
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"embed"
 	"errors"
 	"fmt"
@@ -41,7 +42,7 @@ var migrations embed.FS
 // with ? placeholders.
 type Tx struct {
 	ctx   context.Context // interrupts statements of a Report; else never done
-	tx    *sql.Tx
+	conn  *sql.Conn
 	store *Store
 }
 
@@ -60,12 +61,12 @@ func Beside[T any](t *Tx) *T {
 
 // Exec runs a statement that returns no rows.
 func (t *Tx) Exec(query string, args ...any) (sql.Result, error) {
-	return t.tx.ExecContext(t.ctx, query, args...)
+	return t.conn.ExecContext(t.ctx, query, args...)
 }
 
 // QueryRow reads at most one row.
 func (t *Tx) QueryRow(query string, args ...any) *sql.Row {
-	return t.tx.QueryRowContext(t.ctx, query, args...)
+	return t.conn.QueryRowContext(t.ctx, query, args...)
 }
 
 // A Row is one that is being read: of a query, or of QueryRow.
@@ -73,7 +74,7 @@ type Row interface{ Scan(...any) error }
 
 // Each reads every row of a query.
 func (t *Tx) Each(read func(Row) error, query string, args ...any) error {
-	rows, err := t.tx.QueryContext(t.ctx, query, args...)
+	rows, err := t.conn.QueryContext(t.ctx, query, args...)
 	if err != nil {
 		return err
 	}
@@ -323,12 +324,12 @@ func (s *Store) Update(ctx context.Context, change func(*Tx) error) error {
 // View runs read over one consistent snapshot. It is for requests of hosts and for
 // the broker's own loops, and must be quick: read little, by an index.
 func (s *Store) View(ctx context.Context, read func(*Tx) error) error {
-	tx, err := s.readers.BeginTx(ctx, nil)
+	conn, err := s.readers.Conn(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = tx.Rollback() }()
-	return read(&Tx{context.Background(), tx, s})
+	defer func() { _ = conn.Close() }()
+	return s.snapshot(context.Background(), conn, read)
 }
 
 const (
@@ -348,15 +349,32 @@ var ErrSlow = fmt.Errorf("the store did not answer within %v: ask for less at a 
 func (s *Store) Report(ctx context.Context, read func(*Tx) error) error {
 	bounded, cancel := context.WithTimeoutCause(ctx, reportTime, ErrSlow)
 	defer cancel()
-	tx, err := s.reports.BeginTx(bounded, nil)
+	conn, err := s.reports.Conn(bounded)
 	if err == nil {
-		defer func() { _ = tx.Rollback() }()
-		err = read(&Tx{bounded, tx, s})
+		defer func() { _ = conn.Close() }()
+		err = s.snapshot(bounded, conn, read)
 	}
 	if err != nil && ctx.Err() == nil && bounded.Err() != nil {
 		return ErrSlow
 	}
 	return err
+}
+
+// snapshot runs read in a transaction. Transactions are begun and ended by statements, as
+// database/sql's own cost a goroutine each.
+func (s *Store) snapshot(ctx context.Context, conn *sql.Conn, read func(*Tx) error) error {
+	if _, err := conn.ExecContext(ctx, `BEGIN`); err != nil {
+		return err
+	}
+	defer rollback(conn)
+	return read(&Tx{ctx, conn, s})
+}
+
+// rollback ends the transaction of a connection, or the connection.
+func rollback(conn *sql.Conn) {
+	if _, err := conn.ExecContext(context.Background(), `ROLLBACK`); err != nil {
+		_ = conn.Raw(func(any) error { return driver.ErrBadConn })
+	}
 }
 
 // Stopped is closed when the store no longer takes updates.
@@ -447,11 +465,23 @@ func (s *Store) commit(batch []*update) error {
 // transact runs updates and commits them. Without savepoints it commits nothing and
 // returns failed where one of them fails.
 func (s *Store) transact(batch []*update, results []error, savepoints bool) (failed bool, err error) {
-	tx, err := s.writer.Begin()
+	ctx := context.Background()
+	conn, err := s.writer.Conn(ctx)
 	if err != nil {
 		return false, err
 	}
-	defer func() { _ = tx.Rollback() }()
+	defer func() { _ = conn.Close() }()
+	if _, err := conn.ExecContext(ctx, `BEGIN IMMEDIATE`); err != nil {
+		return false, err
+	}
+	committed := false
+	defer func() {
+		if !committed {
+			rollback(conn)
+		}
+	}()
+
+	tx := &Tx{ctx, conn, s}
 	for i, u := range batch {
 		if results[i] = u.ctx.Err(); results[i] != nil {
 			continue
@@ -461,10 +491,10 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 				return false, err
 			}
 		}
-		results[i] = run(u.change, &Tx{context.Background(), tx, s})
+		results[i] = run(u.change, tx)
 		switch {
 		case results[i] != nil && !savepoints:
-			return true, tx.Rollback()
+			return true, nil
 		case results[i] != nil:
 			if _, err := tx.Exec(`ROLLBACK TO one`); err != nil {
 				return false, errors.Join(results[i], err)
@@ -476,7 +506,9 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 			}
 		}
 	}
-	return false, tx.Commit()
+	_, err = tx.Exec(`COMMIT`)
+	committed = err == nil
+	return false, err
 }
 
 // run keeps a panic of one update from ending the loop that all depend on.
