@@ -185,7 +185,7 @@ const (
 	// DoRevoke asks the issuer to end the credential and to confirm it.
 	DoRevoke
 	// DoReplace sends Replaced to the lease that this one replaces, once this
-	// one has its length.
+	// one has its length. It asks nobody outside.
 	DoReplace
 )
 
