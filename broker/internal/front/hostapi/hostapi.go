@@ -215,6 +215,10 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 // counters are at least this high. SilentAt is when it counts as silent; only a
 // proof of all its leases may put that off.
 func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
+	err := p.saveOver(tx, p.host.Standing(), silentAt, proof)
+	if !errors.Is(err, inventory.ErrChanged) {
+		return err
+	}
 	h, err := inventory.StandingOf(tx, p.host.ID)
 	if err != nil {
 		return err
@@ -225,34 +229,40 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 	if !bytes.Equal(h.AKPublic, p.host.AKPublic) {
 		return api.NewError(api.Fault, api.CheckReenrol, "the host was enrolled anew meanwhile")
 	}
+	return p.saveOver(tx, h, silentAt, proof)
+}
 
-	facts := p.verified.Facts()
+// saveOver is save for a host that stands as h does; else it fails with
+// inventory.ErrChanged.
+func (p proven) saveOver(tx *store.Tx, h inventory.Standing, silentAt time.Time, proof bool) error {
+	facts, next := p.verified.Facts(), h
+	next.State = inventory.Trusted
 	counters := p.verified.Counters()
 	if h.Counters == nil || h.Counters.Before(counters) {
-		h.Counters = &counters
+		next.Counters = &counters
 	}
-	h.State = inventory.Trusted
+	if proof || h.SilentAt.IsZero() || !silentAt.IsZero() && silentAt.Before(h.SilentAt) {
+		next.SilentAt = silentAt
+	}
 	digest, err := facts.Host.Digest()
 	if err != nil {
 		return err
 	}
-	if h.FactsDigest != digest.String() {
-		h.FactsDigest = digest.String()
-		told, err := json.Marshal(facts.Host)
-		if err != nil {
-			return err
-		}
-		if _, err := audit.Append(tx, event.Record{Time: facts.At, Actor: "host:" + h.ID, Host: h.ID}, event.Facts{Facts: told, SHA256: h.FactsDigest}); err != nil {
-			return err
-		}
+	next.FactsDigest = digest.String()
+	kept := *facts
+	kept.Program, kept.Subject = nil, appraise.Subject{}
+	if err := h.Become(tx, next, inventory.Showing{Address: p.conn.Address, PCRs: facts.Host.PCRs, Facts: kept, At: facts.At}); err != nil {
+		return err
 	}
-	if proof || h.SilentAt.IsZero() || !silentAt.IsZero() && silentAt.Before(h.SilentAt) {
-		h.SilentAt = silentAt
+	if h.FactsDigest == next.FactsDigest {
+		return nil
 	}
-
-	hostFacts := *facts
-	hostFacts.Program, hostFacts.Subject = nil, appraise.Subject{}
-	return h.Save(tx, inventory.Showing{Address: p.conn.Address, PCRs: facts.Host.PCRs, Facts: hostFacts, At: facts.At})
+	told, err := json.Marshal(facts.Host)
+	if err != nil {
+		return err
+	}
+	_, err = audit.Append(tx, event.Record{Time: facts.At, Actor: "host:" + h.ID, Host: h.ID}, event.Facts{Facts: told, SHA256: next.FactsDigest})
+	return err
 }
 
 // keepDecision keeps what `why` shows, where it differs from what is kept.

@@ -1,6 +1,7 @@
 package inventory
 
 import (
+	"cmp"
 	"database/sql"
 	"encoding/json"
 	"errors"
@@ -12,8 +13,11 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
+// ErrChanged is returned where a host isn't any more what the caller read of it.
+var ErrChanged = errors.New("the host was changed meanwhile")
+
 // A Standing is what a proof changes of a host, and what it is held against: less than a
-// Host, as each request reads and writes it.
+// Host, as each request writes it.
 type Standing struct {
 	ID          string
 	State       State
@@ -30,6 +34,11 @@ type Showing struct {
 	PCRs    map[int]evidence.Digest
 	Facts   any // to be kept as JSON
 	At      time.Time
+}
+
+// Standing is the host's, as it was read.
+func (h Host) Standing() Standing {
+	return Standing{ID: h.ID, State: h.State, Reenrolling: h.Reenrolling, AKPublic: h.AKPublic, Counters: h.Counters, FactsDigest: h.FactsDigest, SilentAt: h.SilentAt}
 }
 
 // StandingOf reads a host's standing.
@@ -54,9 +63,14 @@ func StandingOf(tx *store.Tx, id string) (Standing, error) {
 	return s, nil
 }
 
-// Save writes the standing that a good proof gave, and what it showed.
-func (s Standing) Save(tx *store.Tx, shown Showing) error {
-	counters, err := json.Marshal(s.Counters)
+// Become writes what a good proof made of the standing, and what it showed. It fails with
+// ErrChanged, and writes nothing, unless the host still stands as s does.
+func (s Standing) Become(tx *store.Tx, next Standing, shown Showing) error {
+	before, err := json.Marshal(s.Counters)
+	if err != nil {
+		return err
+	}
+	counters, err := json.Marshal(next.Counters)
 	if err != nil {
 		return err
 	}
@@ -68,7 +82,15 @@ func (s Standing) Save(tx *store.Tx, shown Showing) error {
 	if err != nil {
 		return err
 	}
-	_, err = tx.Exec(`UPDATE hosts SET state = ?, state_reason = '', address = ?, counters = ?, pcrs = ?, facts = ?, facts_digest = ?, last_proved = ?, silent_at = ? WHERE id = ?`,
-		string(s.State), shown.Address, string(counters), string(pcrs), string(facts), s.FactsDigest, store.Millis(shown.At), store.Millis(s.SilentAt), s.ID)
-	return err
+	result, err := tx.Exec(`UPDATE hosts SET state = ?, state_reason = '', address = ?, counters = ?, pcrs = ?, facts = ?, facts_digest = ?, last_proved = ?, silent_at = ?
+		WHERE id = ? AND state = ? AND reenrolling = ? AND ak_public = ? AND counters = ? AND facts_digest = ? AND silent_at = ?`,
+		string(next.State), shown.Address, string(counters), string(pcrs), string(facts), next.FactsDigest, store.Millis(shown.At), store.Millis(next.SilentAt),
+		s.ID, string(s.State), s.Reenrolling, s.AKPublic, string(before), s.FactsDigest, store.Millis(s.SilentAt))
+	if err != nil {
+		return err
+	}
+	if n, err := result.RowsAffected(); err != nil || n != 1 {
+		return cmp.Or(err, ErrChanged)
+	}
+	return nil
 }
