@@ -15,7 +15,7 @@ const (
 	stretches   = 8 // of each broker
 	stretchTime = 2 * time.Second
 	// cryptoTimes bounds a certificate by its bare crypto. It is near where it stands.
-	cryptoTimes = 18
+	cryptoTimes = 14
 )
 
 // A workload is a broker and its hosts, and what each stretch of its work took for one certificate.
