@@ -112,7 +112,7 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 		return g, issue.Credential{}, fmt.Errorf("issue for scope %s: %w", g.Scope, err)
 	}
 	g, err = m.Event(ctx, g.ID, journal.Issued{
-		Ref: c.Ref, Names: c.Names, NotBefore: c.NotBefore, Expires: c.Expires, Static: c.Static,
+		Ref: c.Ref, Names: c.Names, NotBefore: c.NotBefore, Expires: c.Expires, Whole: c.Whole, Static: c.Static,
 	}, Cause{Actor: "broker", Request: r.ID})
 	faults.Point("issue.recorded")
 	if err != nil {
@@ -374,8 +374,8 @@ func (m *Manager) RevokeIn(tx *store.Tx, ids []string, reason string, c Cause) (
 var errStep = errors.New("lease")
 
 // advance steps a lease and keeps what the event made of it, with the audit record of
-// it. In the same transaction goes what needs nobody outside: the answer of an issuer that
-// knows it, and that the lease which this one replaces is replaced.
+// it. In the same transaction goes what needs nobody outside: that the lease which this
+// one replaces is replaced.
 func (m *Manager) advance(tx *store.Tx, before journal.Lease, e journal.Event, c Cause, now time.Time) (journal.Lease, []journal.Effect, error) {
 	g, effects, err := journal.Step(before, e, now)
 	if err != nil {
@@ -385,18 +385,6 @@ func (m *Manager) advance(tx *store.Tx, before journal.Lease, e journal.Event, c
 		return g, nil, err
 	}
 	c = Cause{Actor: "broker", Request: c.Request}
-	knowing, ok := m.issuer(g.Kind).(knowing)
-	if i := slices.Index(effects, journal.DoExtend); ok && i >= 0 {
-		answer := extended(knowing.Until(handle(g)))
-		next, more, err := journal.Step(g, answer, now)
-		if err != nil {
-			return g, nil, err
-		}
-		if err := recordStep(tx, g, next, answer, c, now); err != nil {
-			return g, nil, err
-		}
-		g, effects = next, append(slices.Delete(effects, i, i+1), more...)
-	}
 	if i := slices.Index(effects, journal.DoReplace); i >= 0 {
 		effects = slices.Delete(effects, i, i+1)
 		if err := m.replaced(tx, g, c, now); err != nil {
@@ -404,12 +392,6 @@ func (m *Manager) advance(tx *store.Tx, before journal.Lease, e journal.Event, c
 		}
 	}
 	return g, effects, journal.Save(tx, g)
-}
-
-// A knowing issuer asks nobody until when a credential lives, as it had its length from
-// the start. It returns issue.ErrGone of one that is over.
-type knowing interface {
-	Until(h issue.Handle) (time.Time, error)
 }
 
 // replaced marks the lease that g replaces, if it is still there. One that can't be read
@@ -480,10 +462,14 @@ func (m *Manager) do(ctx context.Context, g journal.Lease, effect journal.Effect
 	if effect == journal.DoExtend {
 		until, err := issuer.Extend(ctx, handle(g), g.TTL)
 		faults.Point("lease.extended")
-		if err != nil && !errors.Is(err, issue.ErrGone) {
+		switch {
+		case errors.Is(err, issue.ErrGone):
+			return journal.Vanished{}
+		case err != nil:
 			m.log.Warn("lease: not extended, trying again", "lease", g.ID, "scope", g.Scope, "err", err)
+			return journal.ExtendFailed{Err: err}
 		}
-		return extended(until, err)
+		return journal.Extended{Expires: until}
 	}
 	err := issuer.Revoke(ctx, handle(g))
 	faults.Point("lease.revoked")
@@ -496,17 +482,6 @@ func (m *Manager) do(ctx context.Context, g journal.Lease, effect journal.Effect
 
 func handle(g journal.Lease) issue.Handle {
 	return issue.Handle{Lease: g.ID, Scope: g.Scope, Ref: g.Ref, Issued: g.Issued, Expires: g.Expires}
-}
-
-// extended is the event of an issuer's answer to whether a credential lives on.
-func extended(until time.Time, err error) journal.Event {
-	switch {
-	case errors.Is(err, issue.ErrGone):
-		return journal.Vanished{}
-	case err != nil:
-		return journal.ExtendFailed{Err: err}
-	}
-	return journal.Extended{Expires: until}
 }
 
 func (m *Manager) claim(id string) bool {

@@ -139,31 +139,16 @@ func TestRevokedWhileExtending(t *testing.T) {
 	becomes(t, load, "g", journal.Gone)
 }
 
-// certain knows the ends of what it issued, and must not be asked for them.
-type certain struct {
-	stubborn
-	ends func(issue.Handle) (time.Time, error)
-}
-
-func (c certain) Until(h issue.Handle) (time.Time, error) { return c.ends(h) }
-
-// A lease whose issuer knows its end is acknowledged, has its length and replaces the old
-// one in one transaction; one that is over is gone by the same way.
-func TestKnownEndsNeedNoAsking(t *testing.T) {
+// A lease that has its whole length from the start is acknowledged and replaces the old
+// one in one transaction, and its issuer isn't asked.
+func TestWholeLeasesNeedNoAsking(t *testing.T) {
 	now := time.Now()
-	over := false
-	m, load := manager(t, certain{ends: func(issue.Handle) (time.Time, error) {
-		if over {
-			return time.Time{}, issue.ErrGone
-		}
-		return now.Add(time.Hour), nil
-	}},
+	m, load := manager(t, stubborn{},
 		journal.Lease{ID: "old", State: journal.Live, Settled: true, Overlap: time.Minute, Expires: now.Add(time.Hour), Due: now.Add(time.Hour), Issued: now},
-		journal.Lease{ID: "new", State: journal.Provisional, Replaces: "old", Expires: now.Add(time.Hour), Due: now.Add(time.Minute), Issued: now},
-		journal.Lease{ID: "ended", State: journal.Live, Settled: true, Expires: now.Add(-time.Hour), Due: now.Add(-time.Minute), Issued: now.Add(-2 * time.Hour)})
+		journal.Lease{ID: "new", State: journal.Provisional, Whole: true, Replaces: "old", Expires: now.Add(time.Hour), Due: now.Add(time.Minute), Issued: now})
 	if err := m.store.Update(t.Context(), func(tx *store.Tx) error {
 		g, effects, err := m.advance(tx, load("new"), journal.Acknowledged{}, Cause{Actor: "host:h"}, now)
-		if err != nil || !g.Settled || len(effects) != 0 {
+		if err != nil || !g.Settled || !g.Due.Equal(g.Expires) || len(effects) != 0 {
 			t.Errorf("acknowledged: %+v, effects %v, %v", g, effects, err)
 		}
 		old, err := journal.Load(tx, "old")
@@ -173,11 +158,5 @@ func TestKnownEndsNeedNoAsking(t *testing.T) {
 		return err
 	}); err != nil {
 		t.Fatal(err)
-	}
-
-	over = true
-	steps, odd, err := m.recordAll(t.Context(), []string{"ended"}, journal.Tick{}, Cause{Actor: "broker"})
-	if err != nil || len(odd) != 0 || len(steps) != 1 || steps[0].lease.State != journal.Gone || load("ended").Reason != "expired" {
-		t.Errorf("ticked: %+v, %v, %v", steps, odd, err)
 	}
 }

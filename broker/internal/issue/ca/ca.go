@@ -180,14 +180,9 @@ func readCertificate(dir, name string) (*x509.Certificate, error) {
 	return cert, err
 }
 
-// Extend is Until: a certificate is signed with its full length.
+// Extend says how long the certificate lives: it was signed with its full
+// length. It is called over only when no clock step can bring it back.
 func (i *Issuer) Extend(_ context.Context, h issue.Handle, _ time.Duration) (time.Time, error) {
-	return i.Until(h)
-}
-
-// Until says how long the certificate lives, and asks nobody. It is called over only when
-// no clock step can bring it back.
-func (i *Issuer) Until(h issue.Handle) (time.Time, error) {
 	if i.over(h.Expires) {
 		return time.Time{}, issue.ErrGone
 	}

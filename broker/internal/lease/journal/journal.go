@@ -63,6 +63,7 @@ type Lease struct {
 	Expires time.Time     `json:"expires,omitzero"`
 	Acked   time.Time     `json:"acked,omitzero"`
 	Settled bool          `json:"settled,omitempty"` // the issuer gave it its length
+	Whole   bool          `json:"whole,omitempty"`   // it had that from the start
 	ProveBy time.Time     `json:"prove_by,omitzero"`
 
 	Replaces  string `json:"replaces,omitempty"`
@@ -130,6 +131,7 @@ type (
 		Names     map[string]string
 		NotBefore time.Time
 		Expires   time.Time
+		Whole     bool // Expires is the end of its full length
 		Static    bool // reading it made nothing that could be ended
 	}
 	// IssueFailed: the issuer did not, and ended what it may have made.
@@ -218,7 +220,7 @@ func Step(g Lease, e Event, now time.Time) (Lease, []Effect, error) {
 		}
 		g.State = Provisional
 		g.Ref, g.Names, g.NotBefore, g.Expires = e.Ref, e.Names, e.NotBefore, e.Expires
-		g.Unrotated = e.Static
+		g.Unrotated, g.Whole = e.Static, e.Whole
 		g.Due = now.Add(issue.ProvisionalFor)
 		return g, nil, nil
 	case IssueFailed:
@@ -240,6 +242,9 @@ func Step(g Lease, e Event, now time.Time) (Lease, []Effect, error) {
 			g.State = Live
 			g.Unrotated = false
 			g.Acked = now
+			if g.Whole {
+				return Step(g, Extended{Expires: g.Expires}, now)
+			}
 			g.Due = now.Add(extendRetry)
 			return g, []Effect{DoExtend}, nil
 		}
