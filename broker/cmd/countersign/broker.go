@@ -82,7 +82,7 @@ func initBroker(cmd *cobra.Command, c *config.Broker) error {
 	if err != nil {
 		return err
 	}
-	err = s.Update(cmd.Context(), func(tx *store.Tx) error {
+	err = s.Update(cmd.Context(), store.Any(store.Broker), func(tx *store.Tx) error {
 		if _, err := tx.Exec(`INSERT INTO meta (name, value) VALUES ('broker.id', ?)`, id); err != nil {
 			return err
 		}

@@ -14,7 +14,7 @@ import (
 func TestEndsThatAreNotKnown(t *testing.T) {
 	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		_, err := tx.Exec(`INSERT INTO operators (key_hash, name, role, created, expires) VALUES ('k', 'alice', 'admin', 'x', 'x')`)
 		return err
 	}))

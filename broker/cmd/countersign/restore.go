@@ -43,7 +43,7 @@ func restoreCommand(file *string) *cobra.Command {
 			var epoch int64
 			err = verifyLog(cmd, s)
 			if err == nil {
-				err = s.Update(cmd.Context(), func(tx *store.Tx) error {
+				err = s.Update(cmd.Context(), store.Everything(), func(tx *store.Tx) error {
 					was, err := audit.Epoch(tx)
 					if err != nil {
 						return err

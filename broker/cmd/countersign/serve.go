@@ -13,7 +13,6 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -87,12 +86,10 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	parse := func(files []policy.File) (*policy.Set, error) {
 		return issuers.Parse(files, c.Names...)
 	}
-	set, err := admin.LoadPolicy(ctx, s, parse)
-	if err != nil {
+	inForce := admin.InForce(parse)
+	if err := s.View(ctx, func(tx *store.Tx) error { _, err := inForce.In(tx); return err }); err != nil {
 		return err
 	}
-	var inForce atomic.Pointer[policy.Set]
-	inForce.Store(set)
 
 	// Leases and silence run by a clock that nobody can set; certificates by
 	// the wall clock.
@@ -122,13 +119,13 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 			crl = lists.CRL
 		}
 	}
-	book, logs := refvalues.New(s), logcache.New(logcache.Most)
+	book, logs := refvalues.New(), logcache.New(logcache.Most)
 	leases := lease.New(s, ready, log, steady)
 	watch := &liveness.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
-	desk := &admin.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: &inForce, Basis: book, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
+	desk := &admin.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: inForce.In, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
 	root := admin.Actor{Name: "root", Role: admin.Viewer}
 	// By the sure time: a lease that is forgotten too early could come back by its ticket.
-	forgets := &retention.Keeper{Store: s, Keep: c.Retention(), Policy: inForce.Load, Log: log, Now: keeper.Sure}
+	forgets := &retention.Keeper{Store: s, Keep: c.Retention(), Policy: inForce.In, Log: log, Now: keeper.Sure}
 	alarms := func(ctx context.Context) []string {
 		return slices.Concat(watch.Alarms(), leases.Alarms(ctx), known.alarms(log, faults.Now()))
 	}
@@ -160,7 +157,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		Door: &server.Door{HostCA: hostCA.Certificate, OperatorCA: operatorCA.Certificate, Certificate: listenerCertificate(hostCA, c.Names, faults.Now), Now: faults.Now},
 		Hosts: &server.Hosts{
 			Admission: &enroll.Desk{Store: s, Leases: leases, CA: hostCA, Roots: ekRoots.Roots, Intermediates: ekRoots.Intermediates, MostPending: c.PendingHosts, Now: steady, Wall: faults.Now},
-			Credentials: &hostapi.Desk{Store: s, Leases: leases, Policy: inForce.Load, Basis: book, Logs: logs, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
+			Credentials: &hostapi.Desk{Store: s, Leases: leases, Policy: inForce.In, Basis: book, Logs: logs, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
 				Log: log, Now: steady, Wall: faults.Now},
 			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: steady,
 		},

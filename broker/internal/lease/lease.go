@@ -186,7 +186,7 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id s
 		g.Instance = instance
 	}
 	var superseded []string
-	err = m.store.Update(ctx, func(tx *store.Tx) error {
+	err = m.store.Update(ctx, store.Host(g.Host).And(store.Lease(g.ID)), func(tx *store.Tx) error {
 		superseded = nil
 		n, err := journal.CountUnended(tx, g.Host)
 		if err != nil {
@@ -302,7 +302,7 @@ type step struct {
 
 // record steps a lease and writes its new state and its audit record.
 func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Cause) (g journal.Lease, effects []journal.Effect, err error) {
-	err = m.store.Update(ctx, func(tx *store.Tx) error {
+	err = m.store.Update(ctx, store.Lease(id), func(tx *store.Tx) error {
 		before, err := journal.Load(tx, id)
 		if err != nil {
 			return err
@@ -319,7 +319,7 @@ func (m *Manager) record(ctx context.Context, id string, e journal.Event, c Caus
 // recordAll steps many leases in one transaction. One that can't be read, or that the
 // event doesn't fit, is left as it is and returned in odd; the others go on.
 func (m *Manager) recordAll(ctx context.Context, ids []string, e journal.Event, c Cause) (steps []step, odd map[string]error, err error) {
-	err = m.store.Update(ctx, func(tx *store.Tx) (err error) {
+	err = m.store.Update(ctx, store.Lease(ids...), func(tx *store.Tx) (err error) {
 		steps, odd, err = m.recordIn(tx, ids, e, c)
 		return err
 	})
@@ -356,6 +356,9 @@ func (m *Manager) recordIn(tx *store.Tx, ids []string, e journal.Event, c Cause)
 // and the revocation are on disk together. Begin has issuers asked, in the background; it
 // is to be called once the transaction is durable. If it never is, the sweeper asks.
 func (m *Manager) RevokeIn(tx *store.Tx, ids []string, reason string, c Cause) (begin func(context.Context), err error) {
+	if err := tx.Also(store.Lease(ids...)); err != nil {
+		return nil, err
+	}
 	steps, odd, err := m.recordIn(tx, ids, journal.Revoke{Reason: reason}, c)
 	for id, err := range odd {
 		m.log.Error("lease: not revoked", "lease", id, "err", err)
@@ -397,6 +400,9 @@ func (m *Manager) advance(tx *store.Tx, before journal.Lease, e journal.Event, c
 // replaced marks the lease that g replaces, if it is still there. One that can't be read
 // doesn't keep g from its length.
 func (m *Manager) replaced(tx *store.Tx, g journal.Lease, c Cause, now time.Time) error {
+	if err := tx.Also(store.Lease(g.Replaces)); err != nil {
+		return err
+	}
 	before, err := journal.Load(tx, g.Replaces)
 	switch {
 	case errors.Is(err, journal.ErrUnknown):

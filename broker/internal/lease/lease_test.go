@@ -38,7 +38,7 @@ func manager(t *testing.T, i issue.Issuer, leases ...journal.Lease) (*Manager, f
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Close() })
-	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		for _, g := range leases {
 			g.Host, g.Scope, g.Kind = "h", "s", vault.Kind.Name
 			if err := journal.Save(tx, g); err != nil {
@@ -146,7 +146,7 @@ func TestWholeLeasesNeedNoAsking(t *testing.T) {
 	m, load := manager(t, stubborn{},
 		journal.Lease{ID: "old", State: journal.Live, Settled: true, Overlap: time.Minute, Expires: now.Add(time.Hour), Due: now.Add(time.Hour), Issued: now},
 		journal.Lease{ID: "new", State: journal.Provisional, Whole: true, Replaces: "old", Expires: now.Add(time.Hour), Due: now.Add(time.Minute), Issued: now})
-	if err := m.store.Update(t.Context(), func(tx *store.Tx) error {
+	if err := m.store.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		g, effects, err := m.advance(tx, load("new"), journal.Acknowledged{}, Cause{Actor: "host:h"}, now)
 		if err != nil || !g.Settled || !g.Due.Equal(g.Expires) || len(effects) != 0 {
 			t.Errorf("acknowledged: %+v, effects %v, %v", g, effects, err)

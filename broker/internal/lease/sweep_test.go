@@ -28,7 +28,7 @@ func swept(t *testing.T, issuers map[string]issue.Issuer, leases []journal.Lease
 			t.Fatal(err)
 		}
 		defer func() { _ = s.Close() }()
-		if err := s.Update(t.Context(), func(tx *store.Tx) error {
+		if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 			for _, g := range leases {
 				g.Host, g.Scope = "h", "s"
 				if err := journal.Save(tx, g); err != nil {
@@ -126,7 +126,7 @@ func TestAnUnreadableLeaseHoldsUpNoOther(t *testing.T) {
 		{ID: "good", Kind: ca.Kind.Name, State: journal.Retiring, Due: begin.Add(2 * time.Second), Issued: begin},
 	}
 	swept(t, map[string]issue.Issuer{ca.Kind.Name: recorder{revoke: func(issue.Handle) error { return nil }}}, leases, func(t *testing.T, m *Manager, load func(string) journal.Lease) {
-		if err := m.store.Update(t.Context(), func(tx *store.Tx) error {
+		if err := m.store.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 			_, err := tx.Exec(`UPDATE grants SET body = 'x' WHERE id = 'bad'`)
 			return err
 		}); err != nil {
@@ -140,7 +140,7 @@ func TestAnUnreadableLeaseHoldsUpNoOther(t *testing.T) {
 			t.Errorf("%d overdue, %v; want the unreadable one", n, err)
 		}
 		// It was the disk's fault, for a while.
-		if err := m.store.Update(t.Context(), func(tx *store.Tx) error {
+		if err := m.store.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 			_, err := tx.Exec(`UPDATE grants SET body = '{}' WHERE id = 'bad'`)
 			return err
 		}); err != nil {

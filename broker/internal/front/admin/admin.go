@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"sync/atomic"
 	"time"
 
 	"github.com/countersign/countersign/broker/api/event"
@@ -22,7 +21,6 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/broker/internal/verify/logcache"
-	"github.com/countersign/countersign/broker/internal/verify/refvalues"
 )
 
 // A Role is what an operator may do; each may do what the ones before it may.
@@ -73,8 +71,7 @@ type Desk struct {
 	Leases     *lease.Manager
 	Audit      *audit.Log
 	OperatorCA *pki.CA
-	Policy     *atomic.Pointer[policy.Set]
-	Basis      *refvalues.Book
+	Policy     func(*store.Tx) (*policy.Set, error) // the set in force
 	Logs       *logcache.Cache
 	ParseSet   func([]policy.File) (*policy.Set, error)
 	Log        *slog.Logger
@@ -88,16 +85,16 @@ func (a Actor) need(r Role) error {
 	return nil
 }
 
-// act does change and records it, in one transaction, for actors of at least
+// act changes rows and records it, in one transaction, for actors of at least
 // the role need. Change fills in of the record whom it concerns, and of what is told what
 // it comes to know; without a kind nothing is written, for what changes nothing that
 // the log speaks of.
-func (d *Desk) act(ctx context.Context, a Actor, need Role, told event.Event, change func(tx *store.Tx, r *event.Record) error) error {
+func (d *Desk) act(ctx context.Context, a Actor, need Role, rows store.Rows, told event.Event, change func(tx *store.Tx, r *event.Record) error) error {
 	if err := a.need(need); err != nil {
 		return err
 	}
 	now := d.Now()
-	return d.Store.Update(ctx, func(tx *store.Tx) error {
+	return d.Store.Update(ctx, rows, func(tx *store.Tx) error {
 		r := event.Record{Time: now, Actor: "operator:" + a.Name, Request: a.Request}
 		if err := change(tx, &r); err != nil || told.Kind() == "" {
 			return err
@@ -130,7 +127,7 @@ type Status struct {
 
 // Status counts hosts, unended leases and open findings: the store keeps their numbers.
 func (d *Desk) Status(ctx context.Context, a Actor) (Status, error) {
-	s := Status{Hosts: map[string]uint64{}, Leases: map[string]uint64{}, Findings: map[string]uint64{}, Policy: d.Policy.Load().Version}
+	s := Status{Hosts: map[string]uint64{}, Leases: map[string]uint64{}, Findings: map[string]uint64{}}
 	if err := a.need(Viewer); err != nil {
 		return s, err
 	}
@@ -139,6 +136,11 @@ func (d *Desk) Status(ctx context.Context, a Actor) (Status, error) {
 		if s.Epoch, err = audit.Epoch(tx); err != nil {
 			return err
 		}
+		set, err := d.Policy(tx)
+		if err != nil {
+			return err
+		}
+		s.Policy = set.Version
 		return tx.Each(func(row store.Row) error {
 			var topic, name string
 			var n uint64

@@ -19,7 +19,11 @@ func (d *Desk) IssueCanary(ctx context.Context, a Actor, scope, username string)
 	if err := a.need(Operator); err != nil {
 		return canary.Canary{}, err
 	}
-	sc := d.Policy.Load().Scope(scope)
+	set, err := d.inForce(ctx)
+	if err != nil {
+		return canary.Canary{}, err
+	}
+	sc := set.Scope(scope)
 	if sc == nil {
 		return canary.Canary{}, invalid("no scope %.64q is in force", scope)
 	}
@@ -42,7 +46,7 @@ func (d *Desk) IssueCanary(ctx context.Context, a Actor, scope, username string)
 			return c, invalid("%s is the user name of a credential that was issued: a canary has one that nobody was given", c.Username)
 		}
 	}
-	err = d.act(ctx, a, Operator, event.Canary{As: event.CanaryIssued, ID: c.ID}, func(tx *store.Tx, r *event.Record) error {
+	err = d.act(ctx, a, Operator, store.Any(store.Canaries), event.Canary{As: event.CanaryIssued, ID: c.ID}, func(tx *store.Tx, r *event.Record) error {
 		r.Scope = scope
 		return canaryError(canary.Add(tx, c))
 	})
@@ -108,7 +112,7 @@ func (d *Desk) Canaries(ctx context.Context, a Actor, scope string) (list []cana
 
 // RemoveCanary removes a canary.
 func (d *Desk) RemoveCanary(ctx context.Context, a Actor, id string) error {
-	return d.act(ctx, a, Operator, event.Canary{As: event.CanaryRemoved, ID: id}, func(tx *store.Tx, r *event.Record) (err error) {
+	return d.act(ctx, a, Operator, store.Any(store.Canaries), event.Canary{As: event.CanaryRemoved, ID: id}, func(tx *store.Tx, r *event.Record) (err error) {
 		r.Scope, err = canary.Remove(tx, id)
 		return err
 	})

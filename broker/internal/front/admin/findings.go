@@ -36,7 +36,7 @@ func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over str
 	}
 	outcome := findings.Known
 	said := &event.Finding{}
-	err := d.act(ctx, a, Responder, said, func(tx *store.Tx, r *event.Record) error {
+	err := d.act(ctx, a, Responder, store.Any(store.Findings), said, func(tx *store.Tx, r *event.Record) error {
 		// A lease that the journal doesn't have, a canary's, says nothing of a scope.
 		if f.Lease != "" {
 			g, err := journal.Load(tx, f.Lease)
@@ -124,7 +124,7 @@ func (d *Desk) CloseFinding(ctx context.Context, a Actor, id, reason string, unt
 		return f, invalid("closed until %s: it has to be in the future, and within 10 years; leave it away to have the next sighting open it again", until.UTC().Format(time.RFC3339))
 	}
 	said := &event.Finding{}
-	err = d.act(ctx, a, Operator, said, func(tx *store.Tx, r *event.Record) error {
+	err = d.act(ctx, a, Operator, store.Any(store.Findings), said, func(tx *store.Tx, r *event.Record) error {
 		if f, err = findings.Close(tx, id, a.Name, reason, until, now); err != nil {
 			return err
 		}

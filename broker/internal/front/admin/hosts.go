@@ -198,7 +198,7 @@ func (d *Desk) AddHosts(ctx context.Context, a Actor, hosts []NewHost, dryRun bo
 	}
 	for first := 0; first < len(list); first += addPage {
 		some := list[first:min(first+addPage, len(list))]
-		if err := d.act(ctx, a, Operator, added(some), func(tx *store.Tx, _ *event.Record) error {
+		if err := d.act(ctx, a, Operator, store.Any(store.Hosts), added(some), func(tx *store.Tx, _ *event.Record) error {
 			for _, h := range some {
 				if err := inventory.Save(tx, h); err != nil {
 					return err
@@ -265,7 +265,7 @@ func (d *Desk) ChangeHost(ctx context.Context, a Actor, host string, c Change) (
 		return inventory.Host{}, 0, invalid("no such action on a host: %q", c.Action)
 	}
 	var h inventory.Host
-	err := d.act(ctx, a, act.need, event.Change{As: act.kind, Action: c.Action, SetLabels: c.SetLabels, DropLabels: c.DropLabels, Reference: c.Reference, Reason: c.Reason}, func(tx *store.Tx, r *event.Record) (err error) {
+	err := d.act(ctx, a, act.need, store.Any(store.Hosts), event.Change{As: act.kind, Action: c.Action, SetLabels: c.SetLabels, DropLabels: c.DropLabels, Reference: c.Reference, Reason: c.Reason}, func(tx *store.Tx, r *event.Record) (err error) {
 		if h, err = inventory.Find(tx, host); err != nil {
 			return err
 		}
@@ -358,7 +358,7 @@ func (d *Desk) CreateToken(ctx context.Context, a Actor, t inventory.JoinToken) 
 	if t.Name != "" && !plainName(t.Name) {
 		return token, invalid("host name %q: 1 to 64 letters, digits, and . @ _ -", t.Name)
 	}
-	err = d.act(ctx, a, Operator, event.Token{Name: t.Name, Labels: t.Labels, Reference: t.Reference, Expires: t.Expires},
+	err = d.act(ctx, a, Operator, store.Any(store.Tokens), event.Token{Name: t.Name, Labels: t.Labels, Reference: t.Reference, Expires: t.Expires},
 		func(tx *store.Tx, _ *event.Record) (err error) {
 			if t.Reference != "" {
 				if err := inForce(tx, t.Reference, d.Now()); err != nil {

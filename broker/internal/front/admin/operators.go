@@ -38,7 +38,7 @@ func (d *Desk) AddOperator(ctx context.Context, a Actor, name string, role Role,
 	if err != nil {
 		return nil, err
 	}
-	err = d.act(ctx, a, Admin, event.Operator{As: event.OperatorAdded, Name: name, Role: role.String(), Until: until}, func(tx *store.Tx, _ *event.Record) error {
+	err = d.act(ctx, a, Admin, store.Any(store.Operators), event.Operator{As: event.OperatorAdded, Name: name, Role: role.String(), Until: until}, func(tx *store.Tx, _ *event.Record) error {
 		// One name, one key, or nobody knows what the other one still may.
 		var taken int
 		if err := tx.QueryRow(`SELECT COUNT(*) FROM operators WHERE name = ? AND expires > ?`, name, store.Millis(now)).Scan(&taken); err != nil {
@@ -94,7 +94,7 @@ func (d *Desk) RenewOperator(ctx context.Context, a Actor, spki []byte, shown *x
 	}
 
 	hash := evidence.Sum(spki).String()
-	err = d.act(ctx, a, Responder, event.Operator{As: event.OperatorRenewed, Name: a.Name, Role: a.Role.String(), Key: hash, Until: until}, func(tx *store.Tx, _ *event.Record) error {
+	err = d.act(ctx, a, Responder, store.Any(store.Operators), event.Operator{As: event.OperatorRenewed, Name: a.Name, Role: a.Role.String(), Key: hash, Until: until}, func(tx *store.Tx, _ *event.Record) error {
 		// Looked up again here: an admin may have removed it meanwhile.
 		r, err := tx.Exec(`UPDATE operators SET created = ?, expires = ? WHERE key_hash = ? AND name = ? AND role = ? AND expires > ?`,
 			store.Millis(now), store.Millis(until), hash, a.Name, a.Role.String(), store.Millis(now))
@@ -161,7 +161,7 @@ func (d *Desk) Operators(ctx context.Context, a Actor) (list []OperatorKey, err 
 
 // RemoveOperator ends what an operator's certificate is good for, at once.
 func (d *Desk) RemoveOperator(ctx context.Context, a Actor, name string) error {
-	return d.act(ctx, a, Admin, event.Operator{As: event.OperatorRemoved, Name: name}, func(tx *store.Tx, _ *event.Record) error {
+	return d.act(ctx, a, Admin, store.Any(store.Operators), event.Operator{As: event.OperatorRemoved, Name: name}, func(tx *store.Tx, _ *event.Record) error {
 		r, err := tx.Exec(`DELETE FROM operators WHERE name = ?`, name)
 		if err != nil {
 			return err

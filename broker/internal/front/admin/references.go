@@ -21,7 +21,7 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 	if !plainName(name) {
 		return r, invalid("reference name %q: 1 to 64 letters, digits, and . @ _ -", name)
 	}
-	err = d.act(ctx, a, Operator, event.Reference{As: event.ReferenceLearned, Name: name, PCRs: pcrs}, func(tx *store.Tx, rec *event.Record) error {
+	err = d.act(ctx, a, Operator, store.Any(store.References), event.Reference{As: event.ReferenceLearned, Name: name, PCRs: pcrs}, func(tx *store.Tx, rec *event.Record) error {
 		h, err := inventory.Find(tx, host)
 		if err != nil {
 			return err
@@ -76,7 +76,7 @@ func (d *Desk) AddReference(ctx context.Context, a Actor, name string, content [
 	if err != nil {
 		return r, invalid("%v", err)
 	}
-	err = d.act(ctx, a, Operator, event.Reference{As: event.ReferenceAdded, Name: name}, func(tx *store.Tx, _ *event.Record) error {
+	err = d.act(ctx, a, Operator, store.Any(store.References), event.Reference{As: event.ReferenceAdded, Name: name}, func(tx *store.Tx, _ *event.Record) error {
 		r = inventory.Reference{Name: name, Created: d.Now()}
 		if r.Content, err = json.Marshal(parsed); err != nil {
 			return err
@@ -95,7 +95,7 @@ func (d *Desk) ApproveReference(ctx context.Context, a Actor, name string, versi
 	if olderEnd.Before(now) {
 		olderEnd = now
 	}
-	err = d.act(ctx, a, Operator, event.Reference{As: event.ReferenceApproved, Name: name, Version: version, OlderEnd: olderEnd}, func(tx *store.Tx, rec *event.Record) error {
+	err = d.act(ctx, a, Operator, store.Any(store.References), event.Reference{As: event.ReferenceApproved, Name: name, Version: version, OlderEnd: olderEnd}, func(tx *store.Tx, rec *event.Record) error {
 		if r, err = inventory.ApproveReference(tx, name, version, now, olderEnd); err != nil {
 			return err
 		}
@@ -110,7 +110,6 @@ func (d *Desk) ApproveReference(ctx context.Context, a Actor, name string, versi
 		h.Reference = name
 		return inventory.Save(tx, h)
 	})
-	d.Basis.Changed()
 	return r, err
 }
 
@@ -135,13 +134,12 @@ func (d *Desk) Maintain(ctx context.Context, a Actor, name string, until time.Ti
 	if until.After(d.Now().Add(longestMaintenance)) {
 		return invalid("maintenance lasts a week at most")
 	}
-	err := d.act(ctx, a, Operator, event.Reference{As: event.ReferenceMaintenance, Name: name, Until: until}, func(tx *store.Tx, _ *event.Record) error {
+	err := d.act(ctx, a, Operator, store.Any(store.References), event.Reference{As: event.ReferenceMaintenance, Name: name, Until: until}, func(tx *store.Tx, _ *event.Record) error {
 		if _, err := inventory.Versions(tx, name); err != nil {
 			return err
 		}
 		return inventory.Maintain(tx, name, until)
 	})
-	d.Basis.Changed()
 	return err
 }
 
@@ -185,11 +183,10 @@ func (d *Desk) AddRelease(ctx context.Context, a Actor, r inventory.Release, old
 		olderEnd = now
 	}
 	r.Added = now
-	err := d.act(ctx, a, Operator, event.Release{Name: r.Name, Files: len(r.Files), Source: r.Source, OlderEnd: olderEnd}, func(tx *store.Tx, _ *event.Record) (err error) {
+	err := d.act(ctx, a, Operator, store.Any(store.References), event.Release{Name: r.Name, Files: len(r.Files), Source: r.Source, OlderEnd: olderEnd}, func(tx *store.Tx, _ *event.Record) (err error) {
 		r, err = inventory.AddRelease(tx, r, olderEnd)
 		return err
 	})
-	d.Basis.Changed()
 	return r, err
 }
 

@@ -50,7 +50,11 @@ func (d *Desk) Apply(ctx context.Context, a Actor, files []policy.File, planOnly
 	if err != nil {
 		return Plan{}, invalid("%v", err)
 	}
-	p := Plan{Set: set, Scopes: policy.Diff(d.Policy.Load(), set)}
+	old, err := d.inForce(ctx)
+	if err != nil {
+		return Plan{}, err
+	}
+	p := Plan{Set: set, Scopes: policy.Diff(old, set)}
 	if err := d.planLeases(ctx, &p); err != nil || planOnly {
 		return p, err
 	}
@@ -65,7 +69,7 @@ func (d *Desk) Apply(ctx context.Context, a Actor, files []policy.File, planOnly
 	for _, f := range files {
 		told.Files = append(told.Files, event.File(f))
 	}
-	err = d.act(ctx, a, Admin, told, func(tx *store.Tx, _ *event.Record) error {
+	err = d.act(ctx, a, Admin, store.Any(store.Scopes), told, func(tx *store.Tx, _ *event.Record) error {
 		if err := tx.QueryRow(`SELECT COALESCE(MAX(version), 0) + 1 FROM policies`).Scan(&p.Version); err != nil {
 			return err
 		}
@@ -76,23 +80,28 @@ func (d *Desk) Apply(ctx context.Context, a Actor, files []policy.File, planOnly
 		return Plan{}, err
 	}
 	set.Version = p.Version
-	// Two applied at once: the newer version stays in force.
-	for old := d.Policy.Load(); old.Version < set.Version; old = d.Policy.Load() {
-		if d.Policy.CompareAndSwap(old, set) {
-			break
-		}
-	}
 	return p, nil
 }
 
-// LoadPolicy reads the set in force; an empty one of version 0 where none was
-// ever applied.
-func LoadPolicy(ctx context.Context, s *store.Store, parse func([]policy.File) (*policy.Set, error)) (*policy.Set, error) {
+// inForce is the set in force.
+func (d *Desk) inForce(ctx context.Context) (set *policy.Set, err error) {
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		set, err = d.Policy(tx)
+		return err
+	})
+	return set, err
+}
+
+// InForce is the set in force, parsed once until another is applied; an empty one of
+// version 0 where none was ever applied.
+func InForce(parse func([]policy.File) (*policy.Set, error)) *store.Cache[*policy.Set] {
+	return &store.Cache[*policy.Set]{Topic: store.Scopes, Read: func(tx *store.Tx) (*policy.Set, error) { return readPolicy(tx, parse) }}
+}
+
+func readPolicy(tx *store.Tx, parse func([]policy.File) (*policy.Set, error)) (*policy.Set, error) {
 	var version int64
 	var text string
-	err := s.View(ctx, func(tx *store.Tx) error {
-		return tx.QueryRow(`SELECT version, files FROM policies ORDER BY version DESC LIMIT 1`).Scan(&version, &text)
-	})
+	err := tx.QueryRow(`SELECT version, files FROM policies ORDER BY version DESC LIMIT 1`).Scan(&version, &text)
 	if errors.Is(err, sql.ErrNoRows) {
 		return parse(nil)
 	}
@@ -255,9 +264,13 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (Explanatio
 	}
 	var f appraise.Facts
 	var h inventory.Host
+	var set *policy.Set
 	err := d.Store.Report(ctx, func(tx *store.Tx) (err error) {
 		var text string
 		var at int64
+		if set, err = d.Policy(tx); err != nil {
+			return err
+		}
 		if h, err = inventory.Find(tx, host); err != nil {
 			return err
 		}
@@ -283,7 +296,7 @@ func (d *Desk) Why(ctx context.Context, a Actor, host, scope string) (Explanatio
 	if err != nil {
 		return Explanation{}, err
 	}
-	r := d.Policy.Load().Evaluate(scope, f, d.Now())
+	r := set.Evaluate(scope, f, d.Now())
 	if h.State == inventory.Quarantined || h.State == inventory.Failed || h.State == inventory.Removed {
 		// Whatever the scope says of its last evidence.
 		r.Outcome, r.Reason = policy.Refused, fmt.Sprintf("the host is %s: %s", h.State, h.Reason)
@@ -346,7 +359,7 @@ func (d *Desk) Revoke(ctx context.Context, a Actor, ids []string, host, scope, r
 	if reason == "" {
 		reason = "revoked by " + a.Name
 	}
-	err := d.act(ctx, a, Responder, event.Revocation{Leases: ids, Host: host, Scope: scope, Reason: reason}, func(tx *store.Tx, r *event.Record) error {
+	err := d.act(ctx, a, Responder, nil, event.Revocation{Leases: ids, Host: host, Scope: scope, Reason: reason}, func(tx *store.Tx, r *event.Record) error {
 		for _, id := range ids {
 			if _, err := journal.Load(tx, id); err != nil {
 				return err
@@ -375,8 +388,12 @@ func (d *Desk) Revoke(ctx context.Context, a Actor, ids []string, host, scope, r
 	}
 	ended, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: host, Scope: scope}, reason, cause, true)
 	revoking = append(revoking, ended...)
-	if err == nil && len(revoking) == 0 && scope != "" && d.Policy.Load().Scope(scope) == nil {
-		return nil, invalid("no scope is called %s, and no lease is of one", scope)
+	if err != nil || len(revoking) > 0 || scope == "" {
+		return revoking, err
 	}
-	return revoking, err
+	set, err := d.inForce(ctx)
+	if err == nil && set.Scope(scope) == nil {
+		err = invalid("no scope is called %s, and no lease is of one", scope)
+	}
+	return nil, err
 }

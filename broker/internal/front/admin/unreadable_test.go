@@ -3,7 +3,6 @@ package admin
 import (
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -23,7 +22,7 @@ func TestUnreadableRows(t *testing.T) {
 	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		for _, id := range []string{"a", "b", "c"} {
 			check.Nil(t, inventory.Save(tx, inventory.Host{ID: id, Name: id, State: inventory.Trusted, Admitted: true, LastProved: now}))
 			check.Nil(t, journal.Save(tx, journal.Lease{ID: "lease-" + id, Host: id, Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
@@ -41,9 +40,7 @@ func TestUnreadableRows(t *testing.T) {
 		return nil
 	}))
 	parse := func(files []policy.File) (*policy.Set, error) { return issuers.Parse(files) }
-	var inForce atomic.Pointer[policy.Set]
-	inForce.Store(check.Must(parse(nil))(t))
-	d := &Desk{Store: s, Policy: &inForce, ParseSet: parse, Now: func() time.Time { return now }}
+	d := &Desk{Store: s, Policy: InForce(parse).In, ParseSet: parse, Now: func() time.Time { return now }}
 	root := Actor{Name: "root", Role: Admin}
 
 	hosts, _, _, err := d.Hosts(t.Context(), root, HostFilter{Selector: "env=prod", Limit: 10})
@@ -72,7 +69,7 @@ func TestUnreadableRows(t *testing.T) {
 			t.Errorf("loss %d: %q, want %q in it", i, reason, word)
 		}
 	}
-	if err := s.Update(t.Context(), func(tx *store.Tx) error { return journal.Save(tx, leases[0]) }); err == nil {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error { return journal.Save(tx, leases[0]) }); err == nil {
 		t.Error("an unreadable lease was overwritten")
 	}
 }

@@ -31,7 +31,7 @@ func TestEndedEKCertificates(t *testing.T) {
 	d := &Desk{Store: s, Roots: roots, Intermediates: intermediates, Now: time.Now, Wall: func() time.Time { return time.Now().Add(off) }}
 
 	known, second, stranger := check.Must(lab.NewSoftTPM(ca))(t), check.Must(lab.NewSoftTPM(ca))(t), check.Must(lab.NewSoftTPM(ca))(t)
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		return inventory.Save(tx, inventory.Host{ID: "h", State: inventory.Trusted, Admitted: true, EKs: []evidence.Digest{known.EK.Hash()}})
 	}))
 

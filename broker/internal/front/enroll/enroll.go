@@ -244,7 +244,7 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 
 	var r Result
 	revoke, because := "", ""
-	err = d.Store.Update(ctx, func(tx *store.Tx) error {
+	err = d.Store.Update(ctx, store.Any(store.Hosts, store.Tokens), func(tx *store.Tx) error {
 		r, revoke, because = Result{}, "", ""
 		h, err := inventory.ByEK(tx, j.EK.Hash)
 		switch {

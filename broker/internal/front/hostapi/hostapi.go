@@ -49,7 +49,7 @@ const DefaultReprove = 15 * time.Minute
 type Desk struct {
 	Store  *store.Store
 	Leases *lease.Manager
-	Policy func() *policy.Set // the set in force
+	Policy func(*store.Tx) (*policy.Set, error) // the set in force
 	Basis  *refvalues.Book
 	Logs   *logcache.Cache
 	CA     *pki.CA     // renews host certificates
@@ -120,6 +120,7 @@ func admissible(h inventory.Host) error {
 type proven struct {
 	host     inventory.Host
 	risk     findings.Risk
+	set      *policy.Set       // in force when the request was read
 	verified appraise.Verified // without a scope's risk
 	given    challenge.Given
 	conn     *challenge.Conn
@@ -128,16 +129,24 @@ type proven struct {
 // appraise spends the nonce and holds the evidence against the host. Evidence
 // that is false has failed the host when this returns.
 func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence.Call, e Evidence, program []byte, request string) (proven, error) {
+	now := d.Now()
 	var risk findings.Risk
+	var set *policy.Set
+	var held appraise.Basis
 	h, err := d.host(ctx, conn, func(tx *store.Tx, h inventory.Host) (err error) {
-		risk, err = findings.OfHost(tx, h.ID)
+		if risk, err = findings.OfHost(tx, h.ID); err != nil {
+			return err
+		}
+		if set, err = d.Policy(tx); err != nil {
+			return err
+		}
+		held, err = d.Basis.For(tx, h.Reference, now)
 		return err
 	})
 	if err != nil {
 		return proven{}, err
 	}
 	known := d.Logs.Get(h.ID)
-	now := d.Now()
 	nonce, err := evidence.ParseNonce(e.Nonce)
 	if err != nil {
 		return proven{}, api.NewError(api.Retry, "nonce", err.Error())
@@ -146,17 +155,13 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	if err != nil {
 		return proven{}, api.NewError(api.Retry, "nonce", err.Error())
 	}
-	held, err := d.Basis.For(ctx, h.Reference, now)
-	if err != nil {
-		return proven{}, err
-	}
 	verified, err := appraise.Appraise(appraise.Bundle{
 		Binding: conn.Binding(call, nonce, e.Body), Quote: e.Quote, Seen: given.Seen, Program: program,
 		Boot: e.Boot, OS: e.OS, Address: conn.Address, Logs: e.Logs, Known: known,
 	}, h, held, now)
 	if err == nil {
 		d.Logs.Put(h.ID, known, verified.Known())
-		return proven{host: h, risk: risk, verified: verified, given: given, conn: conn}, nil
+		return proven{host: h, risk: risk, set: set, verified: verified, given: given, conn: conn}, nil
 	}
 	if errors.Is(err, appraise.ErrResync) {
 		d.Logs.Forget(h.ID)
@@ -187,7 +192,7 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 		state, failed = inventory.Quarantined, event.Duplicate{Check: string(r.Check), Detail: r.Detail}
 	}
 	now := d.Now()
-	err := d.Store.Update(ctx, func(tx *store.Tx) error {
+	err := d.Store.Update(ctx, store.Host(h.ID), func(tx *store.Tx) error {
 		h, err := inventory.Get(tx, h.ID)
 		if err != nil {
 			return err

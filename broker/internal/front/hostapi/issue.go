@@ -57,7 +57,7 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	}
 	now := d.Now()
 	p.verified = p.verified.WithRisk(p.risk.Of(o.Scope))
-	decision := d.Policy().Decide(p.verified, o.Scope, now)
+	decision := p.set.Decide(p.verified, o.Scope, now)
 	result := decision.Result()
 	if result.Outcome != policy.Allowed || decision.Scope().Observe {
 		return d.notIssued(ctx, p, decision, o, request, now)
@@ -114,7 +114,7 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 	case result.Outcome == policy.Fault:
 		told.As = event.CredentialFault
 	}
-	err := d.Store.Update(ctx, func(tx *store.Tx) error {
+	err := d.Store.Update(ctx, store.Host(p.host.ID), func(tx *store.Tx) error {
 		if err := p.save(tx, time.Time{}, false); err != nil {
 			return err
 		}

@@ -73,13 +73,16 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 		return Proven{}, err
 	}
 	now := d.Now()
-	set := d.Policy()
 	reprove, grace := DefaultReprove, time.Duration(0)
 
 	out := Proven{Host: p.host}
 	type end struct{ id, reason string }
 	var ends []end
-	err = d.Store.Update(ctx, func(tx *store.Tx) error {
+	rows := store.Host(p.host.ID)
+	for _, lp := range proof.Leases {
+		rows = rows.And(store.Lease(lp.Lease))
+	}
+	err = d.Store.Update(ctx, rows, func(tx *store.Tx) error {
 		out.Verdicts, ends = nil, nil
 		held := map[string]bool{}
 		for _, lp := range proof.Leases {
@@ -87,14 +90,14 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 				continue
 			}
 			held[lp.Lease] = true
-			v, stop, err := d.judge(tx, p, set, lp, now, request)
+			v, stop, err := d.judge(tx, p, lp, now, request)
 			if err != nil {
 				return err
 			}
 			if stop != "" {
 				ends = append(ends, end{lp.Lease, stop})
 			}
-			if scope := set.Scope(lp.Scope); v.Outcome == live && scope != nil {
+			if scope := p.set.Scope(lp.Scope); v.Outcome == live && scope != nil {
 				if scope.Reprove < reprove {
 					reprove = scope.Reprove
 				}
@@ -141,7 +144,7 @@ const live = "live"
 
 // judge decides on one lease, writes what stays, and says why it has to end
 // where it has to.
-func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now time.Time, request string) (v Verdict, stop string, err error) {
+func (d *Desk) judge(tx *store.Tx, p proven, lp LeaseProof, now time.Time, request string) (v Verdict, stop string, err error) {
 	v = Verdict{Lease: lp.Lease}
 	g, err := journal.Load(tx, lp.Lease)
 	if errors.Is(err, journal.ErrUnknown) {
@@ -173,7 +176,7 @@ func (d *Desk) judge(tx *store.Tx, p proven, set *policy.Set, lp LeaseProof, now
 		return v, "", nil
 	}
 	verified = verified.WithRisk(p.risk.Of(g.Scope))
-	decision := set.Decide(verified, g.Scope, now)
+	decision := p.set.Decide(verified, g.Scope, now)
 	result := decision.Result()
 	if decision.Scope() != nil {
 		if err := keepDecision(tx, p.host.ID, result, verified.Facts()); err != nil {

@@ -40,7 +40,7 @@ func TestAnUnreadableLease(t *testing.T) {
 	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		for _, id := range []string{"a", "b"} {
 			check.Nil(t, journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Issued: now, Due: now.Add(time.Hour)}))
 		}
@@ -50,8 +50,8 @@ func TestAnUnreadableLease(t *testing.T) {
 	d := &Desk{Store: s, Leases: lease.New(s, nil, slog.New(slog.DiscardHandler), func() time.Time { return now })}
 	p := proven{host: inventory.Host{ID: "h"}}
 
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
-		v, stop, err := d.judge(tx, p, nil, LeaseProof{Lease: "a"}, now, "r")
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
+		v, stop, err := d.judge(tx, p, LeaseProof{Lease: "a"}, now, "r")
 		if v.Outcome != string(api.Fault) || stop != "" {
 			t.Errorf("%+v, %q", v, stop)
 		}

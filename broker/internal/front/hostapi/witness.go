@@ -32,7 +32,7 @@ func (d *Desk) Witness(ctx context.Context, conn *challenge.Conn, opens []Open, 
 		}
 		leases[i] = g
 	}
-	err := d.Store.Update(ctx, func(tx *store.Tx) error {
+	err := d.Store.Update(ctx, nil, func(tx *store.Tx) error {
 		for i, o := range opens {
 			if o.Time.After(now) || o.Time.Before(leases[i].Issued) {
 				o.Time = now // no clock of a host's moves it to another lease's time

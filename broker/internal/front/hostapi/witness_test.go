@@ -25,7 +25,7 @@ func witnesses(t *testing.T) (d *Desk, now time.Time, ours *challenge.Conn) {
 	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	now = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		for _, name := range []string{"ours", "theirs"} {
 			conn := &challenge.Conn{KeySPKI: []byte(name)}
 			h := inventory.Host{ID: name, State: inventory.Trusted, Admitted: true, TLSKey: conn.Key()}

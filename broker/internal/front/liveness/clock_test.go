@@ -32,7 +32,7 @@ func TestTheClockComesBack(t *testing.T) {
 		"ahead": {now.Add(time.Hour), now, now.Add(time.Minute)},
 		"since": rows["since"],
 	}
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		var errs []error
 		for id, r := range rows {
 			errs = append(errs,

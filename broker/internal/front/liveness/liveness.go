@@ -119,7 +119,11 @@ func (w *Watch) lastAlive(ctx context.Context) (time.Time, error) {
 // alive records that the broker served until now, and moves all limits by a
 // gap that it did not serve in.
 func (w *Watch) alive(ctx context.Context, now time.Time, gap time.Duration) error {
-	return w.Store.Update(ctx, func(tx *store.Tx) error {
+	rows := store.Any(store.Broker)
+	if gap >= jump || gap <= -jump {
+		rows = rows.And(store.Any(store.Hosts, store.Leases))
+	}
+	return w.Store.Update(ctx, rows, func(tx *store.Tx) error {
 		if _, err := tx.Exec(`INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value`,
 			aliveKey, strconv.FormatInt(store.Millis(now), 10)); err != nil {
 			return err
@@ -249,7 +253,11 @@ func (w *Watch) silent(ctx context.Context, hosts []inventory.Silence, heard inv
 	var held []string
 	var begin func(context.Context)
 	revoking := 0
-	err := w.Store.Update(ctx, func(tx *store.Tx) (err error) {
+	var ids []string
+	for _, s := range hosts {
+		ids = append(ids, s.ID)
+	}
+	err := w.Store.Update(ctx, store.Host(ids...), func(tx *store.Tx) (err error) {
 		var due []string
 		held, revoking = nil, 0
 		for _, s := range hosts {

@@ -29,7 +29,7 @@ func watched(t *testing.T, n, brake int, heard time.Time) (*Watch, *store.Store)
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Close() })
-	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		for i := range n {
 			id := fmt.Sprintf("silent-%04d", i)
 			if err := inventory.Save(tx, inventory.Host{ID: id, Name: id, State: inventory.Trusted, Admitted: true, LastProved: noon.Add(-2 * time.Hour), SilentAt: noon.Add(-time.Hour)}); err != nil {
@@ -125,7 +125,7 @@ func TestAHeldHostThatComesBackIsLetGo(t *testing.T) {
 	if len(w.Alarms()) != 1 {
 		t.Fatalf("alarms: %q", w.Alarms())
 	}
-	if err := s.Update(context.Background(), func(tx *store.Tx) error {
+	if err := s.Update(context.Background(), store.Everything(), func(tx *store.Tx) error {
 		for i := range 2 {
 			h, err := inventory.Get(tx, fmt.Sprintf("silent-%04d", i))
 			if err != nil {
@@ -151,7 +151,7 @@ func TestAHeldHostThatComesBackIsLetGo(t *testing.T) {
 // One host that can't be read keeps no other from being dealt with.
 func TestOneOddHost(t *testing.T) {
 	w, s := watched(t, 3, 5, noon.Add(-time.Minute))
-	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		_, err := tx.Exec(`UPDATE hosts SET counters = 'x' WHERE id = 'silent-0001'`)
 		return err
 	}); err != nil {
@@ -168,7 +168,7 @@ func TestOneOddHost(t *testing.T) {
 // One lease that can't be read keeps no other of its host from being revoked.
 func TestOneOddLease(t *testing.T) {
 	w, s := watched(t, 1, 5, noon.Add(-time.Minute))
-	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		g, err := journal.Load(tx, "lease-silent-0000")
 		if err != nil {
 			return err
@@ -196,7 +196,7 @@ func TestNoRevocationIsLost(t *testing.T) {
 	w, s := watched(t, 3, 5, noon.Add(-time.Minute))
 	exec := func(statement string) {
 		t.Helper()
-		if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(statement); return err }); err != nil {
+		if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error { _, err := tx.Exec(statement); return err }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -219,7 +219,7 @@ func TestOneOddHeldHost(t *testing.T) {
 	if err := w.look(t.Context(), noon); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(`UPDATE hosts SET labels = 'x'`); return err }); err != nil {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error { _, err := tx.Exec(`UPDATE hosts SET labels = 'x'`); return err }); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.look(t.Context(), noon); err != nil {
@@ -253,7 +253,7 @@ func TestHeldOverARestart(t *testing.T) {
 	if alarms := w.Alarms(); len(alarms) != 1 || !strings.Contains(alarms[0], "2 silent hosts are held") {
 		t.Errorf("after a restart: %q", alarms)
 	}
-	if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(`UPDATE grants SET state = 'gone'`); return err }); err != nil {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error { _, err := tx.Exec(`UPDATE grants SET state = 'gone'`); return err }); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.look(t.Context(), noon); err != nil {

@@ -344,7 +344,7 @@ func TestAnUnreadableRevocation(t *testing.T) {
 	r := newRig(t)
 	bad, _, _ := r.mustIssue(t, "billing-tls")
 	check(t, r.Revoke(t.Context(), bad.Handle))
-	check(t, r.store.Update(t.Context(), func(tx *store.Tx) error {
+	check(t, r.store.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, '7', 'x'), (?, 'no serial', '{}')`, revokedBucket, revokedBucket)
 		return err
 	}))

@@ -29,8 +29,8 @@ const (
 // A Keeper forgets.
 type Keeper struct {
 	Store  *store.Store
-	Keep   time.Duration // since a lease's end, or a host's last proof
-	Policy func() *policy.Set
+	Keep   time.Duration                        // since a lease's end, or a host's last proof
+	Policy func(*store.Tx) (*policy.Set, error) // the set in force
 	Log    *slog.Logger
 	Now    func() time.Time
 }
@@ -71,7 +71,7 @@ func (k *Keeper) leases(ctx context.Context) error {
 			return err
 		}
 		if len(ids) > 0 {
-			if err := k.Store.Update(ctx, func(tx *store.Tx) error { return journal.Forget(tx, ids) }); err != nil {
+			if err := k.Store.Update(ctx, store.Lease(ids...), func(tx *store.Tx) error { return journal.Forget(tx, ids) }); err != nil {
 				return err
 			}
 		}
@@ -94,12 +94,16 @@ type decision struct{ host, scope string }
 // decisions walks through the decisions and deletes those of scopes that are no more,
 // and of hosts that were removed or not heard for long.
 func (k *Keeper) decisions(ctx context.Context) error {
-	before, set := k.Now().Add(-k.Keep), k.Policy()
+	before := k.Now().Add(-k.Keep)
 	var after decision
 	for {
 		var list, old []decision
 		if err := k.Store.View(ctx, func(tx *store.Tx) error {
 			list, old = nil, nil
+			set, err := k.Policy(tx)
+			if err != nil {
+				return err
+			}
 			return tx.Each(func(row store.Row) error {
 				var d decision
 				var state inventory.State
@@ -119,7 +123,11 @@ func (k *Keeper) decisions(ctx context.Context) error {
 			return err
 		}
 		if len(old) > 0 {
-			if err := k.Store.Update(ctx, func(tx *store.Tx) error {
+			var hosts []string
+			for _, d := range old {
+				hosts = append(hosts, d.host)
+			}
+			if err := k.Store.Update(ctx, store.Host(hosts...), func(tx *store.Tx) error {
 				for _, d := range old {
 					if _, err := tx.Exec(`DELETE FROM decisions WHERE host_id = ? AND scope = ?`, d.host, d.scope); err != nil {
 						return err

@@ -42,7 +42,7 @@ func TestForgetsOnlyWhatEnded(t *testing.T) {
 		t.Fatal(err)
 	}
 	var want []string
-	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		for i := range 3*page + 5 { // ended over the last 180 days, and some that never end
 			ended := now.Add(-180 * day * time.Duration(i) / (3*page + 5))
 			g := journal.Lease{ID: fmt.Sprintf("g%05d", i), Host: "h", Scope: "kept", Kind: vault.Kind.Name, State: journal.Gone, Issued: ended.Add(-day), Ended: ended}
@@ -86,7 +86,7 @@ func TestForgetsOnlyWhatEnded(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	k := &Keeper{Store: s, Keep: 90 * day, Policy: func() *policy.Set { return set }, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: func() time.Time { return now }}
+	k := &Keeper{Store: s, Keep: 90 * day, Policy: func(*store.Tx) (*policy.Set, error) { return set, nil }, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: func() time.Time { return now }}
 	if err := k.Once(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -112,7 +112,7 @@ func run(file string, scale float64, retire int) (err error) {
 	}
 	hosts := int(hostCount * scale)
 	for first := 0; first < hosts; first += batch {
-		if err := s.Update(ctx, func(tx *store.Tx) error {
+		if err := s.Update(ctx, store.Everything(), func(tx *store.Tx) error {
 			for i := first; i < min(first+batch, hosts); i++ {
 				if err := f.host(tx, i); err != nil {
 					return err
@@ -246,7 +246,7 @@ func (f *filler) retire(ctx context.Context, n int) error {
 	at := journal.Filter{States: []journal.State{journal.Live}, Limit: page}
 	for n > 0 {
 		var list []journal.Lease
-		if err := f.store.Update(ctx, func(tx *store.Tx) (err error) {
+		if err := f.store.Update(ctx, store.Everything(), func(tx *store.Tx) (err error) {
 			if list, err = journal.List(tx, at); err != nil {
 				return err
 			}
@@ -292,7 +292,7 @@ func decision(tx *store.Tx, host string, r policy.Result, facts appraise.Facts) 
 func (f *filler) findings(ctx context.Context, n, hosts int) error {
 	const page = 500
 	for first := 0; first < n; first += page {
-		if err := f.store.Update(ctx, func(tx *store.Tx) error {
+		if err := f.store.Update(ctx, store.Everything(), func(tx *store.Tx) error {
 			for i := first; i < min(first+page, n); i++ {
 				at := f.now.Add(-time.Duration(n-i) * 365 * 24 * time.Hour / time.Duration(n))
 				r := findings.Finding{Detector: string(detector.UnmatchedLogin), Cause: fmt.Sprintf("cause-%d", i), Severity: "high", Host: hostID(i % max(hosts, 1)), Account: fmt.Sprintf("app_%d", i),

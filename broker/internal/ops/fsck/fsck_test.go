@@ -26,7 +26,7 @@ func open(t *testing.T) *store.Store {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Close() })
-	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		return inventory.Save(tx, inventory.Host{ID: "h", Name: "h", State: inventory.Trusted, Admitted: true, LastProved: now})
 	}); err != nil {
 		t.Fatal(err)
@@ -42,7 +42,7 @@ func issue(t *testing.T, s *store.Store, id string, at time.Time) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		if _, err := audit.Append(tx, event.Record{Time: at, Actor: "host:h", Host: "h", Lease: id}, event.Allowed{}); err != nil {
 			return err
 		}
@@ -54,7 +54,7 @@ func issue(t *testing.T, s *store.Store, id string, at time.Time) {
 
 func end(t *testing.T, s *store.Store, id string) {
 	t.Helper()
-	if err := s.Update(t.Context(), func(tx *store.Tx) error {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		g, err := journal.Load(tx, id)
 		if err != nil {
 			return err
@@ -106,7 +106,7 @@ func TestWhileTheBrokerGoesOn(t *testing.T) {
 		{"a changed hash, beside more than are listed", `UPDATE audit_hashes SET hash = zeroblob(32) WHERE idx = 1500`, fsck.AuditIntact},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(c.damage); return err }); err != nil {
+			if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error { _, err := tx.Exec(c.damage); return err }); err != nil {
 				t.Fatal(err)
 			}
 			report, err := fsck.Check(t.Context(), s, now, func(string, int64, int64) {})
@@ -130,7 +130,7 @@ func TestOverdueByTheBrokersTime(t *testing.T) {
 	issue(t, s, "l", now)
 	wall := now.Add(5 * time.Hour)
 	for at, want := range map[time.Time]int{now.Add(30 * time.Minute): 0, now.Add(2 * time.Hour): 1} {
-		if err := s.Update(t.Context(), func(tx *store.Tx) error {
+		if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 			_, err := tx.Exec(`INSERT INTO meta (name, value) VALUES ('silence.alive', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value`, fmt.Sprint(store.Millis(at)))
 			return err
 		}); err != nil {

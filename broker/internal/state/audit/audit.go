@@ -265,7 +265,7 @@ func (l *Log) Shown(ctx context.Context, signed []byte, actor string, now time.T
 	if err := l.store.View(ctx, check); err != nil || !behind {
 		return since, err
 	}
-	err = l.store.Update(ctx, func(tx *store.Tx) error {
+	err = l.store.Update(ctx, store.Any(store.Broker), func(tx *store.Tx) error {
 		// Another agent may have shown the same meanwhile.
 		if err := check(tx); err != nil || !behind {
 			return err

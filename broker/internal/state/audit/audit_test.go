@@ -34,7 +34,7 @@ func open(t *testing.T, dir, file string) (*store.Store, *audit.Log) {
 func appendN(t *testing.T, s *store.Store, n int) {
 	t.Helper()
 	for range n {
-		if err := s.Update(t.Context(), func(tx *store.Tx) error {
+		if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 			_, err := audit.Append(tx, event.Record{Time: now, Actor: "broker"}, event.Canary{As: event.CanaryIssued, ID: fmt.Sprint(n)})
 			return err
 		}); err != nil {
@@ -135,7 +135,7 @@ func TestVerifyNamesWhatWasChanged(t *testing.T) {
 			if err := verify(t, s); err != nil {
 				t.Fatalf("the honest twin: %v", err)
 			}
-			if err := s.Update(t.Context(), func(tx *store.Tx) error {
+			if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 				_, err := tx.Exec(tt.sql)
 				return err
 			}); err != nil {

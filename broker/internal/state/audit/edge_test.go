@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/mod/sumdb/tlog"
 
+	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/test/check"
 )
@@ -35,10 +36,10 @@ func TestKeptTreeIsTheStores(t *testing.T) {
 		} else {
 			size += int64(records)
 		}
-		err := s.Update(t.Context(), func(tx *store.Tx) error {
+		err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 			for range records {
 				// The same words each time: only the index and what is before it differ.
-				if _, err := Append(tx, Record{Time: time.Unix(1, 0), Kind: "test", Actor: "broker"}, nil); err != nil {
+				if _, err := Append(tx, event.Record{Time: time.Unix(1, 0), Actor: "broker"}, event.Bound{}); err != nil {
 					return err
 				}
 			}
@@ -68,14 +69,14 @@ func TestKeptTreeIsTheStores(t *testing.T) {
 func TestCutOffLogStops(t *testing.T) {
 	s := openStore(t)
 	add := func(tx *store.Tx) error {
-		_, err := Append(tx, Record{Time: time.Unix(1, 0), Kind: "test", Actor: "broker"}, nil)
+		_, err := Append(tx, event.Record{Time: time.Unix(1, 0), Actor: "broker"}, event.Bound{})
 		return err
 	}
 	for range 3 {
-		check.Nil(t, s.Update(t.Context(), add))
+		check.Nil(t, s.Update(t.Context(), store.Everything(), add))
 	}
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error { _, err := tx.Exec(`DELETE FROM audit_records WHERE idx = 2`); return err }))
-	if err := s.Update(t.Context(), add); err == nil || !strings.Contains(err.Error(), "4 hashes for 2 records") {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error { _, err := tx.Exec(`DELETE FROM audit_records WHERE idx = 2`); return err }))
+	if err := s.Update(t.Context(), store.Everything(), add); err == nil || !strings.Contains(err.Error(), "4 hashes for 2 records") {
 		t.Errorf("appended to a log that was cut off: %v", err)
 	}
 }
@@ -104,9 +105,9 @@ func BenchmarkHead(b *testing.B) {
 	check.Nil(b, err)
 	b.Cleanup(func() { _ = s.Close() })
 	for range 8 {
-		check.Nil(b, s.Update(b.Context(), func(tx *store.Tx) error {
+		check.Nil(b, s.Update(b.Context(), store.Everything(), func(tx *store.Tx) error {
 			for i := range 2047 {
-				if _, err := Append(tx, Record{Time: time.Unix(1, 0), Kind: "test", Actor: fmt.Sprint(i)}, nil); err != nil {
+				if _, err := Append(tx, event.Record{Time: time.Unix(1, 0), Actor: fmt.Sprint(i)}, event.Bound{}); err != nil {
 					return err
 				}
 			}

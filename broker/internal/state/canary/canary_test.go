@@ -46,7 +46,7 @@ func TestTable(t *testing.T) {
 	t.Cleanup(func() { _ = s.Close() })
 	c := canary.Canary{ID: "1", Scope: "s", Username: "v-x", Audience: []string{"postgres://db"}, Issued: now.UTC(), By: "alice"}
 	add := func(c canary.Canary) error {
-		return s.Update(t.Context(), func(tx *store.Tx) error { return canary.Add(tx, c) })
+		return s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error { return canary.Add(tx, c) })
 	}
 	check.Nil(t, add(c))
 	if err := add(canary.Canary{ID: "2", Scope: "s", Username: "v-x"}); !errors.Is(err, canary.ErrTaken) {
@@ -70,14 +70,14 @@ func TestTable(t *testing.T) {
 	if list("") != "12" || list("o") != "2" || list("none") != "" {
 		t.Errorf("lists %q %q %q", list(""), list("o"), list("none"))
 	}
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		scope, err := canary.Remove(tx, "1")
 		if scope != "s" {
 			t.Errorf("of scope %q", scope)
 		}
 		return err
 	}))
-	if err := s.Update(t.Context(), func(tx *store.Tx) error { _, err := canary.Remove(tx, "1"); return err }); !errors.Is(err, canary.ErrUnknown) || list("") != "2" {
+	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error { _, err := canary.Remove(tx, "1"); return err }); !errors.Is(err, canary.ErrUnknown) || list("") != "2" {
 		t.Errorf("removed: %v, left %s", err, list(""))
 	}
 }

@@ -34,7 +34,7 @@ func open(t *testing.T) *store.Store {
 
 func report(t *testing.T, s *store.Store, now time.Time, edits ...func(*findings.Finding)) (f findings.Finding, o findings.Outcome) {
 	t.Helper()
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) (err error) {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) (err error) {
 		f, o, err = findings.Report(tx, finding(edits...), now)
 		return err
 	}))
@@ -55,7 +55,7 @@ func list(t *testing.T, s *store.Store, f findings.Filter) (out []findings.Findi
 
 func shut(t *testing.T, s *store.Store, id string, until, now time.Time) {
 	t.Helper()
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		_, err := findings.Close(tx, id, "alice", "a test", until, now)
 		return err
 	}))
@@ -161,7 +161,7 @@ func TestFilters(t *testing.T) {
 		func(tx *store.Tx) error { _, err := findings.Load(tx, "nobody"); return err },
 		func(tx *store.Tx) error { _, err := findings.Close(tx, "nobody", "a", "b", t0, t0); return err },
 	} {
-		if err := s.Update(t.Context(), f); !errors.Is(err, findings.ErrUnknown) {
+		if err := s.Update(t.Context(), store.Everything(), f); !errors.Is(err, findings.ErrUnknown) {
 			t.Errorf("an unknown finding: %v", err)
 		}
 	}
@@ -259,7 +259,7 @@ func TestTooManyAreOpen(t *testing.T) {
 		report(t, s, t0, func(f *findings.Finding) { f.Cause = fmt.Sprint(i) })
 	}
 	try := func(edits ...func(*findings.Finding)) (o findings.Outcome, err error) {
-		err = s.Update(t.Context(), func(tx *store.Tx) (err error) {
+		err = s.Update(t.Context(), store.Everything(), func(tx *store.Tx) (err error) {
 			_, o, err = findings.Report(tx, finding(edits...), t0.Add(time.Hour))
 			return err
 		})
@@ -320,7 +320,7 @@ func TestOverByEvidence(t *testing.T) {
 			if !c.want {
 				return
 			}
-			check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) (err error) {
+			check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) (err error) {
 				f, err = findings.Settle(tx, f, "watch", "it speaks again", t0.Add(time.Hour))
 				return err
 			}))
@@ -333,7 +333,7 @@ func TestOverByEvidence(t *testing.T) {
 			if _, o := report(t, s, t0.Add(2*time.Hour), c.edit, func(f *findings.Finding) { f.Count = 2 }); o != findings.Reopened {
 				t.Errorf("more of it, seen no later: %v", o)
 			}
-			check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) (err error) {
+			check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) (err error) {
 				f, err = findings.Load(tx, f.ID)
 				if err == nil {
 					f, err = findings.Settle(tx, f, "watch", "it speaks again", t0.Add(time.Hour))

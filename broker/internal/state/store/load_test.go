@@ -44,7 +44,7 @@ func TestReportsKeepNoRequestWaiting(t *testing.T) {
 		<-started
 	}
 	for i := range 20 {
-		if err := s.Update(t.Context(), set(fmt.Sprint(i), "x")); err != nil {
+		if err := s.Update(t.Context(), store.Everything(), set(fmt.Sprint(i), "x")); err != nil {
 			t.Fatal(err)
 		}
 		if n := count(t, s); n != i+1 {
@@ -85,7 +85,7 @@ func writing(t *testing.T, s *store.Store, bytes int) (stop func()) {
 	go func() {
 		defer close(done)
 		for i := 0; ctx.Err() == nil; i++ {
-			if err := s.Update(context.Background(), func(tx *store.Tx) error {
+			if err := s.Update(context.Background(), store.Everything(), func(tx *store.Tx) error {
 				for _, name := range []string{"a", "b"} {
 					if _, err := tx.Exec(`INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value`,
 						fmt.Sprintf("%s%d", name, i%50), fmt.Sprintf("%d %s", i, large)); err != nil {

@@ -43,6 +43,7 @@ type sqliteConn interface {
 	driver.SessionResetter
 	driver.Validator
 	NewBackup(string) (*sqlite.Backup, error)
+	RegisterPreUpdateHook(sqlite.PreUpdateHookFn)
 }
 
 // mostStatements bounds what one connection keeps. The broker has about half as many

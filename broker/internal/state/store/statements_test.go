@@ -19,7 +19,7 @@ func TestStatementsAreKept(t *testing.T) {
 		}
 	}()
 	for _, name := range []string{"a", "b"} {
-		if err := s.Update(t.Context(), func(tx *Tx) error {
+		if err := s.Update(t.Context(), Everything(), func(tx *Tx) error {
 			_, err := tx.Exec(`INSERT INTO meta (name, value) VALUES (?, ?)`, name, "x")
 			return err
 		}); err != nil {
@@ -41,7 +41,7 @@ func TestStatementsAreKept(t *testing.T) {
 			}, all, "x")
 		}
 	}
-	if err := s.Update(t.Context(), read(read(func(*Tx) error { return nil }))); err != nil {
+	if err := s.Update(t.Context(), Everything(), read(read(func(*Tx) error { return nil }))); err != nil {
 		t.Fatal(err)
 	}
 	if want := "aabbab"; seen != want {

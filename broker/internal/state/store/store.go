@@ -14,17 +14,15 @@ package store
 
 import (
 	"context"
+	"crypto/rand"
 	"database/sql"
 	"database/sql/driver"
-	"embed"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
 	"reflect"
-	"slices"
 	"sync"
 	"time"
 
@@ -35,15 +33,20 @@ import (
 // disk since.
 var ErrStopped = errors.New("the store has stopped after a failed write; free or mend the disk under the state folder and restart the broker")
 
-//go:embed migrations/*.sql
-var migrations embed.FS
-
 // A Tx is one caller's part of a transaction. Its statements are portable SQL
 // with ? placeholders.
 type Tx struct {
-	ctx   context.Context // interrupts statements of a Report; else never done
-	conn  *sql.Conn
-	store *Store
+	ctx    context.Context // interrupts statements of a Report; else never done
+	conn   *sql.Conn
+	store  *Store
+	rows   Rows // that the Update named so far
+	writes bool // it is an Update's
+}
+
+// Also names more rows that the update changes, which turned out only in it.
+func (t *Tx) Also(rows Rows) error {
+	t.rows = t.rows.And(rows)
+	return advance(t, rows)
 }
 
 // Beside is the value of type T that the process keeps beside the transaction's store:
@@ -61,12 +64,12 @@ func Beside[T any](t *Tx) *T {
 
 // Exec runs a statement that returns no rows.
 func (t *Tx) Exec(query string, args ...any) (sql.Result, error) {
-	return t.conn.ExecContext(t.ctx, query, args...)
+	return t.conn.ExecContext(t.ctx, t.store.dialect.bind(query), args...)
 }
 
 // QueryRow reads at most one row.
 func (t *Tx) QueryRow(query string, args ...any) *sql.Row {
-	return t.conn.QueryRowContext(t.ctx, query, args...)
+	return t.conn.QueryRowContext(t.ctx, t.store.dialect.bind(query), args...)
 }
 
 // A Row is one that is being read: of a query, or of QueryRow.
@@ -74,7 +77,7 @@ type Row interface{ Scan(...any) error }
 
 // Each reads every row of a query.
 func (t *Tx) Each(read func(Row) error, query string, args ...any) error {
-	rows, err := t.conn.QueryContext(t.ctx, query, args...)
+	rows, err := t.conn.QueryContext(t.ctx, t.store.dialect.bind(query), args...)
 	if err != nil {
 		return err
 	}
@@ -102,7 +105,9 @@ func Collect[T any](t *Tx, read func(Row) (T, error), query string, args ...any)
 
 // A Store is safe for concurrent use.
 type Store struct {
+	dialect Dialect
 	path    string
+	owner   string   // of this process's claims
 	lock    *os.File // nil where it is only read
 	writer  *sql.DB  // one connection, used by commitLoop alone
 	readers *sql.DB  // of View
@@ -115,12 +120,15 @@ type Store struct {
 	closed  bool  // guarded by mu
 	stopped error // guarded by mu; set once, by commitLoop
 
-	log    logKeeper
-	beside sync.Map // pointers of Beside, by what they point to
+	log      logKeeper
+	watchers watchers
+	strict   *strictness // nil: what updates change isn't held against what they name
+	beside   sync.Map    // pointers of Beside, by what they point to
 }
 
 type update struct {
 	ctx    context.Context
+	rows   Rows
 	change func(*Tx) error
 	result chan error
 }
@@ -131,7 +139,11 @@ const batchSize = 64
 
 // Open opens or makes the store in the file path and brings its schema up to
 // date.
-func Open(path string) (*Store, error) {
+func Open(path string) (*Store, error) { return OpenAs(SQLite(), path, false) }
+
+// OpenAs is Open with a dialect of SQLite's, for tests. A strict store fails updates that
+// change rows which they didn't name.
+func OpenAs(d Dialect, path string, strict bool) (*Store, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
@@ -139,9 +151,12 @@ func Open(path string) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, err := openLocked(path)
+	s, err := openLocked(d, path)
 	if err != nil {
 		return nil, errors.Join(err, lock.Close())
+	}
+	if strict {
+		s.strict = &strictness{}
 	}
 	s.lock = lock
 	go s.commitLoop()
@@ -150,7 +165,7 @@ func Open(path string) (*Store, error) {
 	return s, nil
 }
 
-func openLocked(path string) (*Store, error) {
+func openLocked(d Dialect, path string) (*Store, error) {
 	// SQLite takes the journal's mode from the database file, so it is made
 	// closed to others before SQLite sees it.
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
@@ -158,11 +173,15 @@ func openLocked(path string) (*Store, error) {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	_ = f.Close()
-	s, err := open(path, "rwc")
+	s, err := open(d, path, "rwc")
 	if err != nil {
 		return nil, err
 	}
 	if err := s.migrate(); err != nil {
+		return nil, errors.Join(fmt.Errorf("store %s: %w", path, err), s.closeDBs())
+	}
+	// Nobody else has the store open: whoever had claims is gone.
+	if _, err := s.writer.Exec(`DELETE FROM claims`); err != nil {
 		return nil, errors.Join(fmt.Errorf("store %s: %w", path, err), s.closeDBs())
 	}
 	return s, nil
@@ -188,7 +207,7 @@ func OpenReadOnly(path string) (*Store, error) {
 	if _, err := os.Stat(path); err != nil {
 		return nil, err
 	}
-	s, err := open(path, "ro")
+	s, err := open(SQLite(), path, "ro")
 	if err != nil {
 		return nil, err
 	}
@@ -203,7 +222,7 @@ func OpenReadOnly(path string) (*Store, error) {
 // Behind reports whether Open will change the schema of an existing store, which takes
 // minutes where it is large.
 func Behind(path string) (bool, error) {
-	s, err := open(path, "ro")
+	s, err := open(SQLite(), path, "ro")
 	if err != nil {
 		return false, err
 	}
@@ -216,7 +235,7 @@ var errBehind = errors.New("start this version's broker on it once")
 // current fails unless the schema is the one that this program knows: who only reads
 // can't bring it up to date.
 func (s *Store) current() error {
-	names, err := fs.Glob(migrations, "migrations/*.sql")
+	names, err := s.dialect.versions()
 	if err != nil {
 		return err
 	}
@@ -233,7 +252,7 @@ func (s *Store) current() error {
 	return nil
 }
 
-func open(path, mode string) (*Store, error) {
+func open(d Dialect, path, mode string) (*Store, error) {
 	dsn := (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath()}).String()
 	pragmas := "&_pragma=busy_timeout(10000)&_pragma=foreign_keys(1)"
 	if mode != "ro" {
@@ -267,50 +286,14 @@ func open(path, mode string) (*Store, error) {
 	if err := writer.Ping(); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", path, err)
 	}
-	return &Store{path: path, writer: writer, readers: readers, reports: reports, queue: make(chan *update), quit: make(chan struct{}), done: make(chan struct{}), log: newLogKeeper(path+"-wal", writer, copier)}, nil
+	return &Store{dialect: d, path: path, owner: rand.Text(), writer: writer, readers: readers, reports: reports, queue: make(chan *update), quit: make(chan struct{}), done: make(chan struct{}), log: newLogKeeper(path+"-wal", writer, copier)}, nil
 }
 
-func (s *Store) migrate() error {
-	names, err := fs.Glob(migrations, "migrations/*.sql")
-	if err != nil {
-		return err
-	}
-	slices.Sort(names)
-	tx, err := s.writer.Begin()
-	if err != nil {
-		return err
-	}
-	defer func() { _ = tx.Rollback() }()
-	if _, err := tx.Exec(`CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)`); err != nil {
-		return err
-	}
-	var have int
-	if err := tx.QueryRow(`SELECT COALESCE(MAX(version), 0) FROM schema_version`).Scan(&have); err != nil {
-		return err
-	}
-	if have > len(names) {
-		return fmt.Errorf("has schema version %d, this broker knows up to %d: run the newer broker", have, len(names))
-	}
-	for i, name := range names[have:] {
-		text, err := migrations.ReadFile(name)
-		if err != nil {
-			return err
-		}
-		if _, err := tx.Exec(string(text)); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		if _, err := tx.Exec(`INSERT INTO schema_version (version) VALUES (?)`, have+i+1); err != nil {
-			return err
-		}
-	}
-	return tx.Commit()
-}
-
-// Update runs change in a transaction and returns when it is durable, or with
-// change's error when it is undone. Change must be quick and free of other
-// I/O: all writers wait for it.
-func (s *Store) Update(ctx context.Context, change func(*Tx) error) error {
-	u := &update{ctx: ctx, change: change, result: make(chan error, 1)}
+// Update runs change, which changes the rows, in a transaction and returns when it is
+// durable, or with change's error when it is undone. Change must be quick and free of
+// other I/O: all writers wait for it. It may be run again from the start.
+func (s *Store) Update(ctx context.Context, rows Rows, change func(*Tx) error) error {
+	u := &update{ctx: ctx, rows: rows, change: change, result: make(chan error, 1)}
 	select {
 	case s.queue <- u:
 	case <-ctx.Done():
@@ -367,7 +350,7 @@ func (s *Store) snapshot(ctx context.Context, conn *sql.Conn, read func(*Tx) err
 		return err
 	}
 	defer rollback(conn)
-	return read(&Tx{ctx, conn, s})
+	return read(&Tx{ctx: ctx, conn: conn, store: s})
 }
 
 // rollback ends the transaction of a connection, or the connection.
@@ -471,7 +454,7 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 		return false, err
 	}
 	defer func() { _ = conn.Close() }()
-	if _, err := conn.ExecContext(ctx, `BEGIN IMMEDIATE`); err != nil {
+	if _, err := conn.ExecContext(ctx, s.dialect.Begin); err != nil {
 		return false, err
 	}
 	committed := false
@@ -481,7 +464,8 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 		}
 	}()
 
-	tx := &Tx{ctx, conn, s}
+	tx := &Tx{ctx: ctx, conn: conn, store: s, writes: true}
+	var changed Rows
 	for i, u := range batch {
 		if results[i] = u.ctx.Err(); results[i] != nil {
 			continue
@@ -491,7 +475,8 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 				return false, err
 			}
 		}
-		results[i] = run(u.change, tx)
+		tx.rows = nil
+		results[i] = s.run(u, tx)
 		switch {
 		case results[i] != nil && !savepoints:
 			return true, nil
@@ -499,6 +484,8 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 			if _, err := tx.Exec(`ROLLBACK TO one`); err != nil {
 				return false, errors.Join(results[i], err)
 			}
+		default:
+			changed = changed.And(tx.rows)
 		}
 		if savepoints {
 			if _, err := tx.Exec(`RELEASE one`); err != nil {
@@ -506,19 +493,33 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 			}
 		}
 	}
-	_, err = tx.Exec(`COMMIT`)
-	committed = err == nil
-	return false, err
+	if _, err = tx.Exec(`COMMIT`); err != nil {
+		return false, err
+	}
+	committed = true
+	s.watchers.tell(changed)
+	return false, nil
 }
 
 // run keeps a panic of one update from ending the loop that all depend on.
-func run(change func(*Tx) error, tx *Tx) (err error) {
+func (s *Store) run(u *update, tx *Tx) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("store: an update panicked: %v", p)
 		}
 	}()
-	return change(tx)
+	if s.strict != nil {
+		if err := s.strict.begin(tx.conn); err != nil {
+			return err
+		}
+	}
+	if err := tx.Also(u.rows); err != nil {
+		return err
+	}
+	if err := u.change(tx); err != nil || s.strict == nil {
+		return err
+	}
+	return s.strict.check(tx.rows)
 }
 
 // Millis is how times stand in the store: Unix milliseconds, 0 for none.

@@ -40,7 +40,7 @@ func TestUpdatesShareCommitsButNotFailures(t *testing.T) {
 	boom := errors.New("boom")
 	for i := range 200 {
 		wg.Go(func() {
-			err := s.Update(context.Background(), func(tx *store.Tx) error {
+			err := s.Update(context.Background(), store.Everything(), func(tx *store.Tx) error {
 				if err := set(fmt.Sprint(i), "x")(tx); err != nil {
 					return err
 				}
@@ -83,7 +83,7 @@ func TestUpdatesShareCommitsButNotFailures(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Update(t.Context(), set("late", "x")); !errors.Is(err, store.ErrStopped) {
+	if err := s.Update(t.Context(), store.Everything(), set("late", "x")); !errors.Is(err, store.ErrStopped) {
 		t.Errorf("update after close: %v, want ErrStopped", err)
 	}
 }
@@ -94,7 +94,7 @@ func TestReadOnlyNeverWrites(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Update(t.Context(), set("a", "b")); err != nil {
+	if err := s.Update(t.Context(), store.Everything(), set("a", "b")); err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = s.Close() }()
@@ -106,7 +106,7 @@ func TestReadOnlyNeverWrites(t *testing.T) {
 	if n := count(t, r); n != 1 {
 		t.Errorf("read-only view sees %d rows, want 1", n)
 	}
-	if err := r.Update(t.Context(), set("c", "d")); err == nil {
+	if err := r.Update(t.Context(), store.Everything(), set("c", "d")); err == nil {
 		t.Error("a read-only store took an update")
 	}
 	if err := r.View(t.Context(), set("c", "d")); err == nil {

@@ -176,7 +176,7 @@ func (k *Keeper) save(ctx context.Context) error {
 	if sure.IsZero() {
 		return nil
 	}
-	return k.store.Update(ctx, func(tx *store.Tx) error {
+	return k.store.Update(ctx, store.Any(store.Broker), func(tx *store.Tx) error {
 		_, err := tx.Exec(`INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value`,
 			sureKey, strconv.FormatInt(store.Millis(sure), 10))
 		return err

@@ -133,7 +133,7 @@ func TestItIsKept(t *testing.T) {
 	if sure := check.Must(load(t.Context(), s))(t); !sure.IsZero() {
 		t.Errorf("a new store: %s", sure)
 	}
-	check.Nil(t, s.Update(t.Context(), func(tx *store.Tx) error {
+	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		_, err := tx.Exec(`INSERT INTO meta (name, value) VALUES (?, '1000')`, aliveKey)
 		return err
 	}))

@@ -47,7 +47,7 @@ func (t Table) All(ctx context.Context, bucket string, each func(name string, va
 
 // Add writes a value unless there is one of that name.
 func (t Table) Add(ctx context.Context, bucket, name string, value []byte) error {
-	return t.store.Update(ctx, func(tx *store.Tx) error {
+	return t.store.Update(ctx, store.Any(store.Values), func(tx *store.Tx) error {
 		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, ?, ?) ON CONFLICT (bucket, name) DO NOTHING`, bucket, name, value)
 		return err
 	})
@@ -55,7 +55,7 @@ func (t Table) Add(ctx context.Context, bucket, name string, value []byte) error
 
 // Replace writes a value, and removes others with it: both, or neither.
 func (t Table) Replace(ctx context.Context, bucket, name string, value []byte, of string, remove []string) error {
-	return t.store.Update(ctx, func(tx *store.Tx) error {
+	return t.store.Update(ctx, store.Any(store.Values), func(tx *store.Tx) error {
 		for _, other := range remove {
 			if _, err := tx.Exec(`DELETE FROM ca_values WHERE bucket = ? AND name = ?`, of, other); err != nil {
 				return err

@@ -8,7 +8,6 @@
 package refvalues
 
 import (
-	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -22,9 +21,10 @@ import (
 )
 
 // A Book is safe for concurrent use.
-type Book struct {
-	store *store.Store
+type Book struct{ edition store.Cache[*edition] }
 
+// An edition holds for one generation of what operators said.
+type edition struct {
 	mu    sync.Mutex
 	pages map[string]page // guarded by mu; by the name of the reference set
 }
@@ -36,30 +36,30 @@ type page struct {
 	until time.Time // zero: nothing ends
 }
 
-// New makes the book of what s holds.
-func New(s *store.Store) *Book { return &Book{store: s, pages: map[string]page{}} }
-
-// Changed says that operators said something else.
-func (b *Book) Changed() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	clear(b.pages)
+// New makes an empty book.
+func New() *Book {
+	return &Book{store.Cache[*edition]{Topic: store.References, Read: func(*store.Tx) (*edition, error) {
+		return &edition{pages: map[string]page{}}, nil
+	}}}
 }
 
 // For is what a host of the set has to match; an empty name is no set, and
 // releases alone.
-func (b *Book) For(ctx context.Context, set string, now time.Time) (appraise.Basis, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if p, ok := b.pages[set]; ok && !now.Before(p.from) && (p.until.IsZero() || now.Before(p.until)) {
-		return p.basis, nil
-	}
-	p := page{from: now}
-	err := b.store.View(ctx, func(tx *store.Tx) error { return p.read(tx, set, now) })
+func (b *Book) For(tx *store.Tx, set string, now time.Time) (appraise.Basis, error) {
+	e, err := b.edition.In(tx)
 	if err != nil {
 		return appraise.Basis{}, err
 	}
-	b.pages[set] = p
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if p, ok := e.pages[set]; ok && !now.Before(p.from) && (p.until.IsZero() || now.Before(p.until)) {
+		return p.basis, nil
+	}
+	p := page{from: now}
+	if err := p.read(tx, set, now); err != nil {
+		return appraise.Basis{}, err
+	}
+	e.pages[set] = p
 	return p.basis, nil
 }
 
