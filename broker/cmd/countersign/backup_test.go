@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -19,7 +19,7 @@ func brokerState(t *testing.T) (config, state string) {
 	t.Helper()
 	dir := t.TempDir()
 	state = filepath.Join(dir, "state")
-	s := check.Must(store.Open(filepath.Join(state, "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(state, "store.db")))(t)
 	check.Nil(t, s.Close())
 	for _, name := range []string{"host-ca.key", "audit.key", "key-password", "secret-id"} {
 		check.Nil(t, os.WriteFile(filepath.Join(state, name), []byte(name), 0o600))

@@ -101,6 +101,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return keeper.Run(ctx) })
+	group.Go(func() error { keepInForce(ctx, s, inForce, log); return nil })
 	known := ends{store: s, hostCA: hostCA.Certificate, ekRoots: ekRoots.All}
 	ready, services, err := openIssuers(ctx, issue.Environment{
 		Config: c, Password: password, Values: values.In(s), Log: log, Wall: faults.Now, Steady: steady, Sure: keeper.Sure,
@@ -197,6 +198,22 @@ func openIssuers(ctx context.Context, e issue.Environment, key fingerprint.Key) 
 		}
 	}
 	return ready, services, nil
+}
+
+// keepInForce parses scopes as soon as they are applied, by whichever broker: a set that
+// this one can't read is told then, and not by the first host that asks.
+func keepInForce(ctx context.Context, s *store.Store, inForce *store.Cache[*policy.Set], log *slog.Logger) {
+	changed := s.Changes(store.Scopes)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		}
+		if err := s.View(ctx, func(tx *store.Tx) error { _, err := inForce.In(tx); return err }); err != nil && ctx.Err() == nil {
+			log.Error("the scopes that were applied can't be read", "err", err)
+		}
+	}
 }
 
 func newLog(format string, w io.Writer) *slog.Logger {

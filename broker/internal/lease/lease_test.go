@@ -15,6 +15,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -33,7 +34,7 @@ func (s stubborn) Revoke(ctx context.Context, _ issue.Handle) error { return s.r
 
 func manager(t *testing.T, i issue.Issuer, leases ...journal.Lease) (*Manager, func(string) journal.Lease) {
 	t.Helper()
-	s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+	s, err := storetest.Open(filepath.Join(t.TempDir(), "store.db"))
 	if err != nil {
 		t.Fatal(err)
 	}

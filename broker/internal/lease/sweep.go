@@ -2,6 +2,7 @@ package lease
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -22,6 +23,9 @@ const (
 	// oddAgain is how often leases that couldn't be stepped are tried again: what failed
 	// may have been the disk for a moment.
 	oddAgain = time.Minute
+	// claimed is how long a kind of leases is this broker's to sweep, of several on one
+	// store, after it last did.
+	claimed = 30 * time.Second
 )
 
 // Sweep sends Tick to every lease whose time has come, until ctx ends. It is
@@ -45,6 +49,11 @@ func (m *Manager) Sweep(ctx context.Context) error {
 // sweep looks after one kind of leases: at their due times, and again at once where a
 // look found as many as it could take on.
 func (m *Manager) sweep(ctx context.Context, l *lane) {
+	defer func() {
+		if err := m.store.Release(context.WithoutCancel(ctx), l.claim()); err != nil && !errors.Is(err, store.ErrStopped) {
+			m.log.Error("lease: release the claim to sweep", "kind", l.kind, "err", err)
+		}
+	}()
 	odd, tried := map[string]bool{}, m.now()
 	for {
 		// From here on whoever sets a due time is heard.
@@ -79,7 +88,7 @@ func (m *Manager) sweep(ctx context.Context, l *lane) {
 }
 
 // sweepPage sends Tick to as many due leases as the lane has place for, in one
-// transaction, and starts what comes of it. It waits for a place where there is none,
+// transaction, which claims the kind for this broker, and starts what comes of it. It waits for a place where there is none,
 // and returns whether all its places were taken: there may be more to do. Leases that
 // can't be stepped are put into odd, which are passed over.
 func (m *Manager) sweepPage(ctx context.Context, l *lane, odd map[string]bool) (full bool, err error) {
@@ -97,8 +106,8 @@ func (m *Manager) sweepPage(ctx context.Context, l *lane, odd map[string]bool) (
 	if err != nil || len(ids) == 0 {
 		return false, err
 	}
-	steps, failed, err := m.recordAll(ctx, ids, journal.Tick{}, Cause{Actor: "broker"})
-	if err != nil {
+	steps, failed, mine, err := m.tick(ctx, l, ids)
+	if err != nil || !mine {
 		for _, id := range ids {
 			m.release(id)
 		}
@@ -119,6 +128,27 @@ func (m *Manager) sweepPage(ctx context.Context, l *lane, odd map[string]bool) (
 	}
 	return started == places, nil
 }
+
+// tick sends Tick to leases, as recordAll does, unless it is for another broker to do.
+func (m *Manager) tick(ctx context.Context, l *lane, ids []string) (steps []step, odd map[string]error, mine bool, err error) {
+	err = m.store.Update(ctx, store.Lease(ids...), func(tx *store.Tx) (err error) {
+		if mine, err = store.Claim(tx, l.claim(), m.now(), claimed); err != nil || !mine {
+			return err
+		}
+		steps, odd, err = m.recordIn(tx, ids, journal.Tick{}, Cause{Actor: "broker"})
+		return err
+	})
+	if err != nil || !mine {
+		return nil, nil, mine, err
+	}
+	for _, s := range steps {
+		m.due(s.lease)
+	}
+	return steps, odd, true, nil
+}
+
+// claim is the name of the claim to sweep the lane's kind.
+func (l *lane) claim() string { return "sweep " + l.kind }
 
 // take holds slots of the lane: at least one, unless ctx ends, and more that are free, up
 // to the sweeper's share.

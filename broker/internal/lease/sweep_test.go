@@ -17,13 +17,14 @@ import (
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 )
 
 // swept runs a sweeper over leases in a bubble of its own clock, beside what meanwhile
 // does, until that returns.
 func swept(t *testing.T, issuers map[string]issue.Issuer, leases []journal.Lease, meanwhile func(t *testing.T, m *Manager, load func(string) journal.Lease)) {
 	synctest.Test(t, func(t *testing.T) {
-		s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+		s, err := storetest.Open(filepath.Join(t.TempDir(), "store.db"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -57,6 +58,31 @@ func swept(t *testing.T, issuers map[string]issue.Issuer, leases []journal.Lease
 			t.Fatal(err)
 		}
 		time.Sleep(10 * time.Minute) // of the bubble: acts that were started come to their end
+	})
+}
+
+// What another broker has claimed to sweep is left to it, until its claim ends.
+func TestSweepsWhatNobodyElseDoes(t *testing.T) {
+	begin := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC) // of every bubble
+	var ended time.Time
+	revoker := recorder{revoke: func(issue.Handle) error { ended = time.Now(); return nil }}
+	swept(t, map[string]issue.Issuer{vault.Kind.Name: revoker}, []journal.Lease{
+		{ID: "g", Kind: vault.Kind.Name, State: journal.Retiring, Due: begin.Add(time.Minute), Issued: begin},
+	}, func(t *testing.T, m *Manager, load func(string) journal.Lease) {
+		if err := m.store.Update(t.Context(), nil, func(tx *store.Tx) error {
+			_, err := tx.Exec(`INSERT INTO claims (name, owner, until) VALUES (?, 'another', ?)`, "sweep "+vault.Kind.Name, store.Millis(begin.Add(5*time.Minute)))
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(4 * time.Minute)
+		if g := load("g"); g.State != journal.Retiring || !ended.IsZero() {
+			t.Errorf("it is %s, though another broker has it", g.State)
+		}
+		time.Sleep(2 * time.Minute)
+		if g := load("g"); g.State != journal.Gone || ended.After(begin.Add(5*time.Minute+2*time.Second)) {
+			t.Errorf("it is %s, ended at %v after the other's claim", g.State, ended.Sub(begin))
+		}
 	})
 }
 

@@ -3,6 +3,7 @@ package admin
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"maps"
 	"slices"
 	"time"
@@ -108,7 +109,7 @@ func (d *Desk) ApproveReference(ctx context.Context, a Actor, name string, versi
 		}
 		rec.Host = h.ID
 		h.Reference = name
-		return inventory.Save(tx, h)
+		return errors.Join(tx.Also(store.Host(h.ID)), inventory.Save(tx, h))
 	})
 	return r, err
 }

@@ -13,13 +13,14 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/findings"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
 // One row that can't be read keeps no other from a list, and no set from being applied:
 // it is there, with why it can't be read.
 func TestUnreadableRows(t *testing.T) {
-	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {

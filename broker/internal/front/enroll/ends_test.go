@@ -13,6 +13,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/front/challenge"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
@@ -20,7 +21,7 @@ import (
 // The end of an EK's certificate, and of its vendor's CA, says nothing against a
 // TPM that the broker knows. A new one hears what an operator can do.
 func TestEndedEKCertificates(t *testing.T) {
-	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	ca := check.Must(lab.NewTPMCA(t.TempDir()))(t)
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
@@ -70,7 +71,7 @@ func TestEndedEKCertificates(t *testing.T) {
 // certified, be it first or last; alone, or beside one without a certificate, it
 // does, with the reason.
 func TestOneKeyNotVouchedFor(t *testing.T) {
-	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	ca, other := check.Must(lab.NewTPMCA(t.TempDir()))(t), check.Must(lab.NewTPMCA(t.TempDir()))(t)
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()

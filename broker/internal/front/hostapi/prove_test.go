@@ -14,6 +14,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -37,7 +38,7 @@ func TestTheNewestSourcesAreKept(t *testing.T) {
 
 // Of a lease that can't be read nothing is decided; the host's others are dealt with.
 func TestAnUnreadableLease(t *testing.T) {
-	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {

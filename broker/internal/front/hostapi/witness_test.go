@@ -16,13 +16,14 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
 // witnesses is a desk with two hosts of one lease each, issued an hour ago.
 func witnesses(t *testing.T) (d *Desk, now time.Time, ours *challenge.Conn) {
 	t.Helper()
-	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	now = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	check.Nil(t, s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {

@@ -11,13 +11,14 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
 // A clock that was a month ahead comes back: what was set by it is set back, and
 // what was set since is left alone.
 func TestTheClockComesBack(t *testing.T) {
-	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	w := &Watch{Store: s, Log: slog.New(slog.DiscardHandler)}
 	const month = 30 * 24 * time.Hour

@@ -29,6 +29,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/broker/internal/state/values"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
 	"github.com/countersign/countersign/internal/hclread"
@@ -122,7 +123,7 @@ func (r *rig) options(s *store.Store) Options {
 // open opens store and issuer as a start of the broker does.
 func (r *rig) open(t testing.TB) {
 	t.Helper()
-	s := must(store.Open(filepath.Join(r.dir, "store.db")))(t)
+	s := must(storetest.Open(filepath.Join(r.dir, "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	r.store = s
 	r.Issuer = must(Open(context.Background(), r.options(s)))(t)

@@ -6,13 +6,14 @@ import (
 	"testing"
 
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 )
 
 // TestPlans: what a request or the sweep asks the journal is answered by an index
 // that names just that, however much a host or a scope has. SQLite chooses by what
 // it knows of the columns, so a new index can take a query from another.
 func TestPlans(t *testing.T) {
-	s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+	s, err := storetest.Open(filepath.Join(t.TempDir(), "store.db"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 )
 
 const scopes = `
@@ -32,7 +33,7 @@ scope "kept" {
 func TestForgetsOnlyWhatEnded(t *testing.T) {
 	now := time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
 	day := 24 * time.Hour
-	s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+	s, err := storetest.Open(filepath.Join(t.TempDir(), "store.db"))
 	if err != nil {
 		t.Fatal(err)
 	}

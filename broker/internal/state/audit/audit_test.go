@@ -12,6 +12,7 @@ import (
 	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/internal/checkpoint"
 )
 
@@ -19,7 +20,7 @@ var now = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 func open(t *testing.T, dir, file string) (*store.Store, *audit.Log) {
 	t.Helper()
-	s, err := store.Open(filepath.Join(dir, file))
+	s, err := storetest.Open(filepath.Join(dir, file))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,12 +12,13 @@ import (
 
 	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
 func openStore(t *testing.T) *store.Store {
 	t.Helper()
-	s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+	s, err := storetest.Open(filepath.Join(t.TempDir(), "store.db"))
 	check.Nil(t, err)
 	t.Cleanup(func() { check.Nil(t, s.Close()) })
 	return s
@@ -101,7 +102,7 @@ func TestHashesAreNotScanned(t *testing.T) {
 
 // BenchmarkHead is the head of a log whose tree is kept, or isn't.
 func BenchmarkHead(b *testing.B) {
-	s, err := store.Open(filepath.Join(b.TempDir(), "store.db"))
+	s, err := storetest.Open(filepath.Join(b.TempDir(), "store.db"))
 	check.Nil(b, err)
 	b.Cleanup(func() { _ = s.Close() })
 	for range 8 {

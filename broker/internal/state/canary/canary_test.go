@@ -11,6 +11,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/state/canary"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -42,7 +43,7 @@ func TestLike(t *testing.T) {
 }
 
 func TestTable(t *testing.T) {
-	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	c := canary.Canary{ID: "1", Scope: "s", Username: "v-x", Audience: []string{"postgres://db"}, Issued: now.UTC(), By: "alice"}
 	add := func(c canary.Canary) error {

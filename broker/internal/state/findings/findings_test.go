@@ -11,6 +11,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/state/findings"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -27,7 +28,7 @@ func finding(edits ...func(*findings.Finding)) findings.Finding {
 
 func open(t *testing.T) *store.Store {
 	t.Helper()
-	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	return s
 }

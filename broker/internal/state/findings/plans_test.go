@@ -6,12 +6,13 @@ import (
 	"testing"
 
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 )
 
 // TestPlans: a page of findings is found by an index, in the order of opening, without
 // reading those that are not on it.
 func TestPlans(t *testing.T) {
-	s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+	s, err := storetest.Open(filepath.Join(t.TempDir(), "store.db"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,19 +7,10 @@ import (
 
 // Claim takes a name for this process until ttl after now, and prolongs a claim that it
 // has; false where another process has the name. Whoever works on something of which there
-// must be one claims it first: a process that dies loses its claims by time, by the clock
-// that callers hand in, and one that is slow may lose them while it works.
-func (s *Store) Claim(ctx context.Context, name string, now time.Time, ttl time.Duration) (mine bool, err error) {
-	err = s.Update(ctx, nil, func(tx *Tx) error {
-		mine, err = ClaimIn(tx, name, now, ttl)
-		return err
-	})
-	return mine, err
-}
-
-// ClaimIn is Claim within an update: what it goes on to write is written by who has the
-// claim, and the claim costs no commit of its own.
-func ClaimIn(t *Tx, name string, now time.Time, ttl time.Duration) (mine bool, err error) {
+// must be one claims it, in the update by which the work begins: a claim costs no commit of
+// its own. A process that dies loses its claims by time, by the clock that callers hand in,
+// and one that is slow may lose them while it works.
+func Claim(t *Tx, name string, now time.Time, ttl time.Duration) (mine bool, err error) {
 	result, err := t.Exec(`INSERT INTO claims (name, owner, until) VALUES (?, ?, ?)
 		ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, until = excluded.until WHERE claims.owner = excluded.owner OR claims.until <= ?`,
 		name, t.store.owner, Millis(now.Add(ttl)), Millis(now))

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/broker/internal/state/store/storetest"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -128,7 +129,7 @@ func TestSureGoesBack(t *testing.T) {
 }
 
 func TestItIsKept(t *testing.T) {
-	s := check.Must(store.Open(filepath.Join(t.TempDir(), "store.db")))(t)
+	s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	t.Cleanup(func() { _ = s.Close() })
 	if sure := check.Must(load(t.Context(), s))(t); !sure.IsZero() {
 		t.Errorf("a new store: %s", sure)
