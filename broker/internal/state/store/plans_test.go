@@ -6,6 +6,7 @@ import (
 	"go/parser"
 	"go/token"
 	"go/types"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -61,6 +62,38 @@ func TestNoQueryReadsATableWhole(t *testing.T) {
 	}
 	if seen < 60 {
 		t.Errorf("%d queries were found: the test looks in the wrong places", seen)
+	}
+}
+
+// sqliteOnly are words that other databases have otherwise, or not at all.
+var sqliteOnly = regexp.MustCompile(`(?i)json_each|json_extract|json_type|json_valid|group_concat|\bPRAGMA\b|\browid\b|\bGLOB\b|INSERT OR |REPLACE INTO|AUTOINCREMENT`)
+
+// onlySQLite are the functions whose statements only SQLite answers: what another dialect
+// has to bring its own of. journal.List and Cursors are one more, by unary pluses.
+var onlySQLite = map[string]string{
+	"journal.Forgettable": "looks into a body that may be no JSON",
+	"inventory.Names":     "takes a list of ids as JSON",
+	"inventory.Get":       "reads a host's EKs as one text",
+	"inventory.ByEK":      "the same",
+	"inventory.Find":      "the same",
+	"inventory.ByName":    "the same",
+	"inventory.ByProof":   "the same",
+}
+
+// TestPortableStatements holds the list of what isn't.
+func TestPortableStatements(t *testing.T) {
+	left := maps.Clone(onlySQLite)
+	for _, q := range queries(t, "../../..") {
+		if !sqliteOnly.MatchString(q.text) {
+			continue
+		}
+		if _, ok := onlySQLite[q.where]; !ok {
+			t.Errorf("%s: only SQLite answers %s", q.position, q.text)
+		}
+		delete(left, q.where)
+	}
+	if len(left) > 0 {
+		t.Errorf("%v are portable by now", left)
 	}
 }
 
