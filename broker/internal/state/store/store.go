@@ -14,94 +14,18 @@ package store
 
 import (
 	"context"
-	"crypto/rand"
 	"database/sql"
 	"database/sql/driver"
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
-	"path/filepath"
-	"reflect"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // ErrStopped says that an earlier commit failed and nothing is known of the
 // disk since.
 var ErrStopped = errors.New("the store has stopped after a failed write; free or mend the disk under the state folder and restart the broker")
-
-// A Tx is one caller's part of a transaction. Its statements are portable SQL
-// with ? placeholders.
-type Tx struct {
-	ctx    context.Context // interrupts statements of a Report; else never done
-	conn   *sql.Conn
-	store  *Store
-	rows   Rows // that the Update named so far
-	writes bool // it is an Update's
-}
-
-// Also names more rows that the update changes, which turned out only in it.
-func (t *Tx) Also(rows Rows) error {
-	t.rows = t.rows.And(rows)
-	return advance(t, rows)
-}
-
-// Beside is the value of type T that the process keeps beside the transaction's store:
-// one of each type, zero at first, shared by all transactions. A change that is undone
-// undoes nothing of it, and other processes know nothing of it: whoever keeps there what
-// the store says has to see in each transaction whether it still says so.
-func Beside[T any](t *Tx) *T {
-	key := reflect.TypeFor[T]()
-	if v, ok := t.store.beside.Load(key); ok {
-		return v.(*T)
-	}
-	v, _ := t.store.beside.LoadOrStore(key, new(T))
-	return v.(*T)
-}
-
-// Exec runs a statement that returns no rows.
-func (t *Tx) Exec(query string, args ...any) (sql.Result, error) {
-	return t.conn.ExecContext(t.ctx, t.store.dialect.bind(query), args...)
-}
-
-// QueryRow reads at most one row.
-func (t *Tx) QueryRow(query string, args ...any) *sql.Row {
-	return t.conn.QueryRowContext(t.ctx, t.store.dialect.bind(query), args...)
-}
-
-// A Row is one that is being read: of a query, or of QueryRow.
-type Row interface{ Scan(...any) error }
-
-// Each reads every row of a query.
-func (t *Tx) Each(read func(Row) error, query string, args ...any) error {
-	rows, err := t.conn.QueryContext(t.ctx, t.store.dialect.bind(query), args...)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = rows.Close() }()
-	for rows.Next() {
-		if err := read(rows); err != nil {
-			return err
-		}
-	}
-	return rows.Err()
-}
-
-// Collect reads the rows of a query into a list.
-func Collect[T any](t *Tx, read func(Row) (T, error), query string, args ...any) (list []T, err error) {
-	err = t.Each(func(r Row) error {
-		one, err := read(r)
-		list = append(list, one)
-		return err
-	}, query, args...)
-	if err != nil {
-		return nil, err
-	}
-	return list, nil
-}
 
 // A Store is safe for concurrent use.
 type Store struct {
@@ -136,158 +60,6 @@ type update struct {
 // batchSize bounds how many updates share a commit, and so how long the first
 // of them waits for the others.
 const batchSize = 64
-
-// Open opens or makes the store in the file path and brings its schema up to
-// date.
-func Open(path string) (*Store, error) { return OpenAs(SQLite(), path, false) }
-
-// OpenAs is Open with a dialect of SQLite's, for tests. A strict store fails updates that
-// change rows which they didn't name.
-func OpenAs(d Dialect, path string, strict bool) (*Store, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, err
-	}
-	lock, err := exclusive(path + ".lock")
-	if err != nil {
-		return nil, err
-	}
-	s, err := openLocked(d, path)
-	if err != nil {
-		return nil, errors.Join(err, lock.Close())
-	}
-	if strict {
-		s.strict = &strictness{}
-	}
-	s.lock = lock
-	go s.commitLoop()
-	s.log.ended = make(chan struct{})
-	go s.log.run(s.done)
-	return s, nil
-}
-
-func openLocked(d Dialect, path string) (*Store, error) {
-	// SQLite takes the journal's mode from the database file, so it is made
-	// closed to others before SQLite sees it.
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("open store: %w", err)
-	}
-	_ = f.Close()
-	s, err := open(d, path, "rwc")
-	if err != nil {
-		return nil, err
-	}
-	if err := s.migrate(); err != nil {
-		return nil, errors.Join(fmt.Errorf("store %s: %w", path, err), s.closeDBs())
-	}
-	// Nobody else has the store open: whoever had claims is gone.
-	if _, err := s.writer.Exec(`DELETE FROM claims`); err != nil {
-		return nil, errors.Join(fmt.Errorf("store %s: %w", path, err), s.closeDBs())
-	}
-	return s, nil
-}
-
-// exclusive holds a lock for as long as the file is open: two brokers on one
-// store would each act on what the other changed. It is a file of its own, since
-// closing another descriptor of the database would drop SQLite's own locks.
-func exclusive(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("open store: %w", err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("another broker has this store open (%s is locked: %w)", path, err)
-	}
-	return f, nil
-}
-
-// OpenReadOnly opens the store for View alone and never writes to it.
-func OpenReadOnly(path string) (*Store, error) {
-	if _, err := os.Stat(path); err != nil {
-		return nil, err
-	}
-	s, err := open(SQLite(), path, "ro")
-	if err != nil {
-		return nil, err
-	}
-	s.closed = true
-	close(s.done)
-	if err := s.current(); err != nil {
-		return nil, errors.Join(fmt.Errorf("store %s: %w", path, err), s.closeDBs())
-	}
-	return s, nil
-}
-
-// Behind reports whether Open will change the schema of an existing store, which takes
-// minutes where it is large.
-func Behind(path string) (bool, error) {
-	s, err := open(SQLite(), path, "ro")
-	if err != nil {
-		return false, err
-	}
-	err = s.current()
-	return errors.Is(err, errBehind), s.closeDBs()
-}
-
-var errBehind = errors.New("start this version's broker on it once")
-
-// current fails unless the schema is the one that this program knows: who only reads
-// can't bring it up to date.
-func (s *Store) current() error {
-	names, err := s.dialect.versions()
-	if err != nil {
-		return err
-	}
-	var have int
-	if err := s.readers.QueryRow(`SELECT COALESCE(MAX(version), 0) FROM schema_version`).Scan(&have); err != nil {
-		return err
-	}
-	switch {
-	case have > len(names):
-		return fmt.Errorf("has schema version %d, this program knows up to %d: use the broker's own version of it", have, len(names))
-	case have < len(names):
-		return fmt.Errorf("has schema version %d, this program needs %d: %w", have, len(names), errBehind)
-	}
-	return nil
-}
-
-func open(d Dialect, path, mode string) (*Store, error) {
-	dsn := (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath()}).String()
-	pragmas := "&_pragma=busy_timeout(10000)&_pragma=foreign_keys(1)"
-	if mode != "ro" {
-		pragmas += fmt.Sprintf("&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=journal_size_limit(%d)&_pragma=wal_autocheckpoint(0)", keepLog)
-	}
-	writer, err := openDB(dsn + "?mode=" + mode + pragmas + "&_txlock=immediate")
-	if err != nil {
-		return nil, err
-	}
-	writer.SetMaxOpenConns(1)
-	readers, err := openDB(dsn + "?mode=" + mode + pragmas)
-	if err != nil {
-		return nil, errors.Join(err, writer.Close())
-	}
-	reports, err := openDB(dsn + "?mode=" + mode + pragmas)
-	if err != nil {
-		return nil, errors.Join(err, writer.Close(), readers.Close())
-	}
-	copier, err := openDB(dsn + "?mode=" + mode + pragmas)
-	if err != nil {
-		return nil, errors.Join(err, writer.Close(), readers.Close(), reports.Close())
-	}
-	for _, db := range []struct {
-		*sql.DB
-		most int
-	}{{readers, viewers}, {reports, reporters}, {copier, 1}} {
-		// Kept open: a connection that is opened anew reads the schema first.
-		db.SetMaxOpenConns(db.most)
-		db.SetMaxIdleConns(db.most)
-	}
-	if err := writer.Ping(); err != nil {
-		return nil, fmt.Errorf("open store %s: %w", path, err)
-	}
-	return &Store{dialect: d, path: path, owner: rand.Text(), writer: writer, readers: readers, reports: reports, queue: make(chan *update), quit: make(chan struct{}), done: make(chan struct{}), log: newLogKeeper(path+"-wal", writer, copier)}, nil
-}
 
 // Update runs change, which changes the rows, in a transaction and returns when it is
 // durable, or with change's error when it is undone. Change must be quick and free of

@@ -1,0 +1,77 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"reflect"
+)
+
+// A Tx is one caller's part of a transaction. Its statements are portable SQL
+// with ? placeholders.
+type Tx struct {
+	ctx    context.Context // interrupts statements of a Report; else never done
+	conn   *sql.Conn
+	store  *Store
+	rows   Rows // that the Update named so far
+	writes bool // it is an Update's
+}
+
+// Also names more rows that the update changes, which turned out only in it.
+func (t *Tx) Also(rows Rows) error {
+	t.rows = t.rows.And(rows)
+	return advance(t, rows)
+}
+
+// Beside is the value of type T that the process keeps beside the transaction's store:
+// one of each type, zero at first, shared by all transactions. A change that is undone
+// undoes nothing of it, and other processes know nothing of it: whoever keeps there what
+// the store says has to see in each transaction whether it still says so.
+func Beside[T any](t *Tx) *T {
+	key := reflect.TypeFor[T]()
+	if v, ok := t.store.beside.Load(key); ok {
+		return v.(*T)
+	}
+	v, _ := t.store.beside.LoadOrStore(key, new(T))
+	return v.(*T)
+}
+
+// Exec runs a statement that returns no rows.
+func (t *Tx) Exec(query string, args ...any) (sql.Result, error) {
+	return t.conn.ExecContext(t.ctx, t.store.dialect.bind(query), args...)
+}
+
+// QueryRow reads at most one row.
+func (t *Tx) QueryRow(query string, args ...any) *sql.Row {
+	return t.conn.QueryRowContext(t.ctx, t.store.dialect.bind(query), args...)
+}
+
+// A Row is one that is being read: of a query, or of QueryRow.
+type Row interface{ Scan(...any) error }
+
+// Each reads every row of a query.
+func (t *Tx) Each(read func(Row) error, query string, args ...any) error {
+	rows, err := t.conn.QueryContext(t.ctx, t.store.dialect.bind(query), args...)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		if err := read(rows); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}
+
+// Collect reads the rows of a query into a list.
+func Collect[T any](t *Tx, read func(Row) (T, error), query string, args ...any) (list []T, err error) {
+	err = t.Each(func(r Row) error {
+		one, err := read(r)
+		list = append(list, one)
+		return err
+	}, query, args...)
+	if err != nil {
+		return nil, err
+	}
+	return list, nil
+}
