@@ -11,11 +11,25 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/state/store"
-	"github.com/countersign/countersign/test/check"
 )
 
 // Open is store.Open for tests: an update that changes rows which it didn't name fails.
 func Open(path string) (*store.Store, error) { return store.OpenAs(store.SQLite(), path, true) }
+
+func ok(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func must[T any](v T, err error) func(testing.TB) T {
+	return func(t testing.TB) T {
+		t.Helper()
+		ok(t, err)
+		return v
+	}
+}
 
 // Run holds a store to its promises. Open opens the strict store that is in dir; each test
 // has a dir of its own, and may open it again after it has closed the store.
@@ -52,7 +66,7 @@ func get(tx *store.Tx, name string) (value string, err error) {
 
 func read(t *testing.T, s *store.Store, name string) (value string) {
 	t.Helper()
-	check.Nil(t, s.View(t.Context(), func(tx *store.Tx) (err error) {
+	ok(t, s.View(t.Context(), func(tx *store.Tx) (err error) {
 		value, err = get(tx, name)
 		return err
 	}))
@@ -61,7 +75,7 @@ func read(t *testing.T, s *store.Store, name string) (value string) {
 
 func closed(t *testing.T, s *store.Store) {
 	t.Helper()
-	check.Nil(t, s.Close())
+	ok(t, s.Close())
 }
 
 var (
@@ -72,10 +86,10 @@ var (
 func whole(t *testing.T, open func() *store.Store) {
 	s := open()
 	defer closed(t, s)
-	check.Nil(t, s.Update(t.Context(), broker, put("a", "1")))
+	ok(t, s.Update(t.Context(), broker, put("a", "1")))
 	for what, change := range map[string]func(*store.Tx) error{
 		"an error": func(tx *store.Tx) error { return errors.Join(put("a", "2")(tx), put("b", "2")(tx), errUndone) },
-		"a panic":  func(tx *store.Tx) error { check.Nil(t, put("a", "2")(tx)); panic("in an update") },
+		"a panic":  func(tx *store.Tx) error { ok(t, put("a", "2")(tx)); panic("in an update") },
 	} {
 		if err := s.Update(t.Context(), broker, change); err == nil {
 			t.Errorf("%s was taken for success", what)
@@ -94,7 +108,7 @@ func whole(t *testing.T, open func() *store.Store) {
 func together(t *testing.T, open func() *store.Store) {
 	s := open()
 	defer closed(t, s)
-	check.Nil(t, s.Update(t.Context(), broker, put("sum", "")))
+	ok(t, s.Update(t.Context(), broker, put("sum", "")))
 	var group sync.WaitGroup
 	const updates = 120
 	for i := range updates {
@@ -123,11 +137,11 @@ func together(t *testing.T, open func() *store.Store) {
 func snapshot(t *testing.T, open func() *store.Store) {
 	s := open()
 	defer closed(t, s)
-	check.Nil(t, s.Update(t.Context(), broker, put("a", "1")))
-	check.Nil(t, s.View(t.Context(), func(tx *store.Tx) error {
-		before := check.Must(get(tx, "a"))(t)
-		check.Nil(t, s.Update(t.Context(), broker, put("a", "2")))
-		if again := check.Must(get(tx, "a"))(t); before != "1" || again != "1" {
+	ok(t, s.Update(t.Context(), broker, put("a", "1")))
+	ok(t, s.View(t.Context(), func(tx *store.Tx) error {
+		before := must(get(tx, "a"))(t)
+		ok(t, s.Update(t.Context(), broker, put("a", "2")))
+		if again := must(get(tx, "a"))(t); before != "1" || again != "1" {
 			t.Errorf("one view read %q and %q", before, again)
 		}
 		return nil
@@ -135,8 +149,8 @@ func snapshot(t *testing.T, open func() *store.Store) {
 	if a := read(t, s, "a"); a != "2" {
 		t.Errorf("a view after the update read %q", a)
 	}
-	check.Nil(t, s.Report(t.Context(), func(tx *store.Tx) error {
-		if a := check.Must(get(tx, "a"))(t); a != "2" {
+	ok(t, s.Report(t.Context(), func(tx *store.Tx) error {
+		if a := must(get(tx, "a"))(t); a != "2" {
 			t.Errorf("a report read %q", a)
 		}
 		return nil
@@ -151,7 +165,7 @@ func snapshot(t *testing.T, open func() *store.Store) {
 
 func durable(t *testing.T, open func() *store.Store) {
 	s := open()
-	check.Nil(t, s.Update(t.Context(), broker, put("a", "1")))
+	ok(t, s.Update(t.Context(), broker, put("a", "1")))
 	closed(t, s)
 	if err := s.Update(t.Context(), broker, put("a", "2")); !errors.Is(err, store.ErrStopped) {
 		t.Errorf("an update of a closed store: %v", err)
@@ -174,7 +188,7 @@ func named(t *testing.T, open func() *store.Store) {
 	exec := func(statement string, args ...any) func(*store.Tx) error {
 		return func(tx *store.Tx) error { _, err := tx.Exec(statement, args...); return err }
 	}
-	check.Nil(t, s.Update(t.Context(), store.Host("h1", "h2").And(store.Lease("g1")), func(tx *store.Tx) error {
+	ok(t, s.Update(t.Context(), store.Host("h1", "h2").And(store.Lease("g1")), func(tx *store.Tx) error {
 		return errors.Join(exec(addHost, "h1", "one")(tx), exec(addHost, "h2", "two")(tx), exec(addLease, "g1")(tx))
 	}))
 	for _, c := range []struct {
@@ -206,7 +220,7 @@ func named(t *testing.T, open func() *store.Store) {
 
 func generation(t *testing.T, s *store.Store, topic store.Topic) (n int64) {
 	t.Helper()
-	check.Nil(t, s.View(t.Context(), func(tx *store.Tx) (err error) {
+	ok(t, s.View(t.Context(), func(tx *store.Tx) (err error) {
 		n, err = store.Generation(tx, topic)
 		return err
 	}))
@@ -217,12 +231,12 @@ func generations(t *testing.T, open func() *store.Store) {
 	s := open()
 	nothing := func(*store.Tx) error { return nil }
 	before, other := generation(t, s, store.Scopes), generation(t, s, store.References)
-	check.Nil(t, s.Update(t.Context(), store.Any(store.Scopes), nothing))
-	check.Nil(t, s.Update(t.Context(), nil, func(tx *store.Tx) error { return tx.Also(store.Any(store.Scopes)) }))
+	ok(t, s.Update(t.Context(), store.Any(store.Scopes), nothing))
+	ok(t, s.Update(t.Context(), nil, func(tx *store.Tx) error { return tx.Also(store.Any(store.Scopes)) }))
 	if err := s.Update(t.Context(), store.Any(store.Scopes), func(*store.Tx) error { return errUndone }); !errors.Is(err, errUndone) {
 		t.Errorf("an update that fails: %v", err)
 	}
-	check.Nil(t, s.Update(t.Context(), store.Host("h"), nothing))
+	ok(t, s.Update(t.Context(), store.Host("h"), nothing))
 	if n := generation(t, s, store.Scopes); n != before+2 {
 		t.Errorf("two changes made generation %d of %d", n, before)
 	}
@@ -246,13 +260,13 @@ func cached(t *testing.T, open func() *store.Store) {
 		return get(tx, "a")
 	}}
 	in := func() (value string) {
-		check.Nil(t, s.View(t.Context(), func(tx *store.Tx) (err error) { value, err = c.In(tx); return err }))
+		ok(t, s.View(t.Context(), func(tx *store.Tx) (err error) { value, err = c.In(tx); return err }))
 		return value
 	}
 	set := func(value string, err error) {
 		if got := s.Update(t.Context(), broker, func(tx *store.Tx) error {
-			check.Nil(t, put("a", value)(tx))
-			if seen := check.Must(c.In(tx))(t); seen != value {
+			ok(t, put("a", value)(tx))
+			if seen := must(c.In(tx))(t); seen != value {
 				t.Errorf("an update that wrote %q has %q", value, seen)
 			}
 			return err
@@ -273,13 +287,13 @@ func cached(t *testing.T, open func() *store.Store) {
 	if a := in(); a != "3" {
 		t.Errorf("it is %q, want 3", a)
 	}
-	check.Nil(t, s.View(t.Context(), func(tx *store.Tx) error {
-		old := check.Must(get(tx, "a"))(t)
+	ok(t, s.View(t.Context(), func(tx *store.Tx) error {
+		old := must(get(tx, "a"))(t)
 		set("4", nil)
 		if a := in(); a != "4" {
 			t.Errorf("it is %q, want 4", a)
 		}
-		if a := check.Must(c.In(tx))(t); a != old {
+		if a := must(c.In(tx))(t); a != old {
 			t.Errorf("a view from before has %q, want %q", a, old)
 		}
 		return nil
@@ -303,7 +317,7 @@ func changes(t *testing.T, open func() *store.Store) {
 	}
 	nothing := func(*store.Tx) error { return nil }
 	for range 3 {
-		check.Nil(t, s.Update(t.Context(), store.Lease("g"), nothing))
+		ok(t, s.Update(t.Context(), store.Lease("g"), nothing))
 	}
 	if !told(leases) || told(leases) || told(hosts) {
 		t.Error("three changes of a lease are one notice of leases, and none of hosts")
@@ -311,7 +325,7 @@ func changes(t *testing.T, open func() *store.Store) {
 	if err := s.Update(t.Context(), store.Any(store.Leases), func(*store.Tx) error { return errUndone }); err == nil || told(leases) {
 		t.Errorf("a change that was undone is told: %v", err)
 	}
-	check.Nil(t, s.Update(t.Context(), nil, func(tx *store.Tx) error { return tx.Also(store.Any(store.Leases, store.Hosts)) }))
+	ok(t, s.Update(t.Context(), nil, func(tx *store.Tx) error { return tx.Also(store.Any(store.Leases, store.Hosts)) }))
 	if !told(leases) || !told(hosts) {
 		t.Error("a change of any of both is not told")
 	}
@@ -321,7 +335,7 @@ func claims(t *testing.T, open func() *store.Store) {
 	s := open()
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	claim := func(name string, at time.Time) (mine bool) {
-		check.Nil(t, s.Update(t.Context(), nil, func(tx *store.Tx) (err error) {
+		ok(t, s.Update(t.Context(), nil, func(tx *store.Tx) (err error) {
 			mine, err = store.Claim(tx, name, at, time.Minute)
 			return err
 		}))
@@ -329,7 +343,7 @@ func claims(t *testing.T, open func() *store.Store) {
 	}
 	// Another process on the same database is another owner; here it is what it left there.
 	left := func(until time.Time) {
-		check.Nil(t, s.Update(t.Context(), nil, func(tx *store.Tx) error {
+		ok(t, s.Update(t.Context(), nil, func(tx *store.Tx) error {
 			_, err := tx.Exec(`UPDATE claims SET owner = 'another', until = ? WHERE name = 'a'`, store.Millis(until))
 			return err
 		}))
@@ -341,7 +355,7 @@ func claims(t *testing.T, open func() *store.Store) {
 	if claim("a", now) || claim("a", now.Add(time.Minute-time.Millisecond)) {
 		t.Error("another's claim was taken before its end")
 	}
-	check.Nil(t, s.Release(t.Context(), "a"))
+	ok(t, s.Release(t.Context(), "a"))
 	if claim("a", now) {
 		t.Error("another's claim was released")
 	}
@@ -358,7 +372,7 @@ func claims(t *testing.T, open func() *store.Store) {
 	if !errors.Is(err, errUndone) {
 		t.Error(err)
 	}
-	check.Nil(t, s.Update(t.Context(), nil, func(tx *store.Tx) error {
+	ok(t, s.Update(t.Context(), nil, func(tx *store.Tx) error {
 		var n int
 		err := tx.QueryRow(`SELECT COUNT(*) FROM claims WHERE name = 'c'`).Scan(&n)
 		if n != 0 {
@@ -366,6 +380,6 @@ func claims(t *testing.T, open func() *store.Store) {
 		}
 		return err
 	}))
-	check.Nil(t, s.Release(t.Context(), "b"))
+	ok(t, s.Release(t.Context(), "b"))
 	closed(t, s)
 }
