@@ -68,7 +68,9 @@ var codes = map[Outcome]connect.Code{
 // Connect is the error as it goes out.
 func (e *Error) Connect() *connect.Error {
 	c := connect.NewError(codes[e.Outcome], errors.New(e.Message))
-	if d, err := connect.NewErrorDetail(&countersignv1.ErrorDetail{Outcome: string(e.Outcome), Check: e.Check, RequestId: e.Request}); err == nil {
+	detail := &countersignv1.ErrorDetail{Outcome: string(e.Outcome), Check: e.Check, RequestId: e.Request}
+	CompleteCodes(detail)
+	if d, err := connect.NewErrorDetail(detail); err == nil {
 		c.AddDetail(d)
 	}
 	return c
@@ -91,6 +93,7 @@ func FromConnect(err error) *Error {
 			continue
 		}
 		if e, ok := value.(*countersignv1.ErrorDetail); ok {
+			CompleteCodes(e)
 			switch o := Outcome(e.GetOutcome()); o {
 			case Retry, Rejected, Refused, Fault:
 				return &Error{Outcome: o, Check: e.GetCheck(), Message: c.Message(), Request: e.GetRequestId()}

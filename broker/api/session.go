@@ -109,8 +109,8 @@ func dialOne(ctx context.Context, p Peer, address string) (*Session, error) {
 		return nil, err
 	}
 	client := &http.Client{Transport: s.conn, CheckRedirect: func(*http.Request, []*http.Request) error { return errors.New("a broker doesn't redirect") }}
-	s.Hosts = countersignv1connect.NewHostServiceClient(client, address, connect.WithReadMaxBytes(maxAnswer))
-	s.Operators = countersignv1connect.NewOperatorServiceClient(client, address)
+	s.Hosts = countersignv1connect.NewHostServiceClient(client, address, connect.WithReadMaxBytes(maxAnswer), connect.WithInterceptors(Codes()))
+	s.Operators = countersignv1connect.NewOperatorServiceClient(client, address, connect.WithInterceptors(Codes()))
 	return s, nil
 }
 

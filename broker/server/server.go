@@ -50,7 +50,7 @@ func (s *Server) Run(ctx context.Context) error {
 	s.Hosts.opens = newSourceLimit(opensPerSec, opensBurst, s.Door.Now)
 	// Nothing is unpacked: bound counts what is sent.
 	opts := connect.WithHandlerOptions(connect.WithCompression("gzip", nil, nil), connect.WithReadMaxBytes(maxEvidence),
-		connect.WithInterceptors(s.observe()), connect.WithRecover(s.recovered))
+		connect.WithInterceptors(s.observe(), api.Codes()), connect.WithRecover(s.recovered))
 	mux := http.NewServeMux()
 	mux.Handle(countersignv1connect.NewHostServiceHandler(s.Hosts, opts))
 	mux.Handle(countersignv1connect.NewOperatorServiceHandler(s.Operators, opts))

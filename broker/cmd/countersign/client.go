@@ -13,6 +13,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
@@ -76,7 +77,7 @@ func (o *options) dial(ctx context.Context) (countersignv1connect.OperatorServic
 		transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", o.socket)
 		}}
-		return countersignv1connect.NewOperatorServiceClient(&http.Client{Transport: transport}, "http://broker"), transport.CloseIdleConnections, nil
+		return countersignv1connect.NewOperatorServiceClient(&http.Client{Transport: transport}, "http://broker", connect.WithInterceptors(api.Codes())), transport.CloseIdleConnections, nil
 	}
 	if o.caSHA256 == "" {
 		return nil, nil, &exitError{exitUsage, errors.New("--address needs --ca-sha256, which broker init printed: without it anybody could be the broker")}
@@ -95,7 +96,7 @@ func (o *options) dial(ctx context.Context) (countersignv1connect.OperatorServic
 // show prints an answer: as JSON, or as text by the given function.
 func (o *options) show(w io.Writer, m proto.Message, text func(io.Writer)) error {
 	if o.output == "json" {
-		b, err := protojson.MarshalOptions{UseProtoNames: true, EmitDefaultValues: true}.Marshal(m)
+		b, err := protojson.MarshalOptions{UseProtoNames: true, EmitDefaultValues: true}.Marshal(api.WithoutCodes(m))
 		if err != nil {
 			return err
 		}

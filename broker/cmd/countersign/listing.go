@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/internal/terminal"
 )
 
@@ -71,7 +72,7 @@ func (o *options) listing(cmd *cobra.Command, name, header string) *listing {
 // row prints a row: m as JSON, or its cells.
 func (l *listing) row(m proto.Message, cells ...any) error {
 	if l.json {
-		b, err := protojson.MarshalOptions{UseProtoNames: true, EmitDefaultValues: true}.Marshal(m)
+		b, err := protojson.MarshalOptions{UseProtoNames: true, EmitDefaultValues: true}.Marshal(api.WithoutCodes(m))
 		if err != nil {
 			return err
 		}

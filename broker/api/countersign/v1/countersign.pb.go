@@ -27,6 +27,888 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// A Verdict is what becomes of a lease that was proven.
+type Verdict int32
+
+const (
+	Verdict_VERDICT_UNSPECIFIED Verdict = 0
+	Verdict_VERDICT_LIVE        Verdict = 1
+	Verdict_VERDICT_REFUSED     Verdict = 2
+	Verdict_VERDICT_REJECTED    Verdict = 3
+	Verdict_VERDICT_GONE        Verdict = 4
+	Verdict_VERDICT_FAULT       Verdict = 5
+)
+
+// Enum value maps for Verdict.
+var (
+	Verdict_name = map[int32]string{
+		0: "VERDICT_UNSPECIFIED",
+		1: "VERDICT_LIVE",
+		2: "VERDICT_REFUSED",
+		3: "VERDICT_REJECTED",
+		4: "VERDICT_GONE",
+		5: "VERDICT_FAULT",
+	}
+	Verdict_value = map[string]int32{
+		"VERDICT_UNSPECIFIED": 0,
+		"VERDICT_LIVE":        1,
+		"VERDICT_REFUSED":     2,
+		"VERDICT_REJECTED":    3,
+		"VERDICT_GONE":        4,
+		"VERDICT_FAULT":       5,
+	}
+)
+
+func (x Verdict) Enum() *Verdict {
+	p := new(Verdict)
+	*p = x
+	return p
+}
+
+func (x Verdict) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Verdict) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[0].Descriptor()
+}
+
+func (Verdict) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[0]
+}
+
+func (x Verdict) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Verdict.Descriptor instead.
+func (Verdict) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{0}
+}
+
+// An Outcome is why a call failed.
+type Outcome int32
+
+const (
+	Outcome_OUTCOME_UNSPECIFIED Outcome = 0
+	Outcome_OUTCOME_RETRY       Outcome = 1
+	Outcome_OUTCOME_REJECTED    Outcome = 2
+	Outcome_OUTCOME_REFUSED     Outcome = 3
+	Outcome_OUTCOME_FAULT       Outcome = 4
+)
+
+// Enum value maps for Outcome.
+var (
+	Outcome_name = map[int32]string{
+		0: "OUTCOME_UNSPECIFIED",
+		1: "OUTCOME_RETRY",
+		2: "OUTCOME_REJECTED",
+		3: "OUTCOME_REFUSED",
+		4: "OUTCOME_FAULT",
+	}
+	Outcome_value = map[string]int32{
+		"OUTCOME_UNSPECIFIED": 0,
+		"OUTCOME_RETRY":       1,
+		"OUTCOME_REJECTED":    2,
+		"OUTCOME_REFUSED":     3,
+		"OUTCOME_FAULT":       4,
+	}
+)
+
+func (x Outcome) Enum() *Outcome {
+	p := new(Outcome)
+	*p = x
+	return p
+}
+
+func (x Outcome) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Outcome) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[1].Descriptor()
+}
+
+func (Outcome) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[1]
+}
+
+func (x Outcome) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Outcome.Descriptor instead.
+func (Outcome) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{1}
+}
+
+type HostState int32
+
+const (
+	HostState_HOST_STATE_UNSPECIFIED HostState = 0
+	HostState_HOST_STATE_REGISTERED  HostState = 1
+	HostState_HOST_STATE_PENDING     HostState = 2
+	HostState_HOST_STATE_TRUSTED     HostState = 3
+	HostState_HOST_STATE_STALE       HostState = 4
+	HostState_HOST_STATE_FAILED      HostState = 5
+	HostState_HOST_STATE_QUARANTINED HostState = 6
+	HostState_HOST_STATE_REMOVED     HostState = 7
+)
+
+// Enum value maps for HostState.
+var (
+	HostState_name = map[int32]string{
+		0: "HOST_STATE_UNSPECIFIED",
+		1: "HOST_STATE_REGISTERED",
+		2: "HOST_STATE_PENDING",
+		3: "HOST_STATE_TRUSTED",
+		4: "HOST_STATE_STALE",
+		5: "HOST_STATE_FAILED",
+		6: "HOST_STATE_QUARANTINED",
+		7: "HOST_STATE_REMOVED",
+	}
+	HostState_value = map[string]int32{
+		"HOST_STATE_UNSPECIFIED": 0,
+		"HOST_STATE_REGISTERED":  1,
+		"HOST_STATE_PENDING":     2,
+		"HOST_STATE_TRUSTED":     3,
+		"HOST_STATE_STALE":       4,
+		"HOST_STATE_FAILED":      5,
+		"HOST_STATE_QUARANTINED": 6,
+		"HOST_STATE_REMOVED":     7,
+	}
+)
+
+func (x HostState) Enum() *HostState {
+	p := new(HostState)
+	*p = x
+	return p
+}
+
+func (x HostState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (HostState) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[2].Descriptor()
+}
+
+func (HostState) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[2]
+}
+
+func (x HostState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use HostState.Descriptor instead.
+func (HostState) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{2}
+}
+
+// A Tier is what is known of a host's TPM.
+type Tier int32
+
+const (
+	Tier_TIER_UNSPECIFIED Tier = 0
+	Tier_TIER_CERTIFIED   Tier = 1
+	Tier_TIER_KNOWN       Tier = 2
+)
+
+// Enum value maps for Tier.
+var (
+	Tier_name = map[int32]string{
+		0: "TIER_UNSPECIFIED",
+		1: "TIER_CERTIFIED",
+		2: "TIER_KNOWN",
+	}
+	Tier_value = map[string]int32{
+		"TIER_UNSPECIFIED": 0,
+		"TIER_CERTIFIED":   1,
+		"TIER_KNOWN":       2,
+	}
+)
+
+func (x Tier) Enum() *Tier {
+	p := new(Tier)
+	*p = x
+	return p
+}
+
+func (x Tier) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Tier) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[3].Descriptor()
+}
+
+func (Tier) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[3]
+}
+
+func (x Tier) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Tier.Descriptor instead.
+func (Tier) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{3}
+}
+
+type HostOrder int32
+
+const (
+	HostOrder_HOST_ORDER_UNSPECIFIED HostOrder = 0
+	HostOrder_HOST_ORDER_NAME        HostOrder = 1
+	HostOrder_HOST_ORDER_PROVED      HostOrder = 2
+)
+
+// Enum value maps for HostOrder.
+var (
+	HostOrder_name = map[int32]string{
+		0: "HOST_ORDER_UNSPECIFIED",
+		1: "HOST_ORDER_NAME",
+		2: "HOST_ORDER_PROVED",
+	}
+	HostOrder_value = map[string]int32{
+		"HOST_ORDER_UNSPECIFIED": 0,
+		"HOST_ORDER_NAME":        1,
+		"HOST_ORDER_PROVED":      2,
+	}
+)
+
+func (x HostOrder) Enum() *HostOrder {
+	p := new(HostOrder)
+	*p = x
+	return p
+}
+
+func (x HostOrder) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (HostOrder) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[4].Descriptor()
+}
+
+func (HostOrder) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[4]
+}
+
+func (x HostOrder) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use HostOrder.Descriptor instead.
+func (HostOrder) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{4}
+}
+
+type HostAction int32
+
+const (
+	HostAction_HOST_ACTION_UNSPECIFIED HostAction = 0
+	HostAction_HOST_ACTION_APPROVE     HostAction = 1
+	HostAction_HOST_ACTION_LABEL       HostAction = 2
+	HostAction_HOST_ACTION_QUARANTINE  HostAction = 3
+	HostAction_HOST_ACTION_RELEASE     HostAction = 4
+	HostAction_HOST_ACTION_REENROL     HostAction = 5
+	HostAction_HOST_ACTION_REMOVE      HostAction = 6
+	HostAction_HOST_ACTION_REFERENCE   HostAction = 7
+	HostAction_HOST_ACTION_STEP_UP     HostAction = 8
+)
+
+// Enum value maps for HostAction.
+var (
+	HostAction_name = map[int32]string{
+		0: "HOST_ACTION_UNSPECIFIED",
+		1: "HOST_ACTION_APPROVE",
+		2: "HOST_ACTION_LABEL",
+		3: "HOST_ACTION_QUARANTINE",
+		4: "HOST_ACTION_RELEASE",
+		5: "HOST_ACTION_REENROL",
+		6: "HOST_ACTION_REMOVE",
+		7: "HOST_ACTION_REFERENCE",
+		8: "HOST_ACTION_STEP_UP",
+	}
+	HostAction_value = map[string]int32{
+		"HOST_ACTION_UNSPECIFIED": 0,
+		"HOST_ACTION_APPROVE":     1,
+		"HOST_ACTION_LABEL":       2,
+		"HOST_ACTION_QUARANTINE":  3,
+		"HOST_ACTION_RELEASE":     4,
+		"HOST_ACTION_REENROL":     5,
+		"HOST_ACTION_REMOVE":      6,
+		"HOST_ACTION_REFERENCE":   7,
+		"HOST_ACTION_STEP_UP":     8,
+	}
+)
+
+func (x HostAction) Enum() *HostAction {
+	p := new(HostAction)
+	*p = x
+	return p
+}
+
+func (x HostAction) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (HostAction) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[5].Descriptor()
+}
+
+func (HostAction) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[5]
+}
+
+func (x HostAction) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use HostAction.Descriptor instead.
+func (HostAction) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{5}
+}
+
+// A Role is what an operator may do; each may do what those before it may.
+type Role int32
+
+const (
+	Role_ROLE_UNSPECIFIED Role = 0
+	Role_ROLE_VIEWER      Role = 1
+	Role_ROLE_RESPONDER   Role = 2
+	Role_ROLE_OPERATOR    Role = 3
+	Role_ROLE_ADMIN       Role = 4
+)
+
+// Enum value maps for Role.
+var (
+	Role_name = map[int32]string{
+		0: "ROLE_UNSPECIFIED",
+		1: "ROLE_VIEWER",
+		2: "ROLE_RESPONDER",
+		3: "ROLE_OPERATOR",
+		4: "ROLE_ADMIN",
+	}
+	Role_value = map[string]int32{
+		"ROLE_UNSPECIFIED": 0,
+		"ROLE_VIEWER":      1,
+		"ROLE_RESPONDER":   2,
+		"ROLE_OPERATOR":    3,
+		"ROLE_ADMIN":       4,
+	}
+)
+
+func (x Role) Enum() *Role {
+	p := new(Role)
+	*p = x
+	return p
+}
+
+func (x Role) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Role) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[6].Descriptor()
+}
+
+func (Role) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[6]
+}
+
+func (x Role) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Role.Descriptor instead.
+func (Role) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{6}
+}
+
+type ReferenceState int32
+
+const (
+	ReferenceState_REFERENCE_STATE_UNSPECIFIED ReferenceState = 0
+	ReferenceState_REFERENCE_STATE_DRAFT       ReferenceState = 1
+	ReferenceState_REFERENCE_STATE_APPROVED    ReferenceState = 2
+	ReferenceState_REFERENCE_STATE_ENDED       ReferenceState = 3
+)
+
+// Enum value maps for ReferenceState.
+var (
+	ReferenceState_name = map[int32]string{
+		0: "REFERENCE_STATE_UNSPECIFIED",
+		1: "REFERENCE_STATE_DRAFT",
+		2: "REFERENCE_STATE_APPROVED",
+		3: "REFERENCE_STATE_ENDED",
+	}
+	ReferenceState_value = map[string]int32{
+		"REFERENCE_STATE_UNSPECIFIED": 0,
+		"REFERENCE_STATE_DRAFT":       1,
+		"REFERENCE_STATE_APPROVED":    2,
+		"REFERENCE_STATE_ENDED":       3,
+	}
+)
+
+func (x ReferenceState) Enum() *ReferenceState {
+	p := new(ReferenceState)
+	*p = x
+	return p
+}
+
+func (x ReferenceState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ReferenceState) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[7].Descriptor()
+}
+
+func (ReferenceState) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[7]
+}
+
+func (x ReferenceState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ReferenceState.Descriptor instead.
+func (ReferenceState) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{7}
+}
+
+// A Change is what became of a scope.
+type Change int32
+
+const (
+	Change_CHANGE_UNSPECIFIED Change = 0
+	Change_CHANGE_ADDED       Change = 1
+	Change_CHANGE_CHANGED     Change = 2
+	Change_CHANGE_REMOVED     Change = 3
+	Change_CHANGE_SAME        Change = 4
+)
+
+// Enum value maps for Change.
+var (
+	Change_name = map[int32]string{
+		0: "CHANGE_UNSPECIFIED",
+		1: "CHANGE_ADDED",
+		2: "CHANGE_CHANGED",
+		3: "CHANGE_REMOVED",
+		4: "CHANGE_SAME",
+	}
+	Change_value = map[string]int32{
+		"CHANGE_UNSPECIFIED": 0,
+		"CHANGE_ADDED":       1,
+		"CHANGE_CHANGED":     2,
+		"CHANGE_REMOVED":     3,
+		"CHANGE_SAME":        4,
+	}
+)
+
+func (x Change) Enum() *Change {
+	p := new(Change)
+	*p = x
+	return p
+}
+
+func (x Change) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Change) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[8].Descriptor()
+}
+
+func (Change) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[8]
+}
+
+func (x Change) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Change.Descriptor instead.
+func (Change) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{8}
+}
+
+type LeaseEffect int32
+
+const (
+	LeaseEffect_LEASE_EFFECT_UNSPECIFIED LeaseEffect = 0
+	LeaseEffect_LEASE_EFFECT_LOSES       LeaseEffect = 1
+)
+
+// Enum value maps for LeaseEffect.
+var (
+	LeaseEffect_name = map[int32]string{
+		0: "LEASE_EFFECT_UNSPECIFIED",
+		1: "LEASE_EFFECT_LOSES",
+	}
+	LeaseEffect_value = map[string]int32{
+		"LEASE_EFFECT_UNSPECIFIED": 0,
+		"LEASE_EFFECT_LOSES":       1,
+	}
+)
+
+func (x LeaseEffect) Enum() *LeaseEffect {
+	p := new(LeaseEffect)
+	*p = x
+	return p
+}
+
+func (x LeaseEffect) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (LeaseEffect) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[9].Descriptor()
+}
+
+func (LeaseEffect) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[9]
+}
+
+func (x LeaseEffect) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use LeaseEffect.Descriptor instead.
+func (LeaseEffect) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{9}
+}
+
+// A Decision is what the policy said.
+type Decision int32
+
+const (
+	Decision_DECISION_UNSPECIFIED Decision = 0
+	Decision_DECISION_ALLOWED     Decision = 1
+	Decision_DECISION_REFUSED     Decision = 2
+	Decision_DECISION_FAULT       Decision = 3
+)
+
+// Enum value maps for Decision.
+var (
+	Decision_name = map[int32]string{
+		0: "DECISION_UNSPECIFIED",
+		1: "DECISION_ALLOWED",
+		2: "DECISION_REFUSED",
+		3: "DECISION_FAULT",
+	}
+	Decision_value = map[string]int32{
+		"DECISION_UNSPECIFIED": 0,
+		"DECISION_ALLOWED":     1,
+		"DECISION_REFUSED":     2,
+		"DECISION_FAULT":       3,
+	}
+)
+
+func (x Decision) Enum() *Decision {
+	p := new(Decision)
+	*p = x
+	return p
+}
+
+func (x Decision) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Decision) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[10].Descriptor()
+}
+
+func (Decision) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[10]
+}
+
+func (x Decision) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Decision.Descriptor instead.
+func (Decision) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{10}
+}
+
+type SelectorResult int32
+
+const (
+	SelectorResult_SELECTOR_RESULT_UNSPECIFIED SelectorResult = 0
+	SelectorResult_SELECTOR_RESULT_PASS        SelectorResult = 1
+	SelectorResult_SELECTOR_RESULT_FAIL        SelectorResult = 2
+	SelectorResult_SELECTOR_RESULT_ABSENT      SelectorResult = 3
+)
+
+// Enum value maps for SelectorResult.
+var (
+	SelectorResult_name = map[int32]string{
+		0: "SELECTOR_RESULT_UNSPECIFIED",
+		1: "SELECTOR_RESULT_PASS",
+		2: "SELECTOR_RESULT_FAIL",
+		3: "SELECTOR_RESULT_ABSENT",
+	}
+	SelectorResult_value = map[string]int32{
+		"SELECTOR_RESULT_UNSPECIFIED": 0,
+		"SELECTOR_RESULT_PASS":        1,
+		"SELECTOR_RESULT_FAIL":        2,
+		"SELECTOR_RESULT_ABSENT":      3,
+	}
+)
+
+func (x SelectorResult) Enum() *SelectorResult {
+	p := new(SelectorResult)
+	*p = x
+	return p
+}
+
+func (x SelectorResult) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (SelectorResult) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[11].Descriptor()
+}
+
+func (SelectorResult) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[11]
+}
+
+func (x SelectorResult) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use SelectorResult.Descriptor instead.
+func (SelectorResult) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{11}
+}
+
+type LeaseState int32
+
+const (
+	LeaseState_LEASE_STATE_UNSPECIFIED LeaseState = 0
+	LeaseState_LEASE_STATE_INTENDED    LeaseState = 1
+	LeaseState_LEASE_STATE_PROVISIONAL LeaseState = 2
+	LeaseState_LEASE_STATE_LIVE        LeaseState = 3
+	LeaseState_LEASE_STATE_RETIRING    LeaseState = 4
+	LeaseState_LEASE_STATE_REVOKING    LeaseState = 5
+	LeaseState_LEASE_STATE_GONE        LeaseState = 6
+)
+
+// Enum value maps for LeaseState.
+var (
+	LeaseState_name = map[int32]string{
+		0: "LEASE_STATE_UNSPECIFIED",
+		1: "LEASE_STATE_INTENDED",
+		2: "LEASE_STATE_PROVISIONAL",
+		3: "LEASE_STATE_LIVE",
+		4: "LEASE_STATE_RETIRING",
+		5: "LEASE_STATE_REVOKING",
+		6: "LEASE_STATE_GONE",
+	}
+	LeaseState_value = map[string]int32{
+		"LEASE_STATE_UNSPECIFIED": 0,
+		"LEASE_STATE_INTENDED":    1,
+		"LEASE_STATE_PROVISIONAL": 2,
+		"LEASE_STATE_LIVE":        3,
+		"LEASE_STATE_RETIRING":    4,
+		"LEASE_STATE_REVOKING":    5,
+		"LEASE_STATE_GONE":        6,
+	}
+)
+
+func (x LeaseState) Enum() *LeaseState {
+	p := new(LeaseState)
+	*p = x
+	return p
+}
+
+func (x LeaseState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (LeaseState) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[12].Descriptor()
+}
+
+func (LeaseState) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[12]
+}
+
+func (x LeaseState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use LeaseState.Descriptor instead.
+func (LeaseState) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{12}
+}
+
+// A Severity is how much a finding matters, from the least.
+type Severity int32
+
+const (
+	Severity_SEVERITY_UNSPECIFIED Severity = 0
+	Severity_SEVERITY_LOW         Severity = 1
+	Severity_SEVERITY_MEDIUM      Severity = 2
+	Severity_SEVERITY_HIGH        Severity = 3
+	Severity_SEVERITY_CRITICAL    Severity = 4
+)
+
+// Enum value maps for Severity.
+var (
+	Severity_name = map[int32]string{
+		0: "SEVERITY_UNSPECIFIED",
+		1: "SEVERITY_LOW",
+		2: "SEVERITY_MEDIUM",
+		3: "SEVERITY_HIGH",
+		4: "SEVERITY_CRITICAL",
+	}
+	Severity_value = map[string]int32{
+		"SEVERITY_UNSPECIFIED": 0,
+		"SEVERITY_LOW":         1,
+		"SEVERITY_MEDIUM":      2,
+		"SEVERITY_HIGH":        3,
+		"SEVERITY_CRITICAL":    4,
+	}
+)
+
+func (x Severity) Enum() *Severity {
+	p := new(Severity)
+	*p = x
+	return p
+}
+
+func (x Severity) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Severity) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[13].Descriptor()
+}
+
+func (Severity) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[13]
+}
+
+func (x Severity) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Severity.Descriptor instead.
+func (Severity) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{13}
+}
+
+// A Response is what was done about a finding.
+type Response int32
+
+const (
+	Response_RESPONSE_UNSPECIFIED Response = 0
+	Response_RESPONSE_ALERT       Response = 1
+	Response_RESPONSE_STEP_UP     Response = 2
+	Response_RESPONSE_REVOKE      Response = 3
+	Response_RESPONSE_QUARANTINE  Response = 4
+)
+
+// Enum value maps for Response.
+var (
+	Response_name = map[int32]string{
+		0: "RESPONSE_UNSPECIFIED",
+		1: "RESPONSE_ALERT",
+		2: "RESPONSE_STEP_UP",
+		3: "RESPONSE_REVOKE",
+		4: "RESPONSE_QUARANTINE",
+	}
+	Response_value = map[string]int32{
+		"RESPONSE_UNSPECIFIED": 0,
+		"RESPONSE_ALERT":       1,
+		"RESPONSE_STEP_UP":     2,
+		"RESPONSE_REVOKE":      3,
+		"RESPONSE_QUARANTINE":  4,
+	}
+)
+
+func (x Response) Enum() *Response {
+	p := new(Response)
+	*p = x
+	return p
+}
+
+func (x Response) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Response) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[14].Descriptor()
+}
+
+func (Response) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[14]
+}
+
+func (x Response) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Response.Descriptor instead.
+func (Response) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{14}
+}
+
+type FindingStatus int32
+
+const (
+	FindingStatus_FINDING_STATUS_UNSPECIFIED FindingStatus = 0
+	FindingStatus_FINDING_STATUS_OPEN        FindingStatus = 1
+	FindingStatus_FINDING_STATUS_CLOSED      FindingStatus = 2
+)
+
+// Enum value maps for FindingStatus.
+var (
+	FindingStatus_name = map[int32]string{
+		0: "FINDING_STATUS_UNSPECIFIED",
+		1: "FINDING_STATUS_OPEN",
+		2: "FINDING_STATUS_CLOSED",
+	}
+	FindingStatus_value = map[string]int32{
+		"FINDING_STATUS_UNSPECIFIED": 0,
+		"FINDING_STATUS_OPEN":        1,
+		"FINDING_STATUS_CLOSED":      2,
+	}
+)
+
+func (x FindingStatus) Enum() *FindingStatus {
+	p := new(FindingStatus)
+	*p = x
+	return p
+}
+
+func (x FindingStatus) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (FindingStatus) Descriptor() protoreflect.EnumDescriptor {
+	return file_countersign_v1_countersign_proto_enumTypes[15].Descriptor()
+}
+
+func (FindingStatus) Type() protoreflect.EnumType {
+	return &file_countersign_v1_countersign_proto_enumTypes[15]
+}
+
+func (x FindingStatus) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use FindingStatus.Descriptor instead.
+func (FindingStatus) EnumDescriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{15}
+}
+
 type JoinRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// JoinBody, hashed as sent into the certification and the quote that follow.
@@ -1169,6 +2051,7 @@ type ProveResponse struct {
 	Checkpoint    *Checkpoint            `protobuf:"bytes,5,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
 	Now           *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=now,proto3" json:"now,omitempty"`                   // the broker's clock: times above are relative to it
 	Continuation  []byte                 `protobuf:"bytes,7,opt,name=continuation,proto3" json:"continuation,omitempty"` // the next proof shows it; at most 64 bytes that nobody can guess
+	HostStateCode *HostState             `protobuf:"varint,8,opt,name=host_state_code,json=hostStateCode,proto3,enum=countersign.v1.HostState,oneof" json:"host_state_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1252,6 +2135,13 @@ func (x *ProveResponse) GetContinuation() []byte {
 	return nil
 }
 
+func (x *ProveResponse) GetHostStateCode() HostState {
+	if x != nil && x.HostStateCode != nil {
+		return *x.HostStateCode
+	}
+	return HostState_HOST_STATE_UNSPECIFIED
+}
+
 type LeaseVerdict struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	LeaseId string                 `protobuf:"bytes,1,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
@@ -1261,6 +2151,7 @@ type LeaseVerdict struct {
 	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	ProveBy       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=prove_by,json=proveBy,proto3" json:"prove_by,omitempty"`
 	Expires       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expires,proto3" json:"expires,omitempty"`
+	OutcomeCode   *Verdict               `protobuf:"varint,6,opt,name=outcome_code,json=outcomeCode,proto3,enum=countersign.v1.Verdict,oneof" json:"outcome_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1328,6 +2219,13 @@ func (x *LeaseVerdict) GetExpires() *timestamppb.Timestamp {
 		return x.Expires
 	}
 	return nil
+}
+
+func (x *LeaseVerdict) GetOutcomeCode() Verdict {
+	if x != nil && x.OutcomeCode != nil {
+		return *x.OutcomeCode
+	}
+	return Verdict_VERDICT_UNSPECIFIED
 }
 
 type Checkpoint struct {
@@ -2067,9 +2965,10 @@ type ErrorDetail struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// retry: the binding doesn't fit connection or nonce; rejected: the evidence
 	// is false; refused: policy said no; fault: nothing was decided.
-	Outcome       string `protobuf:"bytes,1,opt,name=outcome,proto3" json:"outcome,omitempty"`
-	Check         string `protobuf:"bytes,2,opt,name=check,proto3" json:"check,omitempty"`
-	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	Outcome       string   `protobuf:"bytes,1,opt,name=outcome,proto3" json:"outcome,omitempty"`
+	Check         string   `protobuf:"bytes,2,opt,name=check,proto3" json:"check,omitempty"`
+	RequestId     string   `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	OutcomeCode   *Outcome `protobuf:"varint,4,opt,name=outcome_code,json=outcomeCode,proto3,enum=countersign.v1.Outcome,oneof" json:"outcome_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2123,6 +3022,13 @@ func (x *ErrorDetail) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *ErrorDetail) GetOutcomeCode() Outcome {
+	if x != nil && x.OutcomeCode != nil {
+		return *x.OutcomeCode
+	}
+	return Outcome_OUTCOME_UNSPECIFIED
 }
 
 type GetStatusRequest struct {
@@ -2284,6 +3190,8 @@ type Host struct {
 	LastProved    *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=last_proved,json=lastProved,proto3" json:"last_proved,omitempty"`
 	AkName        string                 `protobuf:"bytes,12,opt,name=ak_name,json=akName,proto3" json:"ak_name,omitempty"`
 	Reenrolling   bool                   `protobuf:"varint,13,opt,name=reenrolling,proto3" json:"reenrolling,omitempty"`
+	StateCode     *HostState             `protobuf:"varint,14,opt,name=state_code,json=stateCode,proto3,enum=countersign.v1.HostState,oneof" json:"state_code,omitempty"`
+	TierCode      *Tier                  `protobuf:"varint,15,opt,name=tier_code,json=tierCode,proto3,enum=countersign.v1.Tier,oneof" json:"tier_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2409,6 +3317,20 @@ func (x *Host) GetReenrolling() bool {
 	return false
 }
 
+func (x *Host) GetStateCode() HostState {
+	if x != nil && x.StateCode != nil {
+		return *x.StateCode
+	}
+	return HostState_HOST_STATE_UNSPECIFIED
+}
+
+func (x *Host) GetTierCode() Tier {
+	if x != nil && x.TierCode != nil {
+		return *x.TierCode
+	}
+	return Tier_TIER_UNSPECIFIED
+}
+
 type ListHostsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Selector      string                 `protobuf:"bytes,1,opt,name=selector,proto3" json:"selector,omitempty"` // labels, "k=v,k2=v2"
@@ -2417,6 +3339,8 @@ type ListHostsRequest struct {
 	Limit         uint32                 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"` // of this answer; 0: as many as one answer has
 	After         string                 `protobuf:"bytes,5,opt,name=after,proto3" json:"after,omitempty"`  // page: next of the answer before, with the same sort
 	Sort          string                 `protobuf:"bytes,6,opt,name=sort,proto3" json:"sort,omitempty"`    // name (as if empty), or proved: the longest silent first
+	StateCode     *HostState             `protobuf:"varint,7,opt,name=state_code,json=stateCode,proto3,enum=countersign.v1.HostState,oneof" json:"state_code,omitempty"`
+	SortCode      *HostOrder             `protobuf:"varint,8,opt,name=sort_code,json=sortCode,proto3,enum=countersign.v1.HostOrder,oneof" json:"sort_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2491,6 +3415,20 @@ func (x *ListHostsRequest) GetSort() string {
 		return x.Sort
 	}
 	return ""
+}
+
+func (x *ListHostsRequest) GetStateCode() HostState {
+	if x != nil && x.StateCode != nil {
+		return *x.StateCode
+	}
+	return HostState_HOST_STATE_UNSPECIFIED
+}
+
+func (x *ListHostsRequest) GetSortCode() HostOrder {
+	if x != nil && x.SortCode != nil {
+		return *x.SortCode
+	}
+	return HostOrder_HOST_ORDER_UNSPECIFIED
 }
 
 type ListHostsResponse struct {
@@ -2726,6 +3664,7 @@ type ChangeHostRequest struct {
 	DropLabels    []string          `protobuf:"bytes,4,rep,name=drop_labels,json=dropLabels,proto3" json:"drop_labels,omitempty"`
 	Reason        string            `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
 	Reference     string            `protobuf:"bytes,6,opt,name=reference,proto3" json:"reference,omitempty"`
+	ActionCode    *HostAction       `protobuf:"varint,7,opt,name=action_code,json=actionCode,proto3,enum=countersign.v1.HostAction,oneof" json:"action_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2800,6 +3739,13 @@ func (x *ChangeHostRequest) GetReference() string {
 		return x.Reference
 	}
 	return ""
+}
+
+func (x *ChangeHostRequest) GetActionCode() HostAction {
+	if x != nil && x.ActionCode != nil {
+		return *x.ActionCode
+	}
+	return HostAction_HOST_ACTION_UNSPECIFIED
 }
 
 type ChangeHostResponse struct {
@@ -2980,6 +3926,7 @@ type AddOperatorRequest struct {
 	Role          string                 `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"` // viewer, responder, operator, admin
 	Csr           []byte                 `protobuf:"bytes,3,opt,name=csr,proto3" json:"csr,omitempty"`   // PKCS #10 DER: the key stays with the operator
 	Expires       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expires,proto3" json:"expires,omitempty"`
+	RoleCode      *Role                  `protobuf:"varint,5,opt,name=role_code,json=roleCode,proto3,enum=countersign.v1.Role,oneof" json:"role_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3040,6 +3987,13 @@ func (x *AddOperatorRequest) GetExpires() *timestamppb.Timestamp {
 		return x.Expires
 	}
 	return nil
+}
+
+func (x *AddOperatorRequest) GetRoleCode() Role {
+	if x != nil && x.RoleCode != nil {
+		return *x.RoleCode
+	}
+	return Role_ROLE_UNSPECIFIED
 }
 
 type AddOperatorResponse struct {
@@ -3173,6 +4127,7 @@ type Operator struct {
 	KeySha256     string                 `protobuf:"bytes,3,opt,name=key_sha256,json=keySha256,proto3" json:"key_sha256,omitempty"` // hex, of the key's PKIX DER
 	Created       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=created,proto3" json:"created,omitempty"`
 	Expires       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expires,proto3" json:"expires,omitempty"`
+	RoleCode      *Role                  `protobuf:"varint,6,opt,name=role_code,json=roleCode,proto3,enum=countersign.v1.Role,oneof" json:"role_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3240,6 +4195,13 @@ func (x *Operator) GetExpires() *timestamppb.Timestamp {
 		return x.Expires
 	}
 	return nil
+}
+
+func (x *Operator) GetRoleCode() Role {
+	if x != nil && x.RoleCode != nil {
+		return *x.RoleCode
+	}
+	return Role_ROLE_UNSPECIFIED
 }
 
 type RemoveOperatorRequest struct {
@@ -3523,6 +4485,7 @@ type Reference struct {
 	Created       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
 	State         string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"` // draft, approved or ended
 	Until         *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=until,proto3" json:"until,omitempty"` // of an approved one that a newer one replaces
+	StateCode     *ReferenceState        `protobuf:"varint,8,opt,name=state_code,json=stateCode,proto3,enum=countersign.v1.ReferenceState,oneof" json:"state_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3604,6 +4567,13 @@ func (x *Reference) GetUntil() *timestamppb.Timestamp {
 		return x.Until
 	}
 	return nil
+}
+
+func (x *Reference) GetStateCode() ReferenceState {
+	if x != nil && x.StateCode != nil {
+		return *x.StateCode
+	}
+	return ReferenceState_REFERENCE_STATE_UNSPECIFIED
 }
 
 type ListReferencesRequest struct {
@@ -4534,6 +5504,7 @@ type ScopeChange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Scope         string                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
 	Change        string                 `protobuf:"bytes,2,opt,name=change,proto3" json:"change,omitempty"` // added, changed, removed, same
+	ChangeCode    *Change                `protobuf:"varint,3,opt,name=change_code,json=changeCode,proto3,enum=countersign.v1.Change,oneof" json:"change_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4582,6 +5553,13 @@ func (x *ScopeChange) GetChange() string {
 	return ""
 }
 
+func (x *ScopeChange) GetChangeCode() Change {
+	if x != nil && x.ChangeCode != nil {
+		return *x.ChangeCode
+	}
+	return Change_CHANGE_UNSPECIFIED
+}
+
 type LeaseChange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
@@ -4589,6 +5567,7 @@ type LeaseChange struct {
 	LeaseId       string                 `protobuf:"bytes,3,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
 	Change        string                 `protobuf:"bytes,4,opt,name=change,proto3" json:"change,omitempty"` // loses
 	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	ChangeCode    *LeaseEffect           `protobuf:"varint,6,opt,name=change_code,json=changeCode,proto3,enum=countersign.v1.LeaseEffect,oneof" json:"change_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4656,6 +5635,13 @@ func (x *LeaseChange) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *LeaseChange) GetChangeCode() LeaseEffect {
+	if x != nil && x.ChangeCode != nil {
+		return *x.ChangeCode
+	}
+	return LeaseEffect_LEASE_EFFECT_UNSPECIFIED
 }
 
 type FactsRequest struct {
@@ -4815,6 +5801,7 @@ type WhyResponse struct {
 	At            *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=at,proto3" json:"at,omitempty"`
 	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	Pcrs          []*PCR                 `protobuf:"bytes,7,rep,name=pcrs,proto3" json:"pcrs,omitempty"` // of the host's last proof; none without an event log
+	OutcomeCode   *Decision              `protobuf:"varint,8,opt,name=outcome_code,json=outcomeCode,proto3,enum=countersign.v1.Decision,oneof" json:"outcome_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4896,6 +5883,13 @@ func (x *WhyResponse) GetPcrs() []*PCR {
 		return x.Pcrs
 	}
 	return nil
+}
+
+func (x *WhyResponse) GetOutcomeCode() Decision {
+	if x != nil && x.OutcomeCode != nil {
+		return *x.OutcomeCode
+	}
+	return Decision_DECISION_UNSPECIFIED
 }
 
 // A PCR is what the appraisal made of one quoted PCR.
@@ -5057,6 +6051,7 @@ type Selector struct {
 	Wanted        string                 `protobuf:"bytes,2,opt,name=wanted,proto3" json:"wanted,omitempty"`
 	Saw           string                 `protobuf:"bytes,3,opt,name=saw,proto3" json:"saw,omitempty"`
 	Result        string                 `protobuf:"bytes,4,opt,name=result,proto3" json:"result,omitempty"` // pass, fail, absent
+	ResultCode    *SelectorResult        `protobuf:"varint,5,opt,name=result_code,json=resultCode,proto3,enum=countersign.v1.SelectorResult,oneof" json:"result_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5119,6 +6114,13 @@ func (x *Selector) GetResult() string {
 	return ""
 }
 
+func (x *Selector) GetResultCode() SelectorResult {
+	if x != nil && x.ResultCode != nil {
+		return *x.ResultCode
+	}
+	return SelectorResult_SELECTOR_RESULT_UNSPECIFIED
+}
+
 type Lease struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -5140,6 +6142,7 @@ type Lease struct {
 	Attempts      uint32                 `protobuf:"varint,17,opt,name=attempts,proto3" json:"attempts,omitempty"`
 	Release       string                 `protobuf:"bytes,18,opt,name=release,proto3" json:"release,omitempty"` // one that announced the program's digest
 	Machine       *Machine               `protobuf:"bytes,19,opt,name=machine,proto3" json:"machine,omitempty"` // as the decision knew it that the lease was issued on
+	StateCode     *LeaseState            `protobuf:"varint,20,opt,name=state_code,json=stateCode,proto3,enum=countersign.v1.LeaseState,oneof" json:"state_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5307,6 +6310,13 @@ func (x *Lease) GetMachine() *Machine {
 	return nil
 }
 
+func (x *Lease) GetStateCode() LeaseState {
+	if x != nil && x.StateCode != nil {
+		return *x.StateCode
+	}
+	return LeaseState_LEASE_STATE_UNSPECIFIED
+}
+
 // A Machine is how a host had booted; what wasn't proven is left out.
 type Machine struct {
 	state             protoimpl.MessageState `protogen:"open.v1"`
@@ -5378,6 +6388,7 @@ type ListLeasesRequest struct {
 	After         string                 `protobuf:"bytes,6,opt,name=after,proto3" json:"after,omitempty"`    // page: next of the answer before, in the same order
 	Limit         uint32                 `protobuf:"varint,7,opt,name=limit,proto3" json:"limit,omitempty"`   // of this answer; 0: as many as one answer has
 	Newest        bool                   `protobuf:"varint,8,opt,name=newest,proto3" json:"newest,omitempty"` // by the time of issue, the newest first; else the oldest
+	StateCode     *LeaseState            `protobuf:"varint,9,opt,name=state_code,json=stateCode,proto3,enum=countersign.v1.LeaseState,oneof" json:"state_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5466,6 +6477,13 @@ func (x *ListLeasesRequest) GetNewest() bool {
 		return x.Newest
 	}
 	return false
+}
+
+func (x *ListLeasesRequest) GetStateCode() LeaseState {
+	if x != nil && x.StateCode != nil {
+		return *x.StateCode
+	}
+	return LeaseState_LEASE_STATE_UNSPECIFIED
 }
 
 type ListLeasesResponse struct {
@@ -5655,6 +6673,9 @@ type Finding struct {
 	Until         *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=until,proto3" json:"until,omitempty"`                       // closed until then
 	Opened        uint64                 `protobuf:"varint,18,opt,name=opened,proto3" json:"opened,omitempty"`                    // its place in the order of opening
 	ClosedBy      string                 `protobuf:"bytes,19,opt,name=closed_by,json=closedBy,proto3" json:"closed_by,omitempty"` // an operator, or the watch where evidence shows that its cause is over
+	SeverityCode  *Severity              `protobuf:"varint,20,opt,name=severity_code,json=severityCode,proto3,enum=countersign.v1.Severity,oneof" json:"severity_code,omitempty"`
+	ResponseCode  *Response              `protobuf:"varint,21,opt,name=response_code,json=responseCode,proto3,enum=countersign.v1.Response,oneof" json:"response_code,omitempty"`
+	StatusCode    *FindingStatus         `protobuf:"varint,22,opt,name=status_code,json=statusCode,proto3,enum=countersign.v1.FindingStatus,oneof" json:"status_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5822,6 +6843,27 @@ func (x *Finding) GetClosedBy() string {
 	return ""
 }
 
+func (x *Finding) GetSeverityCode() Severity {
+	if x != nil && x.SeverityCode != nil {
+		return *x.SeverityCode
+	}
+	return Severity_SEVERITY_UNSPECIFIED
+}
+
+func (x *Finding) GetResponseCode() Response {
+	if x != nil && x.ResponseCode != nil {
+		return *x.ResponseCode
+	}
+	return Response_RESPONSE_UNSPECIFIED
+}
+
+func (x *Finding) GetStatusCode() FindingStatus {
+	if x != nil && x.StatusCode != nil {
+		return *x.StatusCode
+	}
+	return FindingStatus_FINDING_STATUS_UNSPECIFIED
+}
+
 type ReportFindingRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Finding       *Finding               `protobuf:"bytes,1,opt,name=finding,proto3" json:"finding,omitempty"` // what was reported before for its detector and cause is replaced
@@ -5944,6 +6986,8 @@ type ListFindingsRequest struct {
 	After         uint64                 `protobuf:"varint,6,opt,name=after,proto3" json:"after,omitempty"`    // page: findings opened after this one; a reopened one comes again
 	Limit         uint32                 `protobuf:"varint,7,opt,name=limit,proto3" json:"limit,omitempty"`    // of this answer; 0: as many as one answer has
 	Newest        bool                   `protobuf:"varint,8,opt,name=newest,proto3" json:"newest,omitempty"`  // the last opened first: after is then the one before which a page begins
+	StatusCode    *FindingStatus         `protobuf:"varint,9,opt,name=status_code,json=statusCode,proto3,enum=countersign.v1.FindingStatus,oneof" json:"status_code,omitempty"`
+	SeverityCode  *Severity              `protobuf:"varint,10,opt,name=severity_code,json=severityCode,proto3,enum=countersign.v1.Severity,oneof" json:"severity_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6032,6 +7076,20 @@ func (x *ListFindingsRequest) GetNewest() bool {
 		return x.Newest
 	}
 	return false
+}
+
+func (x *ListFindingsRequest) GetStatusCode() FindingStatus {
+	if x != nil && x.StatusCode != nil {
+		return *x.StatusCode
+	}
+	return FindingStatus_FINDING_STATUS_UNSPECIFIED
+}
+
+func (x *ListFindingsRequest) GetSeverityCode() Severity {
+	if x != nil && x.SeverityCode != nil {
+		return *x.SeverityCode
+	}
+	return Severity_SEVERITY_UNSPECIFIED
 }
 
 type ListFindingsResponse struct {
@@ -6951,7 +8009,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x18\n" +
 	"\aprogram\x18\x02 \x01(\fR\aprogram\x12\x14\n" +
 	"\x05scope\x18\x03 \x01(\tR\x05scope\x12\x16\n" +
-	"\x06ticket\x18\x04 \x01(\fR\x06ticket\"\xcb\x02\n" +
+	"\x06ticket\x18\x04 \x01(\fR\x06ticket\"\xa7\x03\n" +
 	"\rProveResponse\x12\x1d\n" +
 	"\n" +
 	"host_state\x18\x01 \x01(\tR\thostState\x125\n" +
@@ -6962,13 +8020,17 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"checkpoint\x18\x05 \x01(\v2\x1a.countersign.v1.CheckpointR\n" +
 	"checkpoint\x12,\n" +
 	"\x03now\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\x12\"\n" +
-	"\fcontinuation\x18\a \x01(\fR\fcontinuation\"\xc8\x01\n" +
+	"\fcontinuation\x18\a \x01(\fR\fcontinuation\x12F\n" +
+	"\x0fhost_state_code\x18\b \x01(\x0e2\x19.countersign.v1.HostStateH\x00R\rhostStateCode\x88\x01\x01B\x12\n" +
+	"\x10_host_state_code\"\x9a\x02\n" +
 	"\fLeaseVerdict\x12\x19\n" +
 	"\blease_id\x18\x01 \x01(\tR\aleaseId\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x125\n" +
 	"\bprove_by\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aproveBy\x124\n" +
-	"\aexpires\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"B\n" +
+	"\aexpires\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12?\n" +
+	"\foutcome_code\x18\x06 \x01(\x0e2\x17.countersign.v1.VerdictH\x00R\voutcomeCode\x88\x01\x01B\x0f\n" +
+	"\r_outcome_code\"B\n" +
 	"\n" +
 	"Checkpoint\x12\x12\n" +
 	"\x04note\x18\x01 \x01(\fR\x04note\x12 \n" +
@@ -7021,12 +8083,14 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x03exe\x18\x05 \x01(\tR\x03exe\x12\x12\n" +
 	"\x04user\x18\x06 \x01(\tR\x04user\x12\x12\n" +
 	"\x04unit\x18\a \x01(\tR\x04unit\"\x11\n" +
-	"\x0fWitnessResponse\"\\\n" +
+	"\x0fWitnessResponse\"\xae\x01\n" +
 	"\vErrorDetail\x12\x18\n" +
 	"\aoutcome\x18\x01 \x01(\tR\aoutcome\x12\x14\n" +
 	"\x05check\x18\x02 \x01(\tR\x05check\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x03 \x01(\tR\trequestId\"\x12\n" +
+	"request_id\x18\x03 \x01(\tR\trequestId\x12?\n" +
+	"\foutcome_code\x18\x04 \x01(\x0e2\x17.countersign.v1.OutcomeH\x00R\voutcomeCode\x88\x01\x01B\x0f\n" +
+	"\r_outcome_code\"\x12\n" +
 	"\x10GetStatusRequest\"\xbf\x04\n" +
 	"\x11GetStatusResponse\x12\x1b\n" +
 	"\tbroker_id\x18\x01 \x01(\tR\bbrokerId\x12\x18\n" +
@@ -7047,7 +8111,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\x1a;\n" +
 	"\rFindingsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xef\x03\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\x83\x05\n" +
 	"\x04Host\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -7063,17 +8127,29 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\vlast_proved\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"lastProved\x12\x17\n" +
 	"\aak_name\x18\f \x01(\tR\x06akName\x12 \n" +
-	"\vreenrolling\x18\r \x01(\bR\vreenrolling\x1a9\n" +
+	"\vreenrolling\x18\r \x01(\bR\vreenrolling\x12=\n" +
+	"\n" +
+	"state_code\x18\x0e \x01(\x0e2\x19.countersign.v1.HostStateH\x00R\tstateCode\x88\x01\x01\x126\n" +
+	"\ttier_code\x18\x0f \x01(\x0e2\x14.countersign.v1.TierH\x01R\btierCode\x88\x01\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x98\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\r\n" +
+	"\v_state_codeB\f\n" +
+	"\n" +
+	"_tier_code\"\xb1\x02\n" +
 	"\x10ListHostsRequest\x12\x1a\n" +
 	"\bselector\x18\x01 \x01(\tR\bselector\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x12\n" +
 	"\x04host\x18\x03 \x01(\tR\x04host\x12\x14\n" +
 	"\x05limit\x18\x04 \x01(\rR\x05limit\x12\x14\n" +
 	"\x05after\x18\x05 \x01(\tR\x05after\x12\x12\n" +
-	"\x04sort\x18\x06 \x01(\tR\x04sort\"S\n" +
+	"\x04sort\x18\x06 \x01(\tR\x04sort\x12=\n" +
+	"\n" +
+	"state_code\x18\a \x01(\x0e2\x19.countersign.v1.HostStateH\x00R\tstateCode\x88\x01\x01\x12;\n" +
+	"\tsort_code\x18\b \x01(\x0e2\x19.countersign.v1.HostOrderH\x01R\bsortCode\x88\x01\x01B\r\n" +
+	"\v_state_codeB\f\n" +
+	"\n" +
+	"_sort_code\"S\n" +
 	"\x11ListHostsResponse\x12*\n" +
 	"\x05hosts\x18\x01 \x03(\v2\x14.countersign.v1.HostR\x05hosts\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\tR\x04next\"\xd0\x01\n" +
@@ -7090,7 +8166,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"@\n" +
 	"\x10AddHostsResponse\x12\x10\n" +
 	"\x03ids\x18\x01 \x03(\tR\x03ids\x12\x1a\n" +
-	"\bproblems\x18\x02 \x03(\tR\bproblems\"\xa5\x02\n" +
+	"\bproblems\x18\x02 \x03(\tR\bproblems\"\xf7\x02\n" +
 	"\x11ChangeHostRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x12O\n" +
@@ -7099,10 +8175,13 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\vdrop_labels\x18\x04 \x03(\tR\n" +
 	"dropLabels\x12\x16\n" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x1c\n" +
-	"\treference\x18\x06 \x01(\tR\treference\x1a<\n" +
+	"\treference\x18\x06 \x01(\tR\treference\x12@\n" +
+	"\vaction_code\x18\a \x01(\x0e2\x1a.countersign.v1.HostActionH\x00R\n" +
+	"actionCode\x88\x01\x01\x1a<\n" +
 	"\x0eSetLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"e\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x0e\n" +
+	"\f_action_code\"e\n" +
 	"\x12ChangeHostResponse\x12(\n" +
 	"\x04host\x18\x01 \x01(\v2\x14.countersign.v1.HostR\x04host\x12%\n" +
 	"\x0eleases_revoked\x18\x02 \x01(\rR\rleasesRevoked\"\x87\x02\n" +
@@ -7116,24 +8195,30 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"e\n" +
 	"\x17CreateJoinTokenResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x124\n" +
-	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x84\x01\n" +
+	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\xca\x01\n" +
 	"\x12AddOperatorRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x10\n" +
 	"\x03csr\x18\x03 \x01(\fR\x03csr\x124\n" +
-	"\aexpires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"7\n" +
+	"\aexpires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x126\n" +
+	"\trole_code\x18\x05 \x01(\x0e2\x14.countersign.v1.RoleH\x00R\broleCode\x88\x01\x01B\f\n" +
+	"\n" +
+	"_role_code\"7\n" +
 	"\x13AddOperatorResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x03(\fR\vcertificate\"\x16\n" +
 	"\x14ListOperatorsRequest\"O\n" +
 	"\x15ListOperatorsResponse\x126\n" +
-	"\toperators\x18\x01 \x03(\v2\x18.countersign.v1.OperatorR\toperators\"\xbd\x01\n" +
+	"\toperators\x18\x01 \x03(\v2\x18.countersign.v1.OperatorR\toperators\"\x83\x02\n" +
 	"\bOperator\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x1d\n" +
 	"\n" +
 	"key_sha256\x18\x03 \x01(\tR\tkeySha256\x124\n" +
 	"\acreated\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x124\n" +
-	"\aexpires\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"+\n" +
+	"\aexpires\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x126\n" +
+	"\trole_code\x18\x06 \x01(\x0e2\x14.countersign.v1.RoleH\x00R\broleCode\x88\x01\x01B\f\n" +
+	"\n" +
+	"_role_code\"+\n" +
 	"\x15RemoveOperatorRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x18\n" +
 	"\x16RemoveOperatorResponse\"(\n" +
@@ -7146,7 +8231,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x12\n" +
 	"\x04pcrs\x18\x03 \x03(\rR\x04pcrs\"Q\n" +
 	"\x16LearnReferenceResponse\x127\n" +
-	"\treference\x18\x01 \x01(\v2\x19.countersign.v1.ReferenceR\treference\"\xf4\x01\n" +
+	"\treference\x18\x01 \x01(\v2\x19.countersign.v1.ReferenceR\treference\"\xc7\x02\n" +
 	"\tReference\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x18\n" +
@@ -7154,7 +8239,10 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\flearned_from\x18\x04 \x01(\tR\vlearnedFrom\x124\n" +
 	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x14\n" +
 	"\x05state\x18\x06 \x01(\tR\x05state\x120\n" +
-	"\x05until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"q\n" +
+	"\x05until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12B\n" +
+	"\n" +
+	"state_code\x18\b \x01(\x0e2\x1e.countersign.v1.ReferenceStateH\x00R\tstateCode\x88\x01\x01B\r\n" +
+	"\v_state_code\"q\n" +
 	"\x15ListReferencesRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x14\n" +
@@ -7214,16 +8302,22 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\achanges\x18\x02 \x03(\v2\x1b.countersign.v1.ScopeChangeR\achanges\x123\n" +
 	"\x06leases\x18\x03 \x03(\v2\x1b.countersign.v1.LeaseChangeR\x06leases\x12\x14\n" +
 	"\x05keeps\x18\x04 \x01(\x04R\x05keeps\x12\x14\n" +
-	"\x05loses\x18\x05 \x01(\x04R\x05loses\";\n" +
+	"\x05loses\x18\x05 \x01(\x04R\x05loses\"\x89\x01\n" +
 	"\vScopeChange\x12\x14\n" +
 	"\x05scope\x18\x01 \x01(\tR\x05scope\x12\x16\n" +
-	"\x06change\x18\x02 \x01(\tR\x06change\"\x82\x01\n" +
+	"\x06change\x18\x02 \x01(\tR\x06change\x12<\n" +
+	"\vchange_code\x18\x03 \x01(\x0e2\x16.countersign.v1.ChangeH\x00R\n" +
+	"changeCode\x88\x01\x01B\x0e\n" +
+	"\f_change_code\"\xd5\x01\n" +
 	"\vLeaseChange\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
 	"\x05scope\x18\x02 \x01(\tR\x05scope\x12\x19\n" +
 	"\blease_id\x18\x03 \x01(\tR\aleaseId\x12\x16\n" +
 	"\x06change\x18\x04 \x01(\tR\x06change\x12\x16\n" +
-	"\x06reason\x18\x05 \x01(\tR\x06reason\"8\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12A\n" +
+	"\vchange_code\x18\x06 \x01(\x0e2\x1b.countersign.v1.LeaseEffectH\x00R\n" +
+	"changeCode\x88\x01\x01B\x0e\n" +
+	"\f_change_code\"8\n" +
 	"\fFactsRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
 	"\x05scope\x18\x02 \x01(\tR\x05scope\"#\n" +
@@ -7232,7 +8326,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\n" +
 	"WhyRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
-	"\x05scope\x18\x02 \x01(\tR\x05scope\"\x8d\x02\n" +
+	"\x05scope\x18\x02 \x01(\tR\x05scope\"\xe0\x02\n" +
 	"\vWhyResponse\x12\x18\n" +
 	"\aallowed\x18\x01 \x01(\bR\aallowed\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12%\n" +
@@ -7240,7 +8334,9 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\tselectors\x18\x04 \x03(\v2\x18.countersign.v1.SelectorR\tselectors\x12*\n" +
 	"\x02at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x16\n" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12'\n" +
-	"\x04pcrs\x18\a \x03(\v2\x13.countersign.v1.PCRR\x04pcrs\"\xd8\x01\n" +
+	"\x04pcrs\x18\a \x03(\v2\x13.countersign.v1.PCRR\x04pcrs\x12@\n" +
+	"\foutcome_code\x18\b \x01(\x0e2\x18.countersign.v1.DecisionH\x00R\voutcomeCode\x88\x01\x01B\x0f\n" +
+	"\r_outcome_code\"\xd8\x01\n" +
 	"\x03PCR\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x16\n" +
 	"\x06events\x18\x02 \x01(\x04R\x06events\x12\x16\n" +
@@ -7254,12 +8350,15 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\bPCRLimit\x12\x14\n" +
 	"\x05event\x18\x01 \x01(\x04R\x05event\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x10\n" +
-	"\x03why\x18\x03 \x01(\tR\x03why\"`\n" +
+	"\x03why\x18\x03 \x01(\tR\x03why\"\xb6\x01\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06wanted\x18\x02 \x01(\tR\x06wanted\x12\x10\n" +
 	"\x03saw\x18\x03 \x01(\tR\x03saw\x12\x16\n" +
-	"\x06result\x18\x04 \x01(\tR\x06result\"\xc1\x05\n" +
+	"\x06result\x18\x04 \x01(\tR\x06result\x12D\n" +
+	"\vresult_code\x18\x05 \x01(\x0e2\x1e.countersign.v1.SelectorResultH\x00R\n" +
+	"resultCode\x88\x01\x01B\x0e\n" +
+	"\f_result_code\"\x90\x06\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x1b\n" +
@@ -7281,17 +8380,20 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"last_error\x18\x10 \x01(\tR\tlastError\x12\x1a\n" +
 	"\battempts\x18\x11 \x01(\rR\battempts\x12\x18\n" +
 	"\arelease\x18\x12 \x01(\tR\arelease\x121\n" +
-	"\amachine\x18\x13 \x01(\v2\x17.countersign.v1.MachineR\amachine\x1a8\n" +
+	"\amachine\x18\x13 \x01(\v2\x17.countersign.v1.MachineR\amachine\x12>\n" +
+	"\n" +
+	"state_code\x18\x14 \x01(\x0e2\x1a.countersign.v1.LeaseStateH\x00R\tstateCode\x88\x01\x01\x1a8\n" +
 	"\n" +
 	"NamesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8d\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\r\n" +
+	"\v_state_code\"\x8d\x01\n" +
 	"\aMachine\x12$\n" +
 	"\vsecure_boot\x18\x01 \x01(\bH\x00R\n" +
 	"secureBoot\x88\x01\x01\x12.\n" +
 	"\x13kernel_command_line\x18\x02 \x01(\tR\x11kernelCommandLine\x12\x1c\n" +
 	"\treference\x18\x03 \x01(\tR\treferenceB\x0e\n" +
-	"\f_secure_boot\"\xc3\x01\n" +
+	"\f_secure_boot\"\x92\x02\n" +
 	"\x11ListLeasesRequest\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x14\n" +
 	"\x05scope\x18\x02 \x01(\tR\x05scope\x12\x14\n" +
@@ -7300,7 +8402,10 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05ended\x18\x05 \x01(\bR\x05ended\x12\x14\n" +
 	"\x05after\x18\x06 \x01(\tR\x05after\x12\x14\n" +
 	"\x05limit\x18\a \x01(\rR\x05limit\x12\x16\n" +
-	"\x06newest\x18\b \x01(\bR\x06newest\"W\n" +
+	"\x06newest\x18\b \x01(\bR\x06newest\x12>\n" +
+	"\n" +
+	"state_code\x18\t \x01(\x0e2\x1a.countersign.v1.LeaseStateH\x00R\tstateCode\x88\x01\x01B\r\n" +
+	"\v_state_code\"W\n" +
 	"\x12ListLeasesResponse\x12-\n" +
 	"\x06leases\x18\x01 \x03(\v2\x15.countersign.v1.LeaseR\x06leases\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\tR\x04next\"o\n" +
@@ -7310,7 +8415,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05scope\x18\x03 \x01(\tR\x05scope\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\"2\n" +
 	"\x14RevokeLeasesResponse\x12\x1a\n" +
-	"\brevoking\x18\x01 \x03(\tR\brevoking\"\x96\x04\n" +
+	"\brevoking\x18\x01 \x03(\tR\brevoking\"\x97\x06\n" +
 	"\aFinding\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05cause\x18\x02 \x01(\tR\x05cause\x12\x1a\n" +
@@ -7331,14 +8436,21 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x06reason\x18\x10 \x01(\tR\x06reason\x120\n" +
 	"\x05until\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x16\n" +
 	"\x06opened\x18\x12 \x01(\x04R\x06opened\x12\x1b\n" +
-	"\tclosed_by\x18\x13 \x01(\tR\bclosedBy\"]\n" +
+	"\tclosed_by\x18\x13 \x01(\tR\bclosedBy\x12B\n" +
+	"\rseverity_code\x18\x14 \x01(\x0e2\x18.countersign.v1.SeverityH\x00R\fseverityCode\x88\x01\x01\x12B\n" +
+	"\rresponse_code\x18\x15 \x01(\x0e2\x18.countersign.v1.ResponseH\x01R\fresponseCode\x88\x01\x01\x12C\n" +
+	"\vstatus_code\x18\x16 \x01(\x0e2\x1d.countersign.v1.FindingStatusH\x02R\n" +
+	"statusCode\x88\x01\x01B\x10\n" +
+	"\x0e_severity_codeB\x10\n" +
+	"\x0e_response_codeB\x0e\n" +
+	"\f_status_code\"]\n" +
 	"\x14ReportFindingRequest\x121\n" +
 	"\afinding\x18\x01 \x01(\v2\x17.countersign.v1.FindingR\afinding\x12\x12\n" +
 	"\x04over\x18\x02 \x01(\tR\x04over\"~\n" +
 	"\x15ReportFindingResponse\x121\n" +
 	"\afinding\x18\x01 \x01(\v2\x17.countersign.v1.FindingR\afinding\x12\x16\n" +
 	"\x06opened\x18\x02 \x01(\bR\x06opened\x12\x1a\n" +
-	"\breopened\x18\x03 \x01(\bR\breopened\"\xd7\x01\n" +
+	"\breopened\x18\x03 \x01(\bR\breopened\"\x82\x03\n" +
 	"\x13ListFindingsRequest\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\tR\x06status\x12\x1a\n" +
 	"\bdetector\x18\x02 \x01(\tR\bdetector\x12\x12\n" +
@@ -7347,7 +8459,13 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\afinding\x18\x05 \x01(\tR\afinding\x12\x14\n" +
 	"\x05after\x18\x06 \x01(\x04R\x05after\x12\x14\n" +
 	"\x05limit\x18\a \x01(\rR\x05limit\x12\x16\n" +
-	"\x06newest\x18\b \x01(\bR\x06newest\"s\n" +
+	"\x06newest\x18\b \x01(\bR\x06newest\x12C\n" +
+	"\vstatus_code\x18\t \x01(\x0e2\x1d.countersign.v1.FindingStatusH\x00R\n" +
+	"statusCode\x88\x01\x01\x12B\n" +
+	"\rseverity_code\x18\n" +
+	" \x01(\x0e2\x18.countersign.v1.SeverityH\x01R\fseverityCode\x88\x01\x01B\x0e\n" +
+	"\f_status_codeB\x10\n" +
+	"\x0e_severity_code\"s\n" +
 	"\x14ListFindingsResponse\x123\n" +
 	"\bfindings\x18\x01 \x03(\v2\x17.countersign.v1.FindingR\bfindings\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\x04R\x04next\x12\x12\n" +
@@ -7398,7 +8516,105 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"checkpoint\x18\x01 \x01(\fR\n" +
 	"checkpoint\x12 \n" +
 	"\vconsistency\x18\x02 \x03(\fR\vconsistency\x12!\n" +
-	"\fverifier_key\x18\x03 \x01(\tR\vverifierKey2\xed\x04\n" +
+	"\fverifier_key\x18\x03 \x01(\tR\vverifierKey*\x84\x01\n" +
+	"\aVerdict\x12\x17\n" +
+	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fVERDICT_LIVE\x10\x01\x12\x13\n" +
+	"\x0fVERDICT_REFUSED\x10\x02\x12\x14\n" +
+	"\x10VERDICT_REJECTED\x10\x03\x12\x10\n" +
+	"\fVERDICT_GONE\x10\x04\x12\x11\n" +
+	"\rVERDICT_FAULT\x10\x05*s\n" +
+	"\aOutcome\x12\x17\n" +
+	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rOUTCOME_RETRY\x10\x01\x12\x14\n" +
+	"\x10OUTCOME_REJECTED\x10\x02\x12\x13\n" +
+	"\x0fOUTCOME_REFUSED\x10\x03\x12\x11\n" +
+	"\rOUTCOME_FAULT\x10\x04*\xd3\x01\n" +
+	"\tHostState\x12\x1a\n" +
+	"\x16HOST_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
+	"\x15HOST_STATE_REGISTERED\x10\x01\x12\x16\n" +
+	"\x12HOST_STATE_PENDING\x10\x02\x12\x16\n" +
+	"\x12HOST_STATE_TRUSTED\x10\x03\x12\x14\n" +
+	"\x10HOST_STATE_STALE\x10\x04\x12\x15\n" +
+	"\x11HOST_STATE_FAILED\x10\x05\x12\x1a\n" +
+	"\x16HOST_STATE_QUARANTINED\x10\x06\x12\x16\n" +
+	"\x12HOST_STATE_REMOVED\x10\a*@\n" +
+	"\x04Tier\x12\x14\n" +
+	"\x10TIER_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eTIER_CERTIFIED\x10\x01\x12\x0e\n" +
+	"\n" +
+	"TIER_KNOWN\x10\x02*S\n" +
+	"\tHostOrder\x12\x1a\n" +
+	"\x16HOST_ORDER_UNSPECIFIED\x10\x00\x12\x13\n" +
+	"\x0fHOST_ORDER_NAME\x10\x01\x12\x15\n" +
+	"\x11HOST_ORDER_PROVED\x10\x02*\xf3\x01\n" +
+	"\n" +
+	"HostAction\x12\x1b\n" +
+	"\x17HOST_ACTION_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13HOST_ACTION_APPROVE\x10\x01\x12\x15\n" +
+	"\x11HOST_ACTION_LABEL\x10\x02\x12\x1a\n" +
+	"\x16HOST_ACTION_QUARANTINE\x10\x03\x12\x17\n" +
+	"\x13HOST_ACTION_RELEASE\x10\x04\x12\x17\n" +
+	"\x13HOST_ACTION_REENROL\x10\x05\x12\x16\n" +
+	"\x12HOST_ACTION_REMOVE\x10\x06\x12\x19\n" +
+	"\x15HOST_ACTION_REFERENCE\x10\a\x12\x17\n" +
+	"\x13HOST_ACTION_STEP_UP\x10\b*d\n" +
+	"\x04Role\x12\x14\n" +
+	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n" +
+	"\vROLE_VIEWER\x10\x01\x12\x12\n" +
+	"\x0eROLE_RESPONDER\x10\x02\x12\x11\n" +
+	"\rROLE_OPERATOR\x10\x03\x12\x0e\n" +
+	"\n" +
+	"ROLE_ADMIN\x10\x04*\x85\x01\n" +
+	"\x0eReferenceState\x12\x1f\n" +
+	"\x1bREFERENCE_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
+	"\x15REFERENCE_STATE_DRAFT\x10\x01\x12\x1c\n" +
+	"\x18REFERENCE_STATE_APPROVED\x10\x02\x12\x19\n" +
+	"\x15REFERENCE_STATE_ENDED\x10\x03*k\n" +
+	"\x06Change\x12\x16\n" +
+	"\x12CHANGE_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fCHANGE_ADDED\x10\x01\x12\x12\n" +
+	"\x0eCHANGE_CHANGED\x10\x02\x12\x12\n" +
+	"\x0eCHANGE_REMOVED\x10\x03\x12\x0f\n" +
+	"\vCHANGE_SAME\x10\x04*C\n" +
+	"\vLeaseEffect\x12\x1c\n" +
+	"\x18LEASE_EFFECT_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12LEASE_EFFECT_LOSES\x10\x01*d\n" +
+	"\bDecision\x12\x18\n" +
+	"\x14DECISION_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10DECISION_ALLOWED\x10\x01\x12\x14\n" +
+	"\x10DECISION_REFUSED\x10\x02\x12\x12\n" +
+	"\x0eDECISION_FAULT\x10\x03*\x81\x01\n" +
+	"\x0eSelectorResult\x12\x1f\n" +
+	"\x1bSELECTOR_RESULT_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14SELECTOR_RESULT_PASS\x10\x01\x12\x18\n" +
+	"\x14SELECTOR_RESULT_FAIL\x10\x02\x12\x1a\n" +
+	"\x16SELECTOR_RESULT_ABSENT\x10\x03*\xc0\x01\n" +
+	"\n" +
+	"LeaseState\x12\x1b\n" +
+	"\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14LEASE_STATE_INTENDED\x10\x01\x12\x1b\n" +
+	"\x17LEASE_STATE_PROVISIONAL\x10\x02\x12\x14\n" +
+	"\x10LEASE_STATE_LIVE\x10\x03\x12\x18\n" +
+	"\x14LEASE_STATE_RETIRING\x10\x04\x12\x18\n" +
+	"\x14LEASE_STATE_REVOKING\x10\x05\x12\x14\n" +
+	"\x10LEASE_STATE_GONE\x10\x06*u\n" +
+	"\bSeverity\x12\x18\n" +
+	"\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fSEVERITY_LOW\x10\x01\x12\x13\n" +
+	"\x0fSEVERITY_MEDIUM\x10\x02\x12\x11\n" +
+	"\rSEVERITY_HIGH\x10\x03\x12\x15\n" +
+	"\x11SEVERITY_CRITICAL\x10\x04*|\n" +
+	"\bResponse\x12\x18\n" +
+	"\x14RESPONSE_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eRESPONSE_ALERT\x10\x01\x12\x14\n" +
+	"\x10RESPONSE_STEP_UP\x10\x02\x12\x13\n" +
+	"\x0fRESPONSE_REVOKE\x10\x03\x12\x17\n" +
+	"\x13RESPONSE_QUARANTINE\x10\x04*c\n" +
+	"\rFindingStatus\x12\x1e\n" +
+	"\x1aFINDING_STATUS_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13FINDING_STATUS_OPEN\x10\x01\x12\x19\n" +
+	"\x15FINDING_STATUS_CLOSED\x10\x022\xed\x04\n" +
 	"\vHostService\x12A\n" +
 	"\x04Join\x12\x1b.countersign.v1.JoinRequest\x1a\x1c.countersign.v1.JoinResponse\x12M\n" +
 	"\bActivate\x12\x1f.countersign.v1.ActivateRequest\x1a .countersign.v1.ActivateResponse\x12P\n" +
@@ -7455,295 +8671,334 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 	return file_countersign_v1_countersign_proto_rawDescData
 }
 
+var file_countersign_v1_countersign_proto_enumTypes = make([]protoimpl.EnumInfo, 16)
 var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 117)
 var file_countersign_v1_countersign_proto_goTypes = []any{
-	(*JoinRequest)(nil),               // 0: countersign.v1.JoinRequest
-	(*JoinBody)(nil),                  // 1: countersign.v1.JoinBody
-	(*EndorsementKey)(nil),            // 2: countersign.v1.EndorsementKey
-	(*JoinResponse)(nil),              // 3: countersign.v1.JoinResponse
-	(*ActivateRequest)(nil),           // 4: countersign.v1.ActivateRequest
-	(*Certification)(nil),             // 5: countersign.v1.Certification
-	(*Quote)(nil),                     // 6: countersign.v1.Quote
-	(*Pcr)(nil),                       // 7: countersign.v1.Pcr
-	(*ActivateResponse)(nil),          // 8: countersign.v1.ActivateResponse
-	(*ChallengeRequest)(nil),          // 9: countersign.v1.ChallengeRequest
-	(*ChallengeResponse)(nil),         // 10: countersign.v1.ChallengeResponse
-	(*Known)(nil),                     // 11: countersign.v1.Known
-	(*Attested)(nil),                  // 12: countersign.v1.Attested
-	(*Logs)(nil),                      // 13: countersign.v1.Logs
-	(*ProveRequest)(nil),              // 14: countersign.v1.ProveRequest
-	(*ProveBody)(nil),                 // 15: countersign.v1.ProveBody
-	(*HostFacts)(nil),                 // 16: countersign.v1.HostFacts
-	(*LeaseProof)(nil),                // 17: countersign.v1.LeaseProof
-	(*ProveResponse)(nil),             // 18: countersign.v1.ProveResponse
-	(*LeaseVerdict)(nil),              // 19: countersign.v1.LeaseVerdict
-	(*Checkpoint)(nil),                // 20: countersign.v1.Checkpoint
-	(*IssueRequest)(nil),              // 21: countersign.v1.IssueRequest
-	(*IssueBody)(nil),                 // 22: countersign.v1.IssueBody
-	(*IssueResponse)(nil),             // 23: countersign.v1.IssueResponse
-	(*SecretField)(nil),               // 24: countersign.v1.SecretField
-	(*AcknowledgeRequest)(nil),        // 25: countersign.v1.AcknowledgeRequest
-	(*AcknowledgeResponse)(nil),       // 26: countersign.v1.AcknowledgeResponse
-	(*ReleaseRequest)(nil),            // 27: countersign.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),           // 28: countersign.v1.ReleaseResponse
-	(*WitnessRequest)(nil),            // 29: countersign.v1.WitnessRequest
-	(*FileOpen)(nil),                  // 30: countersign.v1.FileOpen
-	(*WitnessResponse)(nil),           // 31: countersign.v1.WitnessResponse
-	(*ErrorDetail)(nil),               // 32: countersign.v1.ErrorDetail
-	(*GetStatusRequest)(nil),          // 33: countersign.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),         // 34: countersign.v1.GetStatusResponse
-	(*Host)(nil),                      // 35: countersign.v1.Host
-	(*ListHostsRequest)(nil),          // 36: countersign.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),         // 37: countersign.v1.ListHostsResponse
-	(*NewHost)(nil),                   // 38: countersign.v1.NewHost
-	(*AddHostsRequest)(nil),           // 39: countersign.v1.AddHostsRequest
-	(*AddHostsResponse)(nil),          // 40: countersign.v1.AddHostsResponse
-	(*ChangeHostRequest)(nil),         // 41: countersign.v1.ChangeHostRequest
-	(*ChangeHostResponse)(nil),        // 42: countersign.v1.ChangeHostResponse
-	(*CreateJoinTokenRequest)(nil),    // 43: countersign.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil),   // 44: countersign.v1.CreateJoinTokenResponse
-	(*AddOperatorRequest)(nil),        // 45: countersign.v1.AddOperatorRequest
-	(*AddOperatorResponse)(nil),       // 46: countersign.v1.AddOperatorResponse
-	(*ListOperatorsRequest)(nil),      // 47: countersign.v1.ListOperatorsRequest
-	(*ListOperatorsResponse)(nil),     // 48: countersign.v1.ListOperatorsResponse
-	(*Operator)(nil),                  // 49: countersign.v1.Operator
-	(*RemoveOperatorRequest)(nil),     // 50: countersign.v1.RemoveOperatorRequest
-	(*RemoveOperatorResponse)(nil),    // 51: countersign.v1.RemoveOperatorResponse
-	(*RenewOperatorRequest)(nil),      // 52: countersign.v1.RenewOperatorRequest
-	(*RenewOperatorResponse)(nil),     // 53: countersign.v1.RenewOperatorResponse
-	(*LearnReferenceRequest)(nil),     // 54: countersign.v1.LearnReferenceRequest
-	(*LearnReferenceResponse)(nil),    // 55: countersign.v1.LearnReferenceResponse
-	(*Reference)(nil),                 // 56: countersign.v1.Reference
-	(*ListReferencesRequest)(nil),     // 57: countersign.v1.ListReferencesRequest
-	(*ListReferencesResponse)(nil),    // 58: countersign.v1.ListReferencesResponse
-	(*AddReferenceRequest)(nil),       // 59: countersign.v1.AddReferenceRequest
-	(*AddReferenceResponse)(nil),      // 60: countersign.v1.AddReferenceResponse
-	(*ApproveReferenceRequest)(nil),   // 61: countersign.v1.ApproveReferenceRequest
-	(*ApproveReferenceResponse)(nil),  // 62: countersign.v1.ApproveReferenceResponse
-	(*MaintainReferenceRequest)(nil),  // 63: countersign.v1.MaintainReferenceRequest
-	(*MaintainReferenceResponse)(nil), // 64: countersign.v1.MaintainReferenceResponse
-	(*AddReleaseRequest)(nil),         // 65: countersign.v1.AddReleaseRequest
-	(*ReleaseFile)(nil),               // 66: countersign.v1.ReleaseFile
-	(*AddReleaseResponse)(nil),        // 67: countersign.v1.AddReleaseResponse
-	(*Release)(nil),                   // 68: countersign.v1.Release
-	(*ListReleasesRequest)(nil),       // 69: countersign.v1.ListReleasesRequest
-	(*ListReleasesResponse)(nil),      // 70: countersign.v1.ListReleasesResponse
-	(*File)(nil),                      // 71: countersign.v1.File
-	(*ApplyScopesRequest)(nil),        // 72: countersign.v1.ApplyScopesRequest
-	(*ApplyScopesResponse)(nil),       // 73: countersign.v1.ApplyScopesResponse
-	(*ScopeChange)(nil),               // 74: countersign.v1.ScopeChange
-	(*LeaseChange)(nil),               // 75: countersign.v1.LeaseChange
-	(*FactsRequest)(nil),              // 76: countersign.v1.FactsRequest
-	(*FactsResponse)(nil),             // 77: countersign.v1.FactsResponse
-	(*WhyRequest)(nil),                // 78: countersign.v1.WhyRequest
-	(*WhyResponse)(nil),               // 79: countersign.v1.WhyResponse
-	(*PCR)(nil),                       // 80: countersign.v1.PCR
-	(*PCRLimit)(nil),                  // 81: countersign.v1.PCRLimit
-	(*Selector)(nil),                  // 82: countersign.v1.Selector
-	(*Lease)(nil),                     // 83: countersign.v1.Lease
-	(*Machine)(nil),                   // 84: countersign.v1.Machine
-	(*ListLeasesRequest)(nil),         // 85: countersign.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),        // 86: countersign.v1.ListLeasesResponse
-	(*RevokeLeasesRequest)(nil),       // 87: countersign.v1.RevokeLeasesRequest
-	(*RevokeLeasesResponse)(nil),      // 88: countersign.v1.RevokeLeasesResponse
-	(*Finding)(nil),                   // 89: countersign.v1.Finding
-	(*ReportFindingRequest)(nil),      // 90: countersign.v1.ReportFindingRequest
-	(*ReportFindingResponse)(nil),     // 91: countersign.v1.ReportFindingResponse
-	(*ListFindingsRequest)(nil),       // 92: countersign.v1.ListFindingsRequest
-	(*ListFindingsResponse)(nil),      // 93: countersign.v1.ListFindingsResponse
-	(*CloseFindingRequest)(nil),       // 94: countersign.v1.CloseFindingRequest
-	(*CloseFindingResponse)(nil),      // 95: countersign.v1.CloseFindingResponse
-	(*Canary)(nil),                    // 96: countersign.v1.Canary
-	(*IssueCanaryRequest)(nil),        // 97: countersign.v1.IssueCanaryRequest
-	(*IssueCanaryResponse)(nil),       // 98: countersign.v1.IssueCanaryResponse
-	(*ListCanariesRequest)(nil),       // 99: countersign.v1.ListCanariesRequest
-	(*ListCanariesResponse)(nil),      // 100: countersign.v1.ListCanariesResponse
-	(*RemoveCanaryRequest)(nil),       // 101: countersign.v1.RemoveCanaryRequest
-	(*RemoveCanaryResponse)(nil),      // 102: countersign.v1.RemoveCanaryResponse
-	(*ReadAuditRequest)(nil),          // 103: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),               // 104: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),       // 105: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),      // 106: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),    // 107: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil),   // 108: countersign.v1.AuditCheckpointResponse
-	nil,                               // 109: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                               // 110: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                               // 111: countersign.v1.GetStatusResponse.FindingsEntry
-	nil,                               // 112: countersign.v1.Host.LabelsEntry
-	nil,                               // 113: countersign.v1.NewHost.LabelsEntry
-	nil,                               // 114: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                               // 115: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 116: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),     // 117: google.protobuf.Timestamp
+	(Verdict)(0),                      // 0: countersign.v1.Verdict
+	(Outcome)(0),                      // 1: countersign.v1.Outcome
+	(HostState)(0),                    // 2: countersign.v1.HostState
+	(Tier)(0),                         // 3: countersign.v1.Tier
+	(HostOrder)(0),                    // 4: countersign.v1.HostOrder
+	(HostAction)(0),                   // 5: countersign.v1.HostAction
+	(Role)(0),                         // 6: countersign.v1.Role
+	(ReferenceState)(0),               // 7: countersign.v1.ReferenceState
+	(Change)(0),                       // 8: countersign.v1.Change
+	(LeaseEffect)(0),                  // 9: countersign.v1.LeaseEffect
+	(Decision)(0),                     // 10: countersign.v1.Decision
+	(SelectorResult)(0),               // 11: countersign.v1.SelectorResult
+	(LeaseState)(0),                   // 12: countersign.v1.LeaseState
+	(Severity)(0),                     // 13: countersign.v1.Severity
+	(Response)(0),                     // 14: countersign.v1.Response
+	(FindingStatus)(0),                // 15: countersign.v1.FindingStatus
+	(*JoinRequest)(nil),               // 16: countersign.v1.JoinRequest
+	(*JoinBody)(nil),                  // 17: countersign.v1.JoinBody
+	(*EndorsementKey)(nil),            // 18: countersign.v1.EndorsementKey
+	(*JoinResponse)(nil),              // 19: countersign.v1.JoinResponse
+	(*ActivateRequest)(nil),           // 20: countersign.v1.ActivateRequest
+	(*Certification)(nil),             // 21: countersign.v1.Certification
+	(*Quote)(nil),                     // 22: countersign.v1.Quote
+	(*Pcr)(nil),                       // 23: countersign.v1.Pcr
+	(*ActivateResponse)(nil),          // 24: countersign.v1.ActivateResponse
+	(*ChallengeRequest)(nil),          // 25: countersign.v1.ChallengeRequest
+	(*ChallengeResponse)(nil),         // 26: countersign.v1.ChallengeResponse
+	(*Known)(nil),                     // 27: countersign.v1.Known
+	(*Attested)(nil),                  // 28: countersign.v1.Attested
+	(*Logs)(nil),                      // 29: countersign.v1.Logs
+	(*ProveRequest)(nil),              // 30: countersign.v1.ProveRequest
+	(*ProveBody)(nil),                 // 31: countersign.v1.ProveBody
+	(*HostFacts)(nil),                 // 32: countersign.v1.HostFacts
+	(*LeaseProof)(nil),                // 33: countersign.v1.LeaseProof
+	(*ProveResponse)(nil),             // 34: countersign.v1.ProveResponse
+	(*LeaseVerdict)(nil),              // 35: countersign.v1.LeaseVerdict
+	(*Checkpoint)(nil),                // 36: countersign.v1.Checkpoint
+	(*IssueRequest)(nil),              // 37: countersign.v1.IssueRequest
+	(*IssueBody)(nil),                 // 38: countersign.v1.IssueBody
+	(*IssueResponse)(nil),             // 39: countersign.v1.IssueResponse
+	(*SecretField)(nil),               // 40: countersign.v1.SecretField
+	(*AcknowledgeRequest)(nil),        // 41: countersign.v1.AcknowledgeRequest
+	(*AcknowledgeResponse)(nil),       // 42: countersign.v1.AcknowledgeResponse
+	(*ReleaseRequest)(nil),            // 43: countersign.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),           // 44: countersign.v1.ReleaseResponse
+	(*WitnessRequest)(nil),            // 45: countersign.v1.WitnessRequest
+	(*FileOpen)(nil),                  // 46: countersign.v1.FileOpen
+	(*WitnessResponse)(nil),           // 47: countersign.v1.WitnessResponse
+	(*ErrorDetail)(nil),               // 48: countersign.v1.ErrorDetail
+	(*GetStatusRequest)(nil),          // 49: countersign.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),         // 50: countersign.v1.GetStatusResponse
+	(*Host)(nil),                      // 51: countersign.v1.Host
+	(*ListHostsRequest)(nil),          // 52: countersign.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),         // 53: countersign.v1.ListHostsResponse
+	(*NewHost)(nil),                   // 54: countersign.v1.NewHost
+	(*AddHostsRequest)(nil),           // 55: countersign.v1.AddHostsRequest
+	(*AddHostsResponse)(nil),          // 56: countersign.v1.AddHostsResponse
+	(*ChangeHostRequest)(nil),         // 57: countersign.v1.ChangeHostRequest
+	(*ChangeHostResponse)(nil),        // 58: countersign.v1.ChangeHostResponse
+	(*CreateJoinTokenRequest)(nil),    // 59: countersign.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil),   // 60: countersign.v1.CreateJoinTokenResponse
+	(*AddOperatorRequest)(nil),        // 61: countersign.v1.AddOperatorRequest
+	(*AddOperatorResponse)(nil),       // 62: countersign.v1.AddOperatorResponse
+	(*ListOperatorsRequest)(nil),      // 63: countersign.v1.ListOperatorsRequest
+	(*ListOperatorsResponse)(nil),     // 64: countersign.v1.ListOperatorsResponse
+	(*Operator)(nil),                  // 65: countersign.v1.Operator
+	(*RemoveOperatorRequest)(nil),     // 66: countersign.v1.RemoveOperatorRequest
+	(*RemoveOperatorResponse)(nil),    // 67: countersign.v1.RemoveOperatorResponse
+	(*RenewOperatorRequest)(nil),      // 68: countersign.v1.RenewOperatorRequest
+	(*RenewOperatorResponse)(nil),     // 69: countersign.v1.RenewOperatorResponse
+	(*LearnReferenceRequest)(nil),     // 70: countersign.v1.LearnReferenceRequest
+	(*LearnReferenceResponse)(nil),    // 71: countersign.v1.LearnReferenceResponse
+	(*Reference)(nil),                 // 72: countersign.v1.Reference
+	(*ListReferencesRequest)(nil),     // 73: countersign.v1.ListReferencesRequest
+	(*ListReferencesResponse)(nil),    // 74: countersign.v1.ListReferencesResponse
+	(*AddReferenceRequest)(nil),       // 75: countersign.v1.AddReferenceRequest
+	(*AddReferenceResponse)(nil),      // 76: countersign.v1.AddReferenceResponse
+	(*ApproveReferenceRequest)(nil),   // 77: countersign.v1.ApproveReferenceRequest
+	(*ApproveReferenceResponse)(nil),  // 78: countersign.v1.ApproveReferenceResponse
+	(*MaintainReferenceRequest)(nil),  // 79: countersign.v1.MaintainReferenceRequest
+	(*MaintainReferenceResponse)(nil), // 80: countersign.v1.MaintainReferenceResponse
+	(*AddReleaseRequest)(nil),         // 81: countersign.v1.AddReleaseRequest
+	(*ReleaseFile)(nil),               // 82: countersign.v1.ReleaseFile
+	(*AddReleaseResponse)(nil),        // 83: countersign.v1.AddReleaseResponse
+	(*Release)(nil),                   // 84: countersign.v1.Release
+	(*ListReleasesRequest)(nil),       // 85: countersign.v1.ListReleasesRequest
+	(*ListReleasesResponse)(nil),      // 86: countersign.v1.ListReleasesResponse
+	(*File)(nil),                      // 87: countersign.v1.File
+	(*ApplyScopesRequest)(nil),        // 88: countersign.v1.ApplyScopesRequest
+	(*ApplyScopesResponse)(nil),       // 89: countersign.v1.ApplyScopesResponse
+	(*ScopeChange)(nil),               // 90: countersign.v1.ScopeChange
+	(*LeaseChange)(nil),               // 91: countersign.v1.LeaseChange
+	(*FactsRequest)(nil),              // 92: countersign.v1.FactsRequest
+	(*FactsResponse)(nil),             // 93: countersign.v1.FactsResponse
+	(*WhyRequest)(nil),                // 94: countersign.v1.WhyRequest
+	(*WhyResponse)(nil),               // 95: countersign.v1.WhyResponse
+	(*PCR)(nil),                       // 96: countersign.v1.PCR
+	(*PCRLimit)(nil),                  // 97: countersign.v1.PCRLimit
+	(*Selector)(nil),                  // 98: countersign.v1.Selector
+	(*Lease)(nil),                     // 99: countersign.v1.Lease
+	(*Machine)(nil),                   // 100: countersign.v1.Machine
+	(*ListLeasesRequest)(nil),         // 101: countersign.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),        // 102: countersign.v1.ListLeasesResponse
+	(*RevokeLeasesRequest)(nil),       // 103: countersign.v1.RevokeLeasesRequest
+	(*RevokeLeasesResponse)(nil),      // 104: countersign.v1.RevokeLeasesResponse
+	(*Finding)(nil),                   // 105: countersign.v1.Finding
+	(*ReportFindingRequest)(nil),      // 106: countersign.v1.ReportFindingRequest
+	(*ReportFindingResponse)(nil),     // 107: countersign.v1.ReportFindingResponse
+	(*ListFindingsRequest)(nil),       // 108: countersign.v1.ListFindingsRequest
+	(*ListFindingsResponse)(nil),      // 109: countersign.v1.ListFindingsResponse
+	(*CloseFindingRequest)(nil),       // 110: countersign.v1.CloseFindingRequest
+	(*CloseFindingResponse)(nil),      // 111: countersign.v1.CloseFindingResponse
+	(*Canary)(nil),                    // 112: countersign.v1.Canary
+	(*IssueCanaryRequest)(nil),        // 113: countersign.v1.IssueCanaryRequest
+	(*IssueCanaryResponse)(nil),       // 114: countersign.v1.IssueCanaryResponse
+	(*ListCanariesRequest)(nil),       // 115: countersign.v1.ListCanariesRequest
+	(*ListCanariesResponse)(nil),      // 116: countersign.v1.ListCanariesResponse
+	(*RemoveCanaryRequest)(nil),       // 117: countersign.v1.RemoveCanaryRequest
+	(*RemoveCanaryResponse)(nil),      // 118: countersign.v1.RemoveCanaryResponse
+	(*ReadAuditRequest)(nil),          // 119: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),               // 120: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),       // 121: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),      // 122: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),    // 123: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil),   // 124: countersign.v1.AuditCheckpointResponse
+	nil,                               // 125: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                               // 126: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                               // 127: countersign.v1.GetStatusResponse.FindingsEntry
+	nil,                               // 128: countersign.v1.Host.LabelsEntry
+	nil,                               // 129: countersign.v1.NewHost.LabelsEntry
+	nil,                               // 130: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                               // 131: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 132: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),     // 133: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
-	2,   // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
-	5,   // 1: countersign.v1.ActivateRequest.certification:type_name -> countersign.v1.Certification
-	6,   // 2: countersign.v1.ActivateRequest.quote:type_name -> countersign.v1.Quote
-	7,   // 3: countersign.v1.Quote.pcrs:type_name -> countersign.v1.Pcr
-	20,  // 4: countersign.v1.ActivateResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	11,  // 5: countersign.v1.ChallengeResponse.known:type_name -> countersign.v1.Known
-	6,   // 6: countersign.v1.Attested.quote:type_name -> countersign.v1.Quote
-	13,  // 7: countersign.v1.Attested.logs:type_name -> countersign.v1.Logs
-	12,  // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
-	16,  // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
-	17,  // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	117, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
-	19,  // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
-	20,  // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	117, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
-	117, // 15: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	117, // 16: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
-	12,  // 17: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
-	16,  // 18: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
-	24,  // 19: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	117, // 20: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	117, // 21: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	117, // 22: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	117, // 23: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	117, // 24: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	117, // 25: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	117, // 26: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
-	30,  // 27: countersign.v1.WitnessRequest.opens:type_name -> countersign.v1.FileOpen
-	117, // 28: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
-	109, // 29: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	110, // 30: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	111, // 31: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
-	112, // 32: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	117, // 33: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	117, // 34: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
-	35,  // 35: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	113, // 36: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
-	38,  // 37: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	114, // 38: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
-	35,  // 39: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	117, // 40: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	115, // 41: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	117, // 42: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	117, // 43: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
-	49,  // 44: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
-	117, // 45: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
-	117, // 46: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
-	56,  // 47: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	117, // 48: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	117, // 49: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
-	56,  // 50: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
-	56,  // 51: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
-	117, // 52: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
-	56,  // 53: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
-	117, // 54: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
-	66,  // 55: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
-	117, // 56: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
-	68,  // 57: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
-	117, // 58: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
-	117, // 59: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
-	68,  // 60: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
-	71,  // 61: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
-	74,  // 62: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
-	75,  // 63: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
-	82,  // 64: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	117, // 65: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	80,  // 66: countersign.v1.WhyResponse.pcrs:type_name -> countersign.v1.PCR
-	81,  // 67: countersign.v1.PCR.limit:type_name -> countersign.v1.PCRLimit
-	116, // 68: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	117, // 69: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	117, // 70: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	117, // 71: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	117, // 72: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	84,  // 73: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
-	83,  // 74: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	117, // 75: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
-	117, // 76: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
-	117, // 77: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
-	89,  // 78: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
-	89,  // 79: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
-	89,  // 80: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
-	117, // 81: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
-	89,  // 82: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
-	117, // 83: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
-	96,  // 84: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
-	96,  // 85: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
-	0,   // 86: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
-	4,   // 87: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
-	9,   // 88: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
-	14,  // 89: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
-	21,  // 90: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
-	25,  // 91: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
-	27,  // 92: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
-	29,  // 93: countersign.v1.HostService.Witness:input_type -> countersign.v1.WitnessRequest
-	33,  // 94: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
-	36,  // 95: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
-	39,  // 96: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
-	41,  // 97: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
-	43,  // 98: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
-	45,  // 99: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
-	47,  // 100: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
-	50,  // 101: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
-	52,  // 102: countersign.v1.OperatorService.RenewOperator:input_type -> countersign.v1.RenewOperatorRequest
-	54,  // 103: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	57,  // 104: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	59,  // 105: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
-	61,  // 106: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
-	63,  // 107: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
-	65,  // 108: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
-	69,  // 109: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
-	72,  // 110: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	76,  // 111: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	78,  // 112: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	85,  // 113: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	87,  // 114: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	90,  // 115: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
-	92,  // 116: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
-	94,  // 117: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
-	97,  // 118: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
-	99,  // 119: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
-	101, // 120: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
-	103, // 121: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	105, // 122: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	107, // 123: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	3,   // 124: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	8,   // 125: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	10,  // 126: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	18,  // 127: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	23,  // 128: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	26,  // 129: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	28,  // 130: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	31,  // 131: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
-	34,  // 132: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	37,  // 133: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	40,  // 134: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	42,  // 135: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	44,  // 136: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	46,  // 137: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	48,  // 138: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
-	51,  // 139: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
-	53,  // 140: countersign.v1.OperatorService.RenewOperator:output_type -> countersign.v1.RenewOperatorResponse
-	55,  // 141: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	58,  // 142: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	60,  // 143: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
-	62,  // 144: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
-	64,  // 145: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
-	67,  // 146: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
-	70,  // 147: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
-	73,  // 148: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	77,  // 149: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	79,  // 150: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	86,  // 151: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	88,  // 152: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	91,  // 153: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
-	93,  // 154: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
-	95,  // 155: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
-	98,  // 156: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
-	100, // 157: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
-	102, // 158: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
-	104, // 159: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	106, // 160: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	108, // 161: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	124, // [124:162] is the sub-list for method output_type
-	86,  // [86:124] is the sub-list for method input_type
-	86,  // [86:86] is the sub-list for extension type_name
-	86,  // [86:86] is the sub-list for extension extendee
-	0,   // [0:86] is the sub-list for field type_name
+	18,  // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
+	21,  // 1: countersign.v1.ActivateRequest.certification:type_name -> countersign.v1.Certification
+	22,  // 2: countersign.v1.ActivateRequest.quote:type_name -> countersign.v1.Quote
+	23,  // 3: countersign.v1.Quote.pcrs:type_name -> countersign.v1.Pcr
+	36,  // 4: countersign.v1.ActivateResponse.checkpoint:type_name -> countersign.v1.Checkpoint
+	27,  // 5: countersign.v1.ChallengeResponse.known:type_name -> countersign.v1.Known
+	22,  // 6: countersign.v1.Attested.quote:type_name -> countersign.v1.Quote
+	29,  // 7: countersign.v1.Attested.logs:type_name -> countersign.v1.Logs
+	28,  // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
+	32,  // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
+	33,  // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
+	133, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	35,  // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
+	36,  // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
+	133, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	2,   // 15: countersign.v1.ProveResponse.host_state_code:type_name -> countersign.v1.HostState
+	133, // 16: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	133, // 17: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	0,   // 18: countersign.v1.LeaseVerdict.outcome_code:type_name -> countersign.v1.Verdict
+	28,  // 19: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
+	32,  // 20: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
+	40,  // 21: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
+	133, // 22: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	133, // 23: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	133, // 24: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	133, // 25: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	133, // 26: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	133, // 27: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	133, // 28: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	46,  // 29: countersign.v1.WitnessRequest.opens:type_name -> countersign.v1.FileOpen
+	133, // 30: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
+	1,   // 31: countersign.v1.ErrorDetail.outcome_code:type_name -> countersign.v1.Outcome
+	125, // 32: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	126, // 33: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	127, // 34: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
+	128, // 35: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	133, // 36: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	133, // 37: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	2,   // 38: countersign.v1.Host.state_code:type_name -> countersign.v1.HostState
+	3,   // 39: countersign.v1.Host.tier_code:type_name -> countersign.v1.Tier
+	2,   // 40: countersign.v1.ListHostsRequest.state_code:type_name -> countersign.v1.HostState
+	4,   // 41: countersign.v1.ListHostsRequest.sort_code:type_name -> countersign.v1.HostOrder
+	51,  // 42: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
+	129, // 43: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	54,  // 44: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
+	130, // 45: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	5,   // 46: countersign.v1.ChangeHostRequest.action_code:type_name -> countersign.v1.HostAction
+	51,  // 47: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
+	133, // 48: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	131, // 49: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	133, // 50: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	133, // 51: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	6,   // 52: countersign.v1.AddOperatorRequest.role_code:type_name -> countersign.v1.Role
+	65,  // 53: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
+	133, // 54: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	133, // 55: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	6,   // 56: countersign.v1.Operator.role_code:type_name -> countersign.v1.Role
+	72,  // 57: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
+	133, // 58: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	133, // 59: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
+	7,   // 60: countersign.v1.Reference.state_code:type_name -> countersign.v1.ReferenceState
+	72,  // 61: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
+	72,  // 62: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
+	133, // 63: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
+	72,  // 64: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
+	133, // 65: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
+	82,  // 66: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
+	133, // 67: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
+	84,  // 68: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
+	133, // 69: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
+	133, // 70: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
+	84,  // 71: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
+	87,  // 72: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
+	90,  // 73: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
+	91,  // 74: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
+	8,   // 75: countersign.v1.ScopeChange.change_code:type_name -> countersign.v1.Change
+	9,   // 76: countersign.v1.LeaseChange.change_code:type_name -> countersign.v1.LeaseEffect
+	98,  // 77: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	133, // 78: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	96,  // 79: countersign.v1.WhyResponse.pcrs:type_name -> countersign.v1.PCR
+	10,  // 80: countersign.v1.WhyResponse.outcome_code:type_name -> countersign.v1.Decision
+	97,  // 81: countersign.v1.PCR.limit:type_name -> countersign.v1.PCRLimit
+	11,  // 82: countersign.v1.Selector.result_code:type_name -> countersign.v1.SelectorResult
+	132, // 83: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	133, // 84: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	133, // 85: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	133, // 86: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	133, // 87: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	100, // 88: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
+	12,  // 89: countersign.v1.Lease.state_code:type_name -> countersign.v1.LeaseState
+	12,  // 90: countersign.v1.ListLeasesRequest.state_code:type_name -> countersign.v1.LeaseState
+	99,  // 91: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	133, // 92: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
+	133, // 93: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
+	133, // 94: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
+	13,  // 95: countersign.v1.Finding.severity_code:type_name -> countersign.v1.Severity
+	14,  // 96: countersign.v1.Finding.response_code:type_name -> countersign.v1.Response
+	15,  // 97: countersign.v1.Finding.status_code:type_name -> countersign.v1.FindingStatus
+	105, // 98: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
+	105, // 99: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
+	15,  // 100: countersign.v1.ListFindingsRequest.status_code:type_name -> countersign.v1.FindingStatus
+	13,  // 101: countersign.v1.ListFindingsRequest.severity_code:type_name -> countersign.v1.Severity
+	105, // 102: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
+	133, // 103: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
+	105, // 104: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
+	133, // 105: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
+	112, // 106: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
+	112, // 107: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
+	16,  // 108: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
+	20,  // 109: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
+	25,  // 110: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
+	30,  // 111: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
+	37,  // 112: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
+	41,  // 113: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
+	43,  // 114: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
+	45,  // 115: countersign.v1.HostService.Witness:input_type -> countersign.v1.WitnessRequest
+	49,  // 116: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
+	52,  // 117: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
+	55,  // 118: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
+	57,  // 119: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
+	59,  // 120: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
+	61,  // 121: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
+	63,  // 122: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
+	66,  // 123: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
+	68,  // 124: countersign.v1.OperatorService.RenewOperator:input_type -> countersign.v1.RenewOperatorRequest
+	70,  // 125: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	73,  // 126: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	75,  // 127: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
+	77,  // 128: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
+	79,  // 129: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
+	81,  // 130: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
+	85,  // 131: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
+	88,  // 132: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	92,  // 133: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	94,  // 134: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	101, // 135: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	103, // 136: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	106, // 137: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
+	108, // 138: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
+	110, // 139: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
+	113, // 140: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
+	115, // 141: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
+	117, // 142: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
+	119, // 143: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	121, // 144: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	123, // 145: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	19,  // 146: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	24,  // 147: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	26,  // 148: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	34,  // 149: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	39,  // 150: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	42,  // 151: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	44,  // 152: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	47,  // 153: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
+	50,  // 154: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	53,  // 155: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	56,  // 156: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	58,  // 157: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	60,  // 158: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	62,  // 159: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	64,  // 160: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	67,  // 161: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	69,  // 162: countersign.v1.OperatorService.RenewOperator:output_type -> countersign.v1.RenewOperatorResponse
+	71,  // 163: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	74,  // 164: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	76,  // 165: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
+	78,  // 166: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
+	80,  // 167: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
+	83,  // 168: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
+	86,  // 169: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
+	89,  // 170: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	93,  // 171: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	95,  // 172: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	102, // 173: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	104, // 174: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	107, // 175: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
+	109, // 176: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
+	111, // 177: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
+	114, // 178: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
+	116, // 179: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
+	118, // 180: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
+	120, // 181: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	122, // 182: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	124, // 183: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	146, // [146:184] is the sub-list for method output_type
+	108, // [108:146] is the sub-list for method input_type
+	108, // [108:108] is the sub-list for extension type_name
+	108, // [108:108] is the sub-list for extension extendee
+	0,   // [0:108] is the sub-list for field type_name
 }
 
 func init() { file_countersign_v1_countersign_proto_init() }
@@ -7751,19 +9006,37 @@ func file_countersign_v1_countersign_proto_init() {
 	if File_countersign_v1_countersign_proto != nil {
 		return
 	}
+	file_countersign_v1_countersign_proto_msgTypes[18].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[19].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[32].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[35].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[36].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[41].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[45].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[49].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[56].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[74].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[75].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[79].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[82].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[83].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[84].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[85].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[89].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[92].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
-			NumEnums:      0,
+			NumEnums:      16,
 			NumMessages:   117,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
 		GoTypes:           file_countersign_v1_countersign_proto_goTypes,
 		DependencyIndexes: file_countersign_v1_countersign_proto_depIdxs,
+		EnumInfos:         file_countersign_v1_countersign_proto_enumTypes,
 		MessageInfos:      file_countersign_v1_countersign_proto_msgTypes,
 	}.Build()
 	File_countersign_v1_countersign_proto = out.File
