@@ -11,7 +11,7 @@ AGENT     = ./hostagent/cmd/countersign-agent
 FUZZTIME ?= 3000x
 
 .DEFAULT_GOAL := help
-.PHONY: help build faults-build setup check unit test test-vm demo bench bench-large corpus faults fuzz lint generate clean
+.PHONY: help build faults-build setup check unit test test-older test-vm demo bench bench-large corpus faults fuzz lint generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ check: lint unit ## what a change has to pass on any machine
 test: setup build faults-build ## all tests, against real parts
 	@sh test/run.sh
 
+test-older: setup build ## agents of another version with this broker: AGAINST=COMMIT
+	@sh test/against.sh $(or $(AGAINST),HEAD^) $(AGENT)
+	COUNTERSIGN_AGENT=$(CURDIR)/bin/against/countersign-agent $(GO) test -count=1 -timeout 20m -run 'TestWholePath|TestUnit$$|TestUnitHandOver|TestTheft' ./test/e2e
+
 test-vm: setup build ## a real machine with Secure Boot and IMA boots the agent, in QEMU
 	@sh test/vm/setup.sh
 	$(GO) test -count=1 -timeout 15m ./test/vm
@@ -44,7 +48,7 @@ demo: setup build ## a legacy program gets in with an earned credential, and los
 	@$(GO) run ./test/demo
 
 bench: setup build ## speed and size, as ratios against floors; ONLY=certificates is a part; AGAINST=COMMIT compares with that commit's broker, MOST=0.65 bounds the ratio
-	@$(if $(AGAINST),sh test/bench/against.sh $(AGAINST))
+	@$(if $(AGAINST),sh test/against.sh $(AGAINST) $(BROKER))
 	@$(GO) run ./test/bench $(if $(ONLY),-only $(ONLY)) $(if $(AGAINST),-against bin/against/countersign) $(if $(MOST),-most $(MOST))
 
 bench-large: setup build ## a broker whose store is like a year's use, and a watch over 2 GB of logs; SCALE=0.1 BYTES=200M is a tenth
