@@ -16,6 +16,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/test/check"
 )
 
 // start runs a copy of sleep under another name.
@@ -58,6 +59,7 @@ func start(t *testing.T, edit func(*exec.Cmd)) (*exec.Cmd, string) {
 }
 
 func TestProcess(t *testing.T) {
+	check.Root(t)
 	cmd, exe := start(t, func(c *exec.Cmd) {
 		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534, Groups: []uint32{4, 24}}}
 	})
@@ -123,6 +125,7 @@ func TestZombie(t *testing.T) {
 
 // A program that root starts through a set-id file runs between identities.
 func TestSetID(t *testing.T) {
+	check.Root(t)
 	cmd, exe := start(t, nil)
 	_ = cmd.Process.Kill()
 	if err := os.Chown(exe, 65534, 65534); err != nil {
@@ -144,6 +147,7 @@ func TestSetID(t *testing.T) {
 
 // A program in a chroot is told by its path on this host, not by its own.
 func TestChroot(t *testing.T) {
+	check.Root(t)
 	root := t.TempDir()
 	for _, dir := range []string{"bin", "lib", "lib64"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {

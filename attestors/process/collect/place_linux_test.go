@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/countersign/countersign/test/check"
 )
 
 // A stage is a folder of root's with a program in it, and one of nobody's
@@ -106,6 +108,7 @@ var (
 // A program whose file was replaced under it is still told by its path, in
 // whichever namespaces the host's root put it.
 func TestReplaced(t *testing.T) {
+	check.Root(t)
 	for name, tt := range map[string]struct {
 		how    []string
 		script string
@@ -143,6 +146,7 @@ const (
 // file that the kernel prints as the program's; the last is the program's, and
 // can't be told from the others.
 func TestForgedPath(t *testing.T) {
+	check.Root(t)
 	for name, tt := range map[string]struct {
 		how     []string
 		script  string
@@ -177,6 +181,7 @@ func TestForgedPath(t *testing.T) {
 
 // What stands at a path that a program chose is not opened.
 func TestAPathIsNotOpened(t *testing.T) {
+	check.Root(t)
 	s := newStage(t)
 	if err := errors.Join(os.Remove(s.exe), unix.Mkfifo(s.exe, 0o600)); err != nil {
 		t.Fatal(err)

@@ -41,6 +41,7 @@ func TestMain(m *testing.M) {
 // A process whose first thread ended shows no executable; the thread that opens
 // does.
 func TestWithoutItsFirstThread(t *testing.T) {
+	check.Root(t)
 	b := start(t, config.Process{Exe: "/x"})
 	self := check.Must(os.ReadFile(check.Must(os.Executable())(t)))(t)
 	opener := b.dir + "/opener"

@@ -167,6 +167,7 @@ func (b *bench) orphan(t *testing.T, command string, attr ...*syscall.SysProcAtt
 // A program that isn't the credential's is seen, as what and whose it is; it
 // reads the file all the same.
 func TestForeignOpener(t *testing.T) {
+	check.Root(t)
 	b := start(t, config.Process{Exe: "/opt/billing/bin/billingd"})
 	copied := b.copyOf(t, "/bin/cat", "helper")
 	if got := b.orphan(t, copied+" "+b.file, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}); got != "s3cret" {
@@ -196,6 +197,7 @@ func TestForeignOpener(t *testing.T) {
 
 // However many come and go, none waits, and one kind is told of once.
 func TestManyShortOnes(t *testing.T) {
+	check.Root(t)
 	b := start(t, config.Process{Exe: "/opt/billing/bin/billingd"})
 	copied := b.copyOf(t, "/bin/cat", "helper")
 	if got := b.orphan(t, "for i in $(seq 200); do "+copied+" "+b.file+"; done; seq 50 | xargs -P 8 -I{} "+copied+" "+b.file); got != strings.Repeat("s3cret", 250) {
@@ -208,6 +210,7 @@ func TestManyShortOnes(t *testing.T) {
 // The credential's own programs are not told of; the twin of each, which differs
 // in what is named, is.
 func TestItsOwn(t *testing.T) {
+	check.Root(t)
 	sh, cat := check.Must(filepath.EvalSymlinks("/bin/sh"))(t), check.Must(filepath.EvalSymlinks("/bin/cat"))(t)
 	other := exec.Command("sleep", "600")
 	check.Nil(t, other.Start())
@@ -263,6 +266,7 @@ func TestItsOwn(t *testing.T) {
 // A Runner may open its own file while it holds its lock, for which the judgement
 // of an earlier open waits.
 func TestARunnerThatOpens(t *testing.T) {
+	check.Root(t)
 	b := start(t, config.Process{Exe: "/x"})
 	copied := b.copyOf(t, "/bin/cat", "helper")
 	b.held.Lock()
@@ -283,6 +287,7 @@ func TestARunnerThatOpens(t *testing.T) {
 
 // A file that is replaced is watched again, with the lease that is held then.
 func TestReplaced(t *testing.T) {
+	check.Root(t)
 	b := start(t, config.Process{Exe: "/x"})
 	first, second := b.copyOf(t, "/bin/cat", "first"), b.copyOf(t, "/bin/cat", "second")
 	b.orphan(t, first+" "+b.file)
@@ -332,6 +337,7 @@ func (b *bench) marks(t *testing.T, when string, want int) {
 
 // There is one mark while the credential stands in its place, and none else.
 func TestMarksComeAndGo(t *testing.T) {
+	check.Root(t)
 	b := start(t, config.Process{Exe: "/x"})
 	b.marks(t, "delivered", 1)
 	for i := range 3 { // what was there lives on
@@ -360,6 +366,7 @@ func TestMarksComeAndGo(t *testing.T) {
 // Who puts another's file in the credential's place has its opens neither held up
 // nor told of; his own file there is watched.
 func TestAnotherFileInItsPlace(t *testing.T) {
+	check.Root(t)
 	for name, change := range map[string]func(t *testing.T, path string){
 		"what was delivered": func(*testing.T, string) {},
 		"a link":             func(t *testing.T, path string) { check.Nil(t, os.Link(path, path+".2")) },
@@ -388,6 +395,7 @@ func TestAnotherFileInItsPlace(t *testing.T) {
 // agent waits for no answer of its own then: here it has one thread of Go's to do
 // both, and in its own process, which can be killed.
 func TestItsCommandIsTheFile(t *testing.T) {
+	check.Root(t)
 	const inside = "WITNESS_TEST_COMMAND"
 	if os.Getenv(inside) == "" {
 		ctx := check.Within(t, time.Minute)
@@ -430,6 +438,7 @@ func descriptors(t *testing.T) int {
 
 // After the end nobody waits, and nothing is left open.
 func TestTheEnd(t *testing.T) {
+	check.Root(t)
 	before := 0
 	for i := range 3 { // the runtime opens some of its own the first time
 		b := start(t, config.Process{Exe: "/x"})
@@ -469,6 +478,7 @@ func TestTheEnd(t *testing.T) {
 // Whoever owns a file can put a lease on it, and have an open of it wait for
 // most of a minute. It holds up nobody else: not the agent.
 func TestALeaseOnTheFile(t *testing.T) {
+	check.Root(t)
 	b := start(t, config.Process{Exe: "/x"})
 	f := check.Must(os.OpenFile(b.file, os.O_RDWR, 0))(t)
 	_, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
@@ -487,6 +497,7 @@ func TestALeaseOnTheFile(t *testing.T) {
 
 // What could keep the agent from answering is not marked.
 func TestNotWatchable(t *testing.T) {
+	check.Root(t)
 	b := start(t, config.Process{Exe: "/x"})
 	if err := watchable(b.file); err != nil {
 		t.Error(err)

@@ -484,6 +484,7 @@ func TestNamesInComments(t *testing.T) {
 }
 
 func TestMergeReplacesPlainFilesAlone(t *testing.T) {
+	check.Root(t)
 	dir := t.TempDir()
 	items := []Item{judge("file", "", newCA(t, "Acme root", nil).cert, now)}
 	pipe := filepath.Join(dir, "pipe")
@@ -527,6 +528,7 @@ func TestMergesAtOnce(t *testing.T) {
 }
 
 func TestMergeKeepsTheOwner(t *testing.T) {
+	check.Root(t)
 	if os.Getuid() != 0 {
 		t.Skip("only root gives files to others")
 	}
