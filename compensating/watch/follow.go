@@ -108,6 +108,7 @@ func (f *follower) run(ctx context.Context) {
 	}
 }
 
+// follow follows one connection's log until it ends.
 func (f *follower) follow(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -116,6 +117,38 @@ func (f *follower) follow(ctx context.Context) error {
 		return err
 	}
 	defer hangUp()
+
+	if err := f.start(ctx, client); err != nil {
+		return err
+	}
+	records, ended := f.records(ctx, client)
+	p := passage{follower: f, client: client, next: f.next, leases: map[string]bool{}}
+	tick := time.NewTicker(batch)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-ended:
+			return err
+		case r := <-records:
+			if err := p.take(r); err != nil {
+				return err
+			}
+		case <-tick.C:
+			if err := p.takeAll(records); err != nil {
+				return err
+			}
+			if err := p.tell(ctx); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// start brings the ledger to where the log can be followed from: with all leases, if it
+// has none or the log is another one, and with the canaries.
+func (f *follower) start(ctx context.Context, client countersignv1connect.OperatorServiceClient) error {
 	// A broker that was restored has another log under the same numbers.
 	status, err := within(ctx, client.GetStatus, &v1.GetStatusRequest{})
 	if err != nil {
@@ -130,14 +163,15 @@ func (f *follower) follow(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := f.canaries(ctx, client); err != nil {
-		return err
-	}
-	confirmed := confirmation{}
-	records := make(chan event.Record)
-	ended := make(chan error, 1)
+	return f.canaries(ctx, client)
+}
+
+// records streams the log's records from f.next on; ended says why they end.
+func (f *follower) records(ctx context.Context, client countersignv1connect.OperatorServiceClient) (records chan event.Record, ended chan error) {
+	records, ended = make(chan event.Record), make(chan error, 1)
+	from := uint64(f.next)
 	go func() {
-		stream, err := client.ReadAudit(ctx, connect.NewRequest(&v1.ReadAuditRequest{From: uint64(f.next), Follow: true}))
+		stream, err := client.ReadAudit(ctx, connect.NewRequest(&v1.ReadAuditRequest{From: from, Follow: true}))
 		if err != nil {
 			ended <- err
 			return
@@ -158,79 +192,84 @@ func (f *follower) follow(ctx context.Context) error {
 		}
 		ended <- errors.Join(errors.New("the broker's audit log ended"), stream.Err())
 	}()
-	tick := time.NewTicker(batch)
-	defer tick.Stop()
-	leases := map[string]bool{}
-	var opens []sightings.Sighting
-	canaries := false
-	next := f.next
-	take := func(r event.Record) error {
-		next = r.Index + 1
-		if r.Lease != "" {
-			leases[r.Lease] = true
-		}
-		canaries = canaries || r.Kind == event.CanaryIssued || r.Kind == event.CanaryRemoved
-		if r.Kind != event.CredentialOpened {
-			return nil
-		}
+	return records, ended
+}
+
+// A passage is what one connection's records said that isn't told yet.
+type passage struct {
+	*follower
+	client    countersignv1connect.OperatorServiceClient
+	next      int64 // behind the last record
+	confirmed confirmation
+
+	leases        map[string]bool // to fetch
+	opens         []sightings.Sighting
+	canariesMoved bool
+}
+
+// take reads one record.
+func (p *passage) take(r event.Record) error {
+	p.next = r.Index + 1
+	if r.Lease != "" {
+		p.leases[r.Lease] = true
+	}
+	switch r.Kind {
+	case event.CanaryIssued, event.CanaryRemoved:
+		p.canariesMoved = true
+	case event.CredentialOpened:
 		s, err := opened(r)
-		opens = append(opens, s)
+		p.opens = append(p.opens, s)
 		return err
 	}
-	for {
+	return nil
+}
+
+// takeAll takes what has come already, as much as one update holds.
+func (p *passage) takeAll(records <-chan event.Record) error {
+	for len(p.leases)+len(p.opens) < batchSize {
 		select {
-		case <-ctx.Done():
-			return nil
-		case err := <-ended:
-			return err
 		case r := <-records:
-			if err := take(r); err != nil {
+			if err := p.take(r); err != nil {
 				return err
 			}
-		case <-tick.C:
-			for more := true; more && len(leases)+len(opens) < batchSize; {
-				select {
-				case r := <-records:
-					if err := take(r); err != nil {
-						return err
-					}
-				default:
-					more = false
-				}
-			}
-			u := update{next: next, epoch: f.epoch, opens: opens}
-			opens = nil
-			if u.synced, err = confirmed.confirm(ctx, f, client, next); err != nil {
-				return err
-			}
-			for id := range leases {
-				a, err := within(ctx, client.ListLeases, &v1.ListLeasesRequest{Lease: id})
-				if connect.CodeOf(err) == connect.CodeNotFound {
-					continue
-				}
-				if err != nil {
-					return err
-				}
-				for _, l := range a.Msg.GetLeases() {
-					e, err := ledger.OfLease(l)
-					if err != nil {
-						return err
-					}
-					u.entries = append(u.entries, e)
-				}
-			}
-			clear(leases)
-			if canaries {
-				if err := f.canaries(ctx, client); err != nil {
-					return err
-				}
-				canaries = false
-			}
-			if err := f.give(ctx, u); err != nil {
-				return err
-			}
+		default:
+			return nil
 		}
 	}
+	return nil
+}
+
+// tell gives an update of what was taken, with the leases as they stand now.
+func (p *passage) tell(ctx context.Context) (err error) {
+	u := update{next: p.next, epoch: p.epoch, opens: p.opens}
+	p.opens = nil
+	if u.synced, err = p.confirmed.confirm(ctx, p.follower, p.client, p.next); err != nil {
+		return err
+	}
+	for id := range p.leases {
+		a, err := within(ctx, p.client.ListLeases, &v1.ListLeasesRequest{Lease: id})
+		if connect.CodeOf(err) == connect.CodeNotFound {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for _, l := range a.Msg.GetLeases() {
+			e, err := ledger.OfLease(l)
+			if err != nil {
+				return err
+			}
+			u.entries = append(u.entries, e)
+		}
+	}
+	clear(p.leases)
+	if p.canariesMoved {
+		if err := p.canaries(ctx, p.client); err != nil {
+			return err
+		}
+		p.canariesMoved = false
+	}
+	return p.give(ctx, u)
 }
 
 // within makes a call that may not take forever.

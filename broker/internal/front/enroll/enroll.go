@@ -222,122 +222,181 @@ type Result struct {
 // new certificate and keeps its state: joining again trusts nobody. One that is
 // quarantined gets nothing, and one with another key waits for an operator.
 func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, requestID string) (Result, error) {
-	now, wall := d.Now(), d.Wall()
-	j, err := conn.TakeJoin(now)
+	j, err := d.verify(conn, a)
 	if err != nil {
 		return Result{}, err
 	}
-	if subtle.ConstantTimeCompare(a.Secret, j.Secret) != 1 {
-		return Result{}, &evidence.Rejected{Check: CheckActivation, Detail: "the challenge to the TPM was not answered: AK and EK are not in one TPM"}
-	}
-	spki, err := j.AK.VerifyCertification(j.TLS, a.Certification, conn.Binding(evidence.CallCertify, j.Nonce, j.Body).ExtraData())
-	if err != nil {
-		return Result{}, err
-	}
-	if !bytes.Equal(spki, conn.KeySPKI) {
-		return Result{}, &evidence.Rejected{Check: tpmappraise.CheckName, Detail: "the certified TLS key is not the one that opened this connection"}
-	}
-	quoted, err := j.AK.VerifyQuote(a.Quote, conn.Binding(evidence.CallJoin, j.Nonce, j.Body).ExtraData(), tpm.DefaultPCRs())
-	if err != nil {
-		return Result{}, err
-	}
+	j.requestID = requestID
 
-	var r Result
-	revoke, because := "", ""
 	err = d.Store.Update(ctx, store.Any(store.Hosts, store.Tokens), func(tx *store.Tx) error {
-		r, revoke, because = Result{}, "", ""
-		h, err := inventory.ByEK(tx, j.EK.Hash)
-		switch {
-		case errors.Is(err, inventory.ErrUnknown):
-			h = inventory.Host{ID: inventory.NewID(), Name: j.Name, State: inventory.Pending, EKs: []evidence.Digest{j.EK.Hash}, Created: now}
-		case err != nil:
-			return err
-		case h.State == inventory.Removed:
-			return ErrRemoved
-		}
-		sameAK := bytes.Equal(h.AKPublic, j.AK.Encoded())
-		sameKeys := sameAK && h.TLSKey == conn.Key()
-		if h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling {
-			switch {
-			case h.State == inventory.Quarantined && sameKeys:
-				return ErrQuarantined
-			case h.State == inventory.Quarantined || !sameKeys:
-				r = Result{Host: h, Pending: true}
-				return d.wanted(tx, h, requestID, now)
-			}
-		}
-		if sameAK && h.Counters != nil && quoted.Counters.Before(*h.Counters) && !h.Reenrolling {
-			h.State, h.Reason = inventory.Quarantined, "the TPM's counters went back: a copy or a reverted snapshot"
-			h.SilentAt = time.Time{}
-			r, revoke, because = Result{Host: h, Pending: true}, h.ID, h.Reason
-			return d.save(tx, h, event.HostDuplicate, requestID, now)
-		}
-		rejoined := h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling
-		if h.Reenrolling {
-			revoke, because = h.ID, "the host was enrolled anew"
-		}
-		kind := event.HostJoined
-		if !h.Admitted {
-			if j.Token != "" {
-				t, err := inventory.UseToken(tx, j.Token, h.ID, wall)
-				if err != nil {
-					return err
-				}
-				if t.Name != "" {
-					h.Name = t.Name
-				}
-				h.Admitted, h.Labels, h.Reference = true, t.Labels, t.Reference
-				kind = event.HostAdmitted
-			} else if len(h.AKPublic) == 0 {
-				// Its first time: one more that waits. Where roots are configured,
-				// software can't take the places of those that wait.
-				if d.Roots != nil && !j.EK.Certified {
-					return ErrUncertified
-				}
-				n, err := inventory.CountPending(tx)
-				if err != nil {
-					return err
-				}
-				if n >= d.MostPending {
-					return ErrPendingFull
-				}
-				kind = event.HostPending
-			}
-		}
-		h.AKPublic, h.TLSKey, h.Counters, h.PCRs = j.AK.Encoded(), conn.Key(), &quoted.Counters, quoted.PCRs
-		h.Tier, h.Address, h.Reenrolling = appraise.TierKnown, conn.Address, false
-		if j.EK.Certified {
-			h.Tier = appraise.TierCertified
-		}
-		if h.Admitted {
-			// Only a proof, which is held against the reference set, makes it
-			// trusted again, or for the first time where it has a set.
-			if rejoined || h.Reference != "" {
-				if h.State != inventory.Failed && h.State != inventory.Trusted {
-					h.State, h.Reason = inventory.Stale, "joined; not proven since"
-				}
-			} else {
-				h.State, h.Reason, h.LastProved = inventory.Trusted, "", now
-			}
-			if h.SilentAt.IsZero() {
-				h.SilentAt = now.Add(firstProof)
-			}
-			if r.Certificate, err = d.CA.Host(mustKey(spki), h.ID, wall, CertificateLifetime); err != nil {
-				return err
-			}
-		}
-		r.Host, r.Pending = h, !h.Admitted
-		return d.save(tx, h, kind, requestID, now)
+		j.result, j.revoke, j.because = Result{}, "", ""
+		return j.enrol(tx)
 	})
 	if err != nil {
 		return Result{}, err
 	}
-	if revoke != "" {
-		if _, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: revoke}, because, lease.Cause{Actor: "host:" + revoke, Request: requestID}, false); err != nil {
+	if j.revoke != "" {
+		if _, err := d.Leases.RevokeAll(ctx, journal.Filter{Host: j.revoke}, j.because, lease.Cause{Actor: "host:" + j.revoke, Request: requestID}, false); err != nil {
 			return Result{}, err
 		}
 	}
-	return r, nil
+	return j.result, nil
+}
+
+// A joining is one host's request whose keys are verified to be in one TPM, and what
+// became of it.
+type joining struct {
+	*Desk
+	*challenge.Joining
+	conn      *challenge.Conn
+	spki      []byte // of the certified TLS key
+	quoted    *tpmappraise.Verified
+	now, wall time.Time
+	requestID string
+
+	result          Result
+	revoke, because string // the host whose leases end, and why
+}
+
+// verify holds the TPM's answer against the challenge and the connection.
+func (d *Desk) verify(conn *challenge.Conn, a Answer) (*joining, error) {
+	now := d.Now()
+	j, err := conn.TakeJoin(now)
+	if err != nil {
+		return nil, err
+	}
+	if subtle.ConstantTimeCompare(a.Secret, j.Secret) != 1 {
+		return nil, &evidence.Rejected{Check: CheckActivation, Detail: "the challenge to the TPM was not answered: AK and EK are not in one TPM"}
+	}
+	spki, err := j.AK.VerifyCertification(j.TLS, a.Certification, conn.Binding(evidence.CallCertify, j.Nonce, j.Body).ExtraData())
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(spki, conn.KeySPKI) {
+		return nil, &evidence.Rejected{Check: tpmappraise.CheckName, Detail: "the certified TLS key is not the one that opened this connection"}
+	}
+	quoted, err := j.AK.VerifyQuote(a.Quote, conn.Binding(evidence.CallJoin, j.Nonce, j.Body).ExtraData(), tpm.DefaultPCRs())
+	if err != nil {
+		return nil, err
+	}
+	return &joining{Desk: d, Joining: j, conn: conn, spki: spki, quoted: quoted, now: now, wall: d.Wall()}, nil
+}
+
+// enrol decides what becomes of the host, and writes it.
+func (j *joining) enrol(tx *store.Tx) error {
+	h, err := j.host(tx)
+	if err != nil {
+		return err
+	}
+	if stopped, err := j.stopped(tx, h); stopped || err != nil {
+		return err
+	}
+
+	rejoined := h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling
+	if h.Reenrolling {
+		j.revoke, j.because = h.ID, "the host was enrolled anew"
+	}
+	kind := event.HostJoined
+	if !h.Admitted {
+		if h, kind, err = j.admit(tx, h); err != nil {
+			return err
+		}
+	}
+	h.AKPublic, h.TLSKey, h.Counters, h.PCRs = j.AK.Encoded(), j.conn.Key(), &j.quoted.Counters, j.quoted.PCRs
+	h.Tier, h.Address, h.Reenrolling = appraise.TierKnown, j.conn.Address, false
+	if j.EK.Certified {
+		h.Tier = appraise.TierCertified
+	}
+	if h.Admitted {
+		h = j.stateOf(h, rejoined)
+		if j.result.Certificate, err = j.CA.Host(mustKey(j.spki), h.ID, j.wall, CertificateLifetime); err != nil {
+			return err
+		}
+	}
+	j.result.Host, j.result.Pending = h, !h.Admitted
+	return j.save(tx, h, kind, j.requestID, j.now)
+}
+
+// host is the one whose TPM it is, or a new one.
+func (j *joining) host(tx *store.Tx) (inventory.Host, error) {
+	h, err := inventory.ByEK(tx, j.EK.Hash)
+	switch {
+	case errors.Is(err, inventory.ErrUnknown):
+		return inventory.Host{ID: inventory.NewID(), Name: j.Name, State: inventory.Pending, EKs: []evidence.Digest{j.EK.Hash}, Created: j.now}, nil
+	case err == nil && h.State == inventory.Removed:
+		return h, ErrRemoved
+	}
+	return h, err
+}
+
+// stopped reports whether the host can't go on by itself: another key than the one
+// that was admitted, a quarantine, or counters that went back. An operator is told.
+func (j *joining) stopped(tx *store.Tx, h inventory.Host) (bool, error) {
+	sameAK := bytes.Equal(h.AKPublic, j.AK.Encoded())
+	sameKeys := sameAK && h.TLSKey == j.conn.Key()
+	if h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling {
+		switch {
+		case h.State == inventory.Quarantined && sameKeys:
+			return true, ErrQuarantined
+		case h.State == inventory.Quarantined || !sameKeys:
+			j.result = Result{Host: h, Pending: true}
+			return true, j.wanted(tx, h, j.requestID, j.now)
+		}
+	}
+	if sameAK && h.Counters != nil && j.quoted.Counters.Before(*h.Counters) && !h.Reenrolling {
+		h.State, h.Reason = inventory.Quarantined, "the TPM's counters went back: a copy or a reverted snapshot"
+		h.SilentAt = time.Time{}
+		j.result, j.revoke, j.because = Result{Host: h, Pending: true}, h.ID, h.Reason
+		return true, j.save(tx, h, event.HostDuplicate, j.requestID, j.now)
+	}
+	return false, nil
+}
+
+// admit lets a host in by its token, or has it wait for an operator.
+func (j *joining) admit(tx *store.Tx, h inventory.Host) (inventory.Host, event.Kind, error) {
+	if j.Token != "" {
+		t, err := inventory.UseToken(tx, j.Token, h.ID, j.wall)
+		if err != nil {
+			return h, "", err
+		}
+		if t.Name != "" {
+			h.Name = t.Name
+		}
+		h.Admitted, h.Labels, h.Reference = true, t.Labels, t.Reference
+		return h, event.HostAdmitted, nil
+	}
+	if len(h.AKPublic) > 0 {
+		return h, event.HostJoined, nil // it waits already
+	}
+
+	// Its first time: one more that waits. Where roots are configured, software
+	// can't take the places of those that wait.
+	if j.Roots != nil && !j.EK.Certified {
+		return h, "", ErrUncertified
+	}
+	n, err := inventory.CountPending(tx)
+	if err != nil {
+		return h, "", err
+	}
+	if n >= j.MostPending {
+		return h, "", ErrPendingFull
+	}
+	return h, event.HostPending, nil
+}
+
+// stateOf is an admitted host after it joined. Only a proof, which is held against the
+// reference set, makes it trusted again, or for the first time where it has a set.
+func (j *joining) stateOf(h inventory.Host, rejoined bool) inventory.Host {
+	switch {
+	case !rejoined && h.Reference == "":
+		h.State, h.Reason, h.LastProved = inventory.Trusted, "", j.now
+	case h.State != inventory.Failed && h.State != inventory.Trusted:
+		h.State, h.Reason = inventory.Stale, "joined; not proven since"
+	}
+	if h.SilentAt.IsZero() {
+		h.SilentAt = j.now.Add(firstProof)
+	}
+	return h
 }
 
 // wantsReenrol is the reason of a host whose TPM asks to join with other keys.
