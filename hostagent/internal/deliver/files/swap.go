@@ -36,6 +36,7 @@ import (
 //	N N N   K N N    died in Commit                     Recover rolls back
 //	- N N   - - N    died rolling back a Commit         Recover rolls back
 //	K K K            committed                          the caller's choice
+//	K K K            (none, and no file) in Rollback    Recover rolls back
 //	- K K   - - K    died in Finish                     Recover finishes
 //	K K -   K - -    died in Rollback                   Recover rolls back
 //	- - -            before Stage, or all is done       nothing to do
@@ -327,14 +328,21 @@ func (s *swap) sync() error {
 	return nil
 }
 
-// The marks are what stands beside a file.
-type marks struct{ new, old, none bool }
+// The marks are what stands beside a file, and whether itself does.
+type marks struct{ new, old, none, file bool }
+
+// kept reports whether the file's old content can be brought back.
+func (m marks) kept() bool { return m.old || m.none }
+
+// swapped reports whether the new content stands: of a file that was none, a
+// Rollback removes the file first.
+func (m marks) swapped() bool { return m.old || m.none && m.file }
 
 func (t *target) marks() (m marks, err error) {
 	if t.dir == nil {
 		return m, nil
 	}
-	for name, there := range map[string]*bool{t.new(): &m.new, t.old(): &m.old, t.none(): &m.none} {
+	for name, there := range map[string]*bool{t.new(): &m.new, t.old(): &m.old, t.none(): &m.none, t.name: &m.file} {
 		if *there, err = t.dir.present(name); err != nil {
 			return m, explain(t.beside(name), err)
 		}
@@ -359,20 +367,16 @@ func (w *Way) recover() (_ *swap, isCommitted bool, err error) {
 		s.targets = append(s.targets, t)
 	}
 
-	var news int
-	var kept []bool
+	var all []marks
 	for _, t := range s.ordered() {
 		has, err := t.marks()
 		if err != nil {
 			return s, false, fmt.Errorf("%s: %w", t.path, err)
 		}
-		if has.new {
-			news++
-		}
-		kept = append(kept, has.old || has.none)
+		all = append(all, has)
 	}
-
-	if news == 0 && !slices.Contains(kept, true) {
+	isNew := func(m marks) bool { return m.new }
+	if !slices.ContainsFunc(all, isNew) && !slices.ContainsFunc(all, marks.kept) {
 		s.end()
 		return s, false, nil
 	}
@@ -380,10 +384,11 @@ func (w *Way) recover() (_ *swap, isCommitted bool, err error) {
 		return s, false, err
 	}
 	switch {
-	case news == 0 && !slices.Contains(kept, false):
+	case slices.ContainsFunc(all, isNew): // rolled back below
+	case !slices.ContainsFunc(all, func(m marks) bool { return !m.swapped() }):
 		s.state = committed
 		return s, true, nil
-	case news == 0 && !kept[0]:
+	case !all[0].kept():
 		s.state = committed
 		return s, true, s.Finish()
 	}

@@ -182,6 +182,8 @@ type layout struct {
 
 var layouts = map[string]layout{
 	"folders of their own": {[]string{"/z/f", "/y/f", "/x/f"}, 1},
+	"the last is new":      {[]string{"/z/f", "/y/f", "/x/f"}, 0},
+	"the first is new":     {[]string{"/z/f", "/y/f", "/x/f"}, 2},
 	"one folder":           {[]string{"/d/c", "/d/b", "/d/a"}, 1},
 	"one file":             {[]string{"/d/f"}, -1},
 	"a new file":           {[]string{"/d/f"}, 0},
