@@ -4,9 +4,9 @@
 // Trust: pid, user and unit are the agent's word, which stands on the host's
 // measured state; only the digest can be held against what the kernel
 // measured. argv, environment and the process's name prove nothing and are
-// not part of it. The codec promises one encoding: what Parse accepts, Encode
-// gives back byte for byte, with optional facts of a newer agent that Parse
-// doesn't know.
+// not part of it. The codec promises that what Parse accepts has one meaning, and
+// that Encode gives it back byte for byte, with optional facts of a newer agent
+// that Parse doesn't know.
 package process
 
 import (
@@ -30,10 +30,8 @@ const (
 )
 
 // A Program is one instance of a program: what is known of it on every system,
-// and what its system adds. The fields of its JSON, and of the types in it, are in
-// the alphabet's order: it is part of the encoding.
-//
-// One that Parse returned is not changed afterwards: it is encoded as it came.
+// and what its system adds. One that Parse returned is not changed afterwards: it
+// is encoded as it came.
 type Program struct {
 	Boot  string `json:"boot"`            // id of the boot, from the kernel
 	PID   int    `json:"pid,omitempty"`   // 0 while a service starts

@@ -64,6 +64,13 @@ func TestSelectors(t *testing.T) {
 	}
 }
 
+// windowsProgram is subject with its program on another system.
+func windowsProgram() appraise.Facts {
+	f := subject()
+	f.Program.Linux, f.Program.Windows = nil, &process.Windows{SID: "S-1-5-80-1", Service: "billing"}
+	return f
+}
+
 func TestBeforeStart(t *testing.T) {
 	set := billing(t)
 	f := subject()
@@ -236,6 +243,8 @@ func TestFacts(t *testing.T) {
 		{"a PCR that was not quoted", "", "host.pcrs[23] == ''", subject, Fault},
 		{"mappings", "", "process.mappings.all(m, m.path.startsWith('/usr/lib/') && !m.deleted)", subject, Allowed},
 		{"groups", "", "990 in process.groups && process.uid == 990 && process.gid == 990", subject, Allowed},
+		{"a program of another system", "", "process.user == 'billing' && process.exe != '' && !has(process.unit) && !has(process.uid) && !has(process.gid) && !has(process.groups) && !has(process.cgroup)", windowsProgram, Allowed},
+		{"a fact that another system lacks", "", "process.uid != 0", windowsProgram, Fault},
 		{"everything else", "", "host.id == 'h1' && host.name == 'db-client' && host.tier == 'certified' && host.address == '192.0.2.7'" +
 			" && host.boot == 'boot' && !has(host.os) && process.exe == '/opt/billing/bin/billingd' && process.cgroup == '' && !process.starting", subject, Allowed},
 		{"no program", "", "", func() appraise.Facts { f := subject(); f.Program = nil; return f }, Fault},
