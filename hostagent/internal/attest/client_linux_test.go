@@ -39,6 +39,32 @@ import (
 	"github.com/countersign/countersign/test/lab"
 )
 
+// device is the TPM of all hosts: each makes keys of its own in it.
+var device *collect.Device
+
+func TestMain(m *testing.M) { os.Exit(withTPM(m)) }
+
+func withTPM(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "a") // short, for the TPM's socket
+	if err != nil {
+		panic(err)
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	ca, err := lab.NewTPMCA(dir)
+	if err != nil {
+		panic(err)
+	}
+	chip, err := lab.StartTPM(context.Background(), filepath.Join(dir, "tpm"), ca, lab.TPMOptions{})
+	if err != nil {
+		panic(err)
+	}
+	defer chip.Stop()
+	if device, err = collect.Open("unix:" + chip.Socket); err != nil {
+		panic(err)
+	}
+	return m.Run()
+}
+
 // A script is a broker whose answers a test writes. Evidence is read by the real
 // one's tests, not here.
 type script struct {
@@ -103,7 +129,7 @@ func refuse(outcome api.Outcome, what, message string) error {
 	return api.NewError(outcome, what, message).Connect()
 }
 
-// A host has a TPM, keys and a membership, and a scripted broker.
+// A host has keys and a membership, and a scripted broker.
 type host struct {
 	*Client
 	options Options
@@ -113,12 +139,7 @@ type host struct {
 
 func newHost(t *testing.T, s *script) *host {
 	t.Helper()
-	dir := check.Must(os.MkdirTemp("", "a"))(t) // short, for the TPM's socket
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	ctx := check.Within(t, time.Minute)
-	chip := check.Must(lab.StartTPM(ctx, filepath.Join(dir, "tpm"), check.Must(lab.NewTPMCA(dir))(t), lab.TPMOptions{}))(t)
-	t.Cleanup(chip.Stop)
-	device := check.Must(collect.Open("unix:" + chip.Socket))(t)
+	dir, ctx := t.TempDir(), check.Within(t, time.Minute)
 
 	private, public, err := note.GenerateKey(rand.Reader, checkpoint.KeyName("b"))
 	check.Nil(t, err)

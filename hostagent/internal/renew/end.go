@@ -34,24 +34,21 @@ func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool)
 	if withhold && r.push != nil && lease.holds() && lease.Unit != "" && lease.Acked && r.now().Before(lease.Expires) {
 		contents = r.push.Contents()
 	}
+
 	err := r.way().Withdraw()
 	if r.pull != nil {
 		err = errors.Join(err, r.dropPending()) // what was offered beside it is not, any more
 	}
 	faults.Point("agent.withdrawn")
+
 	told, returned := true, lease.Returned
 	if !returned {
 		told, returned = r.release(ctx, []string{lease.ID}, reason)
 	}
 	if !told && len(contents) > 0 {
-		if err := r.keep.withhold(lease, contents); err != nil {
-			r.fail("withhold", err)
-		} else {
-			r.mu.Lock()
-			r.withheld = lease
-			r.mu.Unlock()
-		}
+		r.withhold(lease, contents)
 	}
+
 	if err == nil && !returned {
 		err = errors.New("the lease is neither given back nor noted as owed")
 	}
@@ -59,12 +56,7 @@ func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool)
 		err = r.keep.drop()
 	}
 	if err != nil {
-		ended := lease.with(func(l *Lease) { l.Ended, l.Returned = reason, returned })
-		err = errors.Join(err, r.keep.save(ended))
-		r.mu.Lock()
-		r.lease = ended
-		r.mu.Unlock()
-		r.fail(reason+"; left to do", err)
+		r.leave(lease, reason, returned, err)
 		return
 	}
 	r.mu.Lock()
@@ -74,6 +66,27 @@ func (r *Runner) withdraw(ctx context.Context, id, reason string, withhold bool)
 	}
 	r.mu.Unlock()
 	r.log.Info("credential withdrawn", "lease", lease.ID, "reason", reason, "told", told)
+}
+
+// withhold keeps a credential in memory for the next start of its unit.
+func (r *Runner) withhold(lease *Lease, contents []secret.Bytes) {
+	if err := r.keep.withhold(lease, contents); err != nil {
+		r.fail("withhold", err)
+		return
+	}
+	r.mu.Lock()
+	r.withheld = lease
+	r.mu.Unlock()
+}
+
+// leave notes of a lease that is over what is left to do: err.
+func (r *Runner) leave(lease *Lease, reason string, returned bool, err error) {
+	ended := lease.with(func(l *Lease) { l.Ended, l.Returned = reason, returned })
+	err = errors.Join(err, r.keep.save(ended))
+	r.mu.Lock()
+	r.lease = ended
+	r.mu.Unlock()
+	r.fail(reason+"; left to do", err)
 }
 
 // release gives leases back, and says whether the broker heard it. Those it
