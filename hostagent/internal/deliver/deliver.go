@@ -34,8 +34,9 @@ type Kind func(c *config.Credential, programs Programs) Way
 
 // Programs is what a way needs to know of what runs.
 type Programs interface {
-	// Find returns the evidence of the program that p describes; see
-	// [renew.Programs].
+	// Find returns the evidence of the program that p describes, an error that
+	// wraps program.ErrNotRunning while there is none. Of several it is the
+	// instance named held, if that is one of them.
 	Find(ctx context.Context, p config.Process, held string) (process.Program, error)
 }
 
@@ -45,7 +46,7 @@ type Push interface {
 	Way
 
 	// Stage makes the credential ready beside the one that stands, which it
-	// doesn't touch.
+	// doesn't touch. The fields are wiped when it has returned.
 	Stage(fields map[string]secret.Bytes) (Staged, error)
 	// PutBack is Stage with what Contents returned.
 	PutBack(contents []secret.Bytes) (Staged, error)
@@ -92,7 +93,8 @@ type Pull interface {
 	// Asked reports whether the process that Find returns waits, and nothing is
 	// offered to it.
 	Asked() bool
-	// Offer serves a credential to the instance p from now on, and to no other.
+	// Offer serves a credential to the instance p from now on, and to no other. The
+	// fields are wiped when it has returned.
 	Offer(p process.Program, fields map[string]secret.Bytes) (Offer, error)
 }
 
