@@ -35,8 +35,9 @@ func (d *Desk) Report(ctx context.Context, a Actor, f findings.Finding, over str
 		return f, findings.Known, invalid("why it is over has %d bytes; at most %d are kept", len(over), maxReason)
 	}
 	outcome := findings.Known
-	said := &event.Finding{}
+	said, report := &event.Finding{}, f
 	err := d.act(ctx, a, Responder, store.Any(store.Findings), said, func(tx *store.Tx, r *event.Record) error {
+		f = report
 		// A lease that the journal doesn't have, a canary's, says nothing of a scope.
 		if f.Lease != "" {
 			g, err := journal.Load(tx, f.Lease)

@@ -275,10 +275,6 @@ func (d *Desk) ChangeHost(ctx context.Context, a Actor, host string, c Change) (
 		}
 		return inventory.Save(tx, h)
 	})
-	if err == nil && c.Action == "step-up" {
-		// Its next request then has to show its logs from their first entry.
-		d.Logs.Forget(h.ID)
-	}
 	if err != nil || c.Action != "quarantine" && c.Action != "remove" {
 		return h, 0, err
 	}
@@ -319,6 +315,9 @@ func changed(tx *store.Tx, h inventory.Host, c Change, now time.Time) (inventory
 		if h.State == inventory.Removed || h.State == inventory.Quarantined {
 			h.State = inventory.Registered
 		}
+	case "step-up":
+		// Its next request then has to show its logs from their first entry.
+		h.StepUps++
 	case "remove":
 		h.State, h.Reason, h.Admitted, h.Reenrolling, h.SilentAt = inventory.Removed, c.Reason, false, false, time.Time{}
 	}

@@ -32,7 +32,7 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 			return invalid("host %s is %s: it is learned from only while it is trusted", h.ID, h.State)
 		}
 		var content reference.Content
-		known := d.Logs.Get(h.ID)
+		known := d.Logs.Get(h.ID, h.StepUps)
 		if known == nil {
 			return invalid("host %s has not proven itself since this broker started; it does so by itself, then learn from it", h.ID)
 		}

@@ -77,7 +77,7 @@ func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int) ([]ev
 	if err != nil {
 		return nil, nil, err
 	}
-	return conn.Give(max(n, 1), h.Counters, d.Now()), d.Logs.Get(h.ID), nil
+	return conn.Give(max(n, 1), h.Counters, d.Now()), d.Logs.Get(h.ID, h.StepUps), nil
 }
 
 // host finds who speaks and reads in the same snapshot what else is wanted of it. It
@@ -146,7 +146,7 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	if err != nil {
 		return proven{}, err
 	}
-	known := d.Logs.Get(h.ID)
+	known := d.Logs.Get(h.ID, h.StepUps)
 	nonce, err := evidence.ParseNonce(e.Nonce)
 	if err != nil {
 		return proven{}, api.NewError(api.Retry, "nonce", err.Error())
@@ -160,7 +160,7 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 		Boot: e.Boot, OS: e.OS, Address: conn.Address, Logs: e.Logs, Known: known,
 	}, h, held, now)
 	if err == nil {
-		d.Logs.Put(h.ID, known, verified.Known())
+		d.Logs.Put(h.ID, h.StepUps, known, verified.Known())
 		return proven{host: h, risk: risk, set: set, verified: verified, given: given, conn: conn}, nil
 	}
 	if errors.Is(err, appraise.ErrResync) {

@@ -73,8 +73,6 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 		return Proven{}, err
 	}
 	now := d.Now()
-	reprove, grace := DefaultReprove, time.Duration(0)
-
 	out := Proven{Host: p.host}
 	type end struct{ id, reason string }
 	var ends []end
@@ -84,6 +82,7 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 	}
 	err = d.Store.Update(ctx, rows, func(tx *store.Tx) error {
 		out.Verdicts, ends = nil, nil
+		reprove, grace := DefaultReprove, time.Duration(0)
 		held := map[string]bool{}
 		for _, lp := range proof.Leases {
 			if held[lp.Lease] {

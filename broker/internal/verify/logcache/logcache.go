@@ -1,6 +1,7 @@
 // Package logcache remembers what was proven of hosts' logs, so that a host
 // sends only news. It is a cache and never the truth: what it forgets, a host
-// sends again whole, and after a restart all do.
+// sends again whole, and after a restart all do. What it knows of a host holds for as many
+// step-ups as the host's row has: after another, a host shows its logs from their first entry.
 package logcache
 
 import (
@@ -24,8 +25,9 @@ type Cache struct {
 }
 
 type entry struct {
-	host  string
-	known *appraise.Known
+	host    string
+	stepUps int64
+	known   *appraise.Known
 }
 
 // New makes an empty cache of at most so many bytes, or of one host.
@@ -33,12 +35,12 @@ func New(most int) *Cache {
 	return &Cache{hosts: map[string]*list.Element{}, order: list.New(), most: most}
 }
 
-// Get is what is known of a host; nil: nothing.
-func (c *Cache) Get(host string) *appraise.Known {
+// Get is what is known of a host since its last step-up; nil: nothing.
+func (c *Cache) Get(host string, stepUps int64) *appraise.Known {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	at, ok := c.hosts[host]
-	if !ok {
+	if !ok || at.Value.(entry).stepUps != stepUps {
 		return nil
 	}
 	c.order.MoveToFront(at)
@@ -48,18 +50,23 @@ func (c *Cache) Get(host string) *appraise.Known {
 // Put remembers what a host's newest evidence proved, that went on from prior.
 // Where another is known by now, or was forgotten, it is not kept: what has to be
 // sent whole is not made up for by a request that was under way.
-func (c *Cache) Put(host string, prior, known *appraise.Known) {
+func (c *Cache) Put(host string, stepUps int64, prior, known *appraise.Known) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var now *appraise.Known
 	if at, ok := c.hosts[host]; ok {
-		now = at.Value.(entry).known
+		switch e := at.Value.(entry); {
+		case e.stepUps > stepUps:
+			return
+		case e.stepUps == stepUps:
+			now = e.known
+		}
 	}
 	if now != prior {
 		return
 	}
 	c.drop(host)
-	e := entry{host, known}
+	e := entry{host, stepUps, known}
 	c.hosts[host] = c.order.PushFront(e)
 	c.size += known.Size()
 	for c.size > c.most && c.order.Len() > 1 {

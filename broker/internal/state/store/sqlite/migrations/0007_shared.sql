@@ -1,3 +1,6 @@
+-- How often an operator asked for a host's logs from their first entry.
+ALTER TABLE hosts ADD COLUMN step_ups BIGINT NOT NULL DEFAULT 0;
+
 -- How often each topic was changed, for caches, and who works on what until when.
 CREATE TABLE generations (
 	topic TEXT PRIMARY KEY,
