@@ -121,15 +121,18 @@ func (s *Store) snapshot(ctx context.Context, conn *sql.Conn, read func(*Tx) err
 	if _, err := conn.ExecContext(ctx, `BEGIN`); err != nil {
 		return err
 	}
-	defer rollback(conn)
+	defer func() { _ = rollback(conn) }()
 	return read(&Tx{ctx: ctx, conn: conn, store: s})
 }
 
-// rollback ends the transaction of a connection, or the connection.
-func rollback(conn *sql.Conn) {
-	if _, err := conn.ExecContext(context.Background(), `ROLLBACK`); err != nil {
+// rollback ends the transaction of a connection; where that fails, as after SQLite did it
+// by itself, the connection.
+func rollback(conn *sql.Conn) error {
+	_, err := conn.ExecContext(context.Background(), `ROLLBACK`)
+	if err != nil {
 		_ = conn.Raw(func(any) error { return driver.ErrBadConn })
 	}
+	return err
 }
 
 // Stopped is closed when the store no longer takes updates.
@@ -199,9 +202,9 @@ func (s *Store) commitLoop() {
 	}
 }
 
-// commit runs the updates in one transaction and answers all after the sync. Where one of several
-// fails, all are run again, each under a savepoint of its own, so that it takes nothing of
-// the others with it: savepoints cost SQLite a copy of each page that changes.
+// commit runs the updates in one transaction and answers all after the sync. Where one of
+// several fails, all are run again, each under a savepoint of its own, so that it takes
+// nothing of the others with it: savepoints cost SQLite a copy of each page that changes.
 func (s *Store) commit(batch []*update) error {
 	results := make([]error, len(batch))
 	failed, err := s.transact(batch, results, false)
@@ -229,10 +232,10 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 	if _, err := conn.ExecContext(ctx, s.dialect.Begin); err != nil {
 		return false, err
 	}
-	committed := false
+	ended := false
 	defer func() {
-		if !committed {
-			rollback(conn)
+		if !ended {
+			_ = rollback(conn)
 		}
 	}()
 
@@ -251,7 +254,8 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 		results[i] = s.run(u, tx)
 		switch {
 		case results[i] != nil && !savepoints:
-			return true, nil
+			ended = true
+			return true, rollback(conn)
 		case results[i] != nil:
 			if _, err := tx.Exec(`ROLLBACK TO one`); err != nil {
 				return false, errors.Join(results[i], err)
@@ -268,7 +272,7 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 	if _, err = tx.Exec(`COMMIT`); err != nil {
 		return false, err
 	}
-	committed = true
+	ended = true
 	s.watchers.tell(changed)
 	return false, nil
 }
