@@ -135,3 +135,30 @@ func TestOneBrokerAStore(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Where the database ended the transaction by itself, as for want of space, nothing is
+// known of what the updates in it did: the store stops.
+func TestATransactionThatEndedByItselfStopsTheStore(t *testing.T) {
+	for _, others := range []int{0, 3} {
+		s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		full := errors.New("full")
+		var group sync.WaitGroup
+		for i := range others {
+			group.Go(func() { _ = s.Update(context.Background(), store.Any(store.Broker), set(fmt.Sprint(i), "x")) })
+		}
+		_ = s.Update(t.Context(), store.Any(store.Broker), func(tx *store.Tx) error {
+			_, err := tx.Exec(`ROLLBACK`)
+			return errors.Join(err, full)
+		})
+		group.Wait()
+		if err := s.Update(t.Context(), store.Any(store.Broker), set("late", "x")); !errors.Is(err, store.ErrStopped) {
+			t.Errorf("beside %d others: %v, want ErrStopped", others, err)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
