@@ -114,10 +114,18 @@ func (h *Host) make(b *lab.Broker, ca *lab.TPMCA, i int) (err error) {
 	return err
 }
 
-// Connect opens the connection that the host keeps.
+// Connect opens the connection that the host keeps, and learns what evidence its broker
+// reads, which may be an earlier one.
 func (h *Host) Connect(ctx context.Context) (err error) {
-	h.Session, err = h.Dial(ctx)
-	return err
+	if h.Session, err = h.Dial(ctx); err != nil {
+		return err
+	}
+	r, err := h.Session.Hosts.Challenge(ctx, connect.NewRequest(&v1.ChallengeRequest{Count: 1}))
+	if err != nil {
+		return err
+	}
+	h.Reads = max(1, int(r.Msg.GetProgramVersion()))
+	return nil
 }
 
 // Order is an attested request for the fleet's credential, ready to be sent; it

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -33,6 +34,8 @@ type SoftHost struct {
 	ID   string
 	Boot string
 	Now  func() time.Time // its wall clock; nil: the machine's
+	// Reads is the newest encoding of programs that the broker reads; 0: the newest there is.
+	Reads int
 
 	broker *Broker
 	cert   *tls.Certificate
@@ -209,7 +212,7 @@ func (h *SoftHost) Program(exe, user string, pid int, edits ...func(*programs.Pr
 	for _, edit := range edits {
 		edit(&p)
 	}
-	return p.Encode()
+	return p.EncodeAs(cmp.Or(h.Reads, programs.Version))
 }
 
 // IssueBody asks for a scope's credential for a program.
