@@ -97,7 +97,7 @@ func vaultOrphans(cmd *cobra.Command, o *options, to vaultTarget) error {
 	if o.output == "json" {
 		return json.NewEncoder(cmd.OutOrStdout()).Encode(map[string]any{"orphans": append([]vault.Token{}, orphans...)})
 	}
-	table(cmd.OutOrStdout(), "ACCESSOR GRANT HOST SCOPE SECONDS", func(row func(...any)) {
+	table(cmd.OutOrStdout(), "ACCESSOR LEASE HOST SCOPE SECONDS", func(row func(...any)) {
 		for _, t := range orphans {
 			row(t.Accessor, t.Lease, t.Host, t.Scope, t.TTL)
 		}

@@ -119,7 +119,7 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 		return g, issue.Credential{}, err
 	}
 	if g.State != journal.Provisional {
-		return g, issue.Credential{}, fmt.Errorf("the grant was given up while Vault or the CA worked: %s", g.Reason)
+		return g, issue.Credential{}, fmt.Errorf("the lease was given up while its issuer worked: %s", g.Reason)
 	}
 	return g, c, nil
 }

@@ -162,7 +162,7 @@ func TestAnUnreadableLeaseHoldsUpNoOther(t *testing.T) {
 		}
 		time.Sleep(20 * time.Second)
 		if state := load("good").State; state != journal.Gone {
-			t.Errorf("the good grant is %s", state)
+			t.Errorf("the good lease is %s", state)
 		}
 		if n, _, err := m.Overdue(t.Context()); n != 1 || err != nil {
 			t.Errorf("%d overdue, %v; want the unreadable one", n, err)
@@ -176,7 +176,7 @@ func TestAnUnreadableLeaseHoldsUpNoOther(t *testing.T) {
 		}
 		time.Sleep(2 * oddAgain)
 		if state := load("bad").State; state != journal.Gone {
-			t.Errorf("once it can be read, the grant stays %s", state)
+			t.Errorf("once it can be read, the lease stays %s", state)
 		}
 	})
 }

@@ -31,7 +31,7 @@ func TestLease(t *testing.T) {
 	check(t, err)
 	leaf := parse(t, field(t, c, "certificate"))[0]
 	if g.State != journal.Provisional || serialText(g.Ref) != leaf.SerialNumber.String() || !g.Expires.Equal(leaf.NotAfter) || g.Names["certificate_serial"] != serialText(g.Ref) {
-		t.Errorf("grant %+v", g)
+		t.Errorf("lease %+v", g)
 	}
 	cause := lease.Cause{Actor: "test"}
 	g = must(m.Event(t.Context(), g.ID, journal.Acknowledged{}, cause))(t)

@@ -68,7 +68,7 @@ func TestDatabaseUser(t *testing.T) {
 	}
 	if got := fmt.Sprintf("%v %v %v %v", info.Data["policies"], info.Data["orphan"], info.Data["type"], info.Data["meta"]); got !=
 		"[countersign-billing-db] true service map[grant:db1 host:host-1 scope:billing-db]" {
-		t.Errorf("the grant's token: %s", got)
+		t.Errorf("the lease's token: %s", got)
 	}
 	until, err := i.Extend(ctx, c.Handle, 8*time.Hour)
 	if err != nil {

@@ -340,11 +340,11 @@ func (i *Issuer) Revoke(ctx context.Context, h issue.Handle) error {
 // it was made, had no more than ProvisionalFor, and nobody has renewed it.
 func (i *Issuer) outlive(h issue.Handle) error {
 	if h.Issued.IsZero() {
-		return errors.New("vault: a grant without accessor, lease and time can't be confirmed to be over")
+		return errors.New("vault: a lease without accessor, Vault lease and time can't be confirmed to be over")
 	}
 	over := h.Issued.Add(lateStart + i.provisional)
 	if i.now().Before(over) {
-		return fmt.Errorf("nothing names this grant at Vault; what may have been issued is over by itself at %s", over.UTC().Format(time.RFC3339))
+		return fmt.Errorf("nothing names this lease at Vault; what may have been issued is over by itself at %s", over.UTC().Format(time.RFC3339))
 	}
 	return nil
 }

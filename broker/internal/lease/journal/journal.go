@@ -11,6 +11,7 @@ package journal
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/issue"
@@ -121,8 +122,11 @@ type Machine struct {
 	Reference   string `json:"reference,omitempty"`           // the set that the boot matched
 }
 
-// An Event is something that happened to a lease.
-type Event interface{ event() }
+// An Event is something that happened to a lease. Its step is what comes of it for a
+// lease that isn't gone.
+type Event interface {
+	step(g Lease, now time.Time) (Lease, []Effect, error)
+}
 
 type (
 	// Issued: the issuer answered.
@@ -163,20 +167,6 @@ type (
 	Tick struct{}
 )
 
-func (Issued) event()       {}
-func (IssueFailed) event()  {}
-func (Acknowledged) event() {}
-func (Extended) event()     {}
-func (ExtendFailed) event() {}
-func (Proved) event()       {}
-func (Bound) event()        {}
-func (Replaced) event()     {}
-func (Vanished) event()     {}
-func (Revoke) event()       {}
-func (Revoked) event()      {}
-func (RevokeFailed) event() {}
-func (Tick) event()         {}
-
 // An Effect is what has to be done in the world after a step. Each may be done
 // again without harm.
 type Effect int
@@ -202,124 +192,144 @@ func Intend(g Lease, now time.Time) Lease {
 // Step is the state machine. An event that a state has no answer to changes
 // nothing and is an error, which tells of a bug or of a peer's false word.
 func Step(g Lease, e Event, now time.Time) (Lease, []Effect, error) {
-	if g.State == Gone {
-		switch e.(type) {
-		case Revoke, Revoked, RevokeFailed, Tick, Replaced, Vanished:
-			return g, nil, nil // late, and true already
-		}
-		return g, nil, invalid(g, e)
+	if g.State != Gone {
+		return e.step(g, now)
 	}
-	switch e := e.(type) {
-	case Revoke:
-		return revoke(g, e.Reason, now)
-	case Issued:
-		if g.State != Intended {
-			// The sweeper gave it up meanwhile: end what was made.
-			g.Ref = e.Ref
-			return revoke(g, "issued too late", now)
-		}
-		g.State = Provisional
-		g.Ref, g.Names, g.NotBefore, g.Expires = e.Ref, e.Names, e.NotBefore, e.Expires
-		g.Unrotated, g.Whole = e.Static, e.Whole
-		g.Due = now.Add(issue.ProvisionalFor)
-		return g, nil, nil
-	case IssueFailed:
-		if g.State != Intended {
-			return g, nil, invalid(g, e)
-		}
-		g.LastError = e.Err.Error()
-		return revoke(g, "issuing failed", now)
-	case Acknowledged:
-		switch g.State {
-		case Live:
-			if !g.Settled {
-				return g, []Effect{DoExtend}, nil // said again: the host waits for it
-			}
-			return g, nil, nil
-		case Retiring:
-			return g, nil, nil
-		case Provisional:
-			g.State = Live
-			g.Unrotated = false
-			g.Acked = now
-			if g.Whole {
-				return Step(g, Extended{Expires: g.Expires}, now)
-			}
-			g.Due = now.Add(extendRetry)
-			return g, []Effect{DoExtend}, nil
-		}
-		return g, nil, invalid(g, e)
-	case Extended:
-		if g.State == Live || g.State == Retiring {
-			g.Expires = e.Expires
-			g.LastError = ""
-			first := !g.Settled
-			g.Settled = true
-			if g.State == Live {
-				g.Due = g.Expires
-				if !g.Due.After(now) {
-					g.Due = now.Add(time.Minute) // its issuer still remembers it
-				}
-				if first && g.Replaces != "" {
-					return g, []Effect{DoReplace}, nil
-				}
-			}
-		}
-		return g, nil, nil
-	case ExtendFailed:
-		if g.State == Live {
-			g.LastError = e.Err.Error()
-			g.Due = now.Add(extendRetry)
-		}
-		return g, nil, nil
-	case Vanished:
-		if g.State != Live && g.State != Retiring {
-			return g, nil, nil // its own answer comes
-		}
-		if g.Reason == "" {
-			g.Reason = "ended at the issuer"
-			if !now.Before(g.Expires) {
-				g.Reason = "expired"
-			}
-		}
-		return gone(g, now), nil, nil
-	case Proved:
-		if g.State != Live && g.State != Retiring && g.State != Provisional {
-			return g, nil, invalid(g, e)
-		}
-		g.ProveBy = e.By
-		return g, nil, nil
-	case Bound:
-		if g.State != Live && g.State != Provisional && g.State != Retiring {
-			return g, nil, invalid(g, e)
-		}
-		g.Instance, g.Subject = e.Instance, e.Subject
-		return g, nil, nil
-	case Replaced:
-		if g.State != Live && g.State != Provisional {
-			return g, nil, nil // ending already
-		}
-		g.State = Retiring
-		g.Reason = "replaced"
-		g.Due = earlier(now.Add(g.Overlap), g.Expires)
-		return g, nil, nil
-	case Revoked:
-		if g.State != Revoking {
-			return g, nil, invalid(g, e)
-		}
-		return gone(g, now), nil, nil
-	case RevokeFailed:
-		if g.State != Revoking {
-			return g, nil, invalid(g, e)
-		}
-		g.Attempts++
-		g.LastError = e.Err.Error()
-		g.Due = now.Add(backoff(g.Attempts))
-		return g, nil, nil
-	case Tick:
-		return tick(g, now)
+	switch e.(type) {
+	case Revoke, Revoked, RevokeFailed, Tick, Replaced, Vanished:
+		return g, nil, nil // late, and true already
 	}
 	return g, nil, invalid(g, e)
+}
+
+// is reports whether the lease is in one of these states.
+func (g Lease) is(states ...State) bool { return slices.Contains(states, g.State) }
+
+func (e Issued) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	if g.State != Intended {
+		// The sweeper gave it up meanwhile: end what was made.
+		g.Ref = e.Ref
+		return revoke(g, "issued too late", now)
+	}
+	g.State = Provisional
+	g.Ref, g.Names, g.NotBefore, g.Expires = e.Ref, e.Names, e.NotBefore, e.Expires
+	g.Unrotated, g.Whole = e.Static, e.Whole
+	g.Due = now.Add(issue.ProvisionalFor)
+	return g, nil, nil
+}
+
+func (e IssueFailed) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	if g.State != Intended {
+		return g, nil, invalid(g, e)
+	}
+	g.LastError = e.Err.Error()
+	return revoke(g, "issuing failed", now)
+}
+
+func (e Acknowledged) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	switch {
+	case g.State == Live && !g.Settled:
+		return g, []Effect{DoExtend}, nil // said again: the host waits for it
+	case g.is(Live, Retiring):
+		return g, nil, nil
+	case g.State != Provisional:
+		return g, nil, invalid(g, e)
+	}
+	g.State = Live
+	g.Unrotated = false
+	g.Acked = now
+	if g.Whole {
+		return Extended{Expires: g.Expires}.step(g, now)
+	}
+	g.Due = now.Add(extendRetry)
+	return g, []Effect{DoExtend}, nil
+}
+
+func (e Extended) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	if !g.is(Live, Retiring) {
+		return g, nil, nil
+	}
+	first := !g.Settled
+	g.Expires, g.LastError, g.Settled = e.Expires, "", true
+	if g.State == Retiring {
+		return g, nil, nil
+	}
+	g.Due = g.Expires
+	if !g.Due.After(now) {
+		g.Due = now.Add(time.Minute) // its issuer still remembers it
+	}
+	if first && g.Replaces != "" {
+		return g, []Effect{DoReplace}, nil
+	}
+	return g, nil, nil
+}
+
+func (e ExtendFailed) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	if g.State == Live {
+		g.LastError = e.Err.Error()
+		g.Due = now.Add(extendRetry)
+	}
+	return g, nil, nil
+}
+
+func (e Vanished) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	if !g.is(Live, Retiring) {
+		return g, nil, nil // its own answer comes
+	}
+	if g.Reason == "" {
+		g.Reason = "ended at the issuer"
+		if !now.Before(g.Expires) {
+			g.Reason = "expired"
+		}
+	}
+	return gone(g, now), nil, nil
+}
+
+func (e Proved) step(g Lease, _ time.Time) (Lease, []Effect, error) {
+	if !g.is(Live, Retiring, Provisional) {
+		return g, nil, invalid(g, e)
+	}
+	g.ProveBy = e.By
+	return g, nil, nil
+}
+
+func (e Bound) step(g Lease, _ time.Time) (Lease, []Effect, error) {
+	if !g.is(Live, Retiring, Provisional) {
+		return g, nil, invalid(g, e)
+	}
+	g.Instance, g.Subject = e.Instance, e.Subject
+	return g, nil, nil
+}
+
+func (e Replaced) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	if !g.is(Live, Provisional) {
+		return g, nil, nil // ending already
+	}
+	g.State = Retiring
+	g.Reason = "replaced"
+	g.Due = earlier(now.Add(g.Overlap), g.Expires)
+	return g, nil, nil
+}
+
+func (e Revoke) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	return revoke(g, e.Reason, now)
+}
+
+func (e Revoked) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	if g.State != Revoking {
+		return g, nil, invalid(g, e)
+	}
+	return gone(g, now), nil, nil
+}
+
+func (e RevokeFailed) step(g Lease, now time.Time) (Lease, []Effect, error) {
+	if g.State != Revoking {
+		return g, nil, invalid(g, e)
+	}
+	g.Attempts++
+	g.LastError = e.Err.Error()
+	g.Due = now.Add(backoff(g.Attempts))
+	return g, nil, nil
 }
 
 func gone(g Lease, now time.Time) Lease {
@@ -333,7 +343,7 @@ func gone(g Lease, now time.Time) Lease {
 // extendRetry leaves room for several tries within issue.ProvisionalFor.
 const extendRetry = 10 * time.Second
 
-func tick(g Lease, now time.Time) (Lease, []Effect, error) {
+func (Tick) step(g Lease, now time.Time) (Lease, []Effect, error) {
 	if g.Due.IsZero() || now.Before(g.Due) {
 		return g, nil, nil
 	}
@@ -385,5 +395,5 @@ func earlier(a, b time.Time) time.Time {
 }
 
 func invalid(g Lease, e Event) error {
-	return fmt.Errorf("grant %s is %s: no %T", g.ID, g.State, e)
+	return fmt.Errorf("lease %s is %s: no %T", g.ID, g.State, e)
 }
