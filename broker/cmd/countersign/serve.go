@@ -59,159 +59,216 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	id, err := brokerID(ctx, s)
-	if err != nil {
-		return err
-	}
-	hostCA, err := pki.Load(c.StateDir, pki.HostCA, password)
-	if err != nil {
-		return err
-	}
-	operatorCA, err := pki.Load(c.StateDir, pki.OperatorCA, password)
-	if err != nil {
-		return err
-	}
-	auditLog, err := audit.Open(s, c.StateDir, id)
-	if err != nil {
-		return err
-	}
-	fingerprints, err := fingerprint.Open(c.StateDir)
-	if err != nil {
-		return err
-	}
-	ekRoots, err := vendors.Load(c.EKRoots)
-	if err != nil {
-		return err
-	}
-	parse := func(files []policy.File) (*policy.Set, error) {
-		return issuers.Parse(files, c.Names...)
-	}
-	inForce := admin.InForce(parse)
-	if err := s.View(ctx, func(tx *store.Tx) error { _, err := inForce.In(tx); return err }); err != nil {
-		return err
-	}
 
+	b := &broker{config: c, store: s, log: log}
+	if err := b.readKeys(ctx, password); err != nil {
+		return err
+	}
+	b.scopes = admin.InForce(b.parse)
+	if err := s.View(ctx, func(tx *store.Tx) error { _, err := b.scopes.In(tx); return err }); err != nil {
+		return err
+	}
 	// Leases and silence run by a clock that nobody can set; certificates by
 	// the wall clock.
-	keeper, err := timekeeper.Open(ctx, s, log, faults.Now)
-	if err != nil {
+	if b.clock, err = timekeeper.Open(ctx, s, log, faults.Now); err != nil {
 		return err
 	}
-	steady := keeper.Now
-
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return keeper.Run(ctx) })
-	group.Go(func() error { keepInForce(ctx, s, inForce, log); return nil })
-	known := ends{store: s, hostCA: hostCA.Certificate, ekRoots: ekRoots.All}
-	ready, services, err := openIssuers(ctx, issue.Environment{
-		Config: c, Password: password, Values: values.In(s), Log: log, Wall: faults.Now, Steady: steady, Sure: keeper.Sure,
-	}, fingerprints)
+	ready, err := b.openIssuers(ctx, password)
 	if err != nil {
 		return err
 	}
-	vaultStatus, crl := func() string { return "not configured" }, func() []byte { return nil }
-	for kind, service := range services {
+	b.assemble(ready)
+	for _, a := range b.ends().alarms(log, faults.Now()) {
+		log.Error("something ends, and no program renews it", "alarm", a)
+	}
+
+	for _, service := range b.services {
 		group.Go(func() error { return service.Run(ctx) })
-		known.issuers = append(known.issuers, service)
-		if kind == vault.Kind.Name {
-			vaultStatus = service.Status
+	}
+	server := b.server()
+	for _, run := range []func(context.Context) error{b.clock.Run, b.keepScopes, b.leases.Sweep, b.silence.Run, b.retention().Run, server.Run, b.untilStopped} {
+		group.Go(func() error { return run(ctx) })
+	}
+	return group.Wait()
+}
+
+// A broker is the parts of one that runs.
+type broker struct {
+	config *config.Broker
+	store  *store.Store
+	log    *slog.Logger
+	clock  *timekeeper.Keeper
+
+	id                 string
+	hostCA, operatorCA *pki.CA
+	audit              *audit.Log
+	fingerprints       fingerprint.Key
+	ekRoots            vendors.Set
+
+	scopes   *store.Cache[*policy.Set]
+	services map[string]issue.Service // by kind, of those that are configured
+	leases   *lease.Manager
+	silence  *liveness.Watch
+	logs     *logcache.Cache
+	desk     *admin.Desk
+}
+
+// readKeys reads who the broker is, its keys, and whom it trusts.
+func (b *broker) readKeys(ctx context.Context, password []byte) (err error) {
+	dir := b.config.StateDir
+	if b.id, err = brokerID(ctx, b.store); err != nil {
+		return err
+	}
+	if b.hostCA, err = pki.Load(dir, pki.HostCA, password); err != nil {
+		return err
+	}
+	if b.operatorCA, err = pki.Load(dir, pki.OperatorCA, password); err != nil {
+		return err
+	}
+	if b.audit, err = audit.Open(b.store, dir, b.id); err != nil {
+		return err
+	}
+	if b.fingerprints, err = fingerprint.Open(dir); err != nil {
+		return err
+	}
+	b.ekRoots, err = vendors.Load(b.config.EKRoots)
+	return err
+}
+
+func (b *broker) parse(files []policy.File) (*policy.Set, error) {
+	return issuers.Parse(files, b.config.Names...)
+}
+
+// openIssuers opens the issuers that the config has. Ready has one of each kind, whose
+// secrets are fingerprinted; of a kind that isn't configured issue.None.
+func (b *broker) openIssuers(ctx context.Context, password []byte) (ready map[string]issue.Issuer, err error) {
+	ready, b.services = map[string]issue.Issuer{}, map[string]issue.Service{}
+	environment := issue.Environment{
+		Config: b.config, Password: password, Values: values.In(b.store), Log: b.log,
+		Wall: faults.Now, Steady: b.clock.Now, Sure: b.clock.Sure,
+	}
+	for _, k := range issuers.Kinds {
+		service, err := k.Open(ctx, environment)
+		switch {
+		case err != nil:
+			return nil, err
+		case service == nil:
+			ready[k.Name] = issue.None(k.Name)
+		default:
+			b.services[k.Name] = service
+			ready[k.Name] = fingerprint.Issuer{Issuer: service, Key: b.fingerprints}
 		}
+	}
+	return ready, nil
+}
+
+// assemble makes what serves and looks after leases.
+func (b *broker) assemble(ready map[string]issue.Issuer) {
+	b.leases = lease.New(b.store, ready, b.log, b.clock.Now)
+	b.silence = &liveness.Watch{Store: b.store, Leases: b.leases, Brake: b.config.BrakeHostsPerMinute, Log: b.log, Now: b.clock.Now}
+	b.logs = logcache.New(logcache.Most)
+	b.desk = &admin.Desk{Store: b.store, Leases: b.leases, Audit: b.audit, OperatorCA: b.operatorCA, Policy: b.scopes.In,
+		Logs: b.logs, ParseSet: b.parse, Log: b.log, Now: faults.Now}
+}
+
+// retention forgets by the sure time: a lease that is forgotten too early could come back
+// by its ticket.
+func (b *broker) retention() *retention.Keeper {
+	return &retention.Keeper{Store: b.store, Keep: b.config.Retention(), Policy: b.scopes.In, Log: b.log, Now: b.clock.Sure}
+}
+
+// ends are what of the broker ends by itself.
+func (b *broker) ends() ends {
+	known := ends{store: b.store, hostCA: b.hostCA.Certificate, ekRoots: b.ekRoots.All}
+	for _, service := range b.services {
+		known.issuers = append(known.issuers, service)
+	}
+	return known
+}
+
+func (b *broker) alarms(ctx context.Context) []string {
+	return slices.Concat(b.silence.Alarms(), b.leases.Alarms(ctx), b.ends().alarms(b.log, faults.Now()))
+}
+
+// server is what listens.
+func (b *broker) server() *server.Server {
+	c := b.config
+	handler, requests := metrics.New(b.metrics())
+	vaultStatus := func() string { return "not configured" }
+	if v, ok := b.services[vault.Kind.Name]; ok {
+		vaultStatus = v.Status
+	}
+	return &server.Server{
+		Door: &server.Door{HostCA: b.hostCA.Certificate, OperatorCA: b.operatorCA.Certificate,
+			Certificate: listenerCertificate(b.hostCA, c.Names, faults.Now), Now: faults.Now},
+		Hosts: &server.Hosts{
+			Admission: &enroll.Desk{Store: b.store, Leases: b.leases, CA: b.hostCA, Roots: b.ekRoots.Roots, Intermediates: b.ekRoots.Intermediates,
+				MostPending: c.PendingHosts, Now: b.clock.Now, Wall: faults.Now},
+			Credentials: &hostapi.Desk{Store: b.store, Leases: b.leases, Policy: b.scopes.In, Basis: refvalues.New(), Logs: b.logs, CA: b.hostCA,
+				Signer: b.audit.Signer(), Verify: b.audit.Verifier(), Log: b.log, Now: b.clock.Now, Wall: faults.Now},
+			Audit: b.audit, TrustDomain: c.TrustDomain, CA: b.hostCA.Certificate.Raw, Now: b.clock.Now,
+		},
+		Operators: &server.Operators{Desk: b.desk, BrokerID: b.id, Version: version, Alarms: b.alarms, Vault: vaultStatus},
+		Metrics:   handler, Requests: requests, Log: b.log,
+		Listen: c.Listen, Socket: c.Socket(), MetricsListen: c.MetricsListen,
+	}
+}
+
+// metrics is what /metrics, /readyz and /crl are served from.
+func (b *broker) metrics() metrics.Source {
+	root := admin.Actor{Name: "root", Role: admin.Viewer}
+	crl := func() []byte { return nil }
+	for _, service := range b.services {
 		if lists, ok := service.(interface{ CRL() []byte }); ok {
 			crl = lists.CRL
 		}
 	}
-	book, logs := refvalues.New(), logcache.New(logcache.Most)
-	leases := lease.New(s, ready, log, steady)
-	watch := &liveness.Watch{Store: s, Leases: leases, Brake: c.BrakeHostsPerMinute, Log: log, Now: steady}
-	desk := &admin.Desk{Store: s, Leases: leases, Audit: auditLog, OperatorCA: operatorCA, Policy: inForce.In, Logs: logs, ParseSet: parse, Log: log, Now: faults.Now}
-	root := admin.Actor{Name: "root", Role: admin.Viewer}
-	// By the sure time: a lease that is forgotten too early could come back by its ticket.
-	forgets := &retention.Keeper{Store: s, Keep: c.Retention(), Policy: inForce.In, Log: log, Now: keeper.Sure}
-	alarms := func(ctx context.Context) []string {
-		return slices.Concat(watch.Alarms(), leases.Alarms(ctx), known.alarms(log, faults.Now()))
-	}
-	for _, a := range known.alarms(log, faults.Now()) {
-		log.Error("something ends, and no program renews it", "alarm", a)
-	}
-	handler, requests := metrics.New(metrics.Source{
+	return metrics.Source{
 		Counts: func(ctx context.Context) (metrics.Counts, error) {
-			st, err := desk.Status(ctx, root)
+			st, err := b.desk.Status(ctx, root)
 			if err != nil {
 				return metrics.Counts{}, err
 			}
-			overdue, _, err := leases.Overdue(ctx)
+			overdue, _, err := b.leases.Overdue(ctx)
 			return metrics.Counts{Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings, Overdue: overdue}, err
 		},
-		Alarms: alarms,
-		Ends:   func(ctx context.Context) ([]expiry.End, error) { return known.list(ctx, faults.Now()) },
+		Alarms: b.alarms,
+		Ends:   func(ctx context.Context) ([]expiry.End, error) { return b.ends().list(ctx, faults.Now()) },
 		Ready: func(context.Context) error {
 			select {
-			case <-s.Stopped():
+			case <-b.store.Stopped():
 				return store.ErrStopped
 			default:
 				return nil
 			}
 		},
 		CRL: crl,
-	})
-	broker := &server.Server{
-		Door: &server.Door{HostCA: hostCA.Certificate, OperatorCA: operatorCA.Certificate, Certificate: listenerCertificate(hostCA, c.Names, faults.Now), Now: faults.Now},
-		Hosts: &server.Hosts{
-			Admission: &enroll.Desk{Store: s, Leases: leases, CA: hostCA, Roots: ekRoots.Roots, Intermediates: ekRoots.Intermediates, MostPending: c.PendingHosts, Now: steady, Wall: faults.Now},
-			Credentials: &hostapi.Desk{Store: s, Leases: leases, Policy: inForce.In, Basis: book, Logs: logs, CA: hostCA, Signer: auditLog.Signer(), Verify: auditLog.Verifier(),
-				Log: log, Now: steady, Wall: faults.Now},
-			Audit: auditLog, TrustDomain: c.TrustDomain, CA: hostCA.Certificate.Raw, Now: steady,
-		},
-		Operators: &server.Operators{Desk: desk, BrokerID: id, Version: version, Alarms: alarms, Vault: vaultStatus},
-		Metrics:   handler, Requests: requests, Log: log,
-		Listen: c.Listen, Socket: c.Socket(), MetricsListen: c.MetricsListen,
 	}
-	group.Go(func() error { return leases.Sweep(ctx) })
-	group.Go(func() error { return watch.Run(ctx) })
-	group.Go(func() error { return forgets.Run(ctx) })
-	group.Go(func() error { return broker.Run(ctx) })
-	group.Go(func() error {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-s.Stopped():
-			return s.Err()
-		}
-	})
-	return group.Wait()
 }
 
-// openIssuers opens the issuers that the config has. Ready has one of each kind, whose
-// secrets are fingerprinted; of a kind that isn't configured issue.None.
-func openIssuers(ctx context.Context, e issue.Environment, key fingerprint.Key) (ready map[string]issue.Issuer, services map[string]issue.Service, err error) {
-	ready, services = map[string]issue.Issuer{}, map[string]issue.Service{}
-	for _, k := range issuers.Kinds {
-		service, err := k.Open(ctx, e)
-		switch {
-		case err != nil:
-			return nil, nil, err
-		case service == nil:
-			ready[k.Name] = issue.None(k.Name)
-		default:
-			services[k.Name] = service
-			ready[k.Name] = fingerprint.Issuer{Issuer: service, Key: key}
-		}
+// untilStopped ends the broker with its store.
+func (b *broker) untilStopped(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-b.store.Stopped():
+		return b.store.Err()
 	}
-	return ready, services, nil
 }
 
-// keepInForce parses scopes as soon as they are applied, by whichever broker: a set that
+// keepScopes parses scopes as soon as they are applied, by whichever broker: a set that
 // this one can't read is told then, and not by the first host that asks.
-func keepInForce(ctx context.Context, s *store.Store, inForce *store.Cache[*policy.Set], log *slog.Logger) {
-	changed := s.Changes(store.Scopes)
+func (b *broker) keepScopes(ctx context.Context) error {
+	changed := b.store.Changes(store.Scopes)
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-changed:
 		}
-		if err := s.View(ctx, func(tx *store.Tx) error { _, err := inForce.In(tx); return err }); err != nil && ctx.Err() == nil {
-			log.Error("the scopes that were applied can't be read", "err", err)
+		if err := b.store.View(ctx, func(tx *store.Tx) error { _, err := b.scopes.In(tx); return err }); err != nil && ctx.Err() == nil {
+			b.log.Error("the scopes that were applied can't be read", "err", err)
 		}
 	}
 }
