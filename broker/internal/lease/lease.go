@@ -148,35 +148,65 @@ func machine(h appraise.Host) journal.Machine {
 // intend writes the allow record and the intent in one transaction, and gives
 // up what an earlier try of the same delivery made.
 func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id string, known issue.Prepared) (journal.Lease, error) {
-	facts := d.Facts()
-	subject, err := facts.Program.Encode()
-	if err != nil {
-		return journal.Lease{}, err
-	}
-	recorded := facts.Recorded()
-	hostFacts, err := facts.Host.Digest()
-	if err != nil {
-		return journal.Lease{}, err
-	}
-	program := recorded.Program
-	recorded.Program = nil // the subject has it
-	kept, err := json.Marshal(recorded)
-	if err != nil {
-		return journal.Lease{}, err
-	}
-	recorded.Program = program
-	told, err := json.Marshal(recorded)
-	if err != nil {
-		return journal.Lease{}, err
-	}
-	scope := d.Scope()
 	now := m.now()
-	g := journal.Intend(journal.Lease{
+	g, allowed, err := draft(d, r, id, known, now)
+	if err != nil {
+		return journal.Lease{}, err
+	}
+
+	var superseded []string
+	err = m.store.Update(ctx, store.Host(g.Host).And(store.Lease(g.ID)), func(tx *store.Tx) (err error) {
+		if superseded, err = admissible(tx, g); err != nil {
+			return err
+		}
+		// First what else belongs here: the host's facts, of which the allow has the digest.
+		if err := r.With(tx); err != nil {
+			return err
+		}
+		about := event.Record{Time: now, Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: r.ID}
+		if _, err := audit.Append(tx, about, allowed); err != nil {
+			return err
+		}
+		return journal.Save(tx, g)
+	})
+	if err != nil {
+		return g, err
+	}
+
+	for _, id := range superseded {
+		if _, err := m.Event(ctx, id, journal.Revoke{Reason: "superseded by a repeated delivery"}, Cause{Actor: "host:" + g.Host, Request: r.ID, Later: true}); err != nil {
+			return g, err
+		}
+	}
+	m.due(g)
+	return g, nil
+}
+
+// draft is the lease of an allowing decision, and what the audit log says of it.
+func draft(d policy.Decision, r Request, id string, known issue.Prepared, now time.Time) (g journal.Lease, allowed event.Allowed, err error) {
+	facts, scope := d.Facts(), d.Scope()
+	recorded := facts.Recorded()
+	allowed = event.Allowed{Decision: d.Result().Event(), Names: known.Names}
+	if allowed.HostFacts, err = facts.Host.Digest(); err != nil {
+		return g, allowed, err
+	}
+	if allowed.Facts, err = json.Marshal(recorded); err != nil {
+		return g, allowed, err
+	}
+
+	g = journal.Lease{
 		ID: id, Host: facts.Host.ID, Scope: scope.Name, Kind: scope.Kind, Ref: known.Ref, Names: known.Names,
 		DeliveryID: r.DeliveryID, Unit: facts.Program.Unit(), Boot: facts.Program.Boot, SHA256: facts.Program.Main().SHA256.String(),
-		Subject: subject, Facts: kept, Machine: machine(facts.Host), Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
+		Machine: machine(facts.Host), Policy: d.Result().Policy, Audience: scope.Audience, Sources: r.Sources,
 		TTL: scope.TTL, Overlap: scope.Overlap, Grace: scope.Grace, ProveBy: now.Add(scope.Reprove), Replaces: r.Replaces,
-	}, now)
+	}
+	if g.Subject, err = facts.Program.Encode(); err != nil {
+		return g, allowed, err
+	}
+	recorded.Program = nil // the subject has it
+	if g.Facts, err = json.Marshal(recorded); err != nil {
+		return g, allowed, err
+	}
 	if len(facts.Releases) > 0 {
 		g.Release = facts.Releases[0]
 	}
@@ -185,67 +215,52 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id s
 	} else {
 		g.Instance = instance
 	}
-	var superseded []string
-	err = m.store.Update(ctx, store.Host(g.Host).And(store.Lease(g.ID)), func(tx *store.Tx) error {
-		superseded = nil
-		n, err := journal.CountUnended(tx, g.Host)
-		if err != nil {
-			return err
-		}
-		if n >= maxLeases {
-			return ErrTooMany
-		}
-		earlier, err := journal.List(tx, journal.Filter{Host: g.Host, Delivery: g.DeliveryID, States: journal.Unended})
-		if err != nil {
-			return err
-		}
-		for _, e := range earlier {
-			if e.Unreadable == nil {
-				superseded = append(superseded, e.ID)
-			}
-		}
-		// Not all of the scope's: a host may have hundreds, and each is read whole.
-		same, err := journal.List(tx, journal.Filter{Host: g.Host, Scope: g.Scope, Instance: &g.Instance, States: journal.Unended})
-		if err != nil {
-			return err
-		}
-		own := 0
-		for _, e := range same {
-			if e.From == g.From {
-				own++
-			}
-		}
-		if own >= maxPerInstance {
-			return ErrTooMany
-		}
-		if r.Replaces != "" {
-			old, err := journal.Load(tx, r.Replaces)
-			if err != nil || old.Host != g.Host || old.Scope != g.Scope {
-				return ErrReplaces
-			}
-		}
-		// First what else belongs here: the host's facts, of which the allow has the digest.
-		if err := r.With(tx); err != nil {
-			return err
-		}
-		about := event.Record{Time: now, Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: r.ID}
-		if _, err := audit.Append(tx, about, event.Allowed{
-			Decision: d.Result().Event(), Facts: told, HostFacts: hostFacts, Names: g.Names,
-		}); err != nil {
-			return err
-		}
-		return journal.Save(tx, g)
-	})
+	return journal.Intend(g, now), allowed, nil
+}
+
+// admissible says whether the host may have one lease more, and which of its leases are
+// of an earlier try of the same delivery.
+func admissible(tx *store.Tx, g journal.Lease) (superseded []string, err error) {
+	n, err := journal.CountUnended(tx, g.Host)
 	if err != nil {
-		return g, err
+		return nil, err
 	}
-	for _, id := range superseded {
-		if _, err := m.Event(ctx, id, journal.Revoke{Reason: "superseded by a repeated delivery"}, Cause{Actor: "host:" + g.Host, Request: r.ID, Later: true}); err != nil {
-			return g, err
+	if n >= maxLeases {
+		return nil, ErrTooMany
+	}
+
+	earlier, err := journal.List(tx, journal.Filter{Host: g.Host, Delivery: g.DeliveryID, States: journal.Unended})
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range earlier {
+		if e.Unreadable == nil {
+			superseded = append(superseded, e.ID)
 		}
 	}
-	m.due(g)
-	return g, nil
+
+	// Not all of the scope's: a host may have hundreds, and each is read whole.
+	same, err := journal.List(tx, journal.Filter{Host: g.Host, Scope: g.Scope, Instance: &g.Instance, States: journal.Unended})
+	if err != nil {
+		return nil, err
+	}
+	own := 0
+	for _, e := range same {
+		if e.From == g.From {
+			own++
+		}
+	}
+	if own >= maxPerInstance {
+		return nil, ErrTooMany
+	}
+
+	if g.Replaces != "" {
+		old, err := journal.Load(tx, g.Replaces)
+		if err != nil || old.Host != g.Host || old.Scope != g.Scope {
+			return nil, ErrReplaces
+		}
+	}
+	return superseded, nil
 }
 
 // A Cause says on whose word an event happened.
