@@ -76,23 +76,21 @@ func TestAHangingIssuerPilesNothingUp(t *testing.T) {
 	const n = 300
 	var leases []journal.Lease
 	for i := range n {
-		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%05d", i), State: journal.Live, Ref: []byte(`{}`), Issued: time.Now()})
+		leases = append(leases, journal.Lease{ID: fmt.Sprintf("g%05d", i), Kind: vault.Kind.Name, State: journal.Live, Ref: []byte(`{}`), Issued: time.Now()})
 	}
-	m, _ := manager(t, stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}, leases...)
-	ctx, cancel := context.WithCancel(t.Context())
-	swept := make(chan error, 1)
-	go func() { swept <- m.Sweep(ctx) }()
-	defer func() { cancel(); <-swept }()
-	before := runtime.NumGoroutine()
-	if _, err := m.RevokeAll(t.Context(), journal.Filter{Host: "h"}, "quarantine", Cause{Actor: "x"}, false); err != nil {
-		t.Fatal(err)
-	}
-	for range 4 { // the leases are due again and again
-		time.Sleep(1500 * time.Millisecond)
-		if more := runtime.NumGoroutine() - before; more > n+50 {
-			t.Fatalf("%d goroutines more for %d grants", more, n)
+	hangs := stubborn{revoke: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}
+	swept(t, map[string]issue.Issuer{vault.Kind.Name: hangs}, leases, func(t *testing.T, m *Manager, _ func(string) journal.Lease) {
+		before := runtime.NumGoroutine()
+		if _, err := m.RevokeAll(t.Context(), journal.Filter{Host: "h"}, "quarantine", Cause{Actor: "x"}, false); err != nil {
+			t.Fatal(err)
 		}
-	}
+		for range 4 { // the leases are due again and again
+			time.Sleep(1500 * time.Millisecond)
+			if more := runtime.NumGoroutine() - before; more > n+50 {
+				t.Fatalf("%d goroutines more for %d grants", more, n)
+			}
+		}
+	})
 }
 
 // An old credential is retired when its successor has its length, not before.

@@ -35,8 +35,8 @@ func open(t *testing.T) *store.Store {
 	return s
 }
 
-// issue writes a lease with its allow.
-func issue(t *testing.T, s *store.Store, id string, at time.Time) {
+// issue writes leases with their allows, the first one's at a time, a second after each other.
+func issue(t *testing.T, s *store.Store, at time.Time, ids ...string) {
 	t.Helper()
 	// Inside of a lease & is written otherwise than in the first version of subjects.
 	subject, err := process.Program{Boot: "00000000-0000-4000-8000-000000000000", PID: 1, Start: 1, User: "a", Executables: process.OneFile("/bin/a & b", evidence.Sum([]byte("a")))}.EncodeAs(1)
@@ -44,10 +44,16 @@ func issue(t *testing.T, s *store.Store, id string, at time.Time) {
 		t.Fatal(err)
 	}
 	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
-		if _, err := audit.Append(tx, event.Record{Time: at, Actor: "host:h", Host: "h", Lease: id}, event.Allowed{}); err != nil {
-			return err
+		for i, id := range ids {
+			at := at.Add(time.Duration(i) * time.Second)
+			if _, err := audit.Append(tx, event.Record{Time: at, Actor: "host:h", Host: "h", Lease: id}, event.Allowed{}); err != nil {
+				return err
+			}
+			if err := journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Subject: subject, Issued: at, Due: now.Add(time.Hour)}); err != nil {
+				return err
+			}
 		}
-		return journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Subject: subject, Issued: at, Due: now.Add(time.Hour)})
+		return nil
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -75,9 +81,11 @@ func end(t *testing.T, s *store.Store, id string) {
 func TestWhileTheBrokerGoesOn(t *testing.T) {
 	s := open(t)
 	const n = 1200
+	var ids []string
 	for i := range n {
-		issue(t, s, fmt.Sprintf("l%05d", i), now.Add(time.Duration(i-n)*time.Second))
+		ids = append(ids, fmt.Sprintf("l%05d", i))
 	}
+	issue(t, s, now.Add(-n*time.Second), ids...)
 	went := 0
 	report, err := fsck.Check(t.Context(), s, now, func(what string, done, _ int64) {
 		if what != "leases" {
@@ -85,7 +93,7 @@ func TestWhileTheBrokerGoesOn(t *testing.T) {
 		}
 		// Behind the log's end, as it was read: an old lease ends, a new one comes.
 		end(t, s, fmt.Sprintf("l%05d", n-1-went))
-		issue(t, s, fmt.Sprintf("new%d", went), now.Add(time.Duration(went)*time.Second))
+		issue(t, s, now.Add(time.Duration(went)*time.Second), fmt.Sprintf("new%d", went))
 		went++
 	})
 	if err != nil || report.Total != 0 || went < 3 {
@@ -128,7 +136,7 @@ func TestWhileTheBrokerGoesOn(t *testing.T) {
 // forward, or because the broker is stopped.
 func TestOverdueByTheBrokersTime(t *testing.T) {
 	s := open(t)
-	issue(t, s, "l", now)
+	issue(t, s, now, "l")
 	wall := now.Add(5 * time.Hour)
 	for at, want := range map[time.Time]int{now.Add(30 * time.Minute): 0, now.Add(2 * time.Hour): 1} {
 		if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -62,18 +63,27 @@ func TestReportsKeepNoRequestWaiting(t *testing.T) {
 
 // A report that takes too long ends, and says so.
 func TestASlowReportEnds(t *testing.T) {
-	s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = s.Close() })
-	var n int
-	if err := s.Report(t.Context(), func(tx *store.Tx) error { return tx.QueryRow(endless).Scan(&n) }); !errors.Is(err, store.ErrSlow) {
-		t.Errorf("an endless query: %v, want ErrSlow", err)
-	}
-	if err := s.Report(t.Context(), func(tx *store.Tx) error { return tx.QueryRow(`SELECT 1`).Scan(&n) }); err != nil {
-		t.Errorf("after it: %v", err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = s.Close() }()
+		const forever = `WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n`
+		began := time.Now()
+		if err := s.Report(t.Context(), func(tx *store.Tx) error {
+			return tx.Each(func(store.Row) error { time.Sleep(time.Second / 2); return nil }, forever)
+		}); !errors.Is(err, store.ErrSlow) {
+			t.Errorf("a report without an end: %v, want ErrSlow", err)
+		}
+		if took := time.Since(began); took < 10*time.Second || took > 11*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		var n int
+		if err := s.Report(t.Context(), func(tx *store.Tx) error { return tx.QueryRow(`SELECT 1`).Scan(&n) }); err != nil {
+			t.Errorf("after it: %v", err)
+		}
+	})
 }
 
 // writing writes to s until stop is called, each time a pair of rows with one value of
@@ -105,6 +115,7 @@ func writing(t *testing.T, s *store.Store, bytes int) (stop func()) {
 // A backup under steady writes by another process ends, is one snapshot, and can be
 // opened; a file that exists is left alone.
 func TestBackupUnderWrites(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "store.db")
 	s, err := store.Open(path)
@@ -165,6 +176,7 @@ func TestBackupUnderWrites(t *testing.T) {
 // The write-ahead log grows while somebody reads an old snapshot, and shrinks again
 // after it, though there is never a moment without a reader.
 func TestTheLogShrinksAgain(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "store.db")
 	s, err := store.Open(path)

@@ -13,6 +13,7 @@ import (
 
 // A store of each earlier schema is brought up to date, with what it holds.
 func TestEarlierSchemasAreBroughtUpToDate(t *testing.T) {
+	t.Parallel()
 	names := check.Must(fs.Glob(store.SQLite().Migrations, "*.sql"))(t)
 	for n := 1; n < len(names); n++ {
 		t.Run(names[n-1], func(t *testing.T) {

@@ -37,6 +37,7 @@ var built = map[string]bool{"journal.List": true, "journal.Cursors": true, "find
 
 // TestNoQueryReadsATableWhole asks SQLite how it would answer each query of the broker.
 func TestNoQueryReadsATableWhole(t *testing.T) {
+	t.Parallel()
 	s, err := store.Open(filepath.Join(t.TempDir(), "store.db"))
 	if err != nil {
 		t.Fatal(err)
@@ -82,6 +83,7 @@ var onlySQLite = map[string]string{
 
 // TestPortableStatements holds the list of what isn't.
 func TestPortableStatements(t *testing.T) {
+	t.Parallel()
 	left := maps.Clone(onlySQLite)
 	for _, q := range queries(t, "../../..") {
 		if !sqliteOnly.MatchString(q.text) {

@@ -179,7 +179,11 @@ func TestRPMFlips(t *testing.T) {
 		t.Fatal(err)
 	}
 	header := int(end+7) &^ 7
-	for bit := rpmLead * 8; bit < len(pkg)*8; bit++ {
+	step := 1
+	if testing.Short() {
+		step = 23 // a prime, which meets each bit of bytes
+	}
+	for bit := rpmLead * 8; bit < len(pkg)*8; bit += step {
 		pkg[bit/8] ^= 1 << (bit % 8)
 		list, err := readBytes(pkg, usual)
 		switch {

@@ -9,10 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/hostagent/internal/config"
+	tests "github.com/countersign/countersign/test/check"
 )
 
 // What was delivered is the owner's alone, under one name.
 func TestDelivered(t *testing.T) {
+	tests.Root(t)
 	for name, tt := range map[string]struct {
 		change func(path string) error
 		owner  string

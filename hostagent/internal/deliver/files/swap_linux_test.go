@@ -20,6 +20,7 @@ import (
 
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
+	tests "github.com/countersign/countersign/test/check"
 )
 
 func two(t *testing.T) []*config.File {
@@ -27,6 +28,7 @@ func two(t *testing.T) []*config.File {
 }
 
 func TestOwnerModeAndContent(t *testing.T) {
+	tests.Root(t)
 	files := set(t, []string{filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")}, `owner = "nobody"`, `group = "daemon"`, `mode = "0640"`)
 	for _, generation := range []string{"one", "two"} {
 		must(t, files, generation)
@@ -177,18 +179,24 @@ func TestReadBackOfAnothersFile(t *testing.T) {
 		"over 1 MiB":  func() error { return os.WriteFile(files[0].Path, make([]byte, deliver.MaxContent+1), 0o600) },
 		"a directory": func() error { return os.Mkdir(files[0].Path, 0o700) },
 	} {
-		if err := errors.Join(os.Remove(files[0].Path), plant()); err != nil {
-			t.Fatal(err)
-		}
-		if c := New(files).Contents(); c != nil {
-			t.Errorf("%s: read back", name)
-		}
+		t.Run(name, func(t *testing.T) {
+			if name == "owner" {
+				tests.Root(t)
+			}
+			if err := errors.Join(os.Remove(files[0].Path), plant()); err != nil {
+				t.Fatal(err)
+			}
+			if c := New(files).Contents(); c != nil {
+				t.Error("read back")
+			}
+		})
 	}
 }
 
 // mount puts a small tmpfs on a new folder.
 func mount(t *testing.T, options string) string {
 	t.Helper()
+	tests.Root(t)
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
 		t.Fatal("mount tmpfs (run as root, with CAP_SYS_ADMIN):", err)
@@ -226,6 +234,7 @@ func TestErrors(t *testing.T) {
 			check(t, unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
 		}, words: []string{"read-only file system", "ReadWritePaths"}},
 		{name: "immutable folder", trouble: func(t *testing.T, dir, _ string) {
+			tests.Root(t)
 			if out, err := exec.Command("chattr", "+i", dir).CombinedOutput(); err != nil {
 				t.Fatalf("chattr: %v: %s", err, out)
 			}

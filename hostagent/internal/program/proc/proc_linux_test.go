@@ -17,6 +17,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/program"
+	"github.com/countersign/countersign/test/check"
 )
 
 // A pid file is its program's user's: whatever stands there is answered at once.
@@ -65,6 +66,7 @@ func (nobody) Name(context.Context, *process.Program) error { return nil }
 // Another user's process of the same exe takes nothing from the instance that
 // has the credential, nor hides its end.
 func TestACopyBesideTheHolder(t *testing.T) {
+	check.Root(t)
 	dir, err := os.MkdirTemp("", "finder-") // where others reach it
 	if err != nil {
 		t.Fatal(err)
