@@ -134,6 +134,7 @@ const issuedNow = "v-token-co-billing-abcdefghijklmnopqrst-1772366400"
 // counts as much as the last. Meanwhile other logs are read, the broker is listened to,
 // progress is kept, and little is written.
 func TestLongLog(t *testing.T) {
+	t.Parallel()
 	const logins = 70_000 // more than could wait, when each that waited had a place in one list
 	at := noon
 	log := csvLogin(nil, 0, at, "svc-early", "10.0.0.9")
@@ -191,6 +192,7 @@ func TestLongLog(t *testing.T) {
 // TestSavedLittle: a log that goes on for long, with many sessions that stay open, isn't
 // paid for again with each second.
 func TestSavedLittle(t *testing.T) {
+	t.Parallel()
 	x := newCatchUp(t, time.Microsecond, map[string][]byte{"db": nil})
 	var log []byte
 	size, n := 0, 0
@@ -228,6 +230,7 @@ func TestSavedLittle(t *testing.T) {
 // TestKilledInACatchUp: a watch that is killed anywhere in a long log, while the broker
 // comes and goes and there is room for little, finds what is to be found, and as often.
 func TestKilledInACatchUp(t *testing.T) {
+	t.Parallel()
 	for seed := range uint64(2) {
 		r := rand.New(rand.NewPCG(seed, 2))
 		var log []byte
@@ -322,6 +325,7 @@ func TestFull(t *testing.T) {
 
 // TestEndsInACatchUp: the end comes between two lines, and what was read is saved.
 func TestEndsInACatchUp(t *testing.T) {
+	t.Parallel()
 	b, err := fakebroker.Start()
 	if err != nil {
 		t.Fatal(err)
@@ -476,6 +480,7 @@ func TestLostUnread(t *testing.T) {
 // TestParts: after a kill at any byte of what is written last, the file is the state of
 // the save before; and it stays in proportion to the state.
 func TestParts(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "state.json")
 	r := rand.New(rand.NewPCG(3, 3))
 	model := map[string]string{}

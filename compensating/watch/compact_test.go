@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 // TestCompact: a ledger of which most was replaced is written anew, has what is needed,
 // and what comes afterwards is found, also by the next run.
 func TestCompact(t *testing.T) {
+	t.Parallel()
 	dir, now := t.TempDir(), noon
 	open := func() *Watch {
 		t.Helper()
@@ -30,9 +32,9 @@ func TestCompact(t *testing.T) {
 		return ledger.Entry{ID: fmt.Sprint("L", i), Scope: fmt.Sprint("s", i%10), Host: "h", Sources: []string{"10.0.0.1"}, Issued: issued, Expires: issued.Add(time.Hour),
 			Names: ledger.Names{DBUsername: fmt.Sprintf("v-token-co-billing--%020d-%d", i, noon.Unix()), VaultLease: fmt.Sprint("database/creds/billing-ro/", i)}}
 	}
-	give := func(e ledger.Entry) {
+	give := func(entries ...ledger.Entry) {
 		t.Helper()
-		if err := w.apply(update{entries: []ledger.Entry{e}}); err != nil {
+		if err := w.apply(update{entries: entries}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -40,9 +42,7 @@ func TestCompact(t *testing.T) {
 	old.Scope = "seldom" // the newest of its program, however old
 	give(old)
 	for i := 1; i < 1000; i++ {
-		for range 4 {
-			give(entry(i))
-		}
+		give(slices.Repeat([]ledger.Entry{entry(i)}, 4)...)
 	}
 	if err := w.compact(t.Context()); err != nil {
 		t.Fatal(err)
@@ -77,9 +77,7 @@ func TestCompact(t *testing.T) {
 	// A disk that takes no second one: the ledger serves as it is.
 	w = open()
 	defer w.Close()
-	for range 8000 {
-		give(entry(1000))
-	}
+	give(slices.Repeat([]ledger.Entry{entry(1000)}, 8000)...)
 	w.config.StateDir = filepath.Join(dir, "absent")
 	before := w.size
 	if err := w.compact(t.Context()); err != nil || w.size != before {

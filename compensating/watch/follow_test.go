@@ -14,6 +14,7 @@ import (
 // TestConfirmed: that the broker's log is open for reading doesn't make the ledger newer.
 // Only what the broker says of its length does, as of when it was asked.
 func TestConfirmed(t *testing.T) {
+	t.Parallel()
 	b, err := fakebroker.Start()
 	if err != nil {
 		t.Fatal(err)

@@ -113,7 +113,12 @@ func lines(t *testing.T, b finding.Book) string {
 // TestKilledAnywhere: a watch that is killed after any bytes of a log, before or
 // after it wrote down what it knows, finds what one that never died does, and as often.
 func TestKilledAnywhere(t *testing.T) {
-	for seed := range uint64(8) {
+	t.Parallel()
+	seeds := uint64(8)
+	if testing.Short() {
+		seeds = 2
+	}
+	for seed := range seeds {
 		r := rand.New(rand.NewPCG(seed, 1))
 		entries, text := story(r)
 		dir := t.TempDir()
@@ -377,35 +382,37 @@ func TestBlind(t *testing.T) {
 // What a program was long ago, it may be again; and what opens a file under ever other
 // names is one finding in the end.
 func TestManyAndLongAgo(t *testing.T) {
+	t.Parallel()
 	w, err := Open(&Config{StateDir: t.TempDir()}, away, slog.New(slog.DiscardHandler), func() time.Time { return noon })
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer w.Close()
-	give := func(exe string, i int) {
-		at := noon.Add(time.Duration(i) * time.Minute)
-		e := ledger.Entry{ID: fmt.Sprint("L", i), Scope: "s", Host: "h", Issued: at, Expires: at.Add(time.Hour), Subject: ledger.Subject{Exe: exe}}
-		if err := w.apply(update{entries: []ledger.Entry{e}}); err != nil {
+	i := 0
+	give := func(exe string, n int) {
+		var entries []ledger.Entry
+		for range n {
+			at := noon.Add(time.Duration(i) * time.Minute)
+			entries = append(entries, ledger.Entry{ID: fmt.Sprint("L", i), Scope: "s", Host: "h", Issued: at, Expires: at.Add(time.Hour), Subject: ledger.Subject{Exe: exe}})
+			i++
+		}
+		if err := w.apply(update{entries: entries}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	i := 0
 	for range 3 {
-		give("/opt/nightly", i)
-		i++
-		for range 250 {
-			give("/opt/daily", i)
-			i++
-		}
+		give("/opt/nightly", 1)
+		give("/opt/daily", 250)
 	}
 	if len(w.kept.Findings) != 1 || w.kept.Findings[0].Finding.Count != 1 {
 		t.Errorf("%d findings: %+v", len(w.kept.Findings), w.kept.Findings)
 	}
+	var opens []sightings.Sighting
 	for i := range 500 {
-		s := sightings.Sighting{Time: noon.Add(time.Duration(i) * time.Second), Kind: sightings.Open, Source: "agent", Line: int64(i), Lease: "L7", Program: fmt.Sprint("/tmp/", i)}
-		if err := w.apply(update{opens: []sightings.Sighting{s}}); err != nil {
-			t.Fatal(err)
-		}
+		opens = append(opens, sightings.Sighting{Time: noon.Add(time.Duration(i) * time.Second), Kind: sightings.Open, Source: "agent", Line: int64(i), Lease: "L7", Program: fmt.Sprint("/tmp/", i)})
+	}
+	if err := w.apply(update{opens: opens}); err != nil {
+		t.Fatal(err)
 	}
 	if n := len(w.kept.Findings); n != 1+17 {
 		t.Errorf("%d findings of 500 programs", n-1)

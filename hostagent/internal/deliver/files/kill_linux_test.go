@@ -40,8 +40,12 @@ func run(t *testing.T, mode string, n int, files []*config.File) (steps []string
 // TestKill kills a delivery of three files, one of which is new, at every step,
 // and then its recovery at every step.
 func TestKill(t *testing.T) {
+	every := 1
+	if testing.Short() {
+		every = 4
+	}
 	for _, mode := range []string{"finish", "rollback"} {
-		for n := 1; ; n++ {
+		for n := 1; ; n += every {
 			var dead bool
 			t.Run(fmt.Sprintf("%s/%d", mode, n), func(t *testing.T) {
 				dead = killAt(t, mode, n, 0)
