@@ -87,7 +87,7 @@ func TestApproveReference(t *testing.T) {
 	expect("the first isn't prolonged", "web", hour(3), "3 approved", "2 approved", "1 ended")
 	expect("the second ends", "web", hour(9), "3 approved", "2 ended", "1 ended")
 	check.Nil(t, approve("web", 1, hour(4), hour(4)))
-	expect("back to the first", "web", hour(99), "3 ended", "2 ended", "1 approved")
+	expect("back to the first", "web", hour(5), "3 ended", "2 ended", "1 approved")
 	expect("another set", "db", hour(99), "1 approved")
 
 	for name, version := range map[string]int64{"web": 4, "none": 0} {
