@@ -94,7 +94,7 @@ func kinds(t *testing.T, w *Watch) (list []event.Kind) {
 // A silent host becomes stale at its limit, and keeps each lease until its scope's grace is
 // over: not a moment less, and no lease for another's sake.
 func TestGrace(t *testing.T) {
-	w, now := quiet(t, inventory.Trusted, 5, limit{0, 0, journal.Live}, limit{0, 10, journal.Live}, limit{0, 30, journal.Retiring}, limit{0, 0, journal.Provisional})
+	w, now := quiet(t, inventory.Trusted, 5, limit{0, 0, journal.Live}, limit{0, 10, journal.Live}, limit{0, 11, journal.Retiring}, limit{0, 0, journal.Provisional})
 	for _, c := range []struct {
 		at   time.Time
 		want string
@@ -102,9 +102,9 @@ func TestGrace(t *testing.T) {
 		{noon, "trusted 0 live live retiring provisional"}, // nobody was heard after it
 		{noon.Add(time.Millisecond), "stale 10 revoking live retiring provisional"},
 		{minutes(10), "stale 10 revoking live retiring provisional"},
-		{minutes(10).Add(time.Millisecond), "stale 30 revoking revoking retiring provisional"},
-		{minutes(29), "stale 30 revoking revoking retiring provisional"},
-		{minutes(31), "stale revoking revoking revoking provisional"},
+		{minutes(10).Add(time.Millisecond), "stale 11 revoking revoking retiring provisional"},
+		{minutes(11), "stale 11 revoking revoking retiring provisional"},
+		{minutes(12), "stale revoking revoking revoking provisional"},
 		{minutes(90), "stale revoking revoking revoking provisional"},
 	} {
 		w.lookAt(t, now, c.at)
@@ -241,6 +241,31 @@ func TestRunLooks(t *testing.T) {
 		after(58*time.Minute, "trusted 60 live")
 		after(2*time.Minute, "trusted 60 live") // nobody was heard since
 		after(2*Every, "stale revoking")
+		cancel()
+		check.Nil(t, <-ended)
+	})
+}
+
+// A broker that can't write for a while serves nevertheless: that time counts.
+func TestRunWithoutAStoreThatTakesIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := quiet(t, inventory.Trusted, 5)
+		began := time.Now()
+		w.Now = func() time.Time { return minutes(-9).Add(time.Since(began)) }
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- w.Run(ctx) }()
+		for _, statement := range []string{`SELECT 1`, `CREATE TRIGGER full BEFORE UPDATE ON meta BEGIN SELECT RAISE(ABORT, 'full'); END`, `DROP TRIGGER full`, `SELECT 1`} {
+			check.Nil(t, w.Store.Update(t.Context(), store.Everything(), func(tx *store.Tx) error { _, err := tx.Exec(statement); return err }))
+			time.Sleep(time.Minute)
+			synctest.Wait()
+		}
+		if got := stands(t, w); got != "trusted 0" {
+			t.Errorf("its limit was moved: %s", got)
+		}
+		if last := check.Must(w.lastAlive(t.Context()))(t); w.Now().Sub(last) > 2*Every {
+			t.Errorf("served until %s; it is %s", last, w.Now())
+		}
 		cancel()
 		check.Nil(t, <-ended)
 	})
