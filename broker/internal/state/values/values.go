@@ -22,8 +22,11 @@ func In(s *store.Store) Table { return Table{s} }
 func (t Table) Get(ctx context.Context, bucket, name string) (value []byte, err error) {
 	err = t.store.View(ctx, func(tx *store.Tx) error {
 		err := tx.QueryRow(`SELECT value FROM ca_values WHERE bucket = ? AND name = ?`, bucket, name).Scan(&value)
-		if errors.Is(err, sql.ErrNoRows) {
+		switch {
+		case errors.Is(err, sql.ErrNoRows):
 			return nil
+		case value == nil:
+			value = []byte{} // so it is read where it is empty
 		}
 		return err
 	})
