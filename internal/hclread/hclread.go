@@ -32,7 +32,7 @@ type Limits struct {
 }
 
 // config are the limits of a config file, which root writes.
-var config = Limits{Size: 1 << 20, Line: 64 << 10, Nesting: 32}
+var config = Limits{Size: 1 << 20, Line: 64 << 10, Signs: 8192, Nesting: 32}
 
 // A Problem is one mistake in a file.
 type Problem struct {

@@ -47,6 +47,10 @@ func TestAConfigHasAllItsProblems(t *testing.T) {
 			t.Errorf("%s is not in %v", want, err)
 		}
 	}
+	slow := "# " + strings.Repeat("$", 60<<10) + "\nname = \"" + strings.Repeat("$", 60<<10) + "\"\n"
+	if _, err := hclread.Config("a.hcl", []byte(slow), &into); err == nil || !strings.Contains(err.Error(), "signs $ and %") {
+		t.Errorf("a config of many $ is parsed: %.100v", err)
+	}
 	if _, err := hclread.Config("a.hcl", []byte("name = \"x\"\n"), &into); err != nil || into.Name != "x" {
 		t.Errorf("%q %v", into.Name, err)
 	}
