@@ -40,13 +40,22 @@ func (t *Tx) Exec(query string, args ...any) (sql.Result, error) {
 	return t.conn.ExecContext(t.ctx, t.store.dialect.bind(query), args...)
 }
 
-// QueryRow reads at most one row.
-func (t *Tx) QueryRow(query string, args ...any) *sql.Row {
-	return t.conn.QueryRowContext(t.ctx, t.store.dialect.bind(query), args...)
-}
+// QueryRow reads at most one row, when it is scanned: what isn't, as after a panic, holds
+// no connection.
+func (t *Tx) QueryRow(query string, args ...any) Row { return oneRow{t, query, args} }
 
 // A Row is one that is being read: of a query, or of QueryRow.
 type Row interface{ Scan(...any) error }
+
+type oneRow struct {
+	tx    *Tx
+	query string
+	args  []any
+}
+
+func (r oneRow) Scan(into ...any) error {
+	return r.tx.conn.QueryRowContext(r.tx.ctx, r.tx.store.dialect.bind(r.query), r.args...).Scan(into...)
+}
 
 // Each reads every row of a query.
 func (t *Tx) Each(read func(Row) error, query string, args ...any) error {

@@ -90,6 +90,10 @@ func whole(t *testing.T, open func() *store.Store) {
 	for what, change := range map[string]func(*store.Tx) error{
 		"an error": func(tx *store.Tx) error { return errors.Join(put("a", "2")(tx), put("b", "2")(tx), errUndone) },
 		"a panic":  func(tx *store.Tx) error { ok(t, put("a", "2")(tx)); panic("in an update") },
+		"a panic before a row is read": func(tx *store.Tx) error {
+			ok(t, put("a", "2")(tx))
+			return tx.QueryRow(`SELECT name FROM meta`).Scan(func() *string { panic("in an update") }())
+		},
 	} {
 		if err := s.Update(t.Context(), broker, change); err == nil {
 			t.Errorf("%s was taken for success", what)
