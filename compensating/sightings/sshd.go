@@ -123,7 +123,7 @@ func (s *Sshd) journal(line []byte) (t time.Time, host, program, message []byte,
 // syslog takes "Nov 22 03:04:05 host sshd[17]: text", or a time of RFC 3339 in the
 // place of the first three words.
 func (s *Sshd) syslog(line []byte) (t time.Time, host, program, message []byte, ok bool) {
-	rest := line
+	var rest []byte
 	if line[0] >= '0' && line[0] <= '9' {
 		word, after, found := bytes.Cut(line, []byte{' '})
 		if !found || len(word) > 40 {
