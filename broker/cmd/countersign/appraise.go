@@ -20,6 +20,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/verify/offline"
 	"github.com/countersign/countersign/broker/internal/verify/reference"
 	"github.com/countersign/countersign/internal/bounded"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 // A recordFiles names where a record's parts are.
@@ -44,27 +45,27 @@ Exit codes: 0 all that was given holds (pass), 1 something doesn't (fail), 2 the
 file is wrong, 4 nothing failed, and something that was given or demanded isn't proven: the values of
 the log's PCR 0 to 7 are not all there, a quote's AK is missing, there is nothing that --nonce or
 --ek-roots could be checked with (not proven).`,
-		Args: exactly(0),
+		Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			record, err := files.read()
 			if err != nil {
-				return &exitError{exitUsage, err}
+				return cli.Fail(cli.Usage, err)
 			}
 			opts := offline.Options{Now: time.Now(), Between: files.between()}
 			if nonce != "" {
 				if opts.Nonce, err = offline.ParseNonce(nonce); err != nil {
-					return &exitError{exitUsage, fmt.Errorf("--nonce: %w", err)}
+					return cli.Fail(cli.Usage, fmt.Errorf("--nonce: %w", err))
 				}
 			}
 			if roots != "" {
 				if opts.EKRoots, err = certificates(roots); err != nil {
-					return &exitError{exitUsage, err}
+					return cli.Fail(cli.Usage, err)
 				}
 			}
 			if set != "" {
 				content, err := referenceFile(set)
 				if err != nil {
-					return &exitError{exitUsage, err}
+					return cli.Fail(cli.Usage, err)
 				}
 				opts.Reference = &content
 			}
@@ -74,9 +75,9 @@ the log's PCR 0 to 7 are not all there, a quote's AK is missing, there is nothin
 			}
 			switch report.Verdict {
 			case offline.Fail:
-				return &exitError{exitNo, errors.New("the evidence does not hold")}
+				return cli.Fail(cli.No, errors.New("the evidence does not hold"))
 			case offline.NotProven:
-				return &exitError{exitNotProven, errors.New("the evidence is not proven; the checks with the result not-checked name what is missing")}
+				return cli.Fail(exitNotProven, errors.New("the evidence is not proven; the checks with the result not-checked name what is missing"))
 			}
 			return nil
 		},

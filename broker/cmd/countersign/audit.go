@@ -18,6 +18,7 @@ import (
 	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/internal/checkpoint"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 func auditCommand(o *options) *cobra.Command {
@@ -50,7 +51,7 @@ func streamAudit(cmd *cobra.Command, o *options, from uint64, follow bool, each 
 func auditTailCommand(o *options) *cobra.Command {
 	var follow bool
 	var lines int64
-	cmd := &cobra.Command{Use: "tail", Short: "Show the newest records", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	cmd := &cobra.Command{Use: "tail", Short: "Show the newest records", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
@@ -103,7 +104,7 @@ func openCheckpoint(m *v1.AuditCheckpointResponse) (checkpoint.Checkpoint, error
 }
 
 func auditExportCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "export", Short: "Write the whole log as JSON lines, one record each, exactly as it is hashed", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	return &cobra.Command{Use: "export", Short: "Write the whole log as JSON lines, one record each, exactly as it is hashed", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		return streamAudit(cmd, o, 0, false, func(r *v1.AuditRecord) error {
 			_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", r.GetJson())
 			return err
@@ -120,10 +121,10 @@ type receipt struct {
 }
 
 func auditReceiptCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "receipt INDEX", Short: "Write a proof that a record is in the log", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "receipt INDEX", Short: "Write a proof that a record is in the log", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		index, err := strconv.ParseUint(args[0], 10, 63)
 		if err != nil {
-			return &exitError{exitUsage, fmt.Errorf("%q is no record's index", args[0])}
+			return cli.Fail(cli.Usage, fmt.Errorf("%q is no record's index", args[0]))
 		}
 		client, err := o.client(cmd.Context())
 		if err != nil {
@@ -145,7 +146,7 @@ func auditReceiptCommand(o *options) *cobra.Command {
 
 func auditCheckCommand() *cobra.Command {
 	var keyFile string
-	cmd := &cobra.Command{Use: "check RECEIPT", Short: "Check a receipt, without the broker", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "check RECEIPT", Short: "Check a receipt, without the broker", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		b, err := os.ReadFile(args[0])
 		if err != nil {
 			return err
@@ -185,7 +186,7 @@ func auditCheckCommand() *cobra.Command {
 // auditVerifyCommand hashes every record again and holds the root against the
 // signed head.
 func auditVerifyCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "verify", Short: "Hash the whole log again and hold it against its signed head", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	return &cobra.Command{Use: "verify", Short: "Hash the whole log again and hold it against its signed head", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err

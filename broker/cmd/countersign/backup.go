@@ -15,6 +15,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
 	"github.com/countersign/countersign/broker/internal/ops/fsck"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/durable"
 	"github.com/countersign/countersign/internal/faults"
 )
@@ -30,7 +31,7 @@ type backedUp struct {
 func backupCommand(o *options, file *string) *cobra.Command {
 	var keys bool
 	cmd := &cobra.Command{
-		Use: "backup FILE", Short: "Copy the store while the broker runs, and verify the copy", Args: exactly(1),
+		Use: "backup FILE", Short: "Copy the store while the broker runs, and verify the copy", Args: cli.Exactly(1),
 		Long: `Copy the store while the broker runs, and verify the copy.
 
 The copy is one snapshot: what the broker writes meanwhile is not in it. It is made

@@ -18,6 +18,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/faults"
 )
 
@@ -28,14 +29,14 @@ func brokerCommand(o *options) *cobra.Command {
 	var file string
 	cmd.PersistentFlags().StringVarP(&file, "config", "c", defaultConfig, "the broker's config file")
 	cmd.AddCommand(
-		&cobra.Command{Use: "init", Short: "Make a new broker's keys and store", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		&cobra.Command{Use: "init", Short: "Make a new broker's keys and store", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := config.Load(file)
 			if err != nil {
 				return err
 			}
 			return initBroker(cmd, c)
 		}},
-		&cobra.Command{Use: "serve", Short: "Serve hosts and operators", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+		&cobra.Command{Use: "serve", Short: "Serve hosts and operators", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := config.Load(file)
 			if err != nil {
 				return err

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 func canaryCommand(o *options) *cobra.Command {
@@ -27,7 +28,7 @@ func canaryIssueCommand(o *options) *cobra.Command {
 fields that a program would read: write them into a file beside the real ones, a backup, an old config.
 No database has the user. A login with it, a failed one too, is a critical finding of the watch.
 The broker keeps the user name, and nobody the password.`,
-		Args: exactly(0),
+		Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			client, err := o.client(cmd.Context())
 			if err != nil {
@@ -79,7 +80,7 @@ func likePassword() string {
 
 func canaryListCommand(o *options) *cobra.Command {
 	req := &v1.ListCanariesRequest{}
-	cmd := &cobra.Command{Use: "list", Short: "List canaries", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	cmd := &cobra.Command{Use: "list", Short: "List canaries", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
@@ -101,7 +102,7 @@ func canaryListCommand(o *options) *cobra.Command {
 }
 
 func canaryRemoveCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "remove CANARY", Short: "Remove a canary; remove its file as well", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "remove CANARY", Short: "Remove a canary; remove its file as well", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err

@@ -20,6 +20,7 @@ import (
 
 	"github.com/countersign/countersign/broker/api"
 	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/terminal"
 )
@@ -47,7 +48,7 @@ func (o *options) flags(root *cobra.Command) {
 	f.StringVar(&o.key, "key", os.Getenv("COUNTERSIGN_KEY"), "the operator's key file")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
 		if o.output != "text" && o.output != "json" {
-			return &exitError{exitUsage, fmt.Errorf("-o %s: text or json", o.output)}
+			return cli.Fail(cli.Usage, fmt.Errorf("-o %s: text or json", o.output))
 		}
 		return nil
 	}
@@ -72,7 +73,7 @@ func (o *options) client(ctx context.Context) (countersignv1connect.OperatorServ
 func (o *options) dial(ctx context.Context) (countersignv1connect.OperatorServiceClient, func(), error) {
 	if o.address == "" {
 		if _, err := os.Stat(o.socket); err != nil {
-			return nil, nil, &exitError{exitUnreach, fmt.Errorf("no broker at %s (%w): start it, or name its socket by --socket (operator.sock in its state_dir), or another broker by --address, --ca-sha256, --cert and --key", o.socket, err)}
+			return nil, nil, cli.Fail(exitUnreach, fmt.Errorf("no broker at %s (%w): start it, or name its socket by --socket (operator.sock in its state_dir), or another broker by --address, --ca-sha256, --cert and --key", o.socket, err))
 		}
 		transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", o.socket)
@@ -80,15 +81,15 @@ func (o *options) dial(ctx context.Context) (countersignv1connect.OperatorServic
 		return countersignv1connect.NewOperatorServiceClient(&http.Client{Transport: transport}, "http://broker", connect.WithInterceptors(api.Codes())), transport.CloseIdleConnections, nil
 	}
 	if o.caSHA256 == "" {
-		return nil, nil, &exitError{exitUsage, errors.New("--address needs --ca-sha256, which broker init printed: without it anybody could be the broker")}
+		return nil, nil, cli.Fail(cli.Usage, errors.New("--address needs --ca-sha256, which broker init printed: without it anybody could be the broker"))
 	}
 	cert, err := tls.LoadX509KeyPair(o.cert, o.key)
 	if err != nil {
-		return nil, nil, &exitError{exitUsage, fmt.Errorf("--address needs the operator's --cert and --key: %w", err)}
+		return nil, nil, cli.Fail(cli.Usage, fmt.Errorf("--address needs the operator's --cert and --key: %w", err))
 	}
 	s, err := api.Dial(ctx, api.Peer{Addresses: []string{o.address}, CASHA256: strings.ToLower(o.caSHA256), Certificate: &cert, Now: faults.Now})
 	if err != nil {
-		return nil, nil, &exitError{exitUnreach, err}
+		return nil, nil, cli.Fail(exitUnreach, err)
 	}
 	return s.Operators, func() { _ = s.Close() }, nil
 }
@@ -152,40 +153,11 @@ func keyValues(args []string) (set map[string]string, drop []string, err error) 
 		case strings.HasSuffix(a, "-") && len(a) > 1:
 			drop = append(drop, strings.TrimSuffix(a, "-"))
 		default:
-			return nil, nil, &exitError{exitUsage, fmt.Errorf("%q is neither k=v nor k-", a)}
+			return nil, nil, cli.Fail(cli.Usage, fmt.Errorf("%q is neither k=v nor k-", a))
 		}
 	}
 	return set, drop, nil
 }
 
-// exactly is cobra.ExactArgs with the usage's exit code.
-func exactly(n int) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if len(args) != n {
-			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
-		}
-		return nil
-	}
-}
-
-// atMost is cobra.MaximumNArgs with the usage's exit code.
-func atMost(n int) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if len(args) > n {
-			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
-		}
-		return nil
-	}
-}
-
-func atLeast(n int) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if len(args) < n {
-			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
-		}
-		return nil
-	}
-}
-
 // no is an answer that scripts see by its exit code.
-func no(format string, args ...any) error { return &exitError{exitNo, fmt.Errorf(format, args...)} }
+func no(format string, args ...any) error { return cli.Fail(cli.No, fmt.Errorf(format, args...)) }

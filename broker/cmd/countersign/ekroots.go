@@ -13,6 +13,7 @@ import (
 
 	"github.com/countersign/countersign/broker/internal/verify/vendors"
 	"github.com/countersign/countersign/internal/bounded"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 // defaultEKRoots is the file that the example config names as ek_roots.
@@ -39,13 +40,13 @@ can't be used are left out, with the reason. What the file holds already stays a
 The broker reads the file when it starts. Exit code 1: nothing that was given can be used.`,
 		Example: `  countersign ek-roots import TrustedTpm.cab
   countersign ek-roots import --out ./ek-roots.pem infineon-root.crt vendors.p7b`,
-		Args: atLeast(1),
+		Args: cli.AtLeast(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var items []vendors.Item
 			for _, file := range args {
 				data, err := bounded.ReadFile(file, vendors.MaxInput)
 				if err != nil {
-					return &exitError{exitUsage, err}
+					return cli.Fail(cli.Usage, err)
 				}
 				found, err := vendors.Read(file, data, time.Now())
 				if err != nil {
@@ -128,29 +129,29 @@ Exit codes: 0 a host with this certificate is certified, 1 it isn't, 2 a file is
 		Example: `  countersign ek-roots check ek.der
   countersign ek-roots check ek.der issuers.der
   countersign ek-roots check ek.pem --ek-roots ./ek-roots.pem -o json`,
-		Args: atLeast(1),
+		Args: cli.AtLeast(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			data, err := readBounded(args[0])
 			if err != nil {
-				return &exitError{exitUsage, err}
+				return cli.Fail(cli.Usage, err)
 			}
 			set, err := vendors.Load(files)
 			if errors.Is(err, fs.ErrNotExist) {
 				err = fmt.Errorf("%w (`countersign ek-roots import` makes it)", err)
 			}
 			if err != nil {
-				return &exitError{exitUsage, err}
+				return cli.Fail(cli.Usage, err)
 			}
 			for _, name := range args[1:] {
 				issuers, err := readIssuers(name)
 				if err != nil {
-					return &exitError{exitUsage, err}
+					return cli.Fail(cli.Usage, err)
 				}
 				set = set.With(issuers)
 			}
 			chain, err := set.Check(data, time.Now())
 			if err != nil {
-				return &exitError{exitUsage, fmt.Errorf("%s: %w", args[0], err)}
+				return cli.Fail(cli.Usage, fmt.Errorf("%s: %w", args[0], err))
 			}
 			if err := o.print(cmd.OutOrStdout(), chain, func(w io.Writer) { chainText(w, chain) }); err != nil {
 				return err

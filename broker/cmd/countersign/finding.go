@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/terminal"
 )
 
@@ -69,9 +70,9 @@ func findingListCommand(o *options) *cobra.Command {
 	var sort string
 	cmd := &cobra.Command{Use: "list", Short: "List findings, by when they were opened", Example: `  countersign finding list --severity high
   countersign finding list --status all --sort newest --limit 20
-  countersign finding list -f -o json`, Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) (err error) {
+  countersign finding list -f -o json`, Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) (err error) {
 		if follow && cmd.Flags().Changed("status") {
-			return &exitError{exitUsage, errors.New("-f shows what is open and what is opened from now on: leave --status away")}
+			return cli.Fail(cli.Usage, errors.New("-f shows what is open and what is opened from now on: leave --status away"))
 		}
 		if req.Status == anyStatus {
 			req.Status = ""
@@ -117,7 +118,7 @@ func eachFinding(ctx context.Context, o *options, req *v1.ListFindingsRequest, p
 	return p.walk(func(limit uint32, after string) (int, string, error) {
 		if req.Limit = limit; after != "" {
 			if req.After, err = strconv.ParseUint(after, 10, 64); err != nil {
-				return 0, "", &exitError{exitUsage, fmt.Errorf("--after %s: it is no place in a list of findings", after)}
+				return 0, "", cli.Fail(cli.Usage, fmt.Errorf("--after %s: it is no place in a list of findings", after))
 			}
 		}
 		r, err := client.ListFindings(ctx, connect.NewRequest(req))
@@ -192,7 +193,7 @@ func followFindings(cmd *cobra.Command, o *options, req *v1.ListFindingsRequest)
 }
 
 func findingShowCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "show FINDING", Short: "Show one finding, with what was seen", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "show FINDING", Short: "Show one finding, with what was seen", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		_, err := eachFinding(cmd.Context(), o, &v1.ListFindingsRequest{Finding: args[0]}, paging{}, func(f *v1.Finding) error {
 			return o.print(cmd.OutOrStdout(), lineOf(f), func(w io.Writer) {
 				for _, line := range [][2]string{
@@ -215,7 +216,7 @@ func findingShowCommand(o *options) *cobra.Command {
 func findingCloseCommand(o *options) *cobra.Command {
 	req := &v1.CloseFindingRequest{}
 	var until moment
-	cmd := &cobra.Command{Use: "close FINDING --reason TEXT [--until TIME]", Short: "Close a finding that was looked into; what happens later opens it again", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "close FINDING --reason TEXT [--until TIME]", Short: "Close a finding that was looked into; what happens later opens it again", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		req.Finding = args[0]
 		if t := time.Time(until); !t.IsZero() {
 			req.Until = timestamppb.New(t)

@@ -9,13 +9,14 @@ import (
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/ops/fsck"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/faults"
 )
 
 func configCommand(_ *options) *cobra.Command {
 	cmd := &cobra.Command{Use: "config", Short: "The broker's config file"}
 	var file string
-	check := &cobra.Command{Use: "check [FILE]", Short: "Report every mistake in a config file", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
+	check := &cobra.Command{Use: "check [FILE]", Short: "Report every mistake in a config file", Args: cli.AtMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {
 			file = args[0]
 		}
@@ -32,7 +33,7 @@ func configCommand(_ *options) *cobra.Command {
 
 func fsckCommand(o *options) *cobra.Command {
 	var file string
-	cmd := &cobra.Command{Use: "fsck", Short: "Check store and audit log against the invariants, read-only", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	cmd := &cobra.Command{Use: "fsck", Short: "Check store and audit log against the invariants, read-only", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		c, err := config.Load(file)
 		if err != nil {
 			return err

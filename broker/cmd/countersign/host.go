@@ -18,6 +18,7 @@ import (
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/front/enroll/cloud"
 	"github.com/countersign/countersign/internal/bounded"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 func hostCommand(o *options) *cobra.Command {
@@ -52,7 +53,7 @@ func hostListCommand(o *options) *cobra.Command {
 	req := &v1.ListHostsRequest{}
 	var p paging
 	cmd := &cobra.Command{Use: "list", Short: "List hosts", Example: `  countersign host list -l env=prod,role!=db
-  countersign host list --state stale --sort proved --limit 20`, Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+  countersign host list --state stale --sort proved --limit 20`, Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
@@ -85,7 +86,7 @@ func hostListCommand(o *options) *cobra.Command {
 }
 
 func hostShowCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "show HOST", Short: "Show one host", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "show HOST", Short: "Show one host", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
@@ -144,7 +145,7 @@ func addHosts(cmd *cobra.Command, o *options, hosts []*v1.NewHost, dryRun bool) 
 func hostAddCommand(o *options) *cobra.Command {
 	var eks []string
 	var reference string
-	cmd := &cobra.Command{Use: "add NAME [k=v ...]", Short: "Expect a host by the hash of its EK", Args: atLeast(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "add NAME [k=v ...]", Short: "Expect a host by the hash of its EK", Args: cli.AtLeast(1), RunE: func(cmd *cobra.Command, args []string) error {
 		labels, _, err := keyValues(args[1:])
 		if err != nil {
 			return err
@@ -167,7 +168,7 @@ func hostImportCommand(o *options) *cobra.Command {
 line name,ek_hash,labels,reference; with --from it is the JSON that a cloud's
 command line prints about VMs (see docs/CLOUDS.md). If anything in the file is
 wrong, all problems are listed and no host is added.`, Example: `  countersign host import -f hosts.csv --dry-run
-  countersign host import -f identities.json --from gce`, Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+  countersign host import -f identities.json --from gce`, Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		hosts, err := readImport(file, from)
 		if err != nil {
 			return err
@@ -256,13 +257,13 @@ func changeHost(cmd *cobra.Command, o *options, req *v1.ChangeHostRequest) error
 
 func hostActCommand(o *options, action, short string, takesReason bool) *cobra.Command {
 	var reason, reference string
-	cmd := &cobra.Command{Use: action + " HOST", Short: short, Args: exactly(1)}
+	cmd := &cobra.Command{Use: action + " HOST", Short: short, Args: cli.Exactly(1)}
 	if takesReason {
 		cmd.Flags().StringVar(&reason, "reason", "", "why, for the audit log")
 	}
 	if action == "approve" {
 		cmd.Use += " [k=v ...]"
-		cmd.Args = atLeast(1)
+		cmd.Args = cli.AtLeast(1)
 		cmd.Flags().StringVar(&reference, "reference", "", "reference set that its PCRs must match")
 	}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -276,7 +277,7 @@ func hostActCommand(o *options, action, short string, takesReason bool) *cobra.C
 }
 
 func hostLabelCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "label HOST k=v k- ...", Short: "Set and drop labels", Args: atLeast(2), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "label HOST k=v k- ...", Short: "Set and drop labels", Args: cli.AtLeast(2), RunE: func(cmd *cobra.Command, args []string) error {
 		set, drop, err := keyValues(args[1:])
 		if err != nil {
 			return err
@@ -286,7 +287,7 @@ func hostLabelCommand(o *options) *cobra.Command {
 }
 
 func hostReferenceCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "reference HOST [NAME]", Short: "Have a host match a reference set, or none", Args: atLeast(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "reference HOST [NAME]", Short: "Have a host match a reference set, or none", Args: cli.AtLeast(1), RunE: func(cmd *cobra.Command, args []string) error {
 		req := &v1.ChangeHostRequest{Host: args[0], Action: "reference"}
 		if len(args) > 1 {
 			req.Reference = args[1]

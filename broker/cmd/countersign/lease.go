@@ -14,6 +14,7 @@ import (
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/compensating/ledger"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/terminal"
 )
 
@@ -59,7 +60,7 @@ func sortFlag(cmd *cobra.Command, sort *string, by string) {
 
 func newestFirst(sort string) (bool, error) {
 	if sort != newest && sort != oldest {
-		return false, &exitError{exitUsage, fmt.Errorf("--sort %s: use newest or oldest", sort)}
+		return false, cli.Fail(cli.Usage, fmt.Errorf("--sort %s: use newest or oldest", sort))
 	}
 	return sort == newest, nil
 }
@@ -70,7 +71,7 @@ func leaseListCommand(o *options) *cobra.Command {
 	var sort string
 	cmd := &cobra.Command{Use: "list", Short: "List leases whose end is not confirmed", Example: `  countersign lease list --state revoking
   countersign lease list --scope billing-db --limit 20
-  countersign lease list --host web-3 --all --sort oldest -o json`, Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) (err error) {
+  countersign lease list --host web-3 --all --sort oldest -o json`, Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) (err error) {
 		if req.Newest, err = newestFirst(sort); err != nil {
 			return err
 		}
@@ -97,7 +98,7 @@ func leaseListCommand(o *options) *cobra.Command {
 }
 
 func leaseShowCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "show LEASE", Short: "Show one lease", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "show LEASE", Short: "Show one lease", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		_, err := eachLease(cmd.Context(), o, &v1.ListLeasesRequest{Lease: args[0]}, paging{}, func(l *v1.Lease) error {
 			return o.show(cmd.OutOrStdout(), l, func(w io.Writer) {
 				for _, line := range [][2]string{
@@ -138,7 +139,7 @@ func leaseRevokeCommand(o *options) *cobra.Command {
 
 func leaseExportCommand(o *options) *cobra.Command {
 	req := &v1.ListLeasesRequest{Ended: true}
-	cmd := &cobra.Command{Use: "export", Short: "Write every lease, ended ones too, and every canary, as JSON lines", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	cmd := &cobra.Command{Use: "export", Short: "Write every lease, ended ones too, and every canary, as JSON lines", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		e := json.NewEncoder(cmd.OutOrStdout())
 		if _, err := eachLease(cmd.Context(), o, req, paging{}, func(l *v1.Lease) error {
 			out, err := ledger.OfLease(l)

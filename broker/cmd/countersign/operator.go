@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/faults"
 )
 
@@ -24,7 +25,7 @@ func operatorCommand(o *options) *cobra.Command {
 	cmd := &cobra.Command{Use: "operator", Short: "Operators and their certificates"}
 	var role, out string
 	var ttl time.Duration
-	add := &cobra.Command{Use: "add NAME", Short: "Make a key and a certificate for an operator: OUT.key and OUT.crt", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	add := &cobra.Command{Use: "add NAME", Short: "Make a key and a certificate for an operator: OUT.key and OUT.crt", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		if out == "" {
 			out = args[0]
 		}
@@ -67,7 +68,7 @@ func operatorCommand(o *options) *cobra.Command {
 	add.Flags().StringVar(&out, "out", "", "file name without ending (default NAME)")
 	add.Flags().DurationVar(&ttl, "ttl", 90*24*time.Hour, "how long the certificate lives, a year at most")
 	_ = add.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{"viewer", "responder", "operator", "admin"}, cobra.ShellCompDirectiveNoFileComp))
-	list := &cobra.Command{Use: "list", Short: "List operators and when their certificates end", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	list := &cobra.Command{Use: "list", Short: "List operators and when their certificates end", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
@@ -84,7 +85,7 @@ func operatorCommand(o *options) *cobra.Command {
 			})
 		})
 	}}
-	remove := &cobra.Command{Use: "remove NAME", Short: "Make an operator's key good for nothing, at once", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	remove := &cobra.Command{Use: "remove NAME", Short: "Make an operator's key good for nothing, at once", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
@@ -136,7 +137,7 @@ func joinTokenCommand(o *options) *cobra.Command {
 }
 
 func statusCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "status", Short: "Show the broker, its hosts and leases in numbers", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	return &cobra.Command{Use: "status", Short: "Show the broker, its hosts and leases in numbers", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err

@@ -17,6 +17,7 @@ import (
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/verify/offline"
 	"github.com/countersign/countersign/broker/internal/verify/reference"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 // defaultOverlap is how long what a fleet moves away from stays allowed.
@@ -31,9 +32,9 @@ func referenceCommand(o *options) *cobra.Command {
 func referenceLearnCommand(o *options) *cobra.Command {
 	var host, dir string
 	var pcrs []uint
-	cmd := &cobra.Command{Use: "learn NAME --host HOST | learn --dir DIR", Short: "Draft a version of a set of what a host, or a record, has shown", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "learn NAME --host HOST | learn --dir DIR", Short: "Draft a version of a set of what a host, or a record, has shown", Args: cli.AtMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		if (host == "") == (dir == "") || (dir == "") != (len(args) == 1) {
-			return &exitError{exitUsage, errors.New("learn NAME from --host HOST, or, without a name, from a record in --dir DIR")}
+			return cli.Fail(cli.Usage, errors.New("learn NAME from --host HOST, or, without a name, from a record in --dir DIR"))
 		}
 		if dir != "" {
 			content, err := learnFrom(dir)
@@ -68,7 +69,7 @@ func referenceLearnCommand(o *options) *cobra.Command {
 func learnFrom(dir string) (reference.Content, error) {
 	record, err := recordFiles{dir: dir}.read()
 	if err != nil {
-		return reference.Content{}, &exitError{exitUsage, err}
+		return reference.Content{}, cli.Fail(cli.Usage, err)
 	}
 	report := offline.Appraise(record, offline.Options{Now: time.Now()})
 	for _, c := range report.Checks {
@@ -95,10 +96,10 @@ func (o *options) showDraft(w io.Writer, r *v1.Reference) error {
 
 func referenceAddCommand(o *options) *cobra.Command {
 	var file string
-	cmd := &cobra.Command{Use: "add NAME -f FILE", Short: "Draft a version of a set from its JSON", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "add NAME -f FILE", Short: "Draft a version of a set from its JSON", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		b, err := readBounded(file)
 		if err != nil {
-			return &exitError{exitUsage, err}
+			return cli.Fail(cli.Usage, err)
 		}
 		client, err := o.client(cmd.Context())
 		if err != nil {
@@ -117,7 +118,7 @@ func referenceAddCommand(o *options) *cobra.Command {
 
 func referenceApproveCommand(o *options) *cobra.Command {
 	overlap := days(defaultOverlap)
-	cmd := &cobra.Command{Use: "approve NAME[@VERSION]", Short: "Put a version in force, the newest unless one is named", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "approve NAME[@VERSION]", Short: "Put a version in force, the newest unless one is named", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		name, version, err := nameVersion(args[0])
 		if err != nil {
 			return err
@@ -142,7 +143,7 @@ func nameVersion(arg string) (name string, version uint64, err error) {
 	name, text, found := strings.Cut(arg, "@")
 	if found {
 		if version, err = strconv.ParseUint(text, 10, 32); err != nil || version == 0 {
-			return "", 0, &exitError{exitUsage, fmt.Errorf("%q: a version is a number, as %s@2", arg, name)}
+			return "", 0, cli.Fail(cli.Usage, fmt.Errorf("%q: a version is a number, as %s@2", arg, name))
 		}
 	}
 	return name, version, nil
@@ -168,7 +169,7 @@ func referenceOf(r *v1.Reference) shownReference {
 func referenceShowCommand(o *options) *cobra.Command {
 	var content bool
 	var p paging
-	cmd := &cobra.Command{Use: "show [NAME[@VERSION]]", Short: "Show the versions of a set, or of all", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "show [NAME[@VERSION]]", Short: "Show the versions of a set, or of all", Args: cli.AtMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		arg := ""
 		if len(args) > 0 {
 			arg = args[0]
@@ -248,7 +249,7 @@ func (o *options) eachReference(cmd *cobra.Command, arg string, p paging, f func
 }
 
 func referenceDiffCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "diff A B", Short: "Say in words how A became B; each is NAME, NAME@VERSION, a file with a set, or a folder with a record", Args: exactly(2), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "diff A B", Short: "Say in words how A became B; each is NAME, NAME@VERSION, a file with a set, or a folder with a record", Args: cli.Exactly(2), RunE: func(cmd *cobra.Command, args []string) error {
 		var sides [2]reference.Content
 		for i, arg := range args {
 			var err error
@@ -278,7 +279,7 @@ func (o *options) referenceAt(cmd *cobra.Command, arg string) (reference.Content
 // content is that of NAME@VERSION, or of NAME's newest version.
 func (o *options) content(cmd *cobra.Command, arg string) (reference.Content, error) {
 	if name, _, _ := strings.Cut(arg, "@"); name == "" {
-		return reference.Content{}, &exitError{exitUsage, fmt.Errorf("%q is no NAME or NAME@VERSION of a reference set", arg)}
+		return reference.Content{}, cli.Fail(cli.Usage, fmt.Errorf("%q is no NAME or NAME@VERSION of a reference set", arg))
 	}
 	var content []byte
 	if _, err := o.eachReference(cmd, arg, paging{limit: 1}, func(r *v1.Reference) error {
@@ -292,7 +293,7 @@ func (o *options) content(cmd *cobra.Command, arg string) (reference.Content, er
 
 func referenceMaintenanceCommand(o *options) *cobra.Command {
 	var length days
-	cmd := &cobra.Command{Use: "maintenance NAME --for DURATION", Short: "Let be for a while what a set's files don't allow", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "maintenance NAME --for DURATION", Short: "Let be for a while what a set's files don't allow", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err

@@ -16,6 +16,7 @@ import (
 
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/verify/packages"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 func releaseCommand(o *options) *cobra.Command {
@@ -28,9 +29,9 @@ func releaseAddCommand(o *options) *cobra.Command {
 	var fromPackages []string
 	var manifest string
 	overlap := days(defaultOverlap)
-	cmd := &cobra.Command{Use: "add NAME --from-package FILE | --manifest FILE", Short: "Expect the files of packages, or of a list, as the next version of a release", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "add NAME --from-package FILE | --manifest FILE", Short: "Expect the files of packages, or of a list, as the next version of a release", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		if (len(fromPackages) == 0) == (manifest == "") {
-			return &exitError{exitUsage, errors.New("name the files by --from-package FILE, as often as there are packages, or by --manifest FILE")}
+			return cli.Fail(cli.Usage, errors.New("name the files by --from-package FILE, as often as there are packages, or by --manifest FILE"))
 		}
 		files, source, err := announced(fromPackages, manifest)
 		if err != nil {
@@ -91,7 +92,7 @@ func announced(fromPackages []string, manifest string) (files []packages.File, s
 func announcedBy(name string, manifest bool) (list []packages.File, err error) {
 	f, err := os.Open(name)
 	if err != nil {
-		return nil, &exitError{exitUsage, err}
+		return nil, cli.Fail(cli.Usage, err)
 	}
 	defer func() { _ = f.Close() }()
 	if manifest {
@@ -99,7 +100,7 @@ func announcedBy(name string, manifest bool) (list []packages.File, err error) {
 	} else {
 		var info os.FileInfo
 		if info, err = f.Stat(); err != nil {
-			return nil, &exitError{exitUsage, err}
+			return nil, cli.Fail(cli.Usage, err)
 		}
 		list, err = packages.Read(f, info.Size())
 	}
@@ -110,7 +111,7 @@ func announcedBy(name string, manifest bool) (list []packages.File, err error) {
 }
 
 func releaseListCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "list [NAME]", Short: "List the versions of a release, or of all", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "list [NAME]", Short: "List the versions of a release, or of all", Args: cli.AtMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err

@@ -12,6 +12,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/config"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/faults"
 )
 
@@ -21,7 +22,7 @@ import (
 // themselves.
 func restoreCommand(file *string) *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "restore BACKUP", Short: "Put a backup of the store in place and open a new epoch of the audit log", Args: exactly(1),
+		Use: "restore BACKUP", Short: "Put a backup of the store in place and open a new epoch of the audit log", Args: cli.Exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := config.Load(*file)
 			if err != nil {

@@ -16,6 +16,7 @@ import (
 	v1 "github.com/countersign/countersign/broker/api/countersign/v1"
 	"github.com/countersign/countersign/broker/internal/issue/issuers"
 	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/hclread"
 )
 
@@ -26,7 +27,7 @@ func scopeCommand(o *options) *cobra.Command {
 }
 
 func scopeValidateCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "validate DIR", Short: "Check a folder of scopes without a broker", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "validate DIR", Short: "Check a folder of scopes without a broker", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		files, err := policy.LoadDir(args[0])
 		if err != nil {
 			return err
@@ -60,7 +61,7 @@ func scopeSendCommand(o *options, planOnly bool) *cobra.Command {
 	if planOnly {
 		use, short = "plan DIR", "Show what applying a folder of scopes would change, and for which leases"
 	}
-	return &cobra.Command{Use: use, Short: short, Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: use, Short: short, Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		files, err := policy.LoadDir(args[0])
 		if err != nil {
 			return err
@@ -101,7 +102,7 @@ func scopeSendCommand(o *options, planOnly bool) *cobra.Command {
 
 func scopeFactsCommand(o *options) *cobra.Command {
 	req := &v1.FactsRequest{}
-	cmd := &cobra.Command{Use: "facts --host HOST", Short: "Show what scopes can say of a host", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	cmd := &cobra.Command{Use: "facts --host HOST", Short: "Show what scopes can say of a host", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err
@@ -127,7 +128,7 @@ func scopeFactsCommand(o *options) *cobra.Command {
 }
 
 func whyCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "why HOST SCOPE", Short: "Explain what a scope says of a host's program: each selector, and what it saw", Args: exactly(2), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "why HOST SCOPE", Short: "Explain what a scope says of a host's program: each selector, and what it saw", Args: cli.Exactly(2), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err

@@ -40,6 +40,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/verify/refvalues"
 	"github.com/countersign/countersign/broker/internal/verify/vendors"
 	"github.com/countersign/countersign/broker/server"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/secret"
 )
@@ -49,7 +50,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	if err := secret.ProtectProcess(); err != nil {
 		return err
 	}
-	log := newLog(c.LogFormat, stderr)
+	log := cli.Log(c.LogFormat, stderr)
 	password, err := keyPassword(c.KeyPasswordFile, false)
 	if err != nil {
 		return err
@@ -271,13 +272,6 @@ func (b *broker) keepScopes(ctx context.Context) error {
 			b.log.Error("the scopes that were applied can't be read", "err", err)
 		}
 	}
-}
-
-func newLog(format string, w io.Writer) *slog.Logger {
-	if format == "json" {
-		return slog.New(slog.NewJSONHandler(w, nil))
-	}
-	return slog.New(slog.NewTextHandler(w, nil))
 }
 
 func openStore(c *config.Broker, log *slog.Logger) (*store.Store, error) {

@@ -13,6 +13,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/issue/issuers"
 	"github.com/countersign/countersign/broker/internal/issue/vault"
 	"github.com/countersign/countersign/broker/internal/policy"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 // vaultTarget is a Vault as its own users name it.
@@ -29,14 +30,14 @@ func vaultCommand(o *options) *cobra.Command {
 		return c
 	}
 	cmd.AddCommand(
-		&cobra.Command{Use: "policy DIR", Short: "Print the smallest policies and token roles for a folder of scopes", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+		&cobra.Command{Use: "policy DIR", Short: "Print the smallest policies and token roles for a folder of scopes", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 			needs, err := vaultNeeds(args[0])
 			if err != nil {
 				return err
 			}
 			return printNeeds(cmd, o, needs)
 		}},
-		withTarget(&cobra.Command{Use: "verify DIR", Short: "Hold a Vault against the scopes; missing and excess rights fail", Args: exactly(1),
+		withTarget(&cobra.Command{Use: "verify DIR", Short: "Hold a Vault against the scopes; missing and excess rights fail", Args: cli.Exactly(1),
 			Long: "Holds a Vault against what the scopes in DIR need, with the operator's token in VAULT_TOKEN.\nOne line for each finding; exit code 1 where there are any.",
 			RunE: func(cmd *cobra.Command, args []string) error {
 				needs, client, err := to.open(args[0])
@@ -45,7 +46,7 @@ func vaultCommand(o *options) *cobra.Command {
 				}
 				return verifyVault(cmd, o, client, needs, nil)
 			}}),
-		withTarget(&cobra.Command{Use: "setup DIR", Short: "Apply policies and token roles with the operator's token", Args: exactly(1),
+		withTarget(&cobra.Command{Use: "setup DIR", Short: "Apply policies and token roles with the operator's token", Args: cli.Exactly(1),
 			Long: "Writes what `countersign vault policy` prints and turns on " + "X-Correlation-Id in Vault's audit log, with the operator's token in\n" +
 				"VAULT_TOKEN; then verifies. It deletes nothing and touches no secrets engine.\n\n" +
 				"The broker's login is yours to make: a token, an AppRole or a TLS certificate role with the policy " + vault.BrokerPolicy + " alone, as\n\n" +
@@ -62,11 +63,11 @@ func vaultCommand(o *options) *cobra.Command {
 					}
 				}
 				if err != nil {
-					return &exitError{exitUnreach, err}
+					return cli.Fail(exitUnreach, err)
 				}
 				return verifyVault(cmd, o, client, needs, changed)
 			}}),
-		withTarget(&cobra.Command{Use: "orphans", Short: "List tokens whose lease the broker doesn't know, by accessor", Args: exactly(0),
+		withTarget(&cobra.Command{Use: "orphans", Short: "List tokens whose lease the broker doesn't know, by accessor", Args: cli.Exactly(0),
 			Long: "Lists what Vault has of the token roles countersign-* and the broker's journal hasn't, as after a restore,\n" +
 				"with the operator's token in VAULT_TOKEN. vault token revoke -accessor ends one.",
 			RunE: func(cmd *cobra.Command, _ []string) error { return vaultOrphans(cmd, o, to) }}),
@@ -84,7 +85,7 @@ func vaultOrphans(cmd *cobra.Command, o *options, to vaultTarget) error {
 	}
 	tokens, err := vault.Tokens(cmd.Context(), client)
 	if err != nil {
-		return &exitError{exitUnreach, err}
+		return cli.Fail(exitUnreach, err)
 	}
 	known := map[string]bool{}
 	if _, err := eachLease(cmd.Context(), o, &v1.ListLeasesRequest{}, paging{}, func(l *v1.Lease) error {
@@ -108,7 +109,7 @@ func vaultOrphans(cmd *cobra.Command, o *options, to vaultTarget) error {
 func vaultNeeds(dir string) (vault.Needs, error) {
 	files, err := policy.LoadDir(dir)
 	if err != nil {
-		return vault.Needs{}, &exitError{exitUsage, err}
+		return vault.Needs{}, cli.Fail(cli.Usage, err)
 	}
 	set, err := issuers.Parse(files)
 	if err != nil {
@@ -129,11 +130,11 @@ func (t vaultTarget) open(dir string) (vault.Needs, *api.Client, error) {
 func (t vaultTarget) client() (*api.Client, error) {
 	token := os.Getenv("VAULT_TOKEN")
 	if t.address == "" || token == "" {
-		return nil, &exitError{exitUsage, fmt.Errorf("--vault-addr or VAULT_ADDR says where Vault is, and VAULT_TOKEN holds the operator's token")}
+		return nil, cli.Fail(cli.Usage, fmt.Errorf("--vault-addr or VAULT_ADDR says where Vault is, and VAULT_TOKEN holds the operator's token"))
 	}
 	client, err := vault.Client(t.address, t.ca, t.namespace, token)
 	if err != nil {
-		return nil, &exitError{exitUsage, err}
+		return nil, cli.Fail(cli.Usage, err)
 	}
 	return client, nil
 }
@@ -143,7 +144,7 @@ func (t vaultTarget) client() (*api.Client, error) {
 func verifyVault(cmd *cobra.Command, o *options, client *api.Client, needs vault.Needs, changed []string) error {
 	findings, err := vault.Verify(cmd.Context(), client, needs)
 	if err != nil {
-		return &exitError{exitUnreach, err}
+		return cli.Fail(exitUnreach, err)
 	}
 	out := cmd.OutOrStdout()
 	if o.output == "json" {

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -64,23 +65,23 @@ func TestVaultVerbs(t *testing.T) {
 		}
 		return stdout.String()
 	}
-	do(exitOK, `path "kv/billing" {`, "policy", dir)
-	do(exitNo, "token role countersign-billing-kv: is missing; run `countersign vault setup`", "verify", dir)
-	do(exitOK, "wrote token role countersign-billing-kv", "setup", dir)
-	do(exitOK, "Vault is as 1 scopes need it", "verify", dir)
+	do(0, `path "kv/billing" {`, "policy", dir)
+	do(cli.No, "token role countersign-billing-kv: is missing; run `countersign vault setup`", "verify", dir)
+	do(0, "wrote token role countersign-billing-kv", "setup", dir)
+	do(0, "Vault is as 1 scopes need it", "verify", dir)
 	if _, err := client.Logical().WriteWithContext(ctx, "auth/token/roles/countersign-billing-kv", map[string]any{"token_period": 60}); err != nil {
 		t.Fatal(err)
 	}
 	var report struct {
 		Findings []struct{ Object, Problem, Remedy string }
 	}
-	if err := json.Unmarshal([]byte(do(exitNo, "token_period is 60, not 0", "verify", dir, "-o", "json")), &report); err != nil || len(report.Findings) != 1 {
+	if err := json.Unmarshal([]byte(do(cli.No, "token_period is 60, not 0", "verify", dir, "-o", "json")), &report); err != nil || len(report.Findings) != 1 {
 		t.Errorf("%v: %+v", err, report)
 	}
-	do(exitOK, "changed", "setup", dir, "-o", "json")
-	do(exitUsage, "no such file", "verify", filepath.Join(dir, "nowhere"))
+	do(0, "changed", "setup", dir, "-o", "json")
+	do(cli.Usage, "no such file", "verify", filepath.Join(dir, "nowhere"))
 	t.Setenv("VAULT_TOKEN", "")
-	do(exitUsage, "VAULT_TOKEN", "verify", dir)
+	do(cli.Usage, "VAULT_TOKEN", "verify", dir)
 	t.Setenv("VAULT_TOKEN", v.RootToken)
 	if err := v.Seal(ctx); err != nil {
 		t.Fatal(err)

@@ -19,6 +19,7 @@ import (
 	"github.com/countersign/countersign/compensating/replay"
 	"github.com/countersign/countersign/compensating/sightings"
 	"github.com/countersign/countersign/compensating/watch"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/secret"
 )
@@ -39,16 +40,16 @@ func watchServeCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve --config FILE",
 		Short: "Follow logs, find misuse of credentials, and respond",
-		Args:  exactly(0),
+		Args:  cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := watch.Load(file)
 			if err != nil {
-				return &exitError{exitUsage, err}
+				return cli.Fail(cli.Usage, err)
 			}
 			if err := secret.ProtectProcess(); err != nil {
 				return err
 			}
-			b, log := c.Broker, newLog("text", cmd.ErrOrStderr())
+			b, log := c.Broker, cli.Log("text", cmd.ErrOrStderr())
 			dial := func(ctx context.Context) (countersignv1connect.OperatorServiceClient, func(), error) {
 				o := &options{socket: b.Socket, address: b.Address, caSHA256: b.CASHA256, cert: c.Certificate(), key: b.Key}
 				return o.dial(ctx)
@@ -80,19 +81,19 @@ Accounts whose names Vault's database engine made for a role in the ledger are g
 watch's tells of others, of NATs and poolers, and of the log_line_prefix of its sensors.
 
 Exit codes: 0 the logs were read, whatever was found, 1 a log or the ledger can't be read, 2 the command line is wrong.`,
-		Args: exactly(0),
+		Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c := &watch.Config{}
 			if configFile != "" {
 				var err error
 				if c, err = watch.Load(configFile); err != nil {
-					return &exitError{exitUsage, err}
+					return cli.Fail(cli.Usage, err)
 				}
 			}
 			sources, closeAll, err := openSources(named, c, cmd.InOrStdin())
 			defer closeAll()
 			if err != nil {
-				return &exitError{exitUsage, err}
+				return cli.Fail(cli.Usage, err)
 			}
 			index, closeLedger, err := openLedger(file)
 			if err != nil {

@@ -9,10 +9,11 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/countersign/countersign/hostagent/internal/doctor"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 func doctorCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "doctor", Short: "Say what of TPM, firmware, IMA, time, network, privileges and config is wrong or missing", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	return &cobra.Command{Use: "doctor", Short: "Say what of TPM, firmware, IMA, time, network, privileges and config is wrong or missing", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		r := doctor.Examine(cmd.Context(), o.config)
 		w := cmd.OutOrStdout()
 		if o.output == "json" {

@@ -17,6 +17,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/ekcert"
 	"github.com/countersign/countersign/internal/bounded"
+	"github.com/countersign/countersign/internal/cli"
 )
 
 // maxEKFile bounds a file that is imported.
@@ -63,7 +64,7 @@ func openEKs(ctx context.Context, file string) (*ekHost, error) {
 }
 
 func ekListCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "list", Short: "List the endorsement keys and where their certificates are", Args: exactly(0),
+	return &cobra.Command{Use: "list", Short: "List the endorsement keys and where their certificates are", Args: cli.Exactly(0),
 		Long: `List the TPM's endorsement keys. CERTIFICATE is "tpm" if the TPM holds the key's
 certificate, "kept" if it was fetched or imported, or "none". If the TPM's maker
 may serve it, the URL is shown. Nothing is fetched.`,
@@ -179,7 +180,7 @@ func (o *options) report(w io.Writer, results []*ekResult) (count map[string]int
 
 func ekFetchCommand(o *options) *cobra.Command {
 	var proxy string
-	cmd := &cobra.Command{Use: "fetch", Short: "Fetch missing certificates of endorsement keys from the TPM's maker", Args: exactly(0),
+	cmd := &cobra.Command{Use: "fetch", Short: "Fetch missing certificates of endorsement keys from the TPM's maker", Args: cli.Exactly(0),
 		Long: `Ask the TPM's maker, by HTTPS, for the certificate of each endorsement key that has
 none, and keep what is for these keys. The URL contains a hash of the public key;
 nothing else about this host is sent. Nothing is ever fetched but by this command.
@@ -194,7 +195,7 @@ of the keys.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			client, err := ekcert.NewClient(proxy)
 			if err != nil {
-				return &exitError{exitUsage, err}
+				return cli.Fail(cli.Usage, err)
 			}
 			h, err := openEKs(cmd.Context(), o.config)
 			if err != nil {
@@ -296,7 +297,7 @@ To take a certificate back, remove its file from the agent's state folder.`,
 		Example: "  countersign-agent ek import ek.der\n  curl -s \"$URL\" | ssh host countersign-agent ek import -",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
-				return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
+				return cli.Fail(cli.Usage, fmt.Errorf("usage: %s", cmd.UseLine()))
 			}
 			return nil
 		},

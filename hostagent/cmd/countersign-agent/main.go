@@ -10,11 +10,8 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"os/signal"
 	"runtime"
 	"strconv"
-	"strings"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -32,6 +29,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/program"
 	"github.com/countersign/countersign/hostagent/internal/program/kinds"
 	"github.com/countersign/countersign/hostagent/internal/supervisor"
+	"github.com/countersign/countersign/internal/cli"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/hclread"
 	"github.com/countersign/countersign/internal/secret"
@@ -41,42 +39,21 @@ import (
 // version is set by the linker.
 var version = "devel"
 
-// Exit codes that scripts can use.
-const (
-	exitNo    = 1 // it failed, or the answer is no
-	exitUsage = 2 // the command line is wrong
-	exitWait  = 3 // an operator has to approve first
-)
+// exitWait is an exit code beside those of package cli: an operator has to approve first.
+const exitWait = 3
 
 const defaultConfig = "/etc/countersign/agent.hcl"
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop) // a second signal ends what doesn't heed the first
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
-}
-
-// An exitError is an error with an exit code of its own.
-type exitError struct {
-	code int
-	err  error
-}
-
-func (e *exitError) Error() string { return e.err.Error() }
-func (e *exitError) Unwrap() error { return e.err }
+func main() { cli.Main(run) }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	o := &options{}
 	root := &cobra.Command{Use: "countersign-agent", Short: "Proves this host and its programs, and delivers the credentials that they earn",
-		Version: version, SilenceUsage: true, SilenceErrors: true}
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &exitError{exitUsage, err} })
+		Version: version}
 	root.PersistentFlags().StringVarP(&o.config, "config", "c", defaultConfig, "the agent's config file")
 	root.PersistentFlags().StringVarP(&o.output, "output", "o", "text", "output format: text or json")
 	root.AddCommand(joinCommand(o), serveCommand(o), statusCommand(o), inspectCommand(o), readyCommand(o), doctorCommand(o), configCommand(o), ekCommand(o))
-	for _, sub := range root.Commands() {
-		strict(sub)
-	}
+	cli.Prepare(root)
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(terminal.Writer{W: stderr})
@@ -90,43 +67,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 0
 	}
 	fmt.Fprintln(terminal.Writer{W: stderr}, "countersign-agent:", err)
-	var exit *exitError
-	switch {
-	case errors.As(err, &exit):
-		return exit.code
-	case strings.HasPrefix(err.Error(), "unknown command"):
-		return exitUsage
-	}
-	return exitNo
+	return cli.Code(err)
 }
 
 type options struct{ config, output string }
-
-func newLog(format string, w io.Writer) *slog.Logger {
-	if format == "json" {
-		return slog.New(slog.NewJSONHandler(w, nil))
-	}
-	return slog.New(slog.NewTextHandler(w, nil))
-}
-
-// exactly is cobra.ExactArgs with the usage's exit code.
-func exactly(n int) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if len(args) != n {
-			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
-		}
-		return nil
-	}
-}
-
-func atMost(n int) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if len(args) > n {
-			return &exitError{exitUsage, fmt.Errorf("usage: %s", cmd.UseLine())}
-		}
-		return nil
-	}
-}
 
 // client opens the host's state and TPM for a config.
 func client(c *config.Agent, log *slog.Logger, now func() time.Time) (*attest.Client, error) {
@@ -152,7 +96,7 @@ func client(c *config.Agent, log *slog.Logger, now func() time.Time) (*attest.Cl
 
 func joinCommand(o *options) *cobra.Command {
 	var tokenFile string
-	cmd := &cobra.Command{Use: "join", Short: "Ask the broker to admit this host", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	cmd := &cobra.Command{Use: "join", Short: "Ask the broker to admit this host", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		c, err := config.Load(o.config)
 		if err != nil {
 			return err
@@ -161,7 +105,7 @@ func joinCommand(o *options) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		cl, err := client(c, newLog(c.LogFormat, cmd.ErrOrStderr()), faults.Now)
+		cl, err := client(c, cli.Log(c.LogFormat, cmd.ErrOrStderr()), faults.Now)
 		if err != nil {
 			return err
 		}
@@ -175,7 +119,7 @@ func joinCommand(o *options) *cobra.Command {
 			}
 		}
 		if r.Pending {
-			return &exitError{exitWait, fmt.Errorf("host %s waits for an operator: `countersign host approve %s` (or reenrol, if it was known), then join again", r.HostID, r.HostID)}
+			return cli.Fail(exitWait, fmt.Errorf("host %s waits for an operator: `countersign host approve %s` (or reenrol, if it was known), then join again", r.HostID, r.HostID))
 		}
 		if o.output == "text" {
 			fmt.Fprintf(cmd.OutOrStdout(), "joined as host %s\n", r.HostID)
@@ -207,7 +151,7 @@ func readToken(file string, stdin io.Reader) (string, error) {
 }
 
 func serveCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "serve", Short: "Keep this host's credentials in force", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	return &cobra.Command{Use: "serve", Short: "Keep this host's credentials in force", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		c, err := config.Load(o.config)
 		if err != nil {
 			return err
@@ -215,7 +159,7 @@ func serveCommand(o *options) *cobra.Command {
 		if err := secret.ProtectProcess(); err != nil {
 			return err
 		}
-		log := newLog(c.LogFormat, cmd.ErrOrStderr())
+		log := cli.Log(c.LogFormat, cmd.ErrOrStderr())
 		now, err := supervisor.Clock(c.RunDir, faults.Now())
 		if err != nil {
 			return err
@@ -236,7 +180,7 @@ func serveCommand(o *options) *cobra.Command {
 }
 
 func statusCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "status", Short: "Show the host's credentials, and which program would fail first without a broker", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	return &cobra.Command{Use: "status", Short: "Show the host's credentials, and which program would fail first without a broker", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		c, err := config.Load(o.config)
 		if err != nil {
 			return err
@@ -283,10 +227,10 @@ func statusCommand(o *options) *cobra.Command {
 }
 
 func inspectCommand(o *options) *cobra.Command {
-	return &cobra.Command{Use: "inspect PID", Short: "Print what the broker would be told of a process", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "inspect PID", Short: "Print what the broker would be told of a process", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		pid, err := strconv.Atoi(args[0])
 		if err != nil || pid <= 0 {
-			return &exitError{exitUsage, fmt.Errorf("%q is no pid", args[0])}
+			return cli.Fail(cli.Usage, fmt.Errorf("%q is no pid", args[0]))
 		}
 		finder := program.New(kinds.All()...)
 		defer finder.Close()
@@ -314,7 +258,7 @@ func inspectCommand(o *options) *cobra.Command {
 
 func readyCommand(o *options) *cobra.Command {
 	var timeout time.Duration
-	cmd := &cobra.Command{Use: "ready NAME", Short: "Wait until a starting unit's credential is delivered: for ExecStartPre=+", Args: exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd := &cobra.Command{Use: "ready NAME", Short: "Wait until a starting unit's credential is delivered: for ExecStartPre=+", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		c, err := config.Load(o.config)
 		if err != nil {
 			return err
@@ -342,7 +286,7 @@ func checkTemplates(name string, c *config.Agent) error {
 
 func configCommand(o *options) *cobra.Command {
 	cmd := &cobra.Command{Use: "config", Short: "The agent's config file"}
-	cmd.AddCommand(&cobra.Command{Use: "check [FILE]", Short: "Report every mistake in the config file", Args: atMost(1), RunE: func(cmd *cobra.Command, args []string) error {
+	cmd.AddCommand(&cobra.Command{Use: "check [FILE]", Short: "Report every mistake in the config file", Args: cli.AtMost(1), RunE: func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {
 			o.config = args[0]
 		}
@@ -372,21 +316,4 @@ func configCommand(o *options) *cobra.Command {
 		return nil
 	}})
 	return cmd
-}
-
-// strict has a command that only groups others refuse what is none of them;
-// cobra would print its help and succeed.
-func strict(cmd *cobra.Command) {
-	for _, sub := range cmd.Commands() {
-		strict(sub)
-	}
-	if !cmd.HasSubCommands() || cmd.Runnable() {
-		return
-	}
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if len(args) > 0 {
-			return &exitError{exitUsage, fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())}
-		}
-		return cmd.Help()
-	}
 }
