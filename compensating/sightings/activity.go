@@ -93,6 +93,6 @@ func (a *Activity) Line(number int64, line []byte, emit func(Sighting)) {
 		delete(a.seen, a.order[0])
 		a.order, a.forgotten = a.order[1:], a.forgotten+1
 	}
-	emit(Sighting{Time: start, Kind: Login, Source: a.source, Line: number, Account: bounded(l.User), Target: bounded(l.Database), From: l.From.Unmap().WithZone(""),
-		Local: !l.From.IsValid(), Program: bounded(l.Program)})
+	emit(Sighting{Time: start, Kind: Login, Source: a.source, Line: number, Account: cut(l.User), Target: cut(l.Database), From: l.From.Unmap().WithZone(""),
+		Local: !l.From.IsValid(), Program: cut(l.Program)})
 }

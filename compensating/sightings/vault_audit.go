@@ -85,9 +85,9 @@ func (v *VaultAudit) Line(number int64, line []byte, emit func(Sighting)) {
 	if e.Error != "" || !reads(e) {
 		return
 	}
-	seen := Sighting{Time: t, Kind: Read, Source: v.source, Line: number, VaultPath: bounded(e.Request.Path), Lease: bounded(e.Auth.Metadata["grant"]), Actor: actor(e)}
+	seen := Sighting{Time: t, Kind: Read, Source: v.source, Line: number, VaultPath: cut(e.Request.Path), Lease: cut(e.Auth.Metadata["grant"]), Actor: actor(e)}
 	if s := e.Response.Secret; s != nil {
-		seen.VaultLease = bounded(s.LeaseID)
+		seen.VaultLease = cut(s.LeaseID)
 	}
 	if a, err := netip.ParseAddr(e.Request.Remote); err == nil {
 		seen.From = a.Unmap().WithZone("")
@@ -117,10 +117,10 @@ func reads(e auditEntry) bool {
 func actor(e auditEntry) string {
 	for _, s := range []string{e.Auth.EntityID, e.Auth.DisplayName, e.Auth.Accessor} {
 		if s != "" {
-			return bounded(s)
+			return cut(s)
 		}
 	}
 	return ""
 }
 
-func bounded(s string) string { return s[:min(len(s), maxText)] }
+func cut(s string) string { return s[:min(len(s), maxText)] }

@@ -87,12 +87,12 @@ func (f fields) text(paths ...string) string {
 		}
 		switch v := at.(type) {
 		case string:
-			return bounded(v)
+			return cut(v)
 		case json.Number:
 			return v.String()
 		case map[string]any: // an XML element with attributes
 			if t, ok := v["#text"]; ok {
-				return bounded(fmt.Sprint(t))
+				return cut(fmt.Sprint(t))
 			}
 		}
 	}

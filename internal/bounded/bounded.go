@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
+	"unicode"
 )
 
 // ReadFile returns what the file holds, or an error if that is more than most
@@ -27,4 +29,19 @@ func ReadFile(name string, most int64) ([]byte, error) {
 		return nil, fmt.Errorf("%s: more than %d bytes", name, most)
 	}
 	return b, nil
+}
+
+// Text is what a peer says as it is kept and shown: its first bytes, at most so many,
+// with a … where there are more. What isn't a printable letter becomes U+FFFD.
+func Text(s string, most int) string {
+	end := ""
+	if len(s) > most {
+		s, end = strings.ToValidUTF8(s[:most], ""), "…"
+	}
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s) + end
 }

@@ -12,6 +12,8 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
+
+	"github.com/countersign/countersign/internal/bounded"
 )
 
 // Bounds of what one argument may hold.
@@ -166,7 +168,7 @@ func (b Block) word(name string, e hclsyntax.Expression, ok Check) (string, bool
 		why, meant = ok(s)
 	}
 	if why != "" {
-		b.Problem(e.Range(), fmt.Sprintf("%s: %q %s", name, short(login.ReplaceAllString(s, "//…@")), why), meant)
+		b.Problem(e.Range(), fmt.Sprintf("%s: %q %s", name, bounded.Text(login.ReplaceAllString(s, "//…@"), maxSaid), why), meant)
 	}
 	return s, why == ""
 }
@@ -244,7 +246,7 @@ func (b Block) key(name string, e hclsyntax.Expression, ok Check) (string, bool)
 		if word := hcl.ExprAsKeyword(e); word != "" {
 			why, meant := ok(word)
 			if why != "" {
-				b.Problem(wrapped.Range(), fmt.Sprintf("%s: %q %s", name, short(word), why), meant)
+				b.Problem(wrapped.Range(), fmt.Sprintf("%s: %q %s", name, bounded.Text(word, maxSaid), why), meant)
 			}
 			return word, why == ""
 		}
@@ -282,12 +284,4 @@ func (b Block) Duration(name string, least, most, otherwise time.Duration) time.
 		return otherwise
 	}
 	return d
-}
-
-// short is a wrong value as a problem repeats it.
-func short(s string) string {
-	if len(s) > maxSaid {
-		return strings.ToValidUTF8(s[:maxSaid], "") + "…"
-	}
-	return s
 }

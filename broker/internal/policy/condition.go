@@ -15,6 +15,7 @@ import (
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/internal/bounded"
 	"github.com/countersign/countersign/internal/hclread"
 )
 
@@ -186,7 +187,7 @@ func compile(text string) (cel.Program, []mistake) {
 		return nil, []mistake{{line: 1, message: fmt.Sprintf("a condition is true or false; this one is a %s", ast.OutputType())}}
 	}
 	if zone, line := unknownZone(ast.NativeRep()); zone != "" {
-		return nil, []mistake{{line: line, message: fmt.Sprintf("%q is no time zone, as Europe/Berlin or +02:00", bounded(zone))}}
+		return nil, []mistake{{line: line, message: fmt.Sprintf("%q is no time zone, as Europe/Berlin or +02:00", bounded.Text(zone, maxName))}}
 	}
 	program, err := env.Program(ast, cel.CostLimit(maxCost))
 	if err != nil {

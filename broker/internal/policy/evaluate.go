@@ -13,6 +13,7 @@ import (
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
 	"github.com/countersign/countersign/broker/internal/verify/reference"
+	"github.com/countersign/countersign/internal/bounded"
 	"github.com/countersign/countersign/internal/glob"
 	"github.com/countersign/countersign/internal/hclread"
 )
@@ -34,7 +35,7 @@ type compiled struct {
 // arguments and the set decides. Its Reason names selectors and no values, as
 // hosts may read it; the selectors hold the rest, for operators.
 func (s *Set) Evaluate(scope string, f appraise.Facts, now time.Time) Result {
-	r := Result{Scope: bounded(scope), Outcome: Fault, Policy: s.Version}
+	r := Result{Scope: bounded.Text(scope, maxName), Outcome: Fault, Policy: s.Version}
 	sc := s.Scope(scope)
 	if sc == nil {
 		r.Reason = fmt.Sprintf("no scope %q is in force", r.Scope)
@@ -60,14 +61,6 @@ func (s *Set) Evaluate(scope string, f appraise.Facts, now time.Time) Result {
 	}
 	r.Outcome = Allowed
 	return r
-}
-
-// bounded keeps a name that a host made up from filling the audit log.
-func bounded(scope string) string {
-	if len(scope) > maxName {
-		return strings.ToValidUTF8(scope[:maxName], "") + "…"
-	}
-	return scope
 }
 
 type evaluation struct{ selectors []Selector }

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/internal/bounded"
 )
 
 // Limits of one set. HCL's lexer is quadratic on some input, as unclosed
@@ -121,7 +122,7 @@ func (s *Set) Scope(name string) *Scope { return s.scopes[name] }
 func (s *Set) Decide(v appraise.Verified, scope string, now time.Time) Decision {
 	f := v.Facts()
 	if f == nil {
-		return Decision{result: Result{Scope: bounded(scope), Outcome: Fault, Policy: s.Version, Reason: "no evidence was verified"}}
+		return Decision{result: Result{Scope: bounded.Text(scope, maxName), Outcome: Fault, Policy: s.Version, Reason: "no evidence was verified"}}
 	}
 	return Decision{result: s.Evaluate(scope, *f, now), scope: s.Scope(scope), facts: *f}
 }

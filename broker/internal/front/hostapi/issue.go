@@ -4,9 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"strings"
 	"time"
-	"unicode"
 
 	"golang.org/x/mod/sumdb/note"
 
@@ -21,6 +19,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/internal/bounded"
 )
 
 // An Order is a request for one credential.
@@ -123,7 +122,7 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 				return err
 			}
 		}
-		_, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + p.host.ID, Host: p.host.ID, Scope: bounded(o.Scope, maxWord), Request: request},
+		_, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + p.host.ID, Host: p.host.ID, Scope: bounded.Text(o.Scope, maxWord), Request: request},
 			told)
 		return err
 	})
@@ -166,16 +165,6 @@ func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(j
 
 // maxWord bounds a text that a host chooses, in the audit.
 const maxWord = 128
-
-// bounded keeps a host's word short in the audit, and of printable letters.
-func bounded(s string, most int) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return '\uFFFD'
-	}, s[:min(len(s), most)])
-}
 
 // Acknowledge makes a provisional lease live.
 func (d *Desk) Acknowledge(ctx context.Context, conn *challenge.Conn, id, delivery, request string) (journal.Lease, error) {
@@ -226,7 +215,7 @@ func (d *Desk) Release(ctx context.Context, conn *challenge.Conn, ids []string, 
 		if err != nil {
 			return confirmed, err
 		}
-		g, err = d.Leases.Event(ctx, id, journal.Revoke{Reason: "released by the host: " + bounded(reason, maxWord)}, lease.Cause{Actor: "host:" + g.Host, Request: request})
+		g, err = d.Leases.Event(ctx, id, journal.Revoke{Reason: "released by the host: " + bounded.Text(reason, maxWord)}, lease.Cause{Actor: "host:" + g.Host, Request: request})
 		if err != nil {
 			return confirmed, err
 		}

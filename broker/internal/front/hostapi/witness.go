@@ -8,6 +8,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/store"
+	"github.com/countersign/countersign/internal/bounded"
 )
 
 // An Open is that a program opened the file of a credential that is not its own, by
@@ -37,7 +38,7 @@ func (d *Desk) Witness(ctx context.Context, conn *challenge.Conn, opens []Open, 
 			if o.Time.After(now) || o.Time.Before(leases[i].Issued) {
 				o.Time = now // no clock of a host's moves it to another lease's time
 			}
-			o.Path, o.Exe, o.User, o.Unit = bounded(o.Path, maxSeen), bounded(o.Exe, maxSeen), bounded(o.User, maxSeen), bounded(o.Unit, maxSeen)
+			o.Path, o.Exe, o.User, o.Unit = bounded.Text(o.Path, maxSeen), bounded.Text(o.Exe, maxSeen), bounded.Text(o.User, maxSeen), bounded.Text(o.Unit, maxSeen)
 			r := event.Record{Time: now, Actor: "host:" + leases[i].Host, Host: leases[i].Host, Scope: leases[i].Scope, Lease: leases[i].ID, Request: request}
 			if _, err := audit.Append(tx, r, o.Opened); err != nil {
 				return err
