@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -216,8 +217,8 @@ func TestRunLooks(t *testing.T) {
 		w, _ := quiet(t, inventory.Trusted, 5, limit{0, 0, journal.Live})
 		began := time.Now()
 		start := minutes(-2)
-		var jumped time.Duration
-		w.Now = func() time.Time { return start.Add(time.Since(began) + jumped) }
+		var jumped atomic.Int64 // nanoseconds
+		w.Now = func() time.Time { return start.Add(time.Since(began) + time.Duration(jumped.Load())) }
 		check.Nil(t, w.alive(t.Context(), start.Add(-time.Hour), 0)) // it was stopped for an hour
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
@@ -234,9 +235,9 @@ func TestRunLooks(t *testing.T) {
 			}
 		}
 		after(time.Second, "trusted 60 live")
-		jumped = 5 * time.Hour
+		jumped.Store(int64(5 * time.Hour))
 		after(time.Minute, "trusted 360 live")
-		jumped = 0
+		jumped.Store(0)
 		after(time.Minute, "trusted 60 live")
 		after(58*time.Minute, "trusted 60 live")
 		after(2*time.Minute, "trusted 60 live") // nobody was heard since
