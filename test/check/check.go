@@ -3,6 +3,8 @@ package check
 
 import (
 	"context"
+	"errors"
+	"strings"
 	"testing"
 	"time"
 )
@@ -19,10 +21,26 @@ func Must[T any](v T, err error) func(testing.TB) T {
 }
 
 // Nil ends the test on an error.
-func Nil(t testing.TB, err error) {
+func Nil(t testing.TB, errs ...error) {
 	t.Helper()
-	if err != nil {
+	if err := errors.Join(errs...); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Silent wants an error that has the words in it, and not the secret.
+func Silent(t testing.TB, err error, secret string, words ...string) {
+	t.Helper()
+	if err == nil {
+		t.Fatal("no error")
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("error %q does not say %q", err, w)
+		}
+	}
+	if strings.Contains(err.Error(), secret) {
+		t.Errorf("the error has the secret in it: %v", err)
 	}
 }
 

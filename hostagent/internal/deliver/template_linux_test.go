@@ -17,6 +17,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/countersign/countersign/internal/secret"
+	"github.com/countersign/countersign/test/check"
 )
 
 func one(value string) map[string]secret.Bytes {
@@ -37,12 +38,12 @@ func TestEncoders(t *testing.T) {
 		read    func(t *testing.T, encoded string) string
 	}{
 		{"json", nil, func(t *testing.T, s string) (v string) {
-			check(t, json.Unmarshal([]byte(s), &v))
+			check.Nil(t, json.Unmarshal([]byte(s), &v))
 			return v
 		}},
 		{"yaml", nil, func(t *testing.T, s string) string {
 			var v map[string]string
-			check(t, yaml.Unmarshal([]byte("a: "+s+"\nb: c\n"), &v))
+			check.Nil(t, yaml.Unmarshal([]byte("a: "+s+"\nb: c\n"), &v))
 			if v["b"] != "c" || len(v) != 2 {
 				t.Errorf("%d keys", len(v))
 			}
@@ -53,7 +54,7 @@ func TestEncoders(t *testing.T) {
 				A    string `xml:"a,attr"`
 				Text string `xml:",chardata"`
 			}
-			check(t, xml.Unmarshal([]byte(`<x a="`+s+`">`+s+`</x>`), &v))
+			check.Nil(t, xml.Unmarshal([]byte(`<x a="`+s+`">`+s+`</x>`), &v))
 			if v.A != v.Text {
 				t.Errorf("attribute %q, text %q", v.A, v.Text)
 			}
@@ -63,7 +64,7 @@ func TestEncoders(t *testing.T) {
 			cmd := exec.Command("sh")
 			cmd.Stdin = strings.NewReader("A=" + s + "\nprintf %s \"$A\"")
 			out, err := cmd.Output()
-			check(t, err)
+			check.Nil(t, err)
 			return string(out)
 		}},
 		{"properties", nil, readProperties},
@@ -122,7 +123,7 @@ func readProperties(t *testing.T, s string) string {
 			if strings.HasPrefix(s[end:], `\uD`) && s[i+1] == 'D' {
 				end += 6
 			}
-			check(t, json.Unmarshal([]byte(`"`+s[i-1:end]+`"`), &v))
+			check.Nil(t, json.Unmarshal([]byte(`"`+s[i-1:end]+`"`), &v))
 			units = append(units, []rune(v)...)
 			i = end - 1
 		default:
@@ -137,10 +138,10 @@ func readProperties(t *testing.T, s string) string {
 func readPgpass(t *testing.T, s string) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	check(t, err)
+	check.Nil(t, err)
 	defer func() { _ = listener.Close() }()
 	file := filepath.Join(t.TempDir(), "pgpass")
-	check(t, os.WriteFile(file, []byte("*:*:*:other:wrong\n*:*:*:u:"+s+"\n"), 0o600))
+	check.Nil(t, os.WriteFile(file, []byte("*:*:*:other:wrong\n*:*:*:u:"+s+"\n"), 0o600))
 	got := make(chan string, 1)
 	go func() {
 		defer close(got)
@@ -195,7 +196,7 @@ func TestTemplate(t *testing.T) {
 	} {
 		got, err := Render(tt.template, fields)
 		if tt.err != "" {
-			silent(t, err, tt.err)
+			check.Silent(t, err, "s3cret", tt.err)
 			if strings.Contains(err.Error(), block[40:60]) {
 				t.Errorf("%s: the key is in the error", tt.template)
 			}
@@ -210,9 +211,9 @@ func TestTemplate(t *testing.T) {
 		t.Error(err)
 	}
 	_, err := Render("{{ .password }}{{ .password }}", fields)
-	silent(t, err, "larger than")
+	check.Silent(t, err, "s3cret", "larger than")
 	_, err = Render("{{ .password | json | json | json | json | json }}{{ .password | pgpass}}", fields)
-	silent(t, err, "larger than")
+	check.Silent(t, err, "s3cret", "larger than")
 }
 
 // TestValidate: nothing that could leak, read or loop is part of a template.
@@ -245,12 +246,12 @@ func TestValidate(t *testing.T) {
 		"{{ .a .b }}":                     "one name",
 		`{{ "x" | json }}`:                "needs no encoder",
 	} {
-		silent(t, Validate(template), words)
+		check.Silent(t, Validate(template), "s3cret", words)
 	}
 	for _, builtin := range []string{"printf", "print", "println", "html", "js", "urlquery", "call", "slice", "len", "eq", "and", "or", "not", "file", "env", "exec"} {
-		silent(t, Validate("{{ "+builtin+" .a }}"), "not defined", builtin)
+		check.Silent(t, Validate("{{ "+builtin+" .a }}"), "s3cret", "not defined", builtin)
 	}
-	silent(t, Validate(strings.Repeat("x", MaxContent+1)), "at most")
+	check.Silent(t, Validate(strings.Repeat("x", MaxContent+1)), "s3cret", "at most")
 }
 
 // FuzzRender: whatever a value holds, it stays inside its place.
@@ -270,16 +271,16 @@ func FuzzRender(f *testing.F) {
 			return
 		}
 		out, err = Render(`{"a":{{ .password | json }},"b":1}`, one(v))
-		check(t, err)
+		check.Nil(t, err)
 		var j map[string]any
-		check(t, json.Unmarshal(out.Reveal(), &j))
+		check.Nil(t, json.Unmarshal(out.Reveal(), &j))
 		if j["a"] != v || len(j) != 2 {
 			t.Errorf("json: %q", out.Reveal())
 		}
 		out, err = Render("a: {{ .password | yaml }}\nb: 1\n", one(v))
-		check(t, err)
+		check.Nil(t, err)
 		var y map[string]any
-		check(t, yaml.Unmarshal(out.Reveal(), &y))
+		check.Nil(t, yaml.Unmarshal(out.Reveal(), &y))
 		if y["a"] != v || len(y) != 2 {
 			t.Errorf("yaml: %q", out.Reveal())
 		}
@@ -287,13 +288,13 @@ func FuzzRender(f *testing.F) {
 			var x struct {
 				A string `xml:"a,attr"`
 			}
-			check(t, xml.Unmarshal(out.Reveal(), &x))
+			check.Nil(t, xml.Unmarshal(out.Reveal(), &x))
 			if x.A != v {
 				t.Errorf("xml: %q", out.Reveal())
 			}
 		}
 		out, err = Render(`{{ .password | properties }}`, one(v))
-		check(t, err)
+		check.Nil(t, err)
 		if read := readProperties(t, string(out.Reveal())); read != v {
 			t.Errorf("properties: %q from %q", read, out.Reveal())
 		}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
 
@@ -24,7 +25,7 @@ import (
 func onChange(t *testing.T, text string) *config.OnChange {
 	t.Helper()
 	a, err := config.Parse("test.hcl", []byte(configText(text)))
-	check(t, err)
+	check.Nil(t, err)
 	return a.Credentials[0].OnChange
 }
 
@@ -37,7 +38,7 @@ func configText(onChange string) string {
 func script(t *testing.T, text string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "script")
-	check(t, os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o700))
+	check.Nil(t, os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o700))
 	return path
 }
 
@@ -45,16 +46,16 @@ func TestCheck(t *testing.T) {
 	t.Setenv("AGENT_SECRET", "s3cret")
 	paths := []string{filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")}
 	for _, path := range paths {
-		check(t, os.WriteFile(path, []byte("user=u-new password=s3cret"), 0o600))
+		check.Nil(t, os.WriteFile(path, []byte("user=u-new password=s3cret"), 0o600))
 	}
 	ctx := context.Background()
 	seen := filepath.Join(t.TempDir(), "seen")
 	ok := script(t, `grep -q u-new "$COUNTERSIGN_FILE_0" && grep -q u-new "$COUNTERSIGN_FILE_1" || exit 9; ls /proc/$$/fd | grep -x 3 && exit 8; tr '\0' '\n' </proc/self/environ >`+seen+"; pwd >>"+seen)
-	check(t, Check(ctx, nil, paths))
-	check(t, Check(ctx, onChange(t, ""), paths))
-	check(t, Check(ctx, onChange(t, "check = [\""+ok+"\"]"), paths))
+	check.Nil(t, Check(ctx, nil, paths))
+	check.Nil(t, Check(ctx, onChange(t, ""), paths))
+	check.Nil(t, Check(ctx, onChange(t, "check = [\""+ok+"\"]"), paths))
 	b, err := os.ReadFile(seen)
-	check(t, err)
+	check.Nil(t, err)
 	for line := range strings.Lines(string(b)) {
 		name, _, _ := strings.Cut(line, "=")
 		switch strings.TrimSpace(name) {
@@ -65,35 +66,35 @@ func TestCheck(t *testing.T) {
 	}
 
 	bad := script(t, `cat "$COUNTERSIGN_FILE_0"; cat "$COUNTERSIGN_FILE_0" >&2; exit 3`)
-	silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), paths), bad, "exit status 3", "the old credential stays")
+	check.Silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), paths), "s3cret", bad, "exit status 3", "the old credential stays")
 	missing := Check(ctx, onChange(t, `check = ["/no/such/check"]`), paths)
-	silent(t, missing, "check: exec /no/such/check: no such file", "the old credential stays")
+	check.Silent(t, missing, "s3cret", "check: exec /no/such/check: no such file", "the old credential stays")
 	if !errors.Is(missing, os.ErrNotExist) {
 		t.Errorf("%v", missing)
 	}
-	check(t, os.Chmod(bad, 0o600))
-	silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), paths), "exec "+bad+": permission denied")
+	check.Nil(t, os.Chmod(bad, 0o600))
+	check.Silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), paths), "s3cret", "exec "+bad+": permission denied")
 }
 
 // TestLimit: at the limit the command's whole group ends.
 func TestLimit(t *testing.T) {
 	pipe := filepath.Join(t.TempDir(), "pipe")
-	check(t, unix.Mkfifo(pipe, 0o600))
+	check.Nil(t, unix.Mkfifo(pipe, 0o600))
 	// The child of the child holds the pipe open for as long as it lives.
 	hang := script(t, "(exec 3>"+pipe+"; echo here >&3; sleep 1000) & sleep 1000")
 	held, err := os.OpenFile(pipe, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	check(t, err)
+	check.Nil(t, err)
 	defer func() { _ = held.Close() }()
 	o := onChange(t, "exec = [\""+hang+"\"]\ncheck = [\""+hang+"\"]\ntimeout = \"1s\"")
 	for name, run := range map[string]func(context.Context) error{
 		"check": func(ctx context.Context) error { return Check(ctx, o, nil) },
 		"exec":  func(ctx context.Context) error { return Notify(ctx, o, process.Program{}) },
 	} {
-		silent(t, run(context.Background()), name, "not done after 1s", "timeout")
+		check.Silent(t, run(context.Background()), "s3cret", name, "not done after 1s", "timeout")
 		if line, err := bufio.NewReader(held).ReadString('\n'); err != nil || line != "here\n" {
 			t.Errorf("%s: the grandchild was not there: %q %v", name, line, err)
 		}
-		check(t, held.SetReadDeadline(time.Now().Add(10*time.Second)))
+		check.Nil(t, held.SetReadDeadline(time.Now().Add(10*time.Second)))
 		if n, err := held.Read(make([]byte, 9)); n != 0 || err != io.EOF {
 			t.Errorf("%s: the grandchild lives on: %d %v", name, n, err)
 		}
@@ -108,15 +109,15 @@ func TestLimit(t *testing.T) {
 func TestSignal(t *testing.T) {
 	cmd := exec.Command("sh", "-c", `trap 'echo got; exit 0' USR1; echo ready; while :; do sleep 0.05; done`)
 	out, err := cmd.StdoutPipe()
-	check(t, err)
-	check(t, cmd.Start())
+	check.Nil(t, err)
+	check.Nil(t, cmd.Start())
 	lines := bufio.NewScanner(out)
 	if !lines.Scan() || lines.Text() != "ready" {
 		t.Fatal("the program didn't start")
 	}
 	p := process.Program{PID: cmd.Process.Pid}
 	p.Start, err = startOf(p.PID)
-	check(t, err)
+	check.Nil(t, err)
 
 	o := onChange(t, `signal = "SIGKILL"`)
 	ctx := context.Background()
@@ -125,13 +126,13 @@ func TestSignal(t *testing.T) {
 	if err := Notify(ctx, o, other); !errors.Is(err, ErrEnded) {
 		t.Errorf("a reused pid: %v", err)
 	}
-	silent(t, Notify(ctx, onChange(t, `signal = "HUP"`), p), `"HUP"`, "SIGHUP")
-	silent(t, Notify(ctx, o, process.Program{}), "no main process")
-	check(t, Notify(ctx, nil, p), Notify(ctx, onChange(t, ""), p), Notify(ctx, onChange(t, `signal = "SIGUSR1"`), p))
+	check.Silent(t, Notify(ctx, onChange(t, `signal = "HUP"`), p), "s3cret", `"HUP"`, "SIGHUP")
+	check.Silent(t, Notify(ctx, o, process.Program{}), "s3cret", "no main process")
+	check.Nil(t, Notify(ctx, nil, p), Notify(ctx, onChange(t, ""), p), Notify(ctx, onChange(t, `signal = "SIGUSR1"`), p))
 	if !lines.Scan() || lines.Text() != "got" {
 		t.Errorf("the program was not told: %q", lines.Text())
 	}
-	check(t, cmd.Wait())
+	check.Nil(t, cmd.Wait())
 	if err := Notify(ctx, o, p); !errors.Is(err, ErrEnded) {
 		t.Errorf("an ended program: %v", err)
 	}
@@ -154,7 +155,7 @@ func notifyChild() error {
 // TestNoManager: where there is no systemd the error says so, and nothing hangs.
 func TestNoManager(t *testing.T) {
 	exe, err := os.Executable()
-	check(t, err)
+	check.Nil(t, err)
 	for _, what := range []string{"restart", "reload"} {
 		cmd := exec.Command(exe)
 		cmd.Env = append(os.Environ(), childMode+"=notify", "HIDE_RUN=1", "UNIT=x.service", "ON_CHANGE="+what+" = true")
@@ -163,7 +164,7 @@ func TestNoManager(t *testing.T) {
 		if err == nil || !strings.Contains(string(out), what+" x.service: no way to systemd") {
 			t.Errorf("%s: %v: %s", what, err, out)
 		}
-		silent(t, Notify(context.Background(), onChange(t, what+" = true"), process.Program{}), "not a unit's")
+		check.Silent(t, Notify(context.Background(), onChange(t, what+" = true"), process.Program{}), "s3cret", "not a unit's")
 	}
 }
 
@@ -172,14 +173,14 @@ func TestUnits(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	exe, err := os.Executable()
-	check(t, err)
+	check.Nil(t, err)
 	b, err := os.ReadFile(exe)
-	check(t, err)
+	check.Nil(t, err)
 	bin := t.TempDir()
-	check(t, os.WriteFile(filepath.Join(bin, "deliver.test"), b, 0o700))
+	check.Nil(t, os.WriteFile(filepath.Join(bin, "deliver.test"), b, 0o700))
 	s, err := lab.BootSystemd(ctx, t.TempDir(), bin+":/countersign-test")
-	check(t, err)
-	defer func() { check(t, s.Poweroff(ctx)) }()
+	check.Nil(t, err)
+	defer func() { check.Nil(t, s.Poweroff(ctx)) }()
 
 	units := map[string]string{
 		"good":  "[Service]\nExecStart=/bin/sleep infinity\nExecReload=/bin/touch /run/reloaded\n",
@@ -188,11 +189,11 @@ func TestUnits(t *testing.T) {
 		"plain": "[Service]\nExecStart=/bin/sleep infinity\n",
 	}
 	for name, text := range units {
-		check(t, s.WriteFile(ctx, "/etc/systemd/system/"+name+".service", []byte(text), 0o644))
+		check.Nil(t, s.WriteFile(ctx, "/etc/systemd/system/"+name+".service", []byte(text), 0o644))
 	}
 	run := func(args ...string) string {
 		out, err := s.Run(ctx, args...)
-		check(t, err)
+		check.Nil(t, err)
 		return strings.TrimSpace(string(out))
 	}
 	run("systemctl", "daemon-reload")

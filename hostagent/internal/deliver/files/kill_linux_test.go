@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/test/check"
 )
 
 // run has a child do what mode says and die at the n-th step. It returns the
@@ -24,7 +25,7 @@ func run(t *testing.T, mode string, n int, files []*config.File) (steps []string
 		paths = append(paths, f.Path)
 	}
 	exe, err := os.Executable()
-	check(t, err)
+	check.Nil(t, err)
 	cmd := exec.Command(exe)
 	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0", childMode+"="+mode, "DIE_AT="+strconv.Itoa(n), "PATHS="+strings.Join(paths, ":"))
 	cmd.Stderr = os.Stderr
@@ -33,7 +34,7 @@ func run(t *testing.T, mode string, n int, files []*config.File) (steps []string
 	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
 		return strings.Fields(strings.ReplaceAll(string(out), " ", ":")), true
 	}
-	check(t, err)
+	check.Nil(t, err)
 	return nil, false
 }
 
@@ -65,7 +66,7 @@ func killAt(t *testing.T, mode string, n, m int) bool {
 	top := mount(t, "") // in memory, for the many rounds
 	var paths []string
 	for _, dir := range []string{"z", "y", "x"} { // swapped in the other order
-		check(t, os.Mkdir(filepath.Join(top, dir), 0o755))
+		check.Nil(t, os.Mkdir(filepath.Join(top, dir), 0o755))
 		paths = append(paths, filepath.Join(top, dir, dir))
 	}
 	files := set(t, paths)
@@ -106,12 +107,12 @@ func killAt(t *testing.T, mode string, n, m int) bool {
 			t.Errorf("at %s of a rollback: taken for committed", last)
 		}
 		if n%2 == 0 && !began {
-			check(t, s.Rollback())
+			check.Nil(t, s.Rollback())
 			stands(t, old, "old")
 			stands(t, fresh, "")
 			return true
 		}
-		check(t, s.Finish())
+		check.Nil(t, s.Finish())
 		stands(t, files, "new")
 	default:
 		if began && mode == "finish" {

@@ -134,19 +134,3 @@ func stands(t *testing.T, files []*config.File, generation string) {
 		}
 	}
 }
-
-// silent wants an error with the words, and without any secret.
-func silent(t *testing.T, err error, words ...string) {
-	t.Helper()
-	if err == nil {
-		t.Fatal("no error")
-	}
-	for _, w := range words {
-		if !strings.Contains(err.Error(), w) {
-			t.Errorf("error %q does not say %q", err, w)
-		}
-	}
-	if strings.Contains(err.Error(), "s3cret") {
-		t.Errorf("the error has the secret in it: %v", err)
-	}
-}

@@ -9,12 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/hostagent/internal/config"
-	tests "github.com/countersign/countersign/test/check"
+	"github.com/countersign/countersign/test/check"
 )
 
 // What was delivered is the owner's alone, under one name.
 func TestDelivered(t *testing.T) {
-	tests.Root(t)
+	check.Root(t)
 	for name, tt := range map[string]struct {
 		change func(path string) error
 		owner  string
@@ -42,7 +42,7 @@ func TestDelivered(t *testing.T) {
 			f := &config.File{Path: path, Owner: tt.owner}
 			back := New([]*config.File{f}).Contents()
 			if err := Delivered(f, file); tt.words != "" {
-				silent(t, err, tt.words)
+				check.Silent(t, err, "s3cret", tt.words)
 			} else if err != nil || len(back) != 1 {
 				t.Errorf("%v, %d read back", err, len(back))
 			}
@@ -68,7 +68,7 @@ func TestPlace(t *testing.T) {
 	_ = file.Close()
 	for name, words := range map[string]string{"link": "symlink", "folder/file": "symlink", "fifo": "not a regular file", "real": "not a regular file", "missing": "no such file"} {
 		_, err := Place(&config.File{Path: filepath.Join(dir, name)})
-		silent(t, err, words)
+		check.Silent(t, err, "s3cret", words)
 		if missing := errors.Is(err, unix.ENOENT); missing != (name == "missing") {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -20,7 +20,7 @@ import (
 
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
-	tests "github.com/countersign/countersign/test/check"
+	"github.com/countersign/countersign/test/check"
 )
 
 func two(t *testing.T) []*config.File {
@@ -28,7 +28,7 @@ func two(t *testing.T) []*config.File {
 }
 
 func TestOwnerModeAndContent(t *testing.T) {
-	tests.Root(t)
+	check.Root(t)
 	files := set(t, []string{filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")}, `owner = "nobody"`, `group = "daemon"`, `mode = "0640"`)
 	for _, generation := range []string{"one", "two"} {
 		must(t, files, generation)
@@ -64,7 +64,7 @@ func TestRollbackAndDiscard(t *testing.T) {
 		if b, err := os.ReadFile(s.Paths()[1]); err != nil || string(b) != content(files[1].Path, "new") {
 			t.Errorf("the new file can't be checked: %v", err)
 		}
-		silent(t, s.Finish(), "not committed")
+		check.Silent(t, s.Finish(), "s3cret", "not committed")
 		s.Discard()
 		s.Discard()
 		stands(t, files, old)
@@ -75,7 +75,7 @@ func TestRollbackAndDiscard(t *testing.T) {
 		if err := s.Commit(); err != nil {
 			t.Fatal(err)
 		}
-		silent(t, s.Commit(), "not one that is prepared")
+		check.Silent(t, s.Commit(), "s3cret", "not one that is prepared")
 		if err := s.Rollback(); err != nil {
 			t.Fatal(err)
 		}
@@ -181,7 +181,7 @@ func TestReadBackOfAnothersFile(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			if name == "owner" {
-				tests.Root(t)
+				check.Root(t)
 			}
 			if err := errors.Join(os.Remove(files[0].Path), plant()); err != nil {
 				t.Fatal(err)
@@ -196,7 +196,7 @@ func TestReadBackOfAnothersFile(t *testing.T) {
 // mount puts a small tmpfs on a new folder.
 func mount(t *testing.T, options string) string {
 	t.Helper()
-	tests.Root(t)
+	check.Root(t)
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
 		t.Fatal("mount tmpfs (run as root, with CAP_SYS_ADMIN):", err)
@@ -219,49 +219,49 @@ func TestErrors(t *testing.T) {
 		words   []string
 		gone    bool // the old file can't be there
 	}{
-		{name: "missing folder", trouble: func(t *testing.T, dir, _ string) { check(t, os.RemoveAll(dir)) }, words: []string{"no such file", "create the folder"}, gone: true},
+		{name: "missing folder", trouble: func(t *testing.T, dir, _ string) { check.Nil(t, os.RemoveAll(dir)) }, words: []string{"no such file", "create the folder"}, gone: true},
 		{name: "unknown user", edit: func(f *config.File) { f.Owner = "no-such-user" }, words: []string{`"no-such-user"`, "/etc/passwd"}},
 		{name: "unknown group", edit: func(f *config.File) { f.Group = "no-such-group" }, words: []string{`"no-such-group"`, "/etc/group"}},
 		{name: "full disk", dir: func(t *testing.T) string { return mount(t, "size=64k") }, trouble: func(t *testing.T, dir, _ string) {
 			f, err := os.Create(filepath.Join(dir, "fill"))
-			check(t, err)
+			check.Nil(t, err)
 			for err == nil {
 				_, err = f.Write(make([]byte, 4096))
 			}
-			check(t, f.Close())
+			check.Nil(t, f.Close())
 		}, words: []string{"no space left", "make room"}},
 		{name: "read-only file system", dir: func(t *testing.T) string { return mount(t, "") }, trouble: func(t *testing.T, dir, _ string) {
-			check(t, unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+			check.Nil(t, unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
 		}, words: []string{"read-only file system", "ReadWritePaths"}},
 		{name: "immutable folder", trouble: func(t *testing.T, dir, _ string) {
-			tests.Root(t)
+			check.Root(t)
 			if out, err := exec.Command("chattr", "+i", dir).CombinedOutput(); err != nil {
 				t.Fatalf("chattr: %v: %s", err, out)
 			}
-			t.Cleanup(func() { check(t, exec.Command("chattr", "-i", dir).Run()) })
+			t.Cleanup(func() { check.Nil(t, exec.Command("chattr", "-i", dir).Run()) })
 		}, words: []string{"not permitted", "chattr"}},
 		{name: "symlink as the folder", trouble: func(t *testing.T, dir, _ string) {
-			check(t, os.Rename(dir, dir+"-real"), os.Symlink(dir+"-real", dir))
+			check.Nil(t, os.Rename(dir, dir+"-real"), os.Symlink(dir+"-real", dir))
 		}, words: []string{"is a symlink"}},
 		{name: "symlink on the way", dir: func(t *testing.T) string {
 			dir := filepath.Join(t.TempDir(), "way", "end")
-			check(t, os.MkdirAll(dir, 0o755))
+			check.Nil(t, os.MkdirAll(dir, 0o755))
 			return dir
 		}, trouble: func(t *testing.T, dir, _ string) {
 			way := filepath.Dir(dir)
-			check(t, os.Rename(way, way+"-real"), os.Symlink(way+"-real", way))
+			check.Nil(t, os.Rename(way, way+"-real"), os.Symlink(way+"-real", way))
 		}, words: []string{"way: is a symlink"}},
 		{name: "file as the folder", trouble: func(t *testing.T, dir, _ string) {
-			check(t, os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600))
+			check.Nil(t, os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600))
 		}, words: []string{"not a directory", "a folder is wanted"}, gone: true},
 		{name: "symlink in the file's place", trouble: func(t *testing.T, _, path string) {
-			check(t, os.Rename(path, path+"-real"), os.Symlink(path+"-real", path))
+			check.Nil(t, os.Rename(path, path+"-real"), os.Symlink(path+"-real", path))
 		}, words: []string{"is a symlink"}},
 		{name: "folder in the file's place", trouble: func(t *testing.T, _, path string) {
-			check(t, os.Remove(path), os.Mkdir(path, 0o755))
+			check.Nil(t, os.Remove(path), os.Mkdir(path, 0o755))
 		}, words: []string{"not a regular file"}, gone: true},
 		{name: "folder in the new file's place", trouble: func(t *testing.T, dir, path string) {
-			check(t, os.Mkdir(filepath.Join(dir, "."+filepath.Base(path)+".countersign-new"), 0o755))
+			check.Nil(t, os.Mkdir(filepath.Join(dir, "."+filepath.Base(path)+".countersign-new"), 0o755))
 		}, words: []string{"is a directory", "remove it"}},
 		{name: "name too long", edit: func(f *config.File) { f.Path = filepath.Join(filepath.Dir(f.Path), strings.Repeat("x", 250)) }, words: []string{"too long", "shorten"}},
 		{name: "template", edit: func(f *config.File) { f.Template = "{{ .nothing }}" }, words: []string{`"nothing"`, "password, username"}},
@@ -281,20 +281,13 @@ func TestErrors(t *testing.T) {
 				tt.edit(files[1])
 			}
 			_, err := New(files).Stage(fields("new"))
-			silent(t, err, append(tt.words, files[1].Path)...)
+			check.Silent(t, err, "s3cret", append(tt.words, files[1].Path)...)
 			stands(t, files[:1], "old")
 			b, err := os.ReadFile(old)
 			if !tt.gone && (err != nil || string(b) != content(old, "old")) {
 				t.Errorf("the old file: %d bytes, %v", len(b), err)
 			}
 		})
-	}
-}
-
-func check(t *testing.T, errs ...error) {
-	t.Helper()
-	if err := errors.Join(errs...); err != nil {
-		t.Fatal(err)
 	}
 }
 
@@ -313,8 +306,8 @@ func TestHalfCommit(t *testing.T) {
 			files := two(t)
 			must(t, files, "old")
 			s, err := New(files).Stage(fields("new"))
-			check(t, err, trouble(files[1].Path))
-			silent(t, s.Commit(), files[1].Path, "the old credential stays")
+			check.Nil(t, err, trouble(files[1].Path))
+			check.Silent(t, s.Commit(), "s3cret", files[1].Path, "the old credential stays")
 			s.Discard()
 			stands(t, files[:1], "old")
 			if strings.HasPrefix(name, "new") {
@@ -325,14 +318,14 @@ func TestHalfCommit(t *testing.T) {
 	t.Run("came into being", func(t *testing.T) {
 		files := two(t)
 		s, err := New(files).Stage(fields("new"))
-		check(t, err)
+		check.Nil(t, err)
 		defer func() { step = func(string) {} }()
 		step = func(name string) {
 			if name == "keep-sync b" {
-				check(t, os.WriteFile(files[1].Path, []byte("another's"), 0o600))
+				check.Nil(t, os.WriteFile(files[1].Path, []byte("another's"), 0o600))
 			}
 		}
-		silent(t, s.Commit(), "came into being")
+		check.Silent(t, s.Commit(), "s3cret", "came into being")
 		stands(t, files[:1], "")
 		if b, err := os.ReadFile(files[1].Path); err != nil || string(b) != "another's" {
 			t.Errorf("%q %v", b, err)
@@ -367,11 +360,11 @@ func TestReader(t *testing.T) {
 	}
 	for i := range 1000 { // two swaps each
 		s, err := New(files).Stage(fields(fmt.Sprintf("x%d", i+1)))
-		check(t, err, s.Commit())
+		check.Nil(t, err, s.Commit())
 		if i%2 == 0 {
-			check(t, s.Finish())
+			check.Nil(t, s.Finish())
 		} else {
-			check(t, s.Rollback())
+			check.Nil(t, s.Rollback())
 		}
 	}
 	stop.Store(true)
@@ -387,11 +380,11 @@ func TestReader(t *testing.T) {
 func TestSymlinkRace(t *testing.T) {
 	top := mount(t, "") // in memory, for the many rounds
 	theirs, outside := filepath.Join(top, "theirs"), filepath.Join(top, "outside")
-	check(t, os.Mkdir(theirs, 0o777), os.Mkdir(outside, 0o700), os.Mkdir(filepath.Join(theirs, "dir"), 0o777))
+	check.Nil(t, os.Mkdir(theirs, 0o777), os.Mkdir(outside, 0o700), os.Mkdir(filepath.Join(theirs, "dir"), 0o777))
 	victim := filepath.Join(outside, "a")
-	check(t, os.WriteFile(victim, []byte("precious"), 0o600))
+	check.Nil(t, os.WriteFile(victim, []byte("precious"), 0o600))
 	before, err := os.Stat(victim)
-	check(t, err)
+	check.Nil(t, err)
 	path := filepath.Join(theirs, "dir", "a")
 	files := set(t, []string{path}, `owner = "nobody"`)
 
@@ -448,11 +441,11 @@ func TestSymlinkRace(t *testing.T) {
 		t.Errorf("%d delivered, %d refused: there was no race", delivered, refused)
 	}
 	after, err := os.Stat(victim)
-	check(t, err)
+	check.Nil(t, err)
 	b, err := os.ReadFile(victim)
-	check(t, err)
+	check.Nil(t, err)
 	entries, err := os.ReadDir(outside)
-	check(t, err)
+	check.Nil(t, err)
 	if string(b) != "precious" || len(entries) != 1 || after.Mode() != before.Mode() || !after.ModTime().Equal(before.ModTime()) || after.Sys().(*syscall.Stat_t).Uid != 0 {
 		t.Errorf("written outside: %q %v %v", b, entries, after)
 	}
