@@ -34,6 +34,8 @@ func (p Program) EncodeAs(version int) ([]byte, error) {
 		return p.encoded, nil
 	case version >= Version:
 		out, err = second(p)
+	case p.Linux == nil:
+		return nil, errors.New("program evidence: this broker reads programs of Linux alone; upgrade it")
 	default:
 		out, err = firstOf(p).encode()
 	}

@@ -283,3 +283,15 @@ func TestFirstVersion(t *testing.T) {
 		}
 	}
 }
+
+// A reader of the first version would take another system's program for one of uid 0.
+func TestOtherSystemsAreNotToldAsLinux(t *testing.T) {
+	p := process.Program{Boot: "0f0e0d0c-0b0a-4908-8706-050403020100", PID: 7, Start: 1, User: `CORP\svc`,
+		Executables: process.OneFile("/c/app.exe", evidence.Sum([]byte("app"))), Windows: &process.Windows{SID: "S-1-5-21-1"}}
+	if _, err := p.Encode(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := p.EncodeAs(1); err == nil || !strings.Contains(err.Error(), "Linux") {
+		t.Errorf("told as %s, %v", b, err)
+	}
+}

@@ -20,7 +20,7 @@ import (
 // own end doesn't count at the door of the broker that has its key.
 func TestTheDoorAndTime(t *testing.T) {
 	dir, now := t.TempDir(), time.Now()
-	password := []byte("a password of the key files")
+	password := []byte("test password")
 	hosts := check.Must(pki.Create(dir, pki.HostCA, "hosts", password, now))(t)
 	operators := check.Must(pki.Create(dir, pki.OperatorCA, "operators", password, now))(t)
 	key := check.Must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t)

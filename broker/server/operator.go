@@ -240,7 +240,7 @@ func (s *Operators) ListOperators(ctx context.Context, _ *connect.Request[v1.Lis
 	})
 }
 
-// RemoveOperator makes an operator's key good for nothing.
+// RemoveOperator revokes an operator's access at once.
 func (s *Operators) RemoveOperator(ctx context.Context, req *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
 	return serve(ctx, s, func(a admin.Actor) (*v1.RemoveOperatorResponse, error) {
 		return &v1.RemoveOperatorResponse{}, s.Desk.RemoveOperator(ctx, a, req.Msg.GetName())

@@ -1,10 +1,16 @@
-// Package glob is the one dialect of patterns for paths and names. * and ? stay inside
-// one folder, ** is any number of folders, [a-z] a class and [!a-z] what is not in it,
-// {a,b} an alternative, and \ takes the next character as it is. A ** beside other
-// characters, as in /opt/**.so, is any characters, folders too.
+// Package glob matches paths and names against patterns: one dialect for scopes, IMA
+// policies and the watch.
 //
-// A pattern is an operator's or root's; what it is held against may be anybody's, and is
-// matched in time that grows with its length and the pattern's, however these are made.
+//	*        any characters within one folder
+//	?        one character other than /
+//	**       any number of folders; beside other characters, as in /opt/**.so, any characters
+//	[a-z]    one of these characters
+//	[!a-z]   one other character than these and /
+//	{a,b}    a or b
+//	\x       the character x itself
+//
+// Operators and root write patterns; the names may come from anybody. Matching takes time
+// linear in the name's length, whatever pattern and name are.
 package glob
 
 import (
@@ -14,9 +20,9 @@ import (
 	"strings"
 )
 
-// A Pattern is one that was compiled. The zero value matches nothing.
+// A Pattern is a compiled pattern. The zero value matches nothing.
 type Pattern struct {
-	prefix, suffix string // around all signs; told sooner than the whole
+	prefix, suffix string // the literal ends, which are compared first: it is faster
 	whole          *regexp.Regexp
 }
 
@@ -25,8 +31,8 @@ const signs = `*?[]{},\`
 // Compile reads a pattern.
 func Compile(pattern string) (Pattern, error) {
 	t := translation{text: pattern}
-	for err := error(nil); t.at < len(pattern); {
-		if err = t.next(); err != nil {
+	for t.at < len(pattern) {
+		if err := t.next(); err != nil {
 			return Pattern{}, fmt.Errorf("%q is no glob: %w", pattern, err)
 		}
 	}
@@ -49,20 +55,20 @@ func (p Pattern) Match(name string) bool {
 	return p.whole != nil && strings.HasPrefix(name, p.prefix) && strings.HasSuffix(name, p.suffix) && p.whole.MatchString(name)
 }
 
-// A translation is of a pattern into a regular expression, which is matched in linear time.
+// A translation turns a pattern into a regular expression, which RE2 matches in linear
+// time.
 type translation struct {
-	text   string
-	at     int  // of what is to be translated
-	before byte // what stands there in front of it; 0: nothing, or one of several
-	inside bool // before is one
-	open   []place
-	out    strings.Builder
+	text string
+	at   int // where the untranslated rest begins
+	place
+	open []place // one for each { that isn't closed, as it was in front of it
+	out  strings.Builder
 }
 
-// A place is what stands in front of a { that is open.
+// A place is the character in front of the rest. It decides what ** means.
 type place struct {
 	before byte
-	inside bool
+	inside bool // false: there is none
 }
 
 // next translates one sign or character.
@@ -85,12 +91,11 @@ func (t *translation) next() error {
 	case c == '[':
 		return t.class()
 	case c == '{':
-		t.open = append(t.open, place{t.before, t.inside})
+		t.open = append(t.open, t.place)
 		t.out.WriteString(`(?:`)
 		t.at++
 	case c == ',' && len(t.open) > 0:
-		was := t.open[len(t.open)-1]
-		t.before, t.inside = was.before, was.inside
+		t.place = t.open[len(t.open)-1]
 		t.out.WriteString(`|`)
 		t.at++
 	case c == '}':
@@ -115,7 +120,7 @@ func (t *translation) next() error {
 func (t *translation) put(text, as string) {
 	t.out.WriteString(as)
 	t.at += len(text)
-	t.before, t.inside = text[len(text)-1], true
+	t.place = place{text[len(text)-1], true}
 }
 
 // literal translates a character that stands for itself.
@@ -130,7 +135,7 @@ func (t *translation) class() error {
 	out.WriteString(`[`)
 	rest := t.text[t.at+1:]
 	if rest != "" && strings.Contains("!^", rest[:1]) {
-		out.WriteString(`^`)
+		out.WriteString(`^/`)
 		rest = rest[1:]
 	}
 	for n := 0; ; n++ {

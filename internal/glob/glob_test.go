@@ -45,6 +45,8 @@ func TestMatch(t *testing.T) {
 		{"/opt/a,b", "/opt/a,b", true},
 		{"v-[!a-c]*", "v-d1", true},
 		{"v-[!a-c]*", "v-a1", false},
+		{"/opt[!a-c]x", "/opt/x", false},
+		{"/opt[^a-c]x", "/opt-x", true},
 		{"v-[a-]", "v--", true},
 		{`v-[\]]`, "v-]", true},
 		{"v-[a-c]*", "v-b1", true},

@@ -23,18 +23,18 @@ const (
 	maxSaid = 64   // bytes of a wrong value that a problem repeats
 )
 
-// A Block is one body whose unknown names were complained about.
+// A Block is the body of a block. Reader.Block has already noted the unknown names in it.
 type Block struct {
 	*Reader
-	At hcl.Range // where it is said to stand
+	At hcl.Range // the place that problems of the block as a whole name
 
 	what   string
 	attrs  hclsyntax.Attributes
 	blocks map[string][]*hclsyntax.Block
 }
 
-// Block opens a body, and notes what it holds beside these arguments and blocks. What
-// is what problems call it, as "a scope".
+// Block opens a body that may have these arguments and inner blocks; all others are
+// problems. what names the body in their messages, such as "a scope".
 func (r *Reader) Block(body *hclsyntax.Body, what string, attrs, blocks []string) Block {
 	b := Block{Reader: r, At: body.SrcRange, what: what, attrs: body.Attributes, blocks: map[string][]*hclsyntax.Block{}}
 	known := slices.Concat(attrs, blocks)
@@ -75,7 +75,8 @@ func (b Block) One(kind string) *hclsyntax.Block {
 	return list[0]
 }
 
-// Bad is a complaint about an argument, or about the block where it is missing.
+// Bad notes a problem with an argument; the block is its place where the argument is
+// missing.
 func (b Block) Bad(name, format string, args ...any) {
 	at, message := b.At, name+": "+fmt.Sprintf(format, args...)
 	if a := b.attrs[name]; a != nil {
@@ -84,6 +85,7 @@ func (b Block) Bad(name, format string, args ...any) {
 	b.Problem(at, message, "")
 }
 
+// Has reports whether an argument is set.
 func (b Block) Has(name string) bool { return b.attrs[name] != nil }
 
 // Range is where an argument's value stands, and the bytes of it; the block's own

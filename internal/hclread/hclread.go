@@ -23,11 +23,12 @@ import (
 	"github.com/countersign/countersign/internal/bounded"
 )
 
-// Limits are what a text may have. Zero is no limit, but for Nesting.
+// Limits bound a text before it is parsed. Zero means no limit, except for Nesting, which
+// has to be set.
 type Limits struct {
 	Size    int // bytes
 	Line    int // bytes of one line
-	Signs   int // of $ and %
+	Signs   int // $ and % together
 	Nesting int // levels
 }
 

@@ -277,7 +277,7 @@ func TestRoles(t *testing.T) {
 			}
 		}
 	}
-	// One name is one key, and one that is removed is good for nothing at once.
+	// One name is one key, and one that is removed gives no access from then on.
 	out := filepath.Join(b.dir, "admin")
 	if _, err := b.broker.CLI(ctx, "operator", "add", "admin", "--role", "viewer", "--out", out+"2"); err == nil || !strings.Contains(err.Error(), "operator remove admin") {
 		t.Errorf("a taken name: %v", err)

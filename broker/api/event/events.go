@@ -293,8 +293,8 @@ func (o oldNames) with(names map[string]string) map[string]string {
 	return names
 }
 
-// Opened is CredentialOpened: another program than its own opened the credential's
-// file, by the word of the host.
+// Opened is CredentialOpened: the host reports that a program other than the credential's
+// own opened its file.
 type Opened struct {
 	Time time.Time `json:"time"`
 	Path string    `json:"path"`

@@ -13,7 +13,7 @@ import (
 // than a clock that was ahead when it was made.
 func TestListenerCertificate(t *testing.T) {
 	start := time.Now()
-	ca := check.Must(pki.Create(t.TempDir(), pki.HostCA, "hosts", []byte("a password of the key files"), start))(t)
+	ca := check.Must(pki.Create(t.TempDir(), pki.HostCA, "hosts", []byte("test password"), start))(t)
 	const day = 24 * time.Hour
 
 	var at time.Duration

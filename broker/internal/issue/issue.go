@@ -115,7 +115,7 @@ var (
 	ErrConfig = errors.New("issuer configuration")
 )
 
-// An OrderError says what is wrong with an order, in words for the host that sent it.
+// An OrderError reports an invalid order. The host that sent it reads the message.
 type OrderError struct {
 	Part string // of the order, as "csr"
 	Err  error

@@ -87,10 +87,10 @@ func (m *Manager) sweep(ctx context.Context, l *lane) {
 	}
 }
 
-// sweepPage sends Tick to as many due leases as the lane has place for, in one
-// transaction, which claims the kind for this broker, and starts what comes of it. It waits for a place where there is none,
-// and returns whether all its places were taken: there may be more to do. Leases that
-// can't be stepped are put into odd, which are passed over.
+// sweepPage sends Tick to as many due leases as the lane has room for, in one
+// transaction that also claims the kind for this broker, and starts the acts that follow.
+// It waits while the lane is full, and returns whether it filled the lane: there may be
+// more to do. Leases that can't be stepped are added to odd and passed over.
 func (m *Manager) sweepPage(ctx context.Context, l *lane, odd map[string]bool) (full bool, err error) {
 	places := l.take(ctx)
 	started := 0

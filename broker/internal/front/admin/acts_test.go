@@ -222,7 +222,7 @@ var (
 // Each act is done for the role that it takes and those above, and leaves exactly its record
 // with who asked for it. For a role below it is forbidden, and nothing is written.
 func TestActsTakeTheirRole(t *testing.T) {
-	ca := check.Must(pki.Create(t.TempDir(), pki.OperatorCA, "operators", []byte("a password of the key files"), noon))(t)
+	ca := check.Must(pki.Create(t.TempDir(), pki.OperatorCA, "operators", []byte("test password"), noon))(t)
 	for name, c := range map[string]act{
 		"approve":           {Operator, change("waits", Change{Action: "approve"}), "host.approved waits", ""},
 		"label":             {Operator, change("trusted", Change{Action: "label", SetLabels: map[string]string{"a": "b"}}), "host.labelled trusted", ""},
@@ -314,7 +314,7 @@ func TestActsTakeTheirRole(t *testing.T) {
 
 // What can't be done as it is asked for is said, and nothing of it is written.
 func TestWhatIsInvalidIsSaid(t *testing.T) {
-	ca := check.Must(pki.Create(t.TempDir(), pki.OperatorCA, "operators", []byte("a password of the key files"), noon))(t)
+	ca := check.Must(pki.Create(t.TempDir(), pki.OperatorCA, "operators", []byte("test password"), noon))(t)
 	b := newBench(t, ca)
 	before, had := b.commits(), len(b.records(0))
 	host := func(name string, eks ...string) NewHost { return NewHost{Name: name, EKs: eks} }
@@ -342,21 +342,21 @@ func TestWhatIsInvalidIsSaid(t *testing.T) {
 		"an EK twice":     {addHosts(false, host("a", ek), host("b", ek)), "host 2 (b): EK " + ek + " is host 1's already"},
 		"an EK of a host": {addHosts(true, host("a", evidence.Sum([]byte("gone")).String())), "belongs to host gone (web-4)"},
 
-		"a token that ended":       {newToken(inventory.JoinToken{Expires: noon}), "ends within 30 days"},
-		"a token for long":         {newToken(inventory.JoinToken{Expires: noon.Add(30*24*time.Hour + 1)}), "ends within 30 days"},
-		"a token's name":           {newToken(inventory.JoinToken{Name: "a/b", Expires: noon.Add(1)}), `host name "a/b"`},
-		"a token's label":          {newToken(inventory.JoinToken{Labels: map[string]string{"": ""}, Expires: noon.Add(1)}), `label ""`},
-		"a token's set":            {newToken(inventory.JoinToken{Reference: "draft", Expires: noon.Add(1)}), "no version of reference set draft"},
-		"a finding without cause":  {report(sighted(""), ""), "a finding without its cause"},
-		"long, why it is over":     {report(sighted("new"), strings.Repeat("x", maxReason+1)), "at most 512 are kept"},
-		"no reason":                {closeFinding("", "", time.Time{}), "say why"},
-		"a long reason":            {closeFinding("", strings.Repeat("x", maxReason+1), time.Time{}), "at most 512 are kept"},
-		"closed until now":         {closeFinding("", "x", noon), "has to be in the future"},
-		"closed for good":          {closeFinding("", "x", noon.Add(maxClosed+1)), "within 10 years"},
-		"a canary of no scope":     {issueCanary("other", "x"), `no scope "other" is in force`},
-		"a canary of a credential": {issueCanary("billing-db", "v-token-billing-abcdefghijklmnopqrst-1772366400"), "of a credential that was issued"},
-		"a canary twice":           {issueCanary("billing-db", "decoy"), "has this user name already"},
-		"a canary's name":          {issueCanary("billing-db", "a\nb"), "printable"},
+		"a token that ended":        {newToken(inventory.JoinToken{Expires: noon}), "ends within 30 days"},
+		"a token for long":          {newToken(inventory.JoinToken{Expires: noon.Add(30*24*time.Hour + 1)}), "ends within 30 days"},
+		"a token's name":            {newToken(inventory.JoinToken{Name: "a/b", Expires: noon.Add(1)}), `host name "a/b"`},
+		"a token's label":           {newToken(inventory.JoinToken{Labels: map[string]string{"": ""}, Expires: noon.Add(1)}), `label ""`},
+		"a token's set":             {newToken(inventory.JoinToken{Reference: "draft", Expires: noon.Add(1)}), "no version of reference set draft"},
+		"a finding without cause":   {report(sighted(""), ""), "a finding without its cause"},
+		"a reason that is too long": {report(sighted("new"), strings.Repeat("x", maxReason+1)), "at most 512 are kept"},
+		"no reason":                 {closeFinding("", "", time.Time{}), "say why"},
+		"a long reason":             {closeFinding("", strings.Repeat("x", maxReason+1), time.Time{}), "at most 512 are kept"},
+		"closed until now":          {closeFinding("", "x", noon), "has to be in the future"},
+		"closed for good":           {closeFinding("", "x", noon.Add(maxClosed+1)), "within 10 years"},
+		"a canary of no scope":      {issueCanary("other", "x"), `no scope "other" is in force`},
+		"a canary of a credential":  {issueCanary("billing-db", "v-token-billing-abcdefghijklmnopqrst-1772366400"), "of a credential that was issued"},
+		"a canary twice":            {issueCanary("billing-db", "decoy"), "has this user name already"},
+		"a canary's name":           {issueCanary("billing-db", "a\nb"), "printable"},
 
 		"an operator's name":   {addOperator("a b", nil, time.Time{}), `operator name "a b"`},
 		"an operator twice":    {addOperator("alice", nil, time.Time{}), "operator alice exists"},

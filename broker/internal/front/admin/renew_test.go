@@ -28,7 +28,7 @@ func TestRenewOperator(t *testing.T) {
 	start := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	const day = 24 * time.Hour
 	var at time.Duration
-	ca := check.Must(pki.Create(t.TempDir(), pki.OperatorCA, "operators", []byte("a password of the key files"), start))(t)
+	ca := check.Must(pki.Create(t.TempDir(), pki.OperatorCA, "operators", []byte("test password"), start))(t)
 	d := &Desk{Store: s, OperatorCA: ca, Now: func() time.Time { return start.Add(at) }}
 	root := Actor{Name: "root", Role: Admin}
 
@@ -113,7 +113,7 @@ func TestRenewNoLongerThanTheNewest(t *testing.T) {
 	t.Cleanup(func() { _ = s.Close() })
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	const day = 24 * time.Hour
-	ca := check.Must(pki.Create(t.TempDir(), pki.OperatorCA, "operators", []byte("a password of the key files"), now))(t)
+	ca := check.Must(pki.Create(t.TempDir(), pki.OperatorCA, "operators", []byte("test password"), now))(t)
 	d := &Desk{Store: s, OperatorCA: ca, Now: func() time.Time { return now }}
 	root := Actor{Name: "root", Role: Admin}
 	key := check.Must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t)

@@ -59,7 +59,7 @@ func spki(t *testing.T) []byte {
 
 // What becomes of a host whose keys are verified, by what the inventory has of it.
 func TestJoining(t *testing.T) {
-	ca := check.Must(pki.Create(t.TempDir(), pki.HostCA, "hosts", []byte("a password of the key files"), noon))(t)
+	ca := check.Must(pki.Create(t.TempDir(), pki.HostCA, "hosts", []byte("test password"), noon))(t)
 	ak, otherAK, tls, otherTLS := softAK(t), softAK(t), spki(t), spki(t)
 	ek := evidence.Sum([]byte("ek"))
 	counters := tpmappraise.Counters{ResetCount: 5, RestartCount: 2, Clock: 1000}

@@ -44,7 +44,7 @@ const (
 	crlText = "workload-crl.pem"
 )
 
-var password = []byte("a password of the key files")
+var password = []byte("test password")
 
 const scopesHCL = `
 scope "billing-tls" {

@@ -26,6 +26,8 @@ type Standing struct {
 	Counters    *appraise.Counters
 	FactsDigest string
 	SilentAt    time.Time
+
+	stored string // Counters as the row has them; empty: as this version writes them
 }
 
 // A Showing is what a host showed by a proof.
@@ -44,10 +46,9 @@ func (h Host) Standing() Standing {
 // StandingOf reads a host's standing.
 func StandingOf(tx *store.Tx, id string) (Standing, error) {
 	s := Standing{ID: id}
-	var counters string
 	var silent int64
 	err := tx.QueryRow(`SELECT state, reenrolling, ak_public, counters, facts_digest, silent_at FROM hosts WHERE id = ?`, id).
-		Scan(&s.State, &s.Reenrolling, &s.AKPublic, &counters, &s.FactsDigest, &silent)
+		Scan(&s.State, &s.Reenrolling, &s.AKPublic, &s.stored, &s.FactsDigest, &silent)
 	if errors.Is(err, sql.ErrNoRows) {
 		return s, fmt.Errorf("%w: %v", ErrUnknown, id)
 	}
@@ -55,8 +56,8 @@ func StandingOf(tx *store.Tx, id string) (Standing, error) {
 		return s, err
 	}
 	s.SilentAt = store.Time(silent)
-	if counters != "" {
-		if err := json.Unmarshal([]byte(counters), &s.Counters); err != nil {
+	if s.stored != "" {
+		if err := json.Unmarshal([]byte(s.stored), &s.Counters); err != nil {
 			return s, fmt.Errorf("%w: %s: counters: %w", ErrUnreadable, id, err)
 		}
 	}
@@ -66,9 +67,13 @@ func StandingOf(tx *store.Tx, id string) (Standing, error) {
 // Become writes what a good proof made of the standing, and what it showed. It fails with
 // ErrChanged, and writes nothing, unless the host still stands as s does.
 func (s Standing) Become(tx *store.Tx, next Standing, shown Showing) error {
-	before, err := json.Marshal(s.Counters)
-	if err != nil {
-		return err
+	before := s.stored
+	if before == "" {
+		b, err := json.Marshal(s.Counters)
+		if err != nil {
+			return err
+		}
+		before = string(b)
 	}
 	counters, err := json.Marshal(next.Counters)
 	if err != nil {
@@ -85,7 +90,7 @@ func (s Standing) Become(tx *store.Tx, next Standing, shown Showing) error {
 	result, err := tx.Exec(`UPDATE hosts SET state = ?, state_reason = '', address = ?, counters = ?, pcrs = ?, facts = ?, facts_digest = ?, last_proved = ?, silent_at = ?
 		WHERE id = ? AND state = ? AND reenrolling = ? AND ak_public = ? AND counters = ? AND facts_digest = ? AND silent_at = ?`,
 		string(next.State), shown.Address, string(counters), string(pcrs), string(facts), next.FactsDigest, store.Millis(shown.At), store.Millis(next.SilentAt),
-		s.ID, string(s.State), s.Reenrolling, s.AKPublic, string(before), s.FactsDigest, store.Millis(s.SilentAt))
+		s.ID, string(s.State), s.Reenrolling, s.AKPublic, before, s.FactsDigest, store.Millis(s.SilentAt))
 	if err != nil {
 		return err
 	}
