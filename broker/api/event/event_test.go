@@ -100,8 +100,13 @@ func TestLaterKinds(t *testing.T) {
 	}
 }
 
-// Every kind has an event, and every event says its kind.
+// Every constant of this package has an event, and every event says its kind.
 func TestEveryKindHasItsEvent(t *testing.T) {
+	source := string(check.Must(os.ReadFile("kinds.go"))(t))
+	block, _, _ := strings.Cut(source, "// events makes")
+	if named := strings.Count(block, " Kind = "); named == 0 || named != len(event.Kinds()) {
+		t.Errorf("%d constants, and %d kinds that have an event", named, len(event.Kinds()))
+	}
 	for _, k := range event.Kinds() {
 		if e := check.Must(event.Record{Kind: k, Detail: []byte(`{}`)}.Event())(t); e.Kind() != k {
 			t.Errorf("%s is read as %T of kind %s", k, e, e.Kind())
