@@ -11,18 +11,17 @@ import (
 	"github.com/countersign/countersign/attestors/evidence"
 )
 
-// Version is the newest version of the encoding. A reader of it takes whatever
-// optional facts a newer agent adds: they get a new field, here or in a type of
-// this package, and the version stays. It changes when a reader that doesn't know
-// a fact would decide wrongly.
+// Version is the newest version of the encoding. A new optional fact is a new field and
+// doesn't change the version, because readers ignore fields that they don't know. The
+// version changes when a reader that ignores a fact would decide wrongly.
 const Version = 2
 
-// Encode writes the program for the wire: as it came, if Parse returned it,
-// otherwise in the newest version.
+// Encode encodes the program in the newest version. A program that Parse returned is
+// encoded as it was received.
 func (p Program) Encode() ([]byte, error) { return p.EncodeAs(Version) }
 
-// EncodeAs is Encode for a reader that knows no version newer than this. Facts
-// that it has no place for are left out.
+// EncodeAs is Encode for a reader that knows versions up to this one. It leaves out facts
+// that the older version has no field for.
 func (p Program) EncodeAs(version int) ([]byte, error) {
 	if err := p.check(); err != nil {
 		return nil, err
@@ -45,9 +44,8 @@ func (p Program) EncodeAs(version int) ([]byte, error) {
 	return out, err
 }
 
-// Parse reads what Encode wrote. Doubled fields, other spacing or order, values
-// out of bounds and versions that it doesn't know are errors; a fact that it
-// doesn't know is kept and means nothing.
+// Parse decodes a program. Repeated fields, another order or spacing, values out of bounds
+// and unknown versions are errors. Unknown facts are kept for Encode and otherwise ignored.
 func Parse(b []byte) (Program, error) {
 	if len(b) > MaxEncoded {
 		return Program{}, fmt.Errorf("program evidence of %d bytes; at most %d are read", len(b), MaxEncoded)
@@ -60,7 +58,7 @@ func Parse(b []byte) (Program, error) {
 		return Program{}, err
 	}
 
-	// The first version has no facts but its own.
+	// The first version has no optional facts.
 	var again []byte
 	if version == 1 {
 		again, err = firstOf(p).encode()
@@ -116,11 +114,11 @@ func second(p Program) ([]byte, error) {
 	return ordered(b)
 }
 
-// ordered is any JSON as json.Marshal writes it: without spaces, with <, > and &
-// escaped, and with the fields of each object in the alphabet's order, each once.
-// So json.Marshal leaves it as it is inside of something larger, a lease, say.
-// Names in capitals are refused, which Go would take for those without, and null,
-// which it would take for nothing.
+// ordered returns JSON in the form that json.Marshal writes: without spaces, with <, > and
+// & escaped, and with the fields of each object sorted and without repetition. Inside
+// another value, such as a lease, json.Marshal leaves this form unchanged. Names with
+// capital letters are errors, because encoding/json ignores case, and so is null, which it
+// takes for an absent field.
 func ordered(b []byte) ([]byte, error) {
 	var v any
 	d := json.NewDecoder(bytes.NewReader(b))
@@ -168,9 +166,8 @@ func (p Program) MarshalJSON() ([]byte, error) {
 	return second(p)
 }
 
-// UnmarshalJSON reads what MarshalJSON wrote, or anybody who laid it out for
-// reading, and holds it to nothing: it is for what a broker recorded itself, and
-// for tools.
+// UnmarshalJSON decodes a program in any layout, without Parse's checks. It is for what the
+// broker recorded itself, and for tools.
 func (p *Program) UnmarshalJSON(b []byte) error {
 	read, _, err := parse(b)
 	*p = read

@@ -10,12 +10,13 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// A value of a fixed list stands in a message twice: as a string, as all versions so far
-// have it, and as an enum in the field of the same name with _code behind it. Both ends
-// of a connection make the two say the same, so that either may be set and either read,
-// whatever version the peer is of.
+// Values from fixed lists are in a message twice: as a string, which all versions so far
+// have, and as an enum, in the field of the same name with the suffix _code. Client and
+// server use the interceptor Codes, which sets the field that the sender left empty. So
+// code on either side may set or read either field, whatever version the peer has.
 
-// Codes is for both ends of a connection: it completes the messages that come and go.
+// Codes returns an interceptor, for clients and servers, that calls CompleteCodes on each
+// message that is sent or received.
 func Codes() connect.Interceptor {
 	return connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {
 		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
@@ -35,9 +36,9 @@ func complete(message any) {
 	}
 }
 
-// CompleteCodes sets each string or enum of a pair that isn't set by the other. Where
-// both are set and differ, the string stands: it is what every version reads. A value
-// that this version doesn't know leaves the other unset.
+// CompleteCodes sets the empty field of each pair of string and enum in m. If both are set
+// and differ, the string wins, because every version reads it. A value that this version
+// doesn't know leaves the other field empty.
 func CompleteCodes(m proto.Message) {
 	if r := m.ProtoReflect(); r.IsValid() {
 		each(r, func(m protoreflect.Message, p pair) {
@@ -56,21 +57,21 @@ func CompleteCodes(m proto.Message) {
 	}
 }
 
-// WithoutCodes is a copy of m for people, to whom the strings say enough.
+// WithoutCodes returns a copy of m without the enums, for output to people.
 func WithoutCodes[M proto.Message](m M) M {
 	plain := proto.Clone(m)
 	each(plain.ProtoReflect(), func(m protoreflect.Message, p pair) { m.Clear(p.code) })
 	return plain.(M)
 }
 
-// A pair is the two fields of one value.
+// A pair is the string and the enum field of one value.
 type pair struct {
 	text, code protoreflect.FieldDescriptor
 	byText     map[string]protoreflect.EnumNumber
 	byCode     map[protoreflect.EnumNumber]string
 }
 
-// pairs are those of a kind of message, and where in it more lie.
+// pairs lists the pairs of a message type, and its fields whose messages contain pairs.
 type pairs struct {
 	own   []pair
 	inner []protoreflect.FieldDescriptor // messages, or lists of them
@@ -116,7 +117,7 @@ func newPair(text, code protoreflect.FieldDescriptor) pair {
 	return p
 }
 
-// each calls do with every pair in m and in the messages that it holds.
+// each calls do for every pair in m and in the messages inside it.
 func each(m protoreflect.Message, do func(protoreflect.Message, pair)) {
 	p := pairsOf(m.Descriptor())
 	for _, one := range p.own {

@@ -31,8 +31,8 @@ func ReadFile(name string, most int64) ([]byte, error) {
 	return b, nil
 }
 
-// Text is what a peer says as it is kept and shown: its first bytes, at most so many,
-// with a … where there are more. What isn't a printable letter becomes U+FFFD.
+// Text returns a peer's text in a form that can be stored and shown: its first most bytes,
+// followed by … if there are more, with U+FFFD instead of unprintable characters.
 func Text(s string, most int) string {
 	end := ""
 	if len(s) > most {

@@ -1,5 +1,5 @@
-// Package cli is what the command lines of both programs have in common: how they end,
-// what arguments they take, and how they log.
+// Package cli contains what the command lines of both programs share: exit codes, checks
+// of arguments, signals and logging.
 package cli
 
 import (
@@ -18,12 +18,12 @@ import (
 
 // Exit codes that scripts can use; a program may have more, from 3 on.
 const (
-	No    = 1 // it failed, or the answer is no
+	No    = 1 // the command failed, or its answer is no
 	Usage = 2 // the command line is wrong
 )
 
-// Main runs a program until it ends or a signal asks it to, and exits with what run
-// returns. A second signal ends what doesn't heed the first.
+// Main calls run and exits with the code that it returns. SIGINT and SIGTERM cancel ctx; a
+// second signal kills the process.
 func Main(run func(ctx context.Context, args []string, stdout, stderr io.Writer) int) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -31,7 +31,7 @@ func Main(run func(ctx context.Context, args []string, stdout, stderr io.Writer)
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
-// An Exit is an error with an exit code of its own.
+// An Exit is an error with an exit code.
 type Exit struct {
 	Code int
 	err  error
@@ -41,11 +41,11 @@ func (e *Exit) Error() string { return e.err.Error() }
 
 func (e *Exit) Unwrap() error { return e.err }
 
-// Fail is err with an exit code.
+// Fail returns err with an exit code.
 func Fail(code int, err error) error { return &Exit{code, err} }
 
-// Code is the exit code of a command's error: its own, Usage for what cobra says of the
-// command line, or else No.
+// Code returns the exit code for the error of a command: 0 for nil, the code of an [Exit],
+// Usage for cobra's own errors, and No for all others.
 func Code(err error) int {
 	var exit *Exit
 	switch {
@@ -59,8 +59,9 @@ func Code(err error) int {
 	return No
 }
 
-// Prepare has a root command leave errors to its caller, give usage's exit code for wrong
-// flags, and refuse words that are no command where cobra would print its help and succeed.
+// Prepare configures a root command: it prints no errors itself, wrong flags have the exit
+// code Usage, and an unknown subcommand is an error, for which cobra would print help and
+// succeed.
 func Prepare(root *cobra.Command) {
 	root.SilenceUsage, root.SilenceErrors = true, true
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return Fail(Usage, err) })
@@ -84,17 +85,17 @@ func strict(cmd *cobra.Command) {
 	}
 }
 
-// Exactly is cobra.ExactArgs with usage's exit code.
+// Exactly is cobra.ExactArgs with the exit code Usage.
 func Exactly(n int) cobra.PositionalArgs {
 	return args(func(have int) bool { return have == n })
 }
 
-// AtMost is cobra.MaximumNArgs with usage's exit code.
+// AtMost is cobra.MaximumNArgs with the exit code Usage.
 func AtMost(n int) cobra.PositionalArgs {
 	return args(func(have int) bool { return have <= n })
 }
 
-// AtLeast is cobra.MinimumNArgs with usage's exit code.
+// AtLeast is cobra.MinimumNArgs with the exit code Usage.
 func AtLeast(n int) cobra.PositionalArgs {
 	return args(func(have int) bool { return have >= n })
 }
@@ -108,7 +109,7 @@ func args(good func(n int) bool) cobra.PositionalArgs {
 	}
 }
 
-// Log writes a program's log as format says: "json", or text.
+// Log returns a logger that writes JSON if format is "json", and text otherwise.
 func Log(format string, w io.Writer) *slog.Logger {
 	if format == "json" {
 		return slog.New(slog.NewJSONHandler(w, nil))

@@ -1,10 +1,10 @@
 // Package hclread reads HCL: the configs of broker, agent and watch, scopes, and
 // Vault's policies.
 //
-// It trusts no text. HCL's parser recurses, and its lexer is quadratic on some input,
-// as unclosed heredocs, long lines and many $: each text is held against its Limits
-// before it is parsed. It is strict, and promises to tell every mistake at once, each
-// with its place and, where one is likely, what was meant.
+// It doesn't trust the text. HCL's parser recurses, and its lexer takes quadratic time for
+// unclosed heredocs, long lines and many $ signs, so a text is compared with its Limits
+// before it is parsed. Reading is strict. It reports all mistakes at once, with their places
+// and suggestions.
 package hclread
 
 import (
@@ -75,7 +75,7 @@ func (p Problems) Sort() {
 	})
 }
 
-// Or is nil without problems, so that it can be returned as an error.
+// Or returns p as an error, or nil if there are no problems.
 func (p Problems) Or() error {
 	if len(p) == 0 {
 		return nil
@@ -95,7 +95,7 @@ func (r *Reader) Problem(at hcl.Range, message, suggestion string) {
 	r.Problems = append(r.Problems, Problem{File: at.Filename, Line: at.Start.Line, Column: at.Start.Column, Message: message, Suggestion: suggestion})
 }
 
-// Parse reads one text. It returns nil where the text can't be read, and has noted why.
+// Parse parses a text. It returns nil if it can't, after noting the problems.
 func (r *Reader) Parse(name string, text []byte, l Limits) *hclsyntax.Body {
 	r.source = text
 	if at, why := l.exceeded(name, text); why != "" {
@@ -110,7 +110,7 @@ func (r *Reader) Parse(name string, text []byte, l Limits) *hclsyntax.Body {
 	return parsed.Body.(*hclsyntax.Body) // the native syntax has no other
 }
 
-// exceeded says which limit a text is beyond, and where.
+// exceeded returns the first limit that a text exceeds, and where.
 func (l Limits) exceeded(name string, text []byte) (at hcl.Range, why string) {
 	at = hcl.Range{Filename: name}
 	if l.Size > 0 && len(text) > l.Size {
@@ -135,7 +135,7 @@ func (l Limits) exceeded(name string, text []byte) (at hcl.Range, why string) {
 	return at, ""
 }
 
-// diagnostics notes what HCL itself found wrong.
+// diagnostics notes the errors that HCL reported.
 func (r *Reader) diagnostics(name string, diags hcl.Diagnostics) {
 	for _, d := range diags {
 		if d.Severity != hcl.DiagError {

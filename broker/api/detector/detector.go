@@ -1,8 +1,8 @@
-// Package detector has the names of what finds misuse: findings bear them, and so do
-// records of the audit log. What each detector sees is in compensating/detect.
+// Package detector lists the names of the watch's detectors, which findings and audit
+// records contain. Package compensating/detect describes and implements them.
 package detector
 
-// A Name is a detector's, for good.
+// A Name identifies a detector. The names don't change.
 type Name string
 
 // The detectors.
@@ -21,7 +21,7 @@ const (
 	Canary              Name = "canary"
 )
 
-// All are all of them, in the order in which they are documented.
+// All lists the detectors in the order of the documentation.
 var All = []Name{
 	ForeignSource, UseAfterRevoke, UnmatchedLogin, SharedStaticAccount, OutOfBandRead, DuplicateInstance,
 	SubjectDrift, SameSecret, HumanUse, Dormant, SilentSensor, Canary,

@@ -1,10 +1,10 @@
-// Package event is the audit log's language: what kinds of records there are, what each
-// says, and how it stands in JSON. The broker writes records by it, and everybody reads
-// them by it: the watch, `countersign fsck`, and programs of others.
+// Package event defines the records of the audit log: their kinds, the fields of each kind,
+// and their JSON. The broker writes records with this package. The watch, `countersign
+// fsck` and other programs read them with it.
 //
-// It promises that a kind's name and its fields' names stay, and that records of
-// earlier brokers are read. A record is small, and holds no secret: it names a
-// credential by what the outside world calls it.
+// Compatibility: the names of kinds and fields don't change, and records that earlier
+// brokers wrote can be read. A record contains no secret. It identifies a credential by
+// its names in other systems, such as a user name or a serial number.
 package event
 
 import (
@@ -18,20 +18,20 @@ import (
 type Record struct {
 	Index   int64           `json:"index"`
 	Time    time.Time       `json:"time"`
-	Kind    Kind            `json:"kind"`            // what happened
+	Kind    Kind            `json:"kind"`
 	Actor   string          `json:"actor"`           // "host:<id>", "operator:<name>" or "broker"
-	Host    string          `json:"host,omitempty"`  // whom it concerns, by id
-	Scope   string          `json:"scope,omitempty"` // by name
-	Lease   string          `json:"lease,omitempty"` // by id
+	Host    string          `json:"host,omitempty"`  // id
+	Scope   string          `json:"scope,omitempty"` // name
+	Lease   string          `json:"lease,omitempty"` // id
 	Request string          `json:"request,omitempty"`
-	Detail  json.RawMessage `json:"detail,omitempty"` // an Event, by its kind
+	Detail  json.RawMessage `json:"detail,omitempty"` // JSON of the kind's Event
 }
 
-// An Event is what a record says beside whom it concerns: a struct of this package,
-// whose JSON is the record's detail.
+// An Event holds the fields of one kind of record. Each is a struct of this package; its
+// JSON is the detail of the record.
 type Event interface{ Kind() Kind }
 
-// Parse reads a record. What follows a field that it doesn't know is read all the same.
+// Parse decodes a record. Unknown fields are ignored.
 func Parse(line []byte) (r Record, err error) {
 	if err := json.Unmarshal(line, &r); err != nil {
 		return r, fmt.Errorf("audit record: %w", err)
@@ -39,7 +39,7 @@ func Parse(line []byte) (r Record, err error) {
 	return r, nil
 }
 
-// Header is Parse without the detail, which may be long.
+// Header decodes a record without its detail, which may be long.
 func Header(line []byte) (Record, error) {
 	// Detail is the last field, and a quote within a text before it is escaped.
 	if i := bytes.Index(line, []byte(`,"detail":`)); i >= 0 {
@@ -48,7 +48,8 @@ func Header(line []byte) (Record, error) {
 	return Parse(line)
 }
 
-// Event is what the record says; Unknown where its kind is of a later broker.
+// Event decodes the detail of the record. It returns an [Unknown] for a kind that this
+// version doesn't know.
 func (r Record) Event() (Event, error) {
 	e := r.Kind.empty()
 	if e == nil {
@@ -63,8 +64,7 @@ func (r Record) Event() (Event, error) {
 	return e, nil
 }
 
-// Why is the reason that an event gives, in one line for people; empty where it gives
-// none.
+// Why returns the reason that an event gives, for people, or "" if it has none.
 func Why(e Event) string {
 	if w, ok := e.(interface{ why() string }); ok {
 		return w.why()
@@ -72,11 +72,11 @@ func Why(e Event) string {
 	return ""
 }
 
-// An Unknown is an event of a kind that this program doesn't know.
+// An Unknown is an event of a kind that this version doesn't know.
 type Unknown struct {
 	Of     Kind
 	Detail json.RawMessage
 }
 
-// Kind is the event's.
+// Kind returns the kind of the record.
 func (u Unknown) Kind() Kind { return u.Of }

@@ -8,33 +8,34 @@ import (
 	"github.com/countersign/countersign/broker/api/detector"
 )
 
-// Initialised is BrokerInitialised.
+// Initialised is the event of BrokerInitialised.
 type Initialised struct {
 	Broker string `json:"broker"`
 	HostCA string `json:"host_ca"` // SHA-256, hex
 }
 
-// Kind is BrokerInitialised.
+// Kind returns BrokerInitialised.
 func (Initialised) Kind() Kind { return BrokerInitialised }
 
-// Epoch is AuditEpoch: the log starts anew at its present size.
+// Epoch is the event of AuditEpoch: the log begins a new epoch, because it can't follow a
+// checkpoint that an agent has, or after a restore.
 type Epoch struct {
 	Reason string `json:"reason"`
 	Shown  string `json:"shown,omitempty"` // the signed checkpoint that it can't follow
 }
 
-// Kind is AuditEpoch.
+// Kind returns AuditEpoch.
 func (Epoch) Kind() Kind { return AuditEpoch }
 
 func (e Epoch) why() string { return e.Reason }
 
-// Added is HostAdded.
+// Added is the event of HostAdded.
 type Added struct {
 	Count int         `json:"count"`
 	Hosts []AddedHost `json:"hosts"`
 }
 
-// An AddedHost was made known before it joined.
+// An AddedHost is a host that an operator registered before it joined.
 type AddedHost struct {
 	ID        string            `json:"id"`
 	Name      string            `json:"name"`
@@ -43,11 +44,11 @@ type AddedHost struct {
 	Reference string            `json:"reference,omitempty"`
 }
 
-// Kind is HostAdded.
+// Kind returns HostAdded.
 func (Added) Kind() Kind { return HostAdded }
 
-// Enrolment is what became of a host's request to join: HostJoined, HostAdmitted,
-// HostPending or HostReenrolWanted.
+// Enrolment is the event of HostJoined, HostAdmitted, HostPending and HostReenrolWanted:
+// the result of a host's request to join.
 type Enrolment struct {
 	As Kind `json:"-"`
 
@@ -63,21 +64,22 @@ type Enrolment struct {
 	Reason    string            `json:"reason"`
 }
 
-// Kind is As.
+// Kind returns e.As.
 func (e Enrolment) Kind() Kind { return e.As }
 
 func (e Enrolment) why() string { return e.Reason }
 
-// Duplicate is HostDuplicate: a TPM's counters, or its keys, are in two places. It has
-// what an Enrolment has where it showed when a host joined.
+// Duplicate is the event of HostDuplicate: the counters of a TPM went back, so that a copy
+// of the machine may be running. It was found in a proof (Check and Detail are set) or
+// while the host joined (Enrolment is set).
 type Duplicate struct {
-	*Enrolment // nil where it showed in a proof
+	*Enrolment
 
 	Check  string `json:"check,omitempty"`
 	Detail string `json:"detail,omitempty"`
 }
 
-// Kind is HostDuplicate.
+// Kind returns HostDuplicate.
 func (Duplicate) Kind() Kind { return HostDuplicate }
 
 func (e Duplicate) why() string {
@@ -87,27 +89,27 @@ func (e Duplicate) why() string {
 	return first(e.Detail, e.Check)
 }
 
-// Failed is HostFailed: its evidence was rejected.
+// Failed is the event of HostFailed: the broker rejected the host's evidence.
 type Failed struct {
 	Check  string `json:"check"`
-	Detail string `json:"detail"` // for operators; hosts aren't told
+	Detail string `json:"detail"` // for operators; the host doesn't receive it
 }
 
-// Kind is HostFailed.
+// Kind returns HostFailed.
 func (Failed) Kind() Kind { return HostFailed }
 
 func (e Failed) why() string { return first(e.Detail, e.Check) }
 
-// Facts is HostFacts: what was proven of a host, where it is another thing than before.
+// Facts is the event of HostFacts: the proven facts of a host, written when they change.
 type Facts struct {
-	Facts  json.RawMessage `json:"facts"` // as conditions of scopes have them
+	Facts  json.RawMessage `json:"facts"` // in the vocabulary of scope conditions
 	SHA256 string          `json:"sha256"`
 }
 
-// Kind is HostFacts.
+// Kind returns HostFacts.
 func (Facts) Kind() Kind { return HostFacts }
 
-// Silence is HostStale or HostHeld.
+// Silence is the event of HostStale and HostHeld.
 type Silence struct {
 	As Kind `json:"-"`
 
@@ -115,13 +117,13 @@ type Silence struct {
 	LastProved time.Time `json:"last_proved"`
 }
 
-// Kind is As.
+// Kind returns e.As.
 func (e Silence) Kind() Kind { return e.As }
 
 func (e Silence) why() string { return e.Reason }
 
-// Change is what an operator did to a host: HostApproved, HostLabelled,
-// HostQuarantined, HostReleased, HostReenrol, HostRemoved, HostReference or HostStepUp.
+// Change is the event of HostApproved, HostLabelled, HostQuarantined, HostReleased,
+// HostReenrol, HostRemoved, HostReference and HostStepUp: an operator changed a host.
 type Change struct {
 	As Kind `json:"-"`
 
@@ -132,12 +134,12 @@ type Change struct {
 	Reason     string            `json:"reason,omitempty"`
 }
 
-// Kind is As.
+// Kind returns e.As.
 func (e Change) Kind() Kind { return e.As }
 
 func (e Change) why() string { return e.Reason }
 
-// UnmarshalJSON reads the names too that earlier brokers wrote.
+// UnmarshalJSON also accepts the field names that earlier brokers wrote.
 func (e *Change) UnmarshalJSON(b []byte) error {
 	type change Change // without this method
 	old := struct {
@@ -157,7 +159,7 @@ func (e *Change) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// Token is TokenCreated, and not the token.
+// Token is the event of TokenCreated. It doesn't contain the token itself.
 type Token struct {
 	Name      string            `json:"name"`
 	Labels    map[string]string `json:"labels"`
@@ -165,10 +167,10 @@ type Token struct {
 	Expires   time.Time         `json:"expires"`
 }
 
-// Kind is TokenCreated.
+// Kind returns TokenCreated.
 func (Token) Kind() Kind { return TokenCreated }
 
-// A Decision is what the policy said of a request.
+// A Decision is the result of evaluating a scope for a request.
 type Decision struct {
 	Scope     string     `json:"scope"`
 	Outcome   string     `json:"outcome"`
@@ -177,7 +179,7 @@ type Decision struct {
 	Reason    string     `json:"reason,omitempty"`
 }
 
-// A Selector is one condition of a scope and what it saw.
+// A Selector is one condition of a scope, with the value that it was compared with.
 type Selector struct {
 	Name   string `json:"name"`
 	Wanted string `json:"wanted"`
@@ -185,55 +187,56 @@ type Selector struct {
 	Result string `json:"result"` // "pass", "fail" or "absent"
 }
 
-// Allowed is CredentialAllowed. It stands before the credential is made.
+// Allowed is the event of CredentialAllowed. The broker writes it before it issues the
+// credential.
 type Allowed struct {
 	Decision  Decision          `json:"decision"`
-	Facts     json.RawMessage   `json:"facts"`      // of the program; as conditions of scopes have them
-	HostFacts evidence.Digest   `json:"host_facts"` // of the host's, as its newest HostFacts has it
+	Facts     json.RawMessage   `json:"facts"`      // of the program, in the vocabulary of scope conditions
+	HostFacts evidence.Digest   `json:"host_facts"` // digest of the host's facts; the newest HostFacts has them
 	Names     map[string]string `json:"names,omitempty"`
-	Serial    string            `json:"serial,omitempty"` // of a certificate, by earlier brokers
+	Serial    string            `json:"serial,omitempty"` // of a certificate; only earlier brokers wrote it
 }
 
-// Kind is CredentialAllowed.
+// Kind returns CredentialAllowed.
 func (Allowed) Kind() Kind { return CredentialAllowed }
 
 func (e Allowed) why() string { return e.Decision.Reason }
 
-// Decided is a decision by which nothing is issued: CredentialRefused, CredentialFault
-// or CredentialObserved.
+// Decided is the event of CredentialRefused, CredentialFault and CredentialObserved:
+// decisions that issue nothing.
 type Decided struct {
 	As Kind `json:"-"`
 
 	Decision Decision        `json:"decision"`
-	Program  json.RawMessage `json:"program"` // as conditions of scopes have it
+	Program  json.RawMessage `json:"program"` // process.Program's encoding, as the host sent it
 }
 
-// Kind is As.
+// Kind returns e.As.
 func (e Decided) Kind() Kind { return e.As }
 
 func (e Decided) why() string { return e.Decision.Reason }
 
-// Outcome is what became of a credential: CredentialIssued, CredentialFailed,
-// CredentialDelivered, CredentialReplaced, CredentialRevoking or CredentialEnded.
+// Outcome is the event of CredentialIssued, CredentialFailed, CredentialDelivered,
+// CredentialReplaced, CredentialRevoking and CredentialEnded: the lease after the change.
 type Outcome struct {
 	As Kind `json:"-"`
 
 	State     string            `json:"state"` // of its lease
 	Reason    string            `json:"reason"`
-	Names     map[string]string `json:"names"` // what the outside world calls it
+	Names     map[string]string `json:"names"` // by which other systems know the credential
 	Expires   time.Time         `json:"expires"`
 	Unrotated bool              `json:"unrotated"`
 	Error     string            `json:"error"`
-	Instance  string            `json:"instance"` // of the program that it is for
+	Instance  string            `json:"instance"` // of the program
 }
 
-// Kind is As.
+// Kind returns e.As.
 func (e Outcome) Kind() Kind { return e.As }
 
 func (e Outcome) why() string { return first(e.Reason, e.Error) }
 
-// UnmarshalJSON reads a record of an earlier broker too, which had some names beside
-// the others.
+// UnmarshalJSON also accepts records of earlier brokers, which had some of the names in
+// fields of their own.
 func (e *Outcome) UnmarshalJSON(b []byte) error {
 	type outcome Outcome // without this method
 	old := struct {
@@ -245,23 +248,25 @@ func (e *Outcome) UnmarshalJSON(b []byte) error {
 	return err
 }
 
-// Bound is CredentialBound: it belongs to this instance of the program from here on.
+// Bound is the event of CredentialBound: the credential belongs to this instance of the
+// program from now on.
 type Bound struct {
 	Instance string `json:"instance"`
 }
 
-// Kind is CredentialBound.
+// Kind returns CredentialBound.
 func (Bound) Kind() Kind { return CredentialBound }
 
-// Adopted is CredentialAdopted: the lease came back by its ticket, after a restore.
+// Adopted is the event of CredentialAdopted: after a restore, the broker accepted a lease
+// from its ticket.
 type Adopted struct {
 	Names map[string]string `json:"names"`
 }
 
-// Kind is CredentialAdopted.
+// Kind returns CredentialAdopted.
 func (Adopted) Kind() Kind { return CredentialAdopted }
 
-// UnmarshalJSON reads a record of an earlier broker too.
+// UnmarshalJSON also accepts records of earlier brokers; see [Outcome.UnmarshalJSON].
 func (e *Adopted) UnmarshalJSON(b []byte) error {
 	type adopted Adopted // without this method
 	old := struct {
@@ -273,7 +278,7 @@ func (e *Adopted) UnmarshalJSON(b []byte) error {
 	return err
 }
 
-// oldNames stood beside the names of a credential, in records of earlier brokers.
+// oldNames are the names that earlier brokers wrote in fields of their own.
 type oldNames struct {
 	Accessor   string `json:"accessor"`
 	VaultLease string `json:"vault_lease"`
@@ -293,7 +298,7 @@ func (o oldNames) with(names map[string]string) map[string]string {
 	return names
 }
 
-// Opened is CredentialOpened: the host reports that a program other than the credential's
+// Opened is the event of CredentialOpened: the host reports that a program other than the credential's
 // own opened its file.
 type Opened struct {
 	Time time.Time `json:"time"`
@@ -304,10 +309,10 @@ type Opened struct {
 	Unit string    `json:"unit,omitempty"`
 }
 
-// Kind is CredentialOpened.
+// Kind returns CredentialOpened.
 func (Opened) Kind() Kind { return CredentialOpened }
 
-// Revocation is LeaseRevoke: an operator asked for ends.
+// Revocation is the event of LeaseRevoke: an operator asked the broker to revoke leases.
 type Revocation struct {
 	Leases []string `json:"leases"`
 	Host   string   `json:"host"`
@@ -315,12 +320,12 @@ type Revocation struct {
 	Reason string   `json:"reason"`
 }
 
-// Kind is LeaseRevoke.
+// Kind returns LeaseRevoke.
 func (Revocation) Kind() Kind { return LeaseRevoke }
 
 func (e Revocation) why() string { return e.Reason }
 
-// Finding is FindingOpened, FindingReopened or FindingClosed.
+// Finding is the event of FindingOpened, FindingReopened and FindingClosed.
 type Finding struct {
 	As Kind `json:"-"`
 
@@ -333,26 +338,26 @@ type Finding struct {
 	First    time.Time     `json:"first"`
 	Last     time.Time     `json:"last"`
 	Count    int64         `json:"count"`
-	Reason   string        `json:"reason,omitempty"` // of closing it
-	Until    time.Time     `json:"until,omitzero"`   // it stays closed
+	Reason   string        `json:"reason,omitempty"` // why it was closed
+	Until    time.Time     `json:"until,omitzero"`   // the finding stays closed until then
 }
 
-// Kind is As.
+// Kind returns e.As.
 func (e Finding) Kind() Kind { return e.As }
 
 func (e Finding) why() string { return first(e.Reason, e.Why) }
 
-// Canary is CanaryIssued or CanaryRemoved.
+// Canary is the event of CanaryIssued and CanaryRemoved.
 type Canary struct {
 	As Kind `json:"-"`
 
 	ID string `json:"canary"`
 }
 
-// Kind is As.
+// Kind returns e.As.
 func (e Canary) Kind() Kind { return e.As }
 
-// Operator is OperatorAdded, OperatorRenewed or OperatorRemoved.
+// Operator is the event of OperatorAdded, OperatorRenewed and OperatorRemoved.
 type Operator struct {
 	As Kind `json:"-"`
 
@@ -362,31 +367,32 @@ type Operator struct {
 	Until time.Time `json:"until,omitzero"`
 }
 
-// Kind is As.
+// Kind returns e.As.
 func (e Operator) Kind() Kind { return e.As }
 
-// Policy is PolicyApplied: these scopes are in force.
+// Policy is the event of PolicyApplied: an operator applied these scope files.
 type Policy struct {
 	Scopes []ScopeChange `json:"scopes"`
 	Files  []File        `json:"files"`
 }
 
-// A ScopeChange is what became of one scope: "added", "changed", "removed" or "same".
+// A ScopeChange compares one scope with the set before. Change is "added", "changed",
+// "removed" or "same".
 type ScopeChange struct {
 	Scope  string `json:"scope"`
 	Change string `json:"change"`
 }
 
-// A File is one of the scopes' files.
+// A File is a scope file.
 type File struct {
 	Name    string `json:"name"`
 	Content []byte `json:"content"`
 }
 
-// Kind is PolicyApplied.
+// Kind returns PolicyApplied.
 func (Policy) Kind() Kind { return PolicyApplied }
 
-// Reference is ReferenceLearned, ReferenceAdded, ReferenceApproved or
+// Reference is the event of ReferenceLearned, ReferenceAdded, ReferenceApproved and
 // ReferenceMaintenance.
 type Reference struct {
 	As Kind `json:"-"`
@@ -398,10 +404,10 @@ type Reference struct {
 	Until    time.Time `json:"until,omitzero"`
 }
 
-// Kind is As.
+// Kind returns e.As.
 func (e Reference) Kind() Kind { return e.As }
 
-// Release is ReleaseAdded.
+// Release is the event of ReleaseAdded.
 type Release struct {
 	Name     string    `json:"name"`
 	Files    int       `json:"files"`
@@ -409,10 +415,10 @@ type Release struct {
 	OlderEnd time.Time `json:"older_end,omitzero"`
 }
 
-// Kind is ReleaseAdded.
+// Kind returns ReleaseAdded.
 func (Release) Kind() Kind { return ReleaseAdded }
 
-// first is the first text that isn't empty.
+// first returns the first text that isn't empty.
 func first(texts ...string) string {
 	for _, t := range texts {
 		if t != "" {

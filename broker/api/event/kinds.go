@@ -7,7 +7,7 @@ import (
 	"github.com/countersign/countersign/broker/api/detector"
 )
 
-// A Kind is what happened, by a name that stays.
+// A Kind names what happened. The names don't change.
 type Kind string
 
 // The kinds of records.
@@ -15,12 +15,12 @@ const (
 	BrokerInitialised Kind = "broker.initialised"
 	AuditEpoch        Kind = "audit.epoch"
 
-	HostAdded         Kind = "host.added" // beforehand, by its EK
+	HostAdded         Kind = "host.added" // registered by an operator, by its EK
 	HostJoined        Kind = "host.joined"
 	HostAdmitted      Kind = "host.admitted"
 	HostPending       Kind = "host.pending"
 	HostReenrolWanted Kind = "host.reenrol-wanted"
-	HostDuplicate     Kind = "finding." + Kind(detector.DuplicateInstance) // by its TPM's counters
+	HostDuplicate     Kind = "finding." + Kind(detector.DuplicateInstance) // its TPM's counters went back
 	HostFailed        Kind = "host.failed"
 	HostFacts         Kind = "host.facts"
 	HostStale         Kind = "host.stale"
@@ -68,7 +68,7 @@ const (
 	ReleaseAdded         Kind = "release.added"
 )
 
-// events makes the empty event of each kind.
+// events returns an empty event for each kind.
 var events = map[Kind]func(Kind) Event{
 	BrokerInitialised: func(Kind) Event { return &Initialised{} },
 	AuditEpoch:        func(Kind) Event { return &Epoch{} },
@@ -105,7 +105,7 @@ func canary(k Kind) Event    { return &Canary{As: k} }
 func operator(k Kind) Event  { return &Operator{As: k} }
 func reference(k Kind) Event { return &Reference{As: k} }
 
-// empty is an event of the kind to be read into; nil for one that isn't known.
+// empty returns an event to decode the kind's detail into, or nil if the kind is unknown.
 func (k Kind) empty() Event {
 	if of, ok := events[k]; ok {
 		return of(k)
@@ -113,5 +113,5 @@ func (k Kind) empty() Event {
 	return nil
 }
 
-// Kinds are all kinds that this program knows, by name.
+// Kinds returns all kinds, sorted by name.
 func Kinds() []Kind { return slices.Sorted(maps.Keys(events)) }

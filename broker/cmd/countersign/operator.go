@@ -85,7 +85,7 @@ func operatorCommand(o *options) *cobra.Command {
 			})
 		})
 	}}
-	remove := &cobra.Command{Use: "remove NAME", Short: "Revoke an operator's access at once", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
+	remove := &cobra.Command{Use: "remove NAME", Short: "Revoke an operator certificate immediately", Args: cli.Exactly(1), RunE: func(cmd *cobra.Command, args []string) error {
 		client, err := o.client(cmd.Context())
 		if err != nil {
 			return err

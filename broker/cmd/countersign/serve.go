@@ -94,7 +94,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	return group.Wait()
 }
 
-// A broker is the parts of one that runs.
+// A broker holds the parts of a running broker.
 type broker struct {
 	config *config.Broker
 	store  *store.Store
@@ -115,7 +115,7 @@ type broker struct {
 	desk     *admin.Desk
 }
 
-// readKeys reads who the broker is, its keys, and whom it trusts.
+// readKeys reads the broker's identity, its keys, and the roots that it trusts.
 func (b *broker) readKeys(ctx context.Context, password []byte) (err error) {
 	dir := b.config.StateDir
 	if b.id, err = brokerID(ctx, b.store); err != nil {
@@ -141,8 +141,8 @@ func (b *broker) parse(files []policy.File) (*policy.Set, error) {
 	return issuers.Parse(files, b.config.Names...)
 }
 
-// openIssuers opens the issuers that the config has. Ready has one of each kind, whose
-// secrets are fingerprinted; of a kind that isn't configured issue.None.
+// openIssuers opens the configured issuers. It returns one issuer for each kind, which adds
+// fingerprints of the secrets; kinds that aren't configured get issue.None.
 func (b *broker) openIssuers(ctx context.Context, password []byte) (ready map[string]issue.Issuer, err error) {
 	ready, b.services = map[string]issue.Issuer{}, map[string]issue.Service{}
 	environment := issue.Environment{
@@ -164,7 +164,7 @@ func (b *broker) openIssuers(ctx context.Context, password []byte) (ready map[st
 	return ready, nil
 }
 
-// assemble makes what serves and looks after leases.
+// assemble makes the lease manager, the silence watcher and the operators' desk.
 func (b *broker) assemble(ready map[string]issue.Issuer) {
 	b.leases = lease.New(b.store, ready, b.log, b.clock.Now)
 	b.silence = &liveness.Watch{Store: b.store, Leases: b.leases, Brake: b.config.BrakeHostsPerMinute, Log: b.log, Now: b.clock.Now}
@@ -173,13 +173,13 @@ func (b *broker) assemble(ready map[string]issue.Issuer) {
 		Logs: b.logs, ParseSet: b.parse, Log: b.log, Now: faults.Now}
 }
 
-// retention forgets by the sure time: a lease that is forgotten too early could come back
-// by its ticket.
+// retention deletes old leases by the sure time: a ticket could bring back a lease that was
+// deleted too early.
 func (b *broker) retention() *retention.Keeper {
 	return &retention.Keeper{Store: b.store, Keep: b.config.Retention(), Policy: b.scopes.In, Log: b.log, Now: b.clock.Sure}
 }
 
-// ends are what of the broker ends by itself.
+// ends lists what the broker depends on and when it expires.
 func (b *broker) ends() ends {
 	known := ends{store: b.store, hostCA: b.hostCA.Certificate, ekRoots: b.ekRoots.All}
 	for _, service := range b.services {
@@ -192,7 +192,7 @@ func (b *broker) alarms(ctx context.Context) []string {
 	return slices.Concat(b.silence.Alarms(), b.leases.Alarms(ctx), b.ends().alarms(b.log, faults.Now()))
 }
 
-// server is what listens.
+// server makes the server for hosts, operators and metrics.
 func (b *broker) server() *server.Server {
 	c := b.config
 	handler, requests := metrics.New(b.metrics())
@@ -216,7 +216,7 @@ func (b *broker) server() *server.Server {
 	}
 }
 
-// metrics is what /metrics, /readyz and /crl are served from.
+// metrics makes the source of /metrics, /readyz and /crl.
 func (b *broker) metrics() metrics.Source {
 	root := admin.Actor{Name: "root", Role: admin.Viewer}
 	crl := func() []byte { return nil }
@@ -248,7 +248,7 @@ func (b *broker) metrics() metrics.Source {
 	}
 }
 
-// untilStopped ends the broker with its store.
+// untilStopped returns an error when the store stops, which ends the broker.
 func (b *broker) untilStopped(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
@@ -258,8 +258,8 @@ func (b *broker) untilStopped(ctx context.Context) error {
 	}
 }
 
-// keepScopes parses scopes as soon as they are applied, by whichever broker: a set that
-// this one can't read is told then, and not by the first host that asks.
+// keepScopes parses scopes as soon as they are applied, so that the log has an error at
+// once if this broker can't read them, and not at the first request of a host.
 func (b *broker) keepScopes(ctx context.Context) error {
 	changed := b.store.Changes(store.Scopes)
 	for {

@@ -1,12 +1,12 @@
-// Package issue says what every issuer of credentials does: make one on an
-// allowing decision, give it its length, and end it with confirmation.
+// Package issue defines what an issuer of credentials does: issue a credential for an
+// allowing decision, extend it to its full life, and revoke it with confirmation.
 //
 // Nothing is issued without a policy.Decision, which only verified evidence
 // makes. An issuer keeps no secret: what it made goes to the caller in a
 // redacting type, and all that remains is a Handle by which to end it.
 //
-// A new issuer is a folder below this one, with a Kind, and a line in package
-// issuers.
+// To add an issuer, write a package below this folder that exports a Kind, and add one
+// line to package issuers.
 package issue
 
 import (
@@ -26,54 +26,54 @@ import (
 // acknowledged.
 const ProvisionalFor = 2 * time.Minute
 
-// A Kind is one kind of credentials: what scopes say of it, and who issues it.
+// A Kind is one kind of credentials: its block in scopes, and its issuer.
 type Kind struct {
 	policy.Kind
 
-	// Open makes the issuer; nil where the broker's config has none of this kind.
+	// Open returns the issuer, or nil if the broker's config doesn't configure this kind.
 	Open func(context.Context, Environment) (Service, error)
 }
 
-// An Environment is what an issuer gets of its broker.
+// An Environment is what the broker passes to its issuers.
 type Environment struct {
 	Config   *config.Broker
 	Password []byte // of key files
 	Values   Values
 	Log      *slog.Logger
 
-	Wall   func() time.Time // by which verifiers go
-	Steady func() time.Time // by which leases go: nobody can set it
-	Sure   func() time.Time // what has surely passed, by no clock that was ahead for a while
+	Wall   func() time.Time // the system's clock, which verifiers compare with
+	Steady func() time.Time // the clock of leases; setting the system's clock doesn't move it
+	Sure   func() time.Time // a lower bound of the time, even if the system's clock was ahead
 }
 
-// Values are what issuers remember over restarts: durable, and small. A bucket is one
-// issuer's.
+// Values stores what issuers have to remember over restarts. A bucket belongs to one
+// issuer.
 type Values interface {
-	// Get reads one value; nil where there is none.
+	// Get returns a value, or nil if there is none.
 	Get(ctx context.Context, bucket, name string) ([]byte, error)
-	// All reads a bucket, by name.
+	// All calls each for every value of a bucket, sorted by name.
 	All(ctx context.Context, bucket string, each func(name string, value []byte)) error
-	// Add writes a value unless there is one of that name.
+	// Add writes a value unless the name is taken.
 	Add(ctx context.Context, bucket, name string, value []byte) error
-	// Replace writes a value and removes others of a bucket with it: both, or neither.
+	// Replace writes a value and removes others from the bucket of, in one transaction.
 	Replace(ctx context.Context, bucket, name string, value []byte, of string, remove []string) error
 }
 
-// A Ref is how an issuer knows its credential again: a small JSON value that it wrote
-// and nobody else reads. It holds no secret.
+// A Ref identifies a credential to its issuer. It is a small JSON value that only the
+// issuer reads, and contains no secret.
 type Ref = json.RawMessage
 
 // A Handle names an issued credential to its issuer.
 type Handle struct {
 	Lease   string // the journal's id
 	Scope   string
-	Ref     Ref // empty: it was never known to be issued
+	Ref     Ref // empty if the issuer's answer never arrived
 	Expires time.Time
 	Issued  time.Time // when the intent was recorded: what came of it began after that
 }
 
-// Prepared is what is known of a credential before it is made; the journal has it
-// from the intent on.
+// Prepared is what an issuer knows of a credential before it issues it. The journal
+// records it with the intent.
 type Prepared struct {
 	Ref   Ref
 	Names map[string]string
@@ -94,7 +94,7 @@ type Order struct {
 type Field struct {
 	Name   string
 	Value  secret.Bytes
-	Public bool // anybody may know it, as a certificate
+	Public bool // not a secret, such as a certificate
 }
 
 // A Credential is what an issuer made.
@@ -102,8 +102,8 @@ type Credential struct {
 	Handle
 	Fields    []Field           // by name
 	Names     map[string]string // in the outside world, for logs and the ledger; no secrets
-	NotBefore time.Time         // nobody accepts it earlier; zero: at once
-	Whole     bool              // Expires is the end of its full length: Extend adds nothing
+	NotBefore time.Time         // start of validity; zero if it is valid at once
+	Whole     bool              // Expires is final: Extend doesn't change it
 	Static    bool              // others hold the same secret: it can't be ended, only rotated
 }
 
@@ -128,8 +128,8 @@ func (e *OrderError) Unwrap() error { return e.Err }
 // An Issuer makes and ends the credentials of one kind. All calls can be
 // repeated without harm but Issue.
 type Issuer interface {
-	// Prepare checks what a host brings for an order, before anything is recorded of
-	// it. What is wrong with it is an *OrderError.
+	// Prepare checks an order before the broker records anything. It returns an
+	// *OrderError for a mistake of the host.
 	Prepare(o Order) (Prepared, error)
 	// Issue makes a credential that dies within ProvisionalFor unless
 	// extended, where the kind allows that. On an error it has ended, or tried
@@ -143,42 +143,42 @@ type Issuer interface {
 	Revoke(ctx context.Context, h Handle) error
 }
 
-// A Service is an issuer with what a running broker wants to know of it.
+// A Service is an issuer that runs in a broker.
 type Service interface {
 	Issuer
-	// Run does what goes on in the background, until ctx ends.
+	// Run does the issuer's background work until ctx ends.
 	Run(ctx context.Context) error
-	// Status says in words how the issuer is.
+	// Status describes the issuer's state for people.
 	Status() string
-	// Ends are what of it ends by itself.
+	// Ends lists what the issuer depends on and when that expires.
 	Ends() []End
 }
 
-// An End is when something that an issuer needs ends.
+// An End is the expiry of something that an issuer needs, such as a token.
 type End struct {
-	What string // as the metric's label has it
+	What string // label of the metric
 	At   time.Time
-	Do   string // what a person has to do; empty: a program renews it
+	Do   string // what a person has to do; empty if a program renews it
 }
 
-// None is the issuer of a kind that a broker isn't configured for: leases of it may be
-// there from before.
+// None is the issuer of a kind that the broker isn't configured for. The broker may still
+// have leases of it. Its methods fail with ErrConfig.
 type None string
 
 func (n None) err() error {
 	return fmt.Errorf("%w: this broker has no issuer for %s credentials", ErrConfig, string(n))
 }
 
-// Prepare fails with ErrConfig, as all of None's methods do.
+// Prepare fails with ErrConfig.
 func (n None) Prepare(Order) (Prepared, error) { return Prepared{}, n.err() }
 
-// Issue fails.
+// Issue fails with ErrConfig.
 func (n None) Issue(context.Context, Order) (Credential, error) { return Credential{}, n.err() }
 
-// Extend fails.
+// Extend fails with ErrConfig.
 func (n None) Extend(context.Context, Handle, time.Duration) (time.Time, error) {
 	return time.Time{}, n.err()
 }
 
-// Revoke fails.
+// Revoke fails with ErrConfig.
 func (n None) Revoke(context.Context, Handle) error { return n.err() }

@@ -124,7 +124,7 @@ func (m *Manager) Issue(ctx context.Context, d policy.Decision, r Request) (jour
 	return g, c, nil
 }
 
-// issuer is the one of a kind; of one that nobody knows, issue.None.
+// issuer returns the issuer of a kind, or issue.None for an unknown kind.
 func (m *Manager) issuer(kind string) issue.Issuer {
 	if i, ok := m.issuers[kind]; ok {
 		return i
@@ -182,7 +182,7 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id s
 	return g, nil
 }
 
-// draft is the lease of an allowing decision, and what the audit log says of it.
+// draft makes the lease and the audit event of an allowing decision.
 func draft(d policy.Decision, r Request, id string, known issue.Prepared, now time.Time) (g journal.Lease, allowed event.Allowed, err error) {
 	facts, scope := d.Facts(), d.Scope()
 	recorded := facts.Recorded()
@@ -218,8 +218,8 @@ func draft(d policy.Decision, r Request, id string, known issue.Prepared, now ti
 	return journal.Intend(g, now), allowed, nil
 }
 
-// admissible says whether the host may have one lease more, and which of its leases are
-// of an earlier try of the same delivery.
+// admissible fails if the host must not have another lease. It returns the leases that an
+// earlier try of the same delivery left behind.
 func admissible(tx *store.Tx, g journal.Lease) (superseded []string, err error) {
 	n, err := journal.CountUnended(tx, g.Host)
 	if err != nil {

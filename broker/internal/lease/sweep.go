@@ -23,8 +23,8 @@ const (
 	// oddAgain is how often leases that couldn't be stepped are tried again: what failed
 	// may have been the disk for a moment.
 	oddAgain = time.Minute
-	// claimed is how long a kind of leases is this broker's to sweep, of several on one
-	// store, after it last did.
+	// claimed is how long this broker keeps the right to sweep a kind of leases after its
+	// last sweep, if several brokers share the store.
 	claimed = 30 * time.Second
 )
 
@@ -129,7 +129,7 @@ func (m *Manager) sweepPage(ctx context.Context, l *lane, odd map[string]bool) (
 	return started == places, nil
 }
 
-// tick sends Tick to leases, as recordAll does, unless it is for another broker to do.
+// tick sends Tick to leases, as recordAll does, unless another broker has the claim.
 func (m *Manager) tick(ctx context.Context, l *lane, ids []string) (steps []step, odd map[string]error, mine bool, err error) {
 	err = m.store.Update(ctx, store.Lease(ids...), func(tx *store.Tx) (err error) {
 		if mine, err = store.Claim(tx, l.claim(), m.now(), claimed); err != nil || !mine {
@@ -147,7 +147,7 @@ func (m *Manager) tick(ctx context.Context, l *lane, ids []string) (steps []step
 	return steps, odd, true, nil
 }
 
-// claim is the name of the claim to sweep the lane's kind.
+// claim returns the name of the claim to sweep the lane's kind.
 func (l *lane) claim() string { return "sweep " + l.kind }
 
 // take holds slots of the lane: at least one, unless ctx ends, and more that are free, up

@@ -20,8 +20,8 @@ type Scope struct {
 	Process     ProcessSelector
 	When        string // CEL; empty: no condition
 
-	Kind    string // of its credential
-	Source  Source // what its issuer makes it of
+	Kind    string // of its credential: the name of a Kind
+	Source  Source // settings for the issuer
 	TTL     time.Duration
 	Overlap time.Duration // the old credential lives on this long after a rotation
 
@@ -83,7 +83,7 @@ type Result struct {
 	Reason    string     `json:"reason,omitempty"` // in words, for Refused and Fault
 }
 
-// Event is the result as the audit log has it.
+// Event returns the result for the audit log.
 func (r Result) Event() event.Decision {
 	d := event.Decision{Scope: r.Scope, Outcome: string(r.Outcome), Policy: r.Policy, Reason: r.Reason}
 	for _, s := range r.Selectors {

@@ -20,24 +20,24 @@ const (
 
 // Options are what scopes are held against beside themselves.
 type Options struct {
-	// Kinds are the kinds of credentials that scopes may be of.
+	// Kinds lists the kinds of credentials that scopes may have.
 	Kinds []Kind
 	// Reserved are the broker's own names and addresses, which no certificate
 	// of a scope may have.
 	Reserved []string
 }
 
-// A Kind is one kind of credentials, as its issuer describes it.
+// A Kind is a kind of credentials. Its issuer defines it.
 type Kind struct {
 	Name      string   // of the block in a scope, and of the leases
 	Arguments []string // of that block, beside ttl and overlap, which all have
 
-	// Decode reads the block, and notes what is wrong with it.
+	// Decode reads the block and notes its problems.
 	Decode func(b hclread.Block, o Options) Source
 }
 
-// A Source is what a scope says of its credential to the issuer: whatever Decode made.
-// Two are the same if reflect.DeepEqual says so.
+// A Source is the issuer's settings in a scope, as Decode returned them. Sources are
+// compared with reflect.DeepEqual.
 type Source any
 
 func (o Options) kinds() (names []string) {

@@ -27,7 +27,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// A Verdict is what becomes of a lease that was proven.
+// A Verdict is the result of proving a lease.
 type Verdict int32
 
 const (
@@ -86,7 +86,7 @@ func (Verdict) EnumDescriptor() ([]byte, []int) {
 	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{0}
 }
 
-// An Outcome is why a call failed.
+// An Outcome is the class of an error.
 type Outcome int32
 
 const (
@@ -206,7 +206,7 @@ func (HostState) EnumDescriptor() ([]byte, []int) {
 	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{2}
 }
 
-// A Tier is what is known of a host's TPM.
+// A Tier is how well a host's TPM is known.
 type Tier int32
 
 const (
@@ -480,7 +480,7 @@ func (ReferenceState) EnumDescriptor() ([]byte, []int) {
 	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{7}
 }
 
-// A Change is what became of a scope.
+// A Change compares a scope with the set in force.
 type Change int32
 
 const (
@@ -582,7 +582,7 @@ func (LeaseEffect) EnumDescriptor() ([]byte, []int) {
 	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{9}
 }
 
-// A Decision is what the policy said.
+// A Decision is the result of evaluating a scope.
 type Decision int32
 
 const (

@@ -85,10 +85,9 @@ func (a Actor) need(r Role) error {
 	return nil
 }
 
-// act changes rows and records it, in one transaction, for actors of at least
-// the role need. Change fills in of the record whom it concerns, and of what is told what
-// it comes to know; without a kind nothing is written, for what changes nothing that
-// the log speaks of.
+// act runs change and writes its audit record in one transaction, if the actor has at least
+// the role need. change may set the host, scope and lease of the record, and complete told.
+// If told has no kind after that, act writes no record.
 func (d *Desk) act(ctx context.Context, a Actor, need Role, rows store.Rows, told event.Event, change func(tx *store.Tx, r *event.Record) error) error {
 	if err := a.need(need); err != nil {
 		return err

@@ -15,7 +15,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
 )
 
-// told is what the audit log says of a finding.
+// told returns the audit event for a finding.
 func told(kind event.Kind, f findings.Finding) event.Finding {
 	return event.Finding{As: kind, ID: f.ID, Detector: detector.Name(f.Detector), Cause: f.Cause, Severity: string(f.Severity),
 		Account: f.Account, Why: f.Why, First: f.First, Last: f.Last, Count: f.Count}

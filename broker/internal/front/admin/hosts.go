@@ -212,7 +212,7 @@ func (d *Desk) AddHosts(ctx context.Context, a Actor, hosts []NewHost, dryRun bo
 	return ids, nil, nil
 }
 
-// added is what the audit log says of hosts that were made known.
+// added returns the audit event for registered hosts.
 func added(hosts []inventory.Host) event.Added {
 	told := event.Added{Count: len(hosts)}
 	for _, h := range hosts {
@@ -242,7 +242,7 @@ type Change struct {
 	Reason     string
 }
 
-// acts are the actions: the role that each takes, and its name in the audit log.
+// acts lists the actions, with the role that each needs and its kind of audit record.
 var acts = map[string]struct {
 	need Role
 	kind event.Kind

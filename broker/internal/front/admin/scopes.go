@@ -83,7 +83,7 @@ func (d *Desk) Apply(ctx context.Context, a Actor, files []policy.File, planOnly
 	return p, nil
 }
 
-// inForce is the set in force.
+// inForce returns the set in force.
 func (d *Desk) inForce(ctx context.Context) (set *policy.Set, err error) {
 	err = d.Store.View(ctx, func(tx *store.Tx) error {
 		set, err = d.Policy(tx)
@@ -92,8 +92,8 @@ func (d *Desk) inForce(ctx context.Context) (set *policy.Set, err error) {
 	return set, err
 }
 
-// InForce is the set in force, parsed once until another is applied; an empty one of
-// version 0 where none was ever applied.
+// InForce caches the set in force, which is parsed once after each time that scopes are
+// applied. If none ever were, the set is empty and has version 0.
 func InForce(parse func([]policy.File) (*policy.Set, error)) *store.Cache[*policy.Set] {
 	return &store.Cache[*policy.Set]{Topic: store.Scopes, Read: func(tx *store.Tx) (*policy.Set, error) { return readPolicy(tx, parse) }}
 }

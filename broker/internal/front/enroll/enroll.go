@@ -243,8 +243,7 @@ func (d *Desk) Finish(ctx context.Context, conn *challenge.Conn, a Answer, reque
 	return j.result, nil
 }
 
-// A joining is one host's request whose keys are verified to be in one TPM, and what
-// became of it.
+// A joining is a host's verified request to join, and its result.
 type joining struct {
 	*Desk
 	*challenge.Joining
@@ -255,10 +254,11 @@ type joining struct {
 	requestID string
 
 	result          Result
-	revoke, because string // the host whose leases end, and why
+	revoke, because string // the host whose leases to revoke, and the reason
 }
 
-// verify holds the TPM's answer against the challenge and the connection.
+// verify checks the TPM's answer against the challenge and the connection: EK, AK and TLS
+// key are in one TPM.
 func (d *Desk) verify(conn *challenge.Conn, a Answer) (*joining, error) {
 	now := d.Now()
 	j, err := conn.TakeJoin(now)
@@ -282,7 +282,7 @@ func (d *Desk) verify(conn *challenge.Conn, a Answer) (*joining, error) {
 	return &joining{Desk: d, Joining: j, conn: conn, spki: spki, quoted: quoted, now: now, wall: d.Wall()}, nil
 }
 
-// enrol decides what becomes of the host, and writes it.
+// enrol decides on the request and writes the host.
 func (j *joining) enrol(tx *store.Tx) error {
 	h, err := j.host(tx)
 	if err != nil {
@@ -317,7 +317,7 @@ func (j *joining) enrol(tx *store.Tx) error {
 	return j.save(tx, h, kind, j.requestID, j.now)
 }
 
-// host is the one whose TPM it is, or a new one.
+// host returns the host that owns the EK, or a new one.
 func (j *joining) host(tx *store.Tx) (inventory.Host, error) {
 	h, err := inventory.ByEK(tx, j.EK.Hash)
 	switch {
@@ -329,8 +329,8 @@ func (j *joining) host(tx *store.Tx) (inventory.Host, error) {
 	return h, err
 }
 
-// stopped reports whether the host can't go on by itself: another key than the one
-// that was admitted, a quarantine, or counters that went back. An operator is told.
+// stopped reports whether the host needs an operator: its keys changed since it was
+// admitted, it is quarantined, or the TPM's counters went back. It records why.
 func (j *joining) stopped(tx *store.Tx, h inventory.Host) (bool, error) {
 	sameAK := bytes.Equal(h.AKPublic, j.AK.Encoded())
 	sameKeys := sameAK && h.TLSKey == j.conn.Key()
@@ -352,7 +352,7 @@ func (j *joining) stopped(tx *store.Tx, h inventory.Host) (bool, error) {
 	return false, nil
 }
 
-// admit lets a host in by its token, or has it wait for an operator.
+// admit admits a host that has a join token. Other hosts wait for an operator.
 func (j *joining) admit(tx *store.Tx, h inventory.Host) (inventory.Host, event.Kind, error) {
 	if j.Token != "" {
 		t, err := inventory.UseToken(tx, j.Token, h.ID, j.wall)
@@ -384,8 +384,8 @@ func (j *joining) admit(tx *store.Tx, h inventory.Host) (inventory.Host, event.K
 	return h, event.HostPending, nil
 }
 
-// stateOf is an admitted host after it joined. Only a proof, which is held against the
-// reference set, makes it trusted again, or for the first time where it has a set.
+// stateOf sets the state of an admitted host that has joined. A host that was admitted
+// before, or that has a reference set, is trusted only after its next proof.
 func (j *joining) stateOf(h inventory.Host, rejoined bool) inventory.Host {
 	switch {
 	case !rejoined && h.Reference == "":

@@ -80,8 +80,8 @@ func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int) ([]ev
 	return conn.Give(max(n, 1), h.Counters, d.Now()), d.Logs.Get(h.ID, h.StepUps), nil
 }
 
-// host finds who speaks and reads in the same snapshot what else is wanted of it. It
-// turns away who must not speak.
+// host finds the host of the connection and calls read in the same snapshot. It fails for a
+// host that must not make requests.
 func (d *Desk) host(ctx context.Context, conn *challenge.Conn, read func(*store.Tx, inventory.Host) error) (inventory.Host, error) {
 	var h inventory.Host
 	err := d.Store.View(ctx, func(tx *store.Tx) (err error) {
@@ -101,7 +101,7 @@ func (d *Desk) host(ctx context.Context, conn *challenge.Conn, read func(*store.
 
 func nothing(*store.Tx, inventory.Host) error { return nil }
 
-// admissible is an error for a host that must not speak.
+// admissible returns an error if the host must not make requests.
 func admissible(h inventory.Host) error {
 	switch {
 	case h.State == inventory.Removed:
@@ -237,7 +237,7 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 	return p.saveOver(tx, h, silentAt, proof)
 }
 
-// saveOver is save for a host that stands as h does; else it fails with
+// saveOver is save, if the host's row is still as h; otherwise it fails with
 // inventory.ErrChanged.
 func (p proven) saveOver(tx *store.Tx, h inventory.Standing, silentAt time.Time, proof bool) error {
 	facts, next := p.verified.Facts(), h

@@ -94,7 +94,7 @@ type Issuer struct {
 
 var _ issue.Service = (*Issuer)(nil)
 
-// open is the CA of a broker's config.
+// open returns the CA that a broker's config describes.
 func open(ctx context.Context, e issue.Environment) (issue.Service, error) {
 	c := e.Config
 	if c.CA == nil {
@@ -106,14 +106,14 @@ func open(ctx context.Context, e issue.Environment) (issue.Service, error) {
 	})
 }
 
-// A ref is how the CA knows its certificate again.
+// A ref is the content of the CA's issue.Ref.
 type ref struct {
 	Serial string `json:"serial"` // decimal
 }
 
 func encodeRef(serial string) (issue.Ref, error) { return json.Marshal(ref{serial}) }
 
-// serialOf is the serial of a handle.
+// serialOf returns the serial number in a Ref.
 func serialOf(r issue.Ref) (string, error) {
 	var known ref
 	if err := json.Unmarshal(r, &known); err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/countersign/countersign/internal/hclread"
 )
 
-// Kind is the X.509 certificates of the embedded CA.
+// Kind describes X.509 certificates of the embedded CA.
 var Kind = issue.Kind{
 	Kind: policy.Kind{Name: "certificate", Arguments: []string{"dns", "ips"}, Decode: decode},
 	Open: open,
@@ -30,7 +30,7 @@ func decode(b hclread.Block, o policy.Options) policy.Source {
 	return &Source{DNS: b.Texts("dns", r.dns), IPs: b.Texts("ips", r.ip)}
 }
 
-// reserved are names and addresses that no certificate may have.
+// reserved lists names and addresses that no certificate may contain.
 type reserved []string
 
 func (r reserved) has(name string) bool {

@@ -1,4 +1,4 @@
-// Package issuers is the list of all issuers. A new one adds its line to Kinds.
+// Package issuers lists all issuers. To add one, add a line to Kinds.
 package issuers
 
 import (
@@ -8,14 +8,14 @@ import (
 	"github.com/countersign/countersign/broker/internal/policy"
 )
 
-// Kinds are the kinds of credentials that there are.
+// Kinds lists the kinds of credentials.
 var Kinds = []issue.Kind{
 	vault.Kind,
 	ca.Kind,
 }
 
-// Parse reads a set of scopes with the blocks of all kinds. Reserved are the broker's
-// own names and addresses, which no certificate of a scope may have.
+// Parse reads a set of scopes with blocks of all kinds. reserved lists the broker's own
+// names and addresses, which certificates of scopes must not contain.
 func Parse(files []policy.File, reserved ...string) (*policy.Set, error) {
 	o := policy.Options{Reserved: reserved}
 	for _, k := range Kinds {

@@ -9,7 +9,7 @@ import (
 	"github.com/countersign/countersign/internal/hclread"
 )
 
-// Kind is what Vault or OpenBao hands out.
+// Kind describes credentials of HashiCorp Vault or OpenBao.
 var Kind = issue.Kind{
 	Kind: policy.Kind{Name: "vault", Arguments: []string{"path", "method", "parameters"}, Decode: decode},
 	Open: open,
@@ -22,8 +22,8 @@ type Source struct {
 	Parameters map[string]string // of a write
 }
 
-// AccountRole is the role of Vault's database engine that the user names of a source
-// have in them; empty: they have none.
+// AccountRole returns the role of Vault's database engine, which the engine puts into user
+// names, or "" for a source of another engine.
 func (s *Source) AccountRole() string {
 	mount, role, ok := strings.Cut(s.Path, "/creds/")
 	if !ok || mount == "" {
@@ -32,7 +32,7 @@ func (s *Source) AccountRole() string {
 	return role
 }
 
-// source is a scope's vault block; nil where its credential is of another kind.
+// source returns the vault block of a scope, or nil if the scope is of another kind.
 func source(s *policy.Scope) *Source {
 	if s == nil {
 		return nil

@@ -56,13 +56,13 @@ type Issuer struct {
 
 var _ issue.Service = (*Issuer)(nil)
 
-// A ref is how Vault knows a credential again.
+// A ref is the content of Vault's issue.Ref.
 type ref struct {
 	Accessor string `json:"accessor,omitempty"`    // of the token that owns the credential
 	Lease    string `json:"vault_lease,omitempty"` // empty where Vault made none
 }
 
-// refOf reads a handle's; it is empty where nothing is known to be issued.
+// refOf decodes a handle's Ref. It is empty if Vault's answer never arrived.
 func refOf(h issue.Handle) (r ref, err error) {
 	if len(h.Ref) == 0 {
 		return r, nil
@@ -73,7 +73,7 @@ func refOf(h issue.Handle) (r ref, err error) {
 	return r, nil
 }
 
-// open is the Vault of a broker's config.
+// open returns the issuer that a broker's config describes.
 func open(ctx context.Context, e issue.Environment) (issue.Service, error) {
 	if e.Config.Vault == nil {
 		return nil, nil
@@ -128,7 +128,7 @@ func (i *Issuer) Ready() error {
 	return err
 }
 
-// Prepare takes every order: Vault names what it makes.
+// Prepare accepts every order. Vault chooses the names of its credentials.
 func (i *Issuer) Prepare(issue.Order) (issue.Prepared, error) { return issue.Prepared{}, nil }
 
 // Issue makes a credential of the decision's scope.

@@ -4,8 +4,8 @@
 // Step is the whole life of a lease as a pure function. It is called by the
 // request path and by the sweeper alike, so that what repairs a crash is what
 // runs every day: recovery completes a lease or revokes it, it never issues.
-// The journal holds by what an issuer knows its credential again (a token's accessor, a
-// lease id, a serial), unread, and never the credential.
+// The journal stores the issuer's reference to a credential (a token accessor, a lease id,
+// a serial) without reading it. It never stores the credential.
 package journal
 
 import (
@@ -54,8 +54,8 @@ type Lease struct {
 	Audience []string        `json:"audience,omitempty"`
 	Sources  []string        `json:"sources,omitempty"`
 
-	Ref       json.RawMessage   `json:"ref,omitempty"`   // the issuer's own; nobody else reads it
-	Names     map[string]string `json:"names,omitempty"` // in the outside world: user name, key id, serial
+	Ref       json.RawMessage   `json:"ref,omitempty"`   // issue.Ref
+	Names     map[string]string `json:"names,omitempty"` // by which other systems know it: user name, key id, serial
 	NotBefore time.Time         `json:"not_before,omitzero"`
 
 	TTL     time.Duration `json:"ttl"`
@@ -78,15 +78,15 @@ type Lease struct {
 	Unreadable error `json:"-"`
 }
 
-// An oldRef is how leases of brokers before this one stand in stores and tickets: each
-// issuer's words had a field of their own.
+// An oldRef is the reference as earlier brokers wrote it into stores and tickets: in fields
+// of their own.
 type oldRef struct {
 	Accessor   string `json:"accessor,omitempty"`
 	VaultLease string `json:"vault_lease,omitempty"`
 	Serial     string `json:"serial,omitempty"`
 }
 
-// UnmarshalJSON reads a lease, an old one too.
+// UnmarshalJSON also accepts leases and tickets that earlier brokers wrote.
 func (g *Lease) UnmarshalJSON(b []byte) (err error) {
 	type lease Lease // without this method
 	read := struct {
@@ -100,7 +100,7 @@ func (g *Lease) UnmarshalJSON(b []byte) (err error) {
 		return nil
 	}
 
-	// Its issuer wrote the same words, and reads them.
+	// The issuers use the same field names in their references.
 	g.Ref, err = json.Marshal(read.oldRef)
 	for name, value := range map[string]string{"vault_accessor": read.Accessor, "vault_lease": read.VaultLease, "certificate_serial": read.Serial} {
 		if value == "" {

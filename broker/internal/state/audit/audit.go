@@ -27,8 +27,8 @@ import (
 	"github.com/countersign/countersign/internal/checkpoint"
 )
 
-// Append writes e as the next record; r says whom it concerns, and Append fills in the
-// rest of it. An event holds no secret.
+// Append writes e as the next record and returns its index. r has the time, the actor and
+// what the event is about; Append sets the rest. e must not contain a secret.
 func Append(tx *store.Tx, r event.Record, e event.Event) (int64, error) {
 	detail, err := json.Marshal(e)
 	if err != nil {

@@ -14,15 +14,14 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
-// A cached tree is that of the last record which this process appended, be it committed
-// or not. It is believed where it ends in the hash that the store ends in: each record
-// holds its index, its time and what it is of, so that no two are the same.
+// A cached tree is the tree after the last Append of this process, whether or not that was
+// committed. load uses it only if size and last hash equal those in the store.
 type cached struct {
 	mu   sync.Mutex
 	tree Tree // guarded by mu
 }
 
-// load is the tree of the log as the transaction sees it.
+// load returns the tree of the log as the transaction sees it.
 func load(tx *store.Tx) (Tree, error) {
 	var t Tree
 	var idx int64
@@ -51,7 +50,7 @@ func load(tx *store.Tx) (Tree, error) {
 	return t, nil
 }
 
-// keep has the next load find t, which the transaction has made.
+// keep caches the tree that the transaction has made.
 func keep(tx *store.Tx, t Tree) {
 	c := store.Beside[cached](tx)
 	c.mu.Lock()
@@ -61,7 +60,7 @@ func keep(tx *store.Tx, t Tree) {
 
 func (t Tree) clone() Tree { return Tree{t.size, slices.Clone(t.edge)} }
 
-// edgeOf is where the hashes of a tree's right edge are stored, the largest subtree first.
+// edgeOf returns the indexes of the hashes on the tree's right edge, largest subtree first.
 func edgeOf(size int64) (indexes []int64) {
 	for from := int64(0); from < size; {
 		level := bits.Len64(uint64(size-from)) - 1
@@ -77,7 +76,7 @@ func reader(tx *store.Tx) tlog.HashReader {
 		if len(indexes) == 0 {
 			return nil, nil
 		}
-		// As many places as a power of two, so that there are few texts to be parsed.
+		// The number of placeholders is a power of two, so that few statements are prepared.
 		args := make([]any, 1<<bits.Len(uint(len(indexes)-1)))
 		for i := range args {
 			args[i] = indexes[min(i, len(indexes)-1)]

@@ -13,11 +13,11 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
-// ErrChanged is returned where a host isn't any more what the caller read of it.
+// ErrChanged is returned when a host's row changed after the caller read it.
 var ErrChanged = errors.New("the host was changed meanwhile")
 
-// A Standing is what a proof changes of a host, and what it is held against: less than a
-// Host, as each request writes it.
+// A Standing is the part of a host's row that a proof reads and changes. It is smaller than
+// a Host, because each request writes it.
 type Standing struct {
 	ID          string
 	State       State
@@ -27,10 +27,10 @@ type Standing struct {
 	FactsDigest string
 	SilentAt    time.Time
 
-	stored string // Counters as the row has them; empty: as this version writes them
+	stored string // Counters as they are in the row; empty means: as this version encodes them
 }
 
-// A Showing is what a host showed by a proof.
+// A Showing is what a proof showed of a host.
 type Showing struct {
 	Address string
 	PCRs    map[int]evidence.Digest
@@ -38,7 +38,7 @@ type Showing struct {
 	At      time.Time
 }
 
-// Standing is the host's, as it was read.
+// Standing returns the host's standing.
 func (h Host) Standing() Standing {
 	return Standing{ID: h.ID, State: h.State, Reenrolling: h.Reenrolling, AKPublic: h.AKPublic, Counters: h.Counters, FactsDigest: h.FactsDigest, SilentAt: h.SilentAt}
 }
@@ -64,8 +64,8 @@ func StandingOf(tx *store.Tx, id string) (Standing, error) {
 	return s, nil
 }
 
-// Become writes what a good proof made of the standing, and what it showed. It fails with
-// ErrChanged, and writes nothing, unless the host still stands as s does.
+// Become replaces the standing s by next and writes what the proof showed. It fails with
+// ErrChanged and writes nothing if the row's standing isn't s any more.
 func (s Standing) Become(tx *store.Tx, next Standing, shown Showing) error {
 	before := s.stored
 	if before == "" {

@@ -6,8 +6,7 @@ import (
 	"sync"
 )
 
-// Generation is how often a topic was changed as a whole, by an Update of Any row of it,
-// as the transaction sees it.
+// Generation returns how many updates of Any row of the topic the transaction sees.
 func Generation(t *Tx, of Topic) (n int64, err error) {
 	err = t.QueryRow(`SELECT n FROM generations WHERE topic = ?`, string(of)).Scan(&n)
 	if errors.Is(err, sql.ErrNoRows) {
@@ -16,7 +15,7 @@ func Generation(t *Tx, of Topic) (n int64, err error) {
 	return n, err
 }
 
-// advance counts the topics of which any row may be changed.
+// advance increments the generations of topics that rows name as a whole.
 func advance(t *Tx, rows Rows) error {
 	for _, r := range rows {
 		if r.id != "" {
@@ -29,9 +28,8 @@ func advance(t *Tx, rows Rows) error {
 	return nil
 }
 
-// A Cache keeps what Read made of a topic until the topic's generation changes: whoever
-// changed it, in which process. The zero value with its fields set is ready; it is safe
-// for concurrent use.
+// A Cache keeps the result of Read until the topic's generation changes, in whichever
+// process. It is safe for concurrent use. Set Topic and Read before the first use.
 type Cache[T any] struct {
 	Topic Topic
 	Read  func(*Tx) (T, error)
@@ -42,8 +40,8 @@ type Cache[T any] struct {
 	value      T     // guarded by mu
 }
 
-// In is the value as the transaction sees it. An Update uses what is kept and keeps
-// nothing: it may be undone.
+// In returns the value as the transaction sees it. In an Update, which may be rolled back,
+// it doesn't cache what it reads.
 func (c *Cache[T]) In(t *Tx) (T, error) {
 	n, err := Generation(t, c.Topic)
 	if err != nil {
@@ -67,10 +65,10 @@ type watchers struct {
 	of map[Topic][]chan struct{} // guarded by mu
 }
 
-// Changes returns a channel that receives after commits that changed something of the
-// topic, be it single rows or any: at least once after the last of them. It is for loops
-// of this process that live as long as the store, and that look for themselves now and
-// then: what another process changes it doesn't tell.
+// Changes returns a channel that receives after a commit that changed rows of the topic. If
+// several commits follow each other it may receive once, after the last. It doesn't report
+// changes of other processes: the receiver has to look at the store now and then, too. The
+// channel is never removed; use it in loops that run as long as the store.
 func (s *Store) Changes(t Topic) <-chan struct{} {
 	changed := make(chan struct{}, 1)
 	s.watchers.mu.Lock()
@@ -82,7 +80,7 @@ func (s *Store) Changes(t Topic) <-chan struct{} {
 	return changed
 }
 
-// tell wakes who waits for changes of what rows name.
+// tell wakes the receivers for the topics of rows.
 func (w *watchers) tell(rows Rows) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -5,11 +5,11 @@ import (
 	"time"
 )
 
-// Claim takes a name for this process until ttl after now, and prolongs a claim that it
-// has; false where another process has the name. Whoever works on something of which there
-// must be one claims it, in the update by which the work begins: a claim costs no commit of
-// its own. A process that dies loses its claims by time, by the clock that callers hand in,
-// and one that is slow may lose them while it works.
+// Claim gives the name to this process until now+ttl, or extends the claim if this process
+// has it already. It reports false if another process has the name. Call it in the update
+// that begins the work, for work that only one process may do at a time; that costs no
+// commit of its own. The claim of a process that died expires, and so does the claim of one
+// that is slower than ttl.
 func Claim(t *Tx, name string, now time.Time, ttl time.Duration) (mine bool, err error) {
 	result, err := t.Exec(`INSERT INTO claims (name, owner, until) VALUES (?, ?, ?)
 		ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, until = excluded.until WHERE claims.owner = excluded.owner OR claims.until <= ?`,
@@ -21,7 +21,7 @@ func Claim(t *Tx, name string, now time.Time, ttl time.Duration) (mine bool, err
 	return n == 1, err
 }
 
-// Release gives a claim up, if this process has it.
+// Release deletes the claim if this process has it.
 func (s *Store) Release(ctx context.Context, name string) error {
 	return s.Update(ctx, nil, func(tx *Tx) error {
 		_, err := tx.Exec(`DELETE FROM claims WHERE name = ? AND owner = ?`, name, s.owner)

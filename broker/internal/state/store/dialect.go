@@ -7,19 +7,19 @@ import (
 	"slices"
 )
 
-// A Dialect is what differs between databases in how the store speaks with them. The
-// statements of the broker are written with ? placeholders, and in what SQL databases have
-// in common as far as they have; a test names those that only SQLite answers.
+// A Dialect is what differs between databases. The broker's statements use ? placeholders
+// and, as far as possible, SQL that databases have in common. A test lists the statements
+// that only SQLite understands.
 type Dialect struct {
 	Migrations fs.FS               // NNNN_name.sql, in the order of their names
-	Bind       func(string) string // a statement with this database's placeholders; nil: they are ?
+	Bind       func(string) string // rewrites the placeholders; nil if they are ?
 	Begin      string              // begins a transaction that writes
 }
 
 //go:embed sqlite/migrations/*.sql
 var sqliteMigrations embed.FS
 
-// SQLite is the dialect of Open.
+// SQLite returns the dialect that Open uses.
 func SQLite() Dialect {
 	migrations, err := fs.Sub(sqliteMigrations, "sqlite/migrations")
 	if err != nil {

@@ -4,10 +4,10 @@ import (
 	"slices"
 )
 
-// A Topic is a part of the store: what is changed, cached or waited for as one.
+// A Topic is a part of the store that is cached and watched as a whole.
 type Topic string
 
-// Topics are all of them. The audit log is none: each change appends to it.
+// The topics. The audit log isn't one, because every change appends to it.
 const (
 	Hosts      Topic = "hosts"      // with their EKs and decisions
 	Leases     Topic = "leases"     //
@@ -23,9 +23,9 @@ const (
 
 var topics = []Topic{Hosts, Leases, Findings, Canaries, Scopes, References, Operators, Tokens, Values, Broker}
 
-// Rows name what an update changes. An update of single hosts and leases runs beside
-// others, which on a database with several writers wait for its rows; one that changes any
-// row of a topic is a global act, and runs as if alone.
+// Rows name what an update changes. Updates of different hosts and leases may run at the
+// same time in a database with several writers; there, an update locks the rows that it
+// names. An update of Any row of a topic runs as if it were alone.
 type Rows []row
 
 type row struct {
@@ -33,10 +33,10 @@ type row struct {
 	id    string // empty: any of the topic
 }
 
-// Host names hosts by id, those that are yet to be made too.
+// Host names hosts by id, also new ones.
 func Host(ids ...string) Rows { return named(Hosts, ids) }
 
-// Lease names leases by id, those that are yet to be made too.
+// Lease names leases by id, also new ones.
 func Lease(ids ...string) Rows { return named(Leases, ids) }
 
 func named(t Topic, ids []string) (rows Rows) {
@@ -46,7 +46,7 @@ func named(t Topic, ids []string) (rows Rows) {
 	return rows
 }
 
-// Any names any rows of topics, and makes what was cached of them be read again.
+// Any names all rows of topics, and invalidates what is cached of them.
 func Any(topics ...Topic) (rows Rows) {
 	for _, t := range topics {
 		rows = append(rows, row{topic: t})
@@ -54,13 +54,13 @@ func Any(topics ...Topic) (rows Rows) {
 	return rows
 }
 
-// Everything is Any of all topics.
+// Everything names all rows of all topics.
 func Everything() Rows { return Any(topics...) }
 
-// And is both.
+// And returns the union of r and more.
 func (r Rows) And(more Rows) Rows { return slices.Concat(r, more) }
 
-// has reports whether a row is named.
+// has reports whether r names the row.
 func (r Rows) has(one row) bool {
 	return slices.Contains(r, one) || slices.Contains(r, row{topic: one.topic})
 }

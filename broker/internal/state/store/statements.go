@@ -9,8 +9,8 @@ import (
 	"modernc.org/sqlite"
 )
 
-// openDB opens a pool of connections that parse each SQL text once: parsing costs SQLite
-// more than running what a request needs.
+// openDB opens a pool of connections that prepare each statement once. Parsing a statement
+// takes SQLite longer than running it for a request.
 func openDB(dsn string) (*sql.DB, error) {
 	c, err := sqlite.NewConnector(dsn)
 	if err != nil {
@@ -46,18 +46,18 @@ type sqliteConn interface {
 	RegisterPreUpdateHook(sqlite.PreUpdateHookFn)
 }
 
-// mostStatements bounds what one connection keeps. The broker has about half as many
-// texts; what is beyond is run without being kept.
+// mostStatements bounds how many statements a connection keeps. The broker uses about half
+// as many. Others are prepared each time.
 const mostStatements = 512
 
-// A preparing connection keeps the statements that it has run, by their text. Like every
-// driver's connection it is used by one goroutine at a time.
+// A preparing connection keeps its prepared statements by their text. As with every driver,
+// one goroutine at a time uses the connection.
 type preparing struct {
 	sqliteConn
 	statements map[string]*statement
 }
 
-// A statement is in use while its rows are read: until then its text is run beside it.
+// A statement is in use until its rows are closed. Meanwhile the same text is prepared again.
 type statement struct {
 	driver.Stmt
 	exec  driver.StmtExecContext
@@ -65,7 +65,7 @@ type statement struct {
 	used  bool
 }
 
-// prepared is the kept statement of the text; nil where it has to be run without one.
+// prepared returns the kept statement for the text, or nil if it has to be run without one.
 func (c *preparing) prepared(ctx context.Context, text string) (*statement, error) {
 	if s, ok := c.statements[text]; ok {
 		if s.used {
@@ -129,7 +129,7 @@ func (c *preparing) Close() error {
 	return errors.Join(append(errs, c.sqliteConn.Close())...)
 }
 
-// keptRows give their statement back.
+// keptRows make the statement available again when they are closed.
 type keptRows struct {
 	driver.Rows
 	statement *statement

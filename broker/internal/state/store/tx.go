@@ -16,16 +16,15 @@ type Tx struct {
 	writes bool // it is an Update's
 }
 
-// Also names more rows that the update changes, which turned out only in it.
+// Also names more rows that the update changes, if they are known only inside it.
 func (t *Tx) Also(rows Rows) error {
 	t.rows = t.rows.And(rows)
 	return advance(t, rows)
 }
 
-// Beside is the value of type T that the process keeps beside the transaction's store:
-// one of each type, zero at first, shared by all transactions. A change that is undone
-// undoes nothing of it, and other processes know nothing of it: whoever keeps there what
-// the store says has to see in each transaction whether it still says so.
+// Beside returns the process's only value of type T for this store, which is zero at first.
+// All transactions share it. A rollback doesn't reset it and other processes don't see it,
+// so a cache that is kept there has to be checked against the store in each transaction.
 func Beside[T any](t *Tx) *T {
 	key := reflect.TypeFor[T]()
 	if v, ok := t.store.beside.Load(key); ok {
@@ -40,8 +39,8 @@ func (t *Tx) Exec(query string, args ...any) (sql.Result, error) {
 	return t.conn.ExecContext(t.ctx, t.store.dialect.bind(query), args...)
 }
 
-// QueryRow reads at most one row, when it is scanned: what isn't, as after a panic, holds
-// no connection.
+// QueryRow reads at most one row. The query runs when the row is scanned, so that a row that
+// is never scanned doesn't occupy the connection.
 func (t *Tx) QueryRow(query string, args ...any) Row { return oneRow{t, query, args} }
 
 // A Row is one that is being read: of a query, or of QueryRow.

@@ -1,5 +1,5 @@
-// Package values keeps what issuers have to remember, such as revoked serials, in the
-// broker's store: as durable as the journal, in the same file. It reads none of it.
+// Package values stores what issuers have to remember, such as revoked serials, in the
+// broker's store. It doesn't interpret the values.
 //
 // It implements issue.Values.
 package values
