@@ -130,7 +130,7 @@ func (c *Config) check(name string) (problems hclread.Problems) {
 	}
 	for _, g := range c.Governed {
 		if _, err := glob.Compile(g); err != nil {
-			bad("governed %q is no glob", g)
+			bad("governed: %q is not a valid pattern", g)
 		}
 	}
 	for _, p := range c.Through {

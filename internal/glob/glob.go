@@ -1,13 +1,13 @@
 // Package glob matches paths and names against patterns: one dialect for scopes, IMA
 // policies and the watch.
 //
-//	*        any characters within one folder
-//	?        one character other than /
-//	**       any number of folders; beside other characters, as in /opt/**.so, any characters
-//	[a-z]    one of these characters
-//	[!a-z]   one other character than these and /
-//	{a,b}    a or b
-//	\x       the character x itself
+//   - any characters within one folder
+//     ?        one character other than /
+//     **       any number of folders; beside other characters, as in /opt/**.so, any characters
+//     [a-z]    one of these characters
+//     [!a-z]   one other character than these and /
+//     {a,b}    a or b
+//     \x       the character x itself
 //
 // Operators and root write patterns; the names may come from anybody. Matching takes time
 // linear in the name's length, whatever pattern and name are.
@@ -33,11 +33,11 @@ func Compile(pattern string) (Pattern, error) {
 	t := translation{text: pattern}
 	for t.at < len(pattern) {
 		if err := t.next(); err != nil {
-			return Pattern{}, fmt.Errorf("%q is no glob: %w", pattern, err)
+			return Pattern{}, fmt.Errorf("%q is not a valid pattern: %w", pattern, err)
 		}
 	}
 	if pattern == "" || len(t.open) > 0 {
-		return Pattern{}, fmt.Errorf("%q is no glob: it is empty, or has a { without }", pattern)
+		return Pattern{}, fmt.Errorf("%q is not a valid pattern: it is empty, or has a { without }", pattern)
 	}
 
 	// The / beside a ** may be missing with it.
@@ -45,7 +45,7 @@ func Compile(pattern string) (Pattern, error) {
 	suffix := strings.TrimPrefix(pattern[strings.LastIndexAny(pattern, signs)+1:], "/")
 	whole, err := regexp.Compile(`(?s)^(?:` + t.out.String() + `)$`)
 	if err != nil {
-		return Pattern{}, fmt.Errorf("%q is no glob: %w", pattern, err)
+		return Pattern{}, fmt.Errorf("%q is not a valid pattern: %w", pattern, err)
 	}
 	return Pattern{prefix, suffix, whole}, nil
 }

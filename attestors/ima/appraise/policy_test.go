@@ -93,7 +93,7 @@ func TestPolicy(t *testing.T) {
 		t.Errorf("violations ignored: %q", why)
 	}
 	_, err := Policy{Allow: []Allowed{{Path: "/a[", Digests: []string{"abc"}}}, Exclude: []string{"/b["}, Keys: []string{"no key"}, Violations: "maybe", Mode: "no"}.Compile()
-	for _, says := range []string{`"abc" is no digest`, `"/a[" is no glob`, `"/b[" is no glob`, "key 1: no PEM block", `"maybe" is neither`, `"no" is neither`} {
+	for _, says := range []string{`"abc" is no digest`, `"/a[" is not a valid pattern`, `"/b[" is not a valid pattern`, "key 1: no PEM block", `"maybe" is neither`, `"no" is neither`} {
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("all errors at once: %v, want %q", err, says)
 		}

@@ -233,7 +233,7 @@ func digest(s string) (why, meant string) {
 // pathGlob checks a glob of files.
 func pathGlob(pattern string) (why, meant string) {
 	if _, err := glob.Compile(pattern); err != nil {
-		return "is no glob", ""
+		return "is not a valid pattern", ""
 	}
 	return absolute(pattern)
 }

@@ -1,10 +1,8 @@
-// Package deliver says what a way of delivery is, and makes of a credential's
-// fields what a program reads, by the config's templates. The ways are in the
-// folders below it; package ways names them.
+// Package deliver defines ways of delivery, and renders the config's templates. The
+// ways themselves are packages below this folder; package ways lists them.
 //
-// It trusts the config, and neither the fields' values, which a broker sent,
-// nor the readers of what is written: a value stays inside its place. No error
-// has a byte of a secret in it.
+// It trusts the config. It doesn't trust the values of fields, which a broker sent: an
+// encoder keeps a value inside its place in the file. Errors contain no secrets.
 package deliver
 
 import (
@@ -18,93 +16,91 @@ import (
 // MaxContent bounds one file's content.
 const MaxContent = 1 << 20
 
-// A Way brings one credential to its program. It is a [Push] or a [Pull], and
-// has a block type of its own in the config's credential block: the block says
-// which way a credential takes.
+// A Way delivers one credential to its program. It is a [Push] or a [Pull]. Each kind of
+// way has its own block inside the config's credential block.
 type Way interface {
-	// Withdraw takes the credential away, wherever this way has put it, and
-	// whatever an interrupted delivery left. It tries everything, and can be
-	// repeated after an error.
+	// Withdraw removes the credential and what an interrupted delivery left. After an
+	// error it goes on with the rest, and it can be called again.
 	Withdraw() error
 }
 
-// A Kind makes the way of a credential, or returns nil where the credential has
-// no block of this kind. programs identifies the processes that a pull way finds.
+// A Kind returns the way of a credential, or nil if the credential has no block of this
+// kind. A pull way identifies processes by programs.
 type Kind func(c *config.Credential, programs Programs) Way
 
-// Programs is what a way needs to know of what runs.
+// Programs finds programs for ways.
 type Programs interface {
-	// Find returns the evidence of the program that p describes, an error that
-	// wraps program.ErrNotRunning while there is none. Of several it is the
-	// instance named held, if that is one of them.
+	// Find returns the evidence of the program that p describes, or an error that
+	// wraps program.ErrNotRunning. If several match, it returns the instance held
+	// if that is among them.
 	Find(ctx context.Context, p config.Process, held string) (process.Program, error)
 }
 
-// A Push way puts a credential where its program will read it. It is delivered
-// when it is committed.
+// A Push way writes a credential to where the program reads it. The credential counts as
+// delivered when it is committed.
 type Push interface {
 	Way
 
-	// Stage makes the credential ready beside the one that stands, which it
-	// doesn't touch. The fields are wiped when it has returned.
+	// Stage prepares the credential without touching the current one. The caller
+	// wipes the fields after it returned.
 	Stage(fields map[string]secret.Bytes) (Staged, error)
-	// PutBack is Stage with what Contents returned.
+	// PutBack is Stage for what Contents returned.
 	PutBack(contents []secret.Bytes) (Staged, error)
-	// Recover settles what a crash left. committed: the new credential stands,
-	// and the caller finishes it or rolls it back. Otherwise the old one stands,
-	// and the Staged is over. It is never nil.
+	// Recover cleans up after a crash. If it reports committed, the new credential
+	// is in place and the caller has to finish it or roll it back. Otherwise the
+	// old one is in place, and nothing is left to do. The Staged is never nil.
 	Recover() (s Staged, committed bool, err error)
 
-	// Present reports whether a credential stands, whole.
+	// Present reports whether a complete credential is in place.
 	Present() bool
-	// Contents returns what stands, nil unless it is whole and as it was delivered.
+	// Contents returns the credential in place, or nil if it isn't complete or was
+	// changed since the delivery.
 	Contents() []secret.Bytes
 }
 
-// Staged is a credential on its way to the place of another.
+// Staged is a credential that is about to replace the current one.
 type Staged interface {
-	// Paths are the files of what is staged, for a check before Commit, in the
-	// config's order.
+	// Paths returns the staged files in the config's order, for a check before Commit.
 	Paths() []string
-	// Commit puts the new credential in the old one's place: all of it, or on an
-	// error none. The old one can still be brought back.
+	// Commit replaces the old credential by the new one, completely or, on an error,
+	// not at all. Rollback is still possible.
 	Commit() error
-	// Rollback brings the old credential back.
+	// Rollback restores the old credential.
 	Rollback() error
 	// Finish removes the old credential.
 	Finish() error
-	// Discard lets go: what is only staged is removed; what is committed stays as
-	// it is, for Recover.
+	// Discard ends the use of s. It removes what is only staged. What is committed
+	// and not finished stays for Recover.
 	Discard()
 }
 
-// A Pull way hands a credential to a process that comes for it, and that it has
-// identified itself. It is delivered when it is first read. A way keeps what it
-// offers in memory: after the agent's restart a process has to come again.
+// A Pull way gives a credential to a process that asks for it, after identifying that
+// process. The credential counts as delivered when it is first read. It is kept in memory
+// only: after a restart of the agent the process has to ask again.
 type Pull interface {
 	Way
 
-	// Find returns the evidence of the process to serve: the one of the instance
-	// held while that lives, else one that has come; an error that wraps
-	// program.ErrNotRunning where there is neither.
+	// Find returns the evidence of the process to serve: the instance held while it
+	// runs, otherwise one that has asked. If there is neither, the error wraps
+	// program.ErrNotRunning.
 	Find(ctx context.Context, held string) (process.Program, error)
-	// Watch sends when Find or Asked may answer differently, until ctx ends.
+	// Watch returns a channel that receives when the results of Find or Asked may have
+	// changed, until ctx ends.
 	Watch(ctx context.Context) <-chan struct{}
-	// Asked reports whether the process that Find returns waits, and nothing is
-	// offered to it.
+	// Asked reports whether the process that Find returns is waiting and has no offer.
 	Asked() bool
-	// Offer serves a credential to the instance p from now on, and to no other. The
-	// fields are wiped when it has returned.
+	// Offer serves a credential to the instance p, and to no other, from now on. The
+	// caller wipes the fields after it returned.
 	Offer(p process.Program, fields map[string]secret.Bytes) (Offer, error)
 }
 
-// An Offer is a credential that a process may read, and perhaps has read.
+// An Offer is a credential that a process may read.
 type Offer interface {
 	// Read is closed when the process has read the credential for the first time.
 	Read() <-chan struct{}
-	// Keep ends the serving of what was offered before.
+	// Keep stops serving the previous credential.
 	Keep()
-	// Retract ends the serving of this credential; what was kept before is
-	// served again.
+	// Retract stops serving this credential and serves the previous one again, if it
+	// was kept.
 	Retract()
 }

@@ -1,5 +1,5 @@
-// Package notify runs what a config says of a credential's change: the check of
-// what is staged, before it counts, and the telling of the program, after.
+// Package notify runs the on_change commands of a credential: the check before a new
+// credential is committed, and the notification of the program afterwards.
 //
 // It trusts the config's commands. It promises that a signal reaches the
 // process that was meant or none, that a command ends at its limit with all

@@ -1,9 +1,8 @@
-// Package program finds the program that a credential is for, and notices when
-// one run of it ends and the next begins. The kinds of programs are in the
-// folders below it; package kinds names them.
+// Package program finds the program that a credential is for, and notices when it starts
+// and ends. The kinds of programs are packages below this folder; package kinds lists them.
 //
-// It trusts a kind to say of a program only what a program can't choose for
-// itself. It only tells; what follows from it is others' to decide.
+// A kind must report only facts that a program can't choose itself. This package makes no
+// decisions.
 package program
 
 import (
@@ -17,7 +16,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/config"
 )
 
-// ErrNotRunning is returned, wrapped, when no program answers to a description.
+// ErrNotRunning is wrapped by errors for a program that isn't running.
 var ErrNotRunning = errors.New("the program does not run")
 
 // A Kind finds programs of one kind. It is safe for concurrent use.
@@ -30,7 +29,7 @@ type Kind interface {
 	Find(ctx context.Context, p config.Process, held string) (process.Program, error)
 	// Watch sends when Find may answer differently, until ctx ends.
 	Watch(ctx context.Context, p config.Process) <-chan struct{}
-	// Close lets go of what Find and Watch use.
+	// Close releases the resources of Find and Watch.
 	Close()
 }
 
@@ -112,9 +111,8 @@ func Process(pid int) (process.Program, error) {
 	return p, err
 }
 
-// look comes back when ctx ends, whatever the kernel does: a file may lie on a
-// file system that its user keeps from answering. A look that hangs is the only
-// one at its program until it is over.
+// look returns when ctx ends, even if the kernel doesn't: a user can make a file system
+// hang. While a call hangs, no other is made for the same program.
 func (f *Finder) look(ctx context.Context, p config.Process, see func() (process.Program, error)) (process.Program, error) {
 	f.mu.Lock()
 	turn := f.looks[p]

@@ -8,37 +8,36 @@ import (
 	"github.com/countersign/countersign/internal/secret"
 )
 
-// A folder is one folder of the host, held open: whatever its path comes to mean
-// later, its operations stay in it. Names are of entries in it. No operation
-// follows a symlink. Errors wrap fs.ErrNotExist and fs.ErrExist where they mean
-// that; explain makes of them what a person reads.
+// A folder is an open folder of the host. Its operations stay in that folder even if its
+// path is replaced, take names of entries in it, and follow no symlinks. Errors wrap
+// fs.ErrNotExist and fs.ErrExist; explain turns them into advice.
 type folder interface {
-	// look reports whether a file stands under a name; an error where something
-	// else does.
+	// look reports whether a regular file has the name. It fails if the name belongs to
+	// something else.
 	look(name string) (bool, error)
-	// present reports whether anything stands under a name.
+	// present reports whether anything has the name.
 	present(name string) (bool, error)
-	// write makes a file with the content, owner and mode of f. What stood there
-	// is removed. Content and attributes are on disk then, the name not yet. The
-	// file is held until Close, and not for writing: no other one can be taken
-	// for it.
+	// write creates a file with the content, owner and mode of f, after removing what had
+	// the name. Content and attributes are durable on return, the name only after sync.
+	// Until Close, the file is held open, so that no other can be mistaken for it; it isn't
+	// open for writing.
 	write(name string, data secret.Bytes, f *config.File) (io.Closer, error)
-	// mark makes an empty file in the place of what stood there.
+	// mark creates an empty file, after removing what had the name.
 	mark(name string) error
-	// is reports whether name is a file that write returned.
+	// is reports whether name is the file that write returned as held.
 	is(name string, held io.Closer) bool
-	// link gives a file a second name; what stood there is removed.
+	// link gives a file a second name, after removing what had that name.
 	link(name, second string) error
-	// rename puts from in to's place, in one step.
+	// rename renames from to to atomically, replacing what had that name.
 	rename(from, to string) error
-	// renameNew is rename to a name that nothing has, as far as the file system
-	// can hold to that.
+	// renameNew is rename, but fails if something has the name to. Not every file system
+	// can guarantee that.
 	renameNew(from, to string) error
-	// remove removes a name; a missing one is fine.
+	// remove removes a name. It succeeds if nothing has the name.
 	remove(name string) error
-	// read returns a file's content, if it still is as write made it for f.
+	// read returns the content of a file, if it is still as write made it for f.
 	read(name string, f *config.File) (secret.Bytes, error)
-	// sync returns when all that was done to names is on disk.
+	// sync makes all changes of names durable.
 	sync() error
 	Close() error
 }

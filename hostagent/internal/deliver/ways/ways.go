@@ -1,7 +1,5 @@
-// Package ways names the ways of delivery. It trusts them to keep what
-// [deliver.Push] and [deliver.Pull] promise. Each has a block type of its own in
-// config.Credential, where its settings are checked, and by which a credential's
-// config names it.
+// Package ways lists the ways of delivery. To add one, add its block to
+// config.Credential, which checks its settings, and a line to All.
 package ways
 
 import (
@@ -9,8 +7,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/deliver/files"
 )
 
-// All are the ways that a credential can take, one line each. The first that has
-// a block in the credential's config is taken.
+// All lists the ways. A credential uses the first that has a block in its config.
 var All = []deliver.Kind{
 	files.Of,
 }
