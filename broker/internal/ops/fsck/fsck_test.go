@@ -39,7 +39,7 @@ func open(t *testing.T) *store.Store {
 func issue(t *testing.T, s *store.Store, at time.Time, ids ...string) {
 	t.Helper()
 	// Inside of a lease & is written otherwise than in the first version of subjects.
-	subject, err := process.Program{Boot: "00000000-0000-4000-8000-000000000000", PID: 1, Start: 1, User: "a", Executables: process.OneFile("/bin/a & b", evidence.Sum([]byte("a")))}.EncodeAs(1)
+	subject, err := process.Program{Boot: "00000000-0000-4000-8000-000000000000", PID: 1, Start: 1, User: "a", Executables: process.OneFile("/bin/a & b", evidence.Sum([]byte("a"))), Linux: &process.Linux{}}.EncodeAs(1)
 	if err != nil {
 		t.Fatal(err)
 	}
