@@ -94,9 +94,12 @@ func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) 
 	if err != nil {
 		return nil, s.admissionError(ctx, err)
 	}
-	return connect.NewResponse(&v1.JoinResponse{
-		CredentialBlob: ch.CredentialBlob, EncryptedSecret: ch.EncryptedSecret, Nonce: ch.Nonce[:], EndorsementKey: uint32(ch.EK),
-	}), nil
+	first := ch.Keys[0]
+	out := &v1.JoinResponse{CredentialBlob: first.CredentialBlob, EncryptedSecret: first.EncryptedSecret, Nonce: ch.Nonce[:], EndorsementKey: uint32(first.EK)}
+	for _, k := range ch.Keys[1:] {
+		out.Others = append(out.Others, &v1.EndorsementChallenge{EndorsementKey: uint32(k.EK), CredentialBlob: k.CredentialBlob, EncryptedSecret: k.EncryptedSecret})
+	}
+	return connect.NewResponse(out), nil
 }
 
 // mayJoin bounds joins: those of keys that the broker knows by key, so that a
@@ -121,7 +124,7 @@ func (s *Hosts) Activate(ctx context.Context, req *connect.Request[v1.ActivateRe
 		return nil, malformed(err)
 	}
 	r, err := s.Admission.Finish(ctx, c.challenge, enroll.Answer{
-		Secret:        req.Msg.GetSecret(),
+		Secrets:       append([][]byte{req.Msg.GetSecret()}, req.Msg.GetOtherSecrets()...),
 		Certification: tpm.Certification{Attest: req.Msg.GetCertification().GetAttest(), Signature: req.Msg.GetCertification().GetSignature()},
 		Quote:         quote,
 	}, requestID(ctx))
@@ -360,6 +363,8 @@ func (s *Hosts) admissionError(ctx context.Context, err error) error {
 		e.Outcome, e.Check, e.Message = api.Rejected, "host-removed", err.Error()
 	case errors.Is(err, enroll.ErrQuarantined):
 		e.Outcome, e.Check, e.Message = api.Rejected, "host-quarantined", err.Error()
+	case errors.Is(err, enroll.ErrTwoHosts):
+		e.Outcome, e.Check, e.Message = api.Refused, "two-hosts", err.Error()
 	case errors.Is(err, enroll.ErrUncertified):
 		e.Outcome, e.Check, e.Message = api.Refused, "ek-uncertified", err.Error()
 	case errors.Is(err, enroll.ErrPendingFull):

@@ -108,17 +108,21 @@ func (c *Client) ensureKeys(ctx context.Context) error {
 
 // answer has the TPM answer a challenge. c.mu is held.
 func (c *Client) answer(ctx context.Context, s *api.Session, eks []tpm.EK, body []byte, m *v1.JoinResponse) (*v1.ActivateRequest, error) {
-	i := int(m.GetEndorsementKey())
-	if i >= len(eks) {
-		return nil, errors.New("the broker challenges an EK that was not offered")
-	}
 	nonce, err := evidence.ParseNonce(m.GetNonce())
 	if err != nil {
 		return nil, err
 	}
-	secret, err := c.device.Activate(ctx, c.keys.ak, eks[i], tpm.Challenge{CredentialBlob: m.GetCredentialBlob(), EncryptedSecret: m.GetEncryptedSecret()})
+	secret, err := c.activate(ctx, eks, m.GetEndorsementKey(), m.GetCredentialBlob(), m.GetEncryptedSecret())
 	if err != nil {
-		return nil, fmt.Errorf("TPM: activate: %w", err)
+		return nil, err
+	}
+	var others [][]byte
+	for _, o := range m.GetOthers() {
+		other, err := c.activate(ctx, eks, o.GetEndorsementKey(), o.GetCredentialBlob(), o.GetEncryptedSecret())
+		if err != nil {
+			c.log.Warn("the TPM shows an endorsement key that it can't use; the broker doesn't record it", "err", err)
+		}
+		others = append(others, other)
 	}
 	signer, err := c.device.Signer(c.keys.tls)
 	if err != nil {
@@ -142,9 +146,22 @@ func (c *Client) answer(ctx context.Context, s *api.Session, eks []tpm.EK, body 
 	}
 	return &v1.ActivateRequest{
 		Secret:        secret,
+		OtherSecrets:  others,
 		Certification: &v1.Certification{Attest: certification.Attest, Signature: certification.Signature},
 		Quote:         quoteMessage(quote),
 	}, nil
+}
+
+// activate has the TPM answer the challenge for one of its EKs. c.mu is held.
+func (c *Client) activate(ctx context.Context, eks []tpm.EK, i uint32, blob, encrypted []byte) ([]byte, error) {
+	if int(i) >= len(eks) {
+		return nil, errors.New("the broker challenges an EK that was not offered")
+	}
+	secret, err := c.device.Activate(ctx, c.keys.ak, eks[i], tpm.Challenge{CredentialBlob: blob, EncryptedSecret: encrypted})
+	if err != nil {
+		return nil, fmt.Errorf("TPM: activate: %w", err)
+	}
+	return secret, nil
 }
 
 // admitted keeps what the broker gave. The audit log that the host has

@@ -956,7 +956,7 @@ func (x *JoinRequest) GetBody() []byte {
 
 type JoinBody struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
-	EndorsementKeys []*EndorsementKey      `protobuf:"bytes,1,rep,name=endorsement_keys,json=endorsementKeys,proto3" json:"endorsement_keys,omitempty"` // the broker challenges one of them
+	EndorsementKeys []*EndorsementKey      `protobuf:"bytes,1,rep,name=endorsement_keys,json=endorsementKeys,proto3" json:"endorsement_keys,omitempty"` // the broker challenges each of them
 	AkPublic        []byte                 `protobuf:"bytes,2,opt,name=ak_public,json=akPublic,proto3" json:"ak_public,omitempty"`                      // TPMT_PUBLIC
 	TlsPublic       []byte                 `protobuf:"bytes,3,opt,name=tls_public,json=tlsPublic,proto3" json:"tls_public,omitempty"`                   // TPMT_PUBLIC
 	Token           string                 `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`                                            // one-use join token, if any
@@ -1091,11 +1091,12 @@ func (x *EndorsementKey) GetCertificate() []byte {
 }
 
 type JoinResponse struct {
-	state           protoimpl.MessageState `protogen:"open.v1"`
-	CredentialBlob  []byte                 `protobuf:"bytes,1,opt,name=credential_blob,json=credentialBlob,proto3" json:"credential_blob,omitempty"`    // TPM2B_ID_OBJECT
-	EncryptedSecret []byte                 `protobuf:"bytes,2,opt,name=encrypted_secret,json=encryptedSecret,proto3" json:"encrypted_secret,omitempty"` // TPM2B_ENCRYPTED_SECRET
-	Nonce           []byte                 `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"`
-	EndorsementKey  uint32                 `protobuf:"varint,4,opt,name=endorsement_key,json=endorsementKey,proto3" json:"endorsement_key,omitempty"` // index of the one that is challenged
+	state           protoimpl.MessageState  `protogen:"open.v1"`
+	CredentialBlob  []byte                  `protobuf:"bytes,1,opt,name=credential_blob,json=credentialBlob,proto3" json:"credential_blob,omitempty"`    // TPM2B_ID_OBJECT
+	EncryptedSecret []byte                  `protobuf:"bytes,2,opt,name=encrypted_secret,json=encryptedSecret,proto3" json:"encrypted_secret,omitempty"` // TPM2B_ENCRYPTED_SECRET
+	Nonce           []byte                  `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	EndorsementKey  uint32                  `protobuf:"varint,4,opt,name=endorsement_key,json=endorsementKey,proto3" json:"endorsement_key,omitempty"` // index of the one that is challenged
+	Others          []*EndorsementChallenge `protobuf:"bytes,5,rep,name=others,proto3" json:"others,omitempty"`                                        // for the other keys
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1158,18 +1159,89 @@ func (x *JoinResponse) GetEndorsementKey() uint32 {
 	return 0
 }
 
+func (x *JoinResponse) GetOthers() []*EndorsementChallenge {
+	if x != nil {
+		return x.Others
+	}
+	return nil
+}
+
+// EndorsementChallenge is for one key beside the first.
+type EndorsementChallenge struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	EndorsementKey  uint32                 `protobuf:"varint,1,opt,name=endorsement_key,json=endorsementKey,proto3" json:"endorsement_key,omitempty"`   // index of the key
+	CredentialBlob  []byte                 `protobuf:"bytes,2,opt,name=credential_blob,json=credentialBlob,proto3" json:"credential_blob,omitempty"`    // TPM2B_ID_OBJECT
+	EncryptedSecret []byte                 `protobuf:"bytes,3,opt,name=encrypted_secret,json=encryptedSecret,proto3" json:"encrypted_secret,omitempty"` // TPM2B_ENCRYPTED_SECRET
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *EndorsementChallenge) Reset() {
+	*x = EndorsementChallenge{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndorsementChallenge) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndorsementChallenge) ProtoMessage() {}
+
+func (x *EndorsementChallenge) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndorsementChallenge.ProtoReflect.Descriptor instead.
+func (*EndorsementChallenge) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *EndorsementChallenge) GetEndorsementKey() uint32 {
+	if x != nil {
+		return x.EndorsementKey
+	}
+	return 0
+}
+
+func (x *EndorsementChallenge) GetCredentialBlob() []byte {
+	if x != nil {
+		return x.CredentialBlob
+	}
+	return nil
+}
+
+func (x *EndorsementChallenge) GetEncryptedSecret() []byte {
+	if x != nil {
+		return x.EncryptedSecret
+	}
+	return nil
+}
+
 type ActivateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Secret        []byte                 `protobuf:"bytes,1,opt,name=secret,proto3" json:"secret,omitempty"`
 	Certification *Certification         `protobuf:"bytes,2,opt,name=certification,proto3" json:"certification,omitempty"`
 	Quote         *Quote                 `protobuf:"bytes,3,opt,name=quote,proto3" json:"quote,omitempty"`
+	// The secrets of the other challenges, in their order; empty for a key that the TPM
+	// can't use. An agent that answers the first challenge alone sends none.
+	OtherSecrets  [][]byte `protobuf:"bytes,4,rep,name=other_secrets,json=otherSecrets,proto3" json:"other_secrets,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ActivateRequest) Reset() {
 	*x = ActivateRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[4]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1181,7 +1253,7 @@ func (x *ActivateRequest) String() string {
 func (*ActivateRequest) ProtoMessage() {}
 
 func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[4]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1194,7 +1266,7 @@ func (x *ActivateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateRequest.ProtoReflect.Descriptor instead.
 func (*ActivateRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{4}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ActivateRequest) GetSecret() []byte {
@@ -1218,6 +1290,13 @@ func (x *ActivateRequest) GetQuote() *Quote {
 	return nil
 }
 
+func (x *ActivateRequest) GetOtherSecrets() [][]byte {
+	if x != nil {
+		return x.OtherSecrets
+	}
+	return nil
+}
+
 type Certification struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Attest        []byte                 `protobuf:"bytes,1,opt,name=attest,proto3" json:"attest,omitempty"`       // TPMS_ATTEST
@@ -1228,7 +1307,7 @@ type Certification struct {
 
 func (x *Certification) Reset() {
 	*x = Certification{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[5]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1240,7 +1319,7 @@ func (x *Certification) String() string {
 func (*Certification) ProtoMessage() {}
 
 func (x *Certification) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[5]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1253,7 +1332,7 @@ func (x *Certification) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certification.ProtoReflect.Descriptor instead.
 func (*Certification) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{5}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Certification) GetAttest() []byte {
@@ -1281,7 +1360,7 @@ type Quote struct {
 
 func (x *Quote) Reset() {
 	*x = Quote{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[6]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1293,7 +1372,7 @@ func (x *Quote) String() string {
 func (*Quote) ProtoMessage() {}
 
 func (x *Quote) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[6]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1306,7 +1385,7 @@ func (x *Quote) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quote.ProtoReflect.Descriptor instead.
 func (*Quote) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{6}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Quote) GetAttest() []byte {
@@ -1340,7 +1419,7 @@ type Pcr struct {
 
 func (x *Pcr) Reset() {
 	*x = Pcr{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[7]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1352,7 +1431,7 @@ func (x *Pcr) String() string {
 func (*Pcr) ProtoMessage() {}
 
 func (x *Pcr) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[7]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1365,7 +1444,7 @@ func (x *Pcr) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pcr.ProtoReflect.Descriptor instead.
 func (*Pcr) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{7}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Pcr) GetIndex() uint32 {
@@ -1396,7 +1475,7 @@ type ActivateResponse struct {
 
 func (x *ActivateResponse) Reset() {
 	*x = ActivateResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[8]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1408,7 +1487,7 @@ func (x *ActivateResponse) String() string {
 func (*ActivateResponse) ProtoMessage() {}
 
 func (x *ActivateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[8]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1421,7 +1500,7 @@ func (x *ActivateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateResponse.ProtoReflect.Descriptor instead.
 func (*ActivateResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{8}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ActivateResponse) GetHostId() string {
@@ -1475,7 +1554,7 @@ type ChallengeRequest struct {
 
 func (x *ChallengeRequest) Reset() {
 	*x = ChallengeRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[9]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1487,7 +1566,7 @@ func (x *ChallengeRequest) String() string {
 func (*ChallengeRequest) ProtoMessage() {}
 
 func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[9]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1500,7 +1579,7 @@ func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeRequest.ProtoReflect.Descriptor instead.
 func (*ChallengeRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{9}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ChallengeRequest) GetCount() uint32 {
@@ -1523,7 +1602,7 @@ type ChallengeResponse struct {
 
 func (x *ChallengeResponse) Reset() {
 	*x = ChallengeResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[10]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1535,7 +1614,7 @@ func (x *ChallengeResponse) String() string {
 func (*ChallengeResponse) ProtoMessage() {}
 
 func (x *ChallengeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[10]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1548,7 +1627,7 @@ func (x *ChallengeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeResponse.ProtoReflect.Descriptor instead.
 func (*ChallengeResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{10}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ChallengeResponse) GetNonces() [][]byte {
@@ -1584,7 +1663,7 @@ type Known struct {
 
 func (x *Known) Reset() {
 	*x = Known{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[11]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1596,7 +1675,7 @@ func (x *Known) String() string {
 func (*Known) ProtoMessage() {}
 
 func (x *Known) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[11]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1609,7 +1688,7 @@ func (x *Known) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Known.ProtoReflect.Descriptor instead.
 func (*Known) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{11}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Known) GetBootId() string {
@@ -1648,7 +1727,7 @@ type Attested struct {
 
 func (x *Attested) Reset() {
 	*x = Attested{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[12]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1739,7 @@ func (x *Attested) String() string {
 func (*Attested) ProtoMessage() {}
 
 func (x *Attested) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[12]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1752,7 @@ func (x *Attested) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attested.ProtoReflect.Descriptor instead.
 func (*Attested) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{12}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Attested) GetBody() []byte {
@@ -1718,7 +1797,7 @@ type Logs struct {
 
 func (x *Logs) Reset() {
 	*x = Logs{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[13]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1730,7 +1809,7 @@ func (x *Logs) String() string {
 func (*Logs) ProtoMessage() {}
 
 func (x *Logs) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[13]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1743,7 +1822,7 @@ func (x *Logs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Logs.ProtoReflect.Descriptor instead.
 func (*Logs) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{13}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Logs) GetEventLog() []byte {
@@ -1798,7 +1877,7 @@ type ProveRequest struct {
 
 func (x *ProveRequest) Reset() {
 	*x = ProveRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[14]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1810,7 +1889,7 @@ func (x *ProveRequest) String() string {
 func (*ProveRequest) ProtoMessage() {}
 
 func (x *ProveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[14]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1823,7 +1902,7 @@ func (x *ProveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveRequest.ProtoReflect.Descriptor instead.
 func (*ProveRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{14}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ProveRequest) GetAttested() *Attested {
@@ -1856,7 +1935,7 @@ type ProveBody struct {
 
 func (x *ProveBody) Reset() {
 	*x = ProveBody{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[15]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1868,7 +1947,7 @@ func (x *ProveBody) String() string {
 func (*ProveBody) ProtoMessage() {}
 
 func (x *ProveBody) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[15]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1881,7 +1960,7 @@ func (x *ProveBody) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveBody.ProtoReflect.Descriptor instead.
 func (*ProveBody) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{15}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ProveBody) GetHost() *HostFacts {
@@ -1918,7 +1997,7 @@ type HostFacts struct {
 
 func (x *HostFacts) Reset() {
 	*x = HostFacts{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[16]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1930,7 +2009,7 @@ func (x *HostFacts) String() string {
 func (*HostFacts) ProtoMessage() {}
 
 func (x *HostFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[16]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1943,7 +2022,7 @@ func (x *HostFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFacts.ProtoReflect.Descriptor instead.
 func (*HostFacts) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{16}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *HostFacts) GetBootId() string {
@@ -1986,7 +2065,7 @@ type LeaseProof struct {
 
 func (x *LeaseProof) Reset() {
 	*x = LeaseProof{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[17]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1998,7 +2077,7 @@ func (x *LeaseProof) String() string {
 func (*LeaseProof) ProtoMessage() {}
 
 func (x *LeaseProof) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[17]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2011,7 +2090,7 @@ func (x *LeaseProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseProof.ProtoReflect.Descriptor instead.
 func (*LeaseProof) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{17}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *LeaseProof) GetLeaseId() string {
@@ -2058,7 +2137,7 @@ type ProveResponse struct {
 
 func (x *ProveResponse) Reset() {
 	*x = ProveResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[18]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2070,7 +2149,7 @@ func (x *ProveResponse) String() string {
 func (*ProveResponse) ProtoMessage() {}
 
 func (x *ProveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[18]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2083,7 +2162,7 @@ func (x *ProveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveResponse.ProtoReflect.Descriptor instead.
 func (*ProveResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{18}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ProveResponse) GetHostState() string {
@@ -2158,7 +2237,7 @@ type LeaseVerdict struct {
 
 func (x *LeaseVerdict) Reset() {
 	*x = LeaseVerdict{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[19]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2170,7 +2249,7 @@ func (x *LeaseVerdict) String() string {
 func (*LeaseVerdict) ProtoMessage() {}
 
 func (x *LeaseVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[19]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2183,7 +2262,7 @@ func (x *LeaseVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseVerdict.ProtoReflect.Descriptor instead.
 func (*LeaseVerdict) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{19}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LeaseVerdict) GetLeaseId() string {
@@ -2238,7 +2317,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[20]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2250,7 +2329,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[20]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2263,7 +2342,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{20}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Checkpoint) GetNote() []byte {
@@ -2289,7 +2368,7 @@ type IssueRequest struct {
 
 func (x *IssueRequest) Reset() {
 	*x = IssueRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[21]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2301,7 +2380,7 @@ func (x *IssueRequest) String() string {
 func (*IssueRequest) ProtoMessage() {}
 
 func (x *IssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[21]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2314,7 +2393,7 @@ func (x *IssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueRequest.ProtoReflect.Descriptor instead.
 func (*IssueRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{21}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *IssueRequest) GetAttested() *Attested {
@@ -2340,7 +2419,7 @@ type IssueBody struct {
 
 func (x *IssueBody) Reset() {
 	*x = IssueBody{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[22]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2352,7 +2431,7 @@ func (x *IssueBody) String() string {
 func (*IssueBody) ProtoMessage() {}
 
 func (x *IssueBody) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[22]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2365,7 +2444,7 @@ func (x *IssueBody) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueBody.ProtoReflect.Descriptor instead.
 func (*IssueBody) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{22}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *IssueBody) GetScope() string {
@@ -2443,7 +2522,7 @@ type IssueResponse struct {
 
 func (x *IssueResponse) Reset() {
 	*x = IssueResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[23]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2455,7 +2534,7 @@ func (x *IssueResponse) String() string {
 func (*IssueResponse) ProtoMessage() {}
 
 func (x *IssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[23]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2468,7 +2547,7 @@ func (x *IssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResponse.ProtoReflect.Descriptor instead.
 func (*IssueResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{23}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *IssueResponse) GetLeaseId() string {
@@ -2544,7 +2623,7 @@ type SecretField struct {
 
 func (x *SecretField) Reset() {
 	*x = SecretField{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[24]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2556,7 +2635,7 @@ func (x *SecretField) String() string {
 func (*SecretField) ProtoMessage() {}
 
 func (x *SecretField) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[24]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2569,7 +2648,7 @@ func (x *SecretField) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretField.ProtoReflect.Descriptor instead.
 func (*SecretField) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{24}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SecretField) GetName() string {
@@ -2596,7 +2675,7 @@ type AcknowledgeRequest struct {
 
 func (x *AcknowledgeRequest) Reset() {
 	*x = AcknowledgeRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[25]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2608,7 +2687,7 @@ func (x *AcknowledgeRequest) String() string {
 func (*AcknowledgeRequest) ProtoMessage() {}
 
 func (x *AcknowledgeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[25]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2621,7 +2700,7 @@ func (x *AcknowledgeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcknowledgeRequest.ProtoReflect.Descriptor instead.
 func (*AcknowledgeRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{25}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AcknowledgeRequest) GetLeaseId() string {
@@ -2648,7 +2727,7 @@ type AcknowledgeResponse struct {
 
 func (x *AcknowledgeResponse) Reset() {
 	*x = AcknowledgeResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[26]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2660,7 +2739,7 @@ func (x *AcknowledgeResponse) String() string {
 func (*AcknowledgeResponse) ProtoMessage() {}
 
 func (x *AcknowledgeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[26]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2673,7 +2752,7 @@ func (x *AcknowledgeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcknowledgeResponse.ProtoReflect.Descriptor instead.
 func (*AcknowledgeResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{26}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AcknowledgeResponse) GetExpires() *timestamppb.Timestamp {
@@ -2700,7 +2779,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[27]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2712,7 +2791,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[27]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2725,7 +2804,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{27}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ReleaseRequest) GetLeaseIds() []string {
@@ -2752,7 +2831,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[28]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2764,7 +2843,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[28]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2777,7 +2856,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{28}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ReleaseResponse) GetConfirmed() []string {
@@ -2796,7 +2875,7 @@ type WitnessRequest struct {
 
 func (x *WitnessRequest) Reset() {
 	*x = WitnessRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2808,7 +2887,7 @@ func (x *WitnessRequest) String() string {
 func (*WitnessRequest) ProtoMessage() {}
 
 func (x *WitnessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[29]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2821,7 +2900,7 @@ func (x *WitnessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WitnessRequest.ProtoReflect.Descriptor instead.
 func (*WitnessRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{29}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WitnessRequest) GetOpens() []*FileOpen {
@@ -2847,7 +2926,7 @@ type FileOpen struct {
 
 func (x *FileOpen) Reset() {
 	*x = FileOpen{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2859,7 +2938,7 @@ func (x *FileOpen) String() string {
 func (*FileOpen) ProtoMessage() {}
 
 func (x *FileOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[30]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2872,7 +2951,7 @@ func (x *FileOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOpen.ProtoReflect.Descriptor instead.
 func (*FileOpen) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{30}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *FileOpen) GetLeaseId() string {
@@ -2932,7 +3011,7 @@ type WitnessResponse struct {
 
 func (x *WitnessResponse) Reset() {
 	*x = WitnessResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2944,7 +3023,7 @@ func (x *WitnessResponse) String() string {
 func (*WitnessResponse) ProtoMessage() {}
 
 func (x *WitnessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[31]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2957,7 +3036,7 @@ func (x *WitnessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WitnessResponse.ProtoReflect.Descriptor instead.
 func (*WitnessResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{31}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{32}
 }
 
 // ErrorDetail travels with every error of HostService.
@@ -2975,7 +3054,7 @@ type ErrorDetail struct {
 
 func (x *ErrorDetail) Reset() {
 	*x = ErrorDetail{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2987,7 +3066,7 @@ func (x *ErrorDetail) String() string {
 func (*ErrorDetail) ProtoMessage() {}
 
 func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[32]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3000,7 +3079,7 @@ func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorDetail.ProtoReflect.Descriptor instead.
 func (*ErrorDetail) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{32}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ErrorDetail) GetOutcome() string {
@@ -3039,7 +3118,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3051,7 +3130,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[33]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3064,7 +3143,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{33}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{34}
 }
 
 type GetStatusResponse struct {
@@ -3084,7 +3163,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3175,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[34]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3188,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{34}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetStatusResponse) GetBrokerId() string {
@@ -3198,7 +3277,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3210,7 +3289,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[35]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3223,7 +3302,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{35}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Host) GetId() string {
@@ -3347,7 +3426,7 @@ type ListHostsRequest struct {
 
 func (x *ListHostsRequest) Reset() {
 	*x = ListHostsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3359,7 +3438,7 @@ func (x *ListHostsRequest) String() string {
 func (*ListHostsRequest) ProtoMessage() {}
 
 func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[36]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3372,7 +3451,7 @@ func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsRequest.ProtoReflect.Descriptor instead.
 func (*ListHostsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{36}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListHostsRequest) GetSelector() string {
@@ -3441,7 +3520,7 @@ type ListHostsResponse struct {
 
 func (x *ListHostsResponse) Reset() {
 	*x = ListHostsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3453,7 +3532,7 @@ func (x *ListHostsResponse) String() string {
 func (*ListHostsResponse) ProtoMessage() {}
 
 func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[37]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3466,7 +3545,7 @@ func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsResponse.ProtoReflect.Descriptor instead.
 func (*ListHostsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{37}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListHostsResponse) GetHosts() []*Host {
@@ -3495,7 +3574,7 @@ type NewHost struct {
 
 func (x *NewHost) Reset() {
 	*x = NewHost{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3507,7 +3586,7 @@ func (x *NewHost) String() string {
 func (*NewHost) ProtoMessage() {}
 
 func (x *NewHost) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[38]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3520,7 +3599,7 @@ func (x *NewHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewHost.ProtoReflect.Descriptor instead.
 func (*NewHost) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{38}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *NewHost) GetName() string {
@@ -3561,7 +3640,7 @@ type AddHostsRequest struct {
 
 func (x *AddHostsRequest) Reset() {
 	*x = AddHostsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3573,7 +3652,7 @@ func (x *AddHostsRequest) String() string {
 func (*AddHostsRequest) ProtoMessage() {}
 
 func (x *AddHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[39]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3586,7 +3665,7 @@ func (x *AddHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddHostsRequest.ProtoReflect.Descriptor instead.
 func (*AddHostsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{39}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AddHostsRequest) GetHosts() []*NewHost {
@@ -3613,7 +3692,7 @@ type AddHostsResponse struct {
 
 func (x *AddHostsResponse) Reset() {
 	*x = AddHostsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3625,7 +3704,7 @@ func (x *AddHostsResponse) String() string {
 func (*AddHostsResponse) ProtoMessage() {}
 
 func (x *AddHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[40]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3638,7 +3717,7 @@ func (x *AddHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddHostsResponse.ProtoReflect.Descriptor instead.
 func (*AddHostsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{40}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AddHostsResponse) GetIds() []string {
@@ -3671,7 +3750,7 @@ type ChangeHostRequest struct {
 
 func (x *ChangeHostRequest) Reset() {
 	*x = ChangeHostRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3683,7 +3762,7 @@ func (x *ChangeHostRequest) String() string {
 func (*ChangeHostRequest) ProtoMessage() {}
 
 func (x *ChangeHostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[41]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3696,7 +3775,7 @@ func (x *ChangeHostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeHostRequest.ProtoReflect.Descriptor instead.
 func (*ChangeHostRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{41}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChangeHostRequest) GetHost() string {
@@ -3758,7 +3837,7 @@ type ChangeHostResponse struct {
 
 func (x *ChangeHostResponse) Reset() {
 	*x = ChangeHostResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3770,7 +3849,7 @@ func (x *ChangeHostResponse) String() string {
 func (*ChangeHostResponse) ProtoMessage() {}
 
 func (x *ChangeHostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[42]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3783,7 +3862,7 @@ func (x *ChangeHostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeHostResponse.ProtoReflect.Descriptor instead.
 func (*ChangeHostResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{42}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ChangeHostResponse) GetHost() *Host {
@@ -3812,7 +3891,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3824,7 +3903,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[43]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3837,7 +3916,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{43}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CreateJoinTokenRequest) GetExpires() *timestamppb.Timestamp {
@@ -3878,7 +3957,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3890,7 +3969,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[44]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3903,7 +3982,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{44}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CreateJoinTokenResponse) GetToken() string {
@@ -3933,7 +4012,7 @@ type AddOperatorRequest struct {
 
 func (x *AddOperatorRequest) Reset() {
 	*x = AddOperatorRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3945,7 +4024,7 @@ func (x *AddOperatorRequest) String() string {
 func (*AddOperatorRequest) ProtoMessage() {}
 
 func (x *AddOperatorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[45]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3958,7 +4037,7 @@ func (x *AddOperatorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddOperatorRequest.ProtoReflect.Descriptor instead.
 func (*AddOperatorRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{45}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AddOperatorRequest) GetName() string {
@@ -4005,7 +4084,7 @@ type AddOperatorResponse struct {
 
 func (x *AddOperatorResponse) Reset() {
 	*x = AddOperatorResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4017,7 +4096,7 @@ func (x *AddOperatorResponse) String() string {
 func (*AddOperatorResponse) ProtoMessage() {}
 
 func (x *AddOperatorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[46]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4030,7 +4109,7 @@ func (x *AddOperatorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddOperatorResponse.ProtoReflect.Descriptor instead.
 func (*AddOperatorResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{46}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *AddOperatorResponse) GetCertificate() [][]byte {
@@ -4048,7 +4127,7 @@ type ListOperatorsRequest struct {
 
 func (x *ListOperatorsRequest) Reset() {
 	*x = ListOperatorsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4060,7 +4139,7 @@ func (x *ListOperatorsRequest) String() string {
 func (*ListOperatorsRequest) ProtoMessage() {}
 
 func (x *ListOperatorsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[47]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4073,7 +4152,7 @@ func (x *ListOperatorsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperatorsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperatorsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{47}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{48}
 }
 
 type ListOperatorsResponse struct {
@@ -4085,7 +4164,7 @@ type ListOperatorsResponse struct {
 
 func (x *ListOperatorsResponse) Reset() {
 	*x = ListOperatorsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4097,7 +4176,7 @@ func (x *ListOperatorsResponse) String() string {
 func (*ListOperatorsResponse) ProtoMessage() {}
 
 func (x *ListOperatorsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[48]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4110,7 +4189,7 @@ func (x *ListOperatorsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperatorsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperatorsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{48}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ListOperatorsResponse) GetOperators() []*Operator {
@@ -4134,7 +4213,7 @@ type Operator struct {
 
 func (x *Operator) Reset() {
 	*x = Operator{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4146,7 +4225,7 @@ func (x *Operator) String() string {
 func (*Operator) ProtoMessage() {}
 
 func (x *Operator) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[49]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4159,7 +4238,7 @@ func (x *Operator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operator.ProtoReflect.Descriptor instead.
 func (*Operator) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{49}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Operator) GetName() string {
@@ -4213,7 +4292,7 @@ type RemoveOperatorRequest struct {
 
 func (x *RemoveOperatorRequest) Reset() {
 	*x = RemoveOperatorRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4225,7 +4304,7 @@ func (x *RemoveOperatorRequest) String() string {
 func (*RemoveOperatorRequest) ProtoMessage() {}
 
 func (x *RemoveOperatorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[50]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4238,7 +4317,7 @@ func (x *RemoveOperatorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveOperatorRequest.ProtoReflect.Descriptor instead.
 func (*RemoveOperatorRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{50}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RemoveOperatorRequest) GetName() string {
@@ -4256,7 +4335,7 @@ type RemoveOperatorResponse struct {
 
 func (x *RemoveOperatorResponse) Reset() {
 	*x = RemoveOperatorResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4268,7 +4347,7 @@ func (x *RemoveOperatorResponse) String() string {
 func (*RemoveOperatorResponse) ProtoMessage() {}
 
 func (x *RemoveOperatorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4281,7 +4360,7 @@ func (x *RemoveOperatorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveOperatorResponse.ProtoReflect.Descriptor instead.
 func (*RemoveOperatorResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
 }
 
 type RenewOperatorRequest struct {
@@ -4293,7 +4372,7 @@ type RenewOperatorRequest struct {
 
 func (x *RenewOperatorRequest) Reset() {
 	*x = RenewOperatorRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4305,7 +4384,7 @@ func (x *RenewOperatorRequest) String() string {
 func (*RenewOperatorRequest) ProtoMessage() {}
 
 func (x *RenewOperatorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4318,7 +4397,7 @@ func (x *RenewOperatorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewOperatorRequest.ProtoReflect.Descriptor instead.
 func (*RenewOperatorRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *RenewOperatorRequest) GetCsr() []byte {
@@ -4337,7 +4416,7 @@ type RenewOperatorResponse struct {
 
 func (x *RenewOperatorResponse) Reset() {
 	*x = RenewOperatorResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4349,7 +4428,7 @@ func (x *RenewOperatorResponse) String() string {
 func (*RenewOperatorResponse) ProtoMessage() {}
 
 func (x *RenewOperatorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4362,7 +4441,7 @@ func (x *RenewOperatorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewOperatorResponse.ProtoReflect.Descriptor instead.
 func (*RenewOperatorResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RenewOperatorResponse) GetCertificate() [][]byte {
@@ -4383,7 +4462,7 @@ type LearnReferenceRequest struct {
 
 func (x *LearnReferenceRequest) Reset() {
 	*x = LearnReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4395,7 +4474,7 @@ func (x *LearnReferenceRequest) String() string {
 func (*LearnReferenceRequest) ProtoMessage() {}
 
 func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4408,7 +4487,7 @@ func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceRequest.ProtoReflect.Descriptor instead.
 func (*LearnReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *LearnReferenceRequest) GetName() string {
@@ -4441,7 +4520,7 @@ type LearnReferenceResponse struct {
 
 func (x *LearnReferenceResponse) Reset() {
 	*x = LearnReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4453,7 +4532,7 @@ func (x *LearnReferenceResponse) String() string {
 func (*LearnReferenceResponse) ProtoMessage() {}
 
 func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4466,7 +4545,7 @@ func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceResponse.ProtoReflect.Descriptor instead.
 func (*LearnReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *LearnReferenceResponse) GetReference() *Reference {
@@ -4492,7 +4571,7 @@ type Reference struct {
 
 func (x *Reference) Reset() {
 	*x = Reference{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4504,7 +4583,7 @@ func (x *Reference) String() string {
 func (*Reference) ProtoMessage() {}
 
 func (x *Reference) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4517,7 +4596,7 @@ func (x *Reference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reference.ProtoReflect.Descriptor instead.
 func (*Reference) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Reference) GetName() string {
@@ -4588,7 +4667,7 @@ type ListReferencesRequest struct {
 
 func (x *ListReferencesRequest) Reset() {
 	*x = ListReferencesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4600,7 +4679,7 @@ func (x *ListReferencesRequest) String() string {
 func (*ListReferencesRequest) ProtoMessage() {}
 
 func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4613,7 +4692,7 @@ func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesRequest.ProtoReflect.Descriptor instead.
 func (*ListReferencesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ListReferencesRequest) GetName() string {
@@ -4654,7 +4733,7 @@ type ListReferencesResponse struct {
 
 func (x *ListReferencesResponse) Reset() {
 	*x = ListReferencesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4666,7 +4745,7 @@ func (x *ListReferencesResponse) String() string {
 func (*ListReferencesResponse) ProtoMessage() {}
 
 func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4679,7 +4758,7 @@ func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesResponse.ProtoReflect.Descriptor instead.
 func (*ListReferencesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ListReferencesResponse) GetReferences() []*Reference {
@@ -4706,7 +4785,7 @@ type AddReferenceRequest struct {
 
 func (x *AddReferenceRequest) Reset() {
 	*x = AddReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4718,7 +4797,7 @@ func (x *AddReferenceRequest) String() string {
 func (*AddReferenceRequest) ProtoMessage() {}
 
 func (x *AddReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4731,7 +4810,7 @@ func (x *AddReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReferenceRequest.ProtoReflect.Descriptor instead.
 func (*AddReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *AddReferenceRequest) GetName() string {
@@ -4757,7 +4836,7 @@ type AddReferenceResponse struct {
 
 func (x *AddReferenceResponse) Reset() {
 	*x = AddReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4769,7 +4848,7 @@ func (x *AddReferenceResponse) String() string {
 func (*AddReferenceResponse) ProtoMessage() {}
 
 func (x *AddReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4782,7 +4861,7 @@ func (x *AddReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReferenceResponse.ProtoReflect.Descriptor instead.
 func (*AddReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *AddReferenceResponse) GetReference() *Reference {
@@ -4803,7 +4882,7 @@ type ApproveReferenceRequest struct {
 
 func (x *ApproveReferenceRequest) Reset() {
 	*x = ApproveReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4815,7 +4894,7 @@ func (x *ApproveReferenceRequest) String() string {
 func (*ApproveReferenceRequest) ProtoMessage() {}
 
 func (x *ApproveReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4828,7 +4907,7 @@ func (x *ApproveReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveReferenceRequest.ProtoReflect.Descriptor instead.
 func (*ApproveReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ApproveReferenceRequest) GetName() string {
@@ -4861,7 +4940,7 @@ type ApproveReferenceResponse struct {
 
 func (x *ApproveReferenceResponse) Reset() {
 	*x = ApproveReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4873,7 +4952,7 @@ func (x *ApproveReferenceResponse) String() string {
 func (*ApproveReferenceResponse) ProtoMessage() {}
 
 func (x *ApproveReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4886,7 +4965,7 @@ func (x *ApproveReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveReferenceResponse.ProtoReflect.Descriptor instead.
 func (*ApproveReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ApproveReferenceResponse) GetReference() *Reference {
@@ -4906,7 +4985,7 @@ type MaintainReferenceRequest struct {
 
 func (x *MaintainReferenceRequest) Reset() {
 	*x = MaintainReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4918,7 +4997,7 @@ func (x *MaintainReferenceRequest) String() string {
 func (*MaintainReferenceRequest) ProtoMessage() {}
 
 func (x *MaintainReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4931,7 +5010,7 @@ func (x *MaintainReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MaintainReferenceRequest.ProtoReflect.Descriptor instead.
 func (*MaintainReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *MaintainReferenceRequest) GetName() string {
@@ -4956,7 +5035,7 @@ type MaintainReferenceResponse struct {
 
 func (x *MaintainReferenceResponse) Reset() {
 	*x = MaintainReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4968,7 +5047,7 @@ func (x *MaintainReferenceResponse) String() string {
 func (*MaintainReferenceResponse) ProtoMessage() {}
 
 func (x *MaintainReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4981,7 +5060,7 @@ func (x *MaintainReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MaintainReferenceResponse.ProtoReflect.Descriptor instead.
 func (*MaintainReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
 }
 
 type AddReleaseRequest struct {
@@ -4996,7 +5075,7 @@ type AddReleaseRequest struct {
 
 func (x *AddReleaseRequest) Reset() {
 	*x = AddReleaseRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5008,7 +5087,7 @@ func (x *AddReleaseRequest) String() string {
 func (*AddReleaseRequest) ProtoMessage() {}
 
 func (x *AddReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5021,7 +5100,7 @@ func (x *AddReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReleaseRequest.ProtoReflect.Descriptor instead.
 func (*AddReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *AddReleaseRequest) GetName() string {
@@ -5062,7 +5141,7 @@ type ReleaseFile struct {
 
 func (x *ReleaseFile) Reset() {
 	*x = ReleaseFile{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5074,7 +5153,7 @@ func (x *ReleaseFile) String() string {
 func (*ReleaseFile) ProtoMessage() {}
 
 func (x *ReleaseFile) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5087,7 +5166,7 @@ func (x *ReleaseFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseFile.ProtoReflect.Descriptor instead.
 func (*ReleaseFile) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ReleaseFile) GetPath() string {
@@ -5113,7 +5192,7 @@ type AddReleaseResponse struct {
 
 func (x *AddReleaseResponse) Reset() {
 	*x = AddReleaseResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5125,7 +5204,7 @@ func (x *AddReleaseResponse) String() string {
 func (*AddReleaseResponse) ProtoMessage() {}
 
 func (x *AddReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5138,7 +5217,7 @@ func (x *AddReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReleaseResponse.ProtoReflect.Descriptor instead.
 func (*AddReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *AddReleaseResponse) GetRelease() *Release {
@@ -5162,7 +5241,7 @@ type Release struct {
 
 func (x *Release) Reset() {
 	*x = Release{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5174,7 +5253,7 @@ func (x *Release) String() string {
 func (*Release) ProtoMessage() {}
 
 func (x *Release) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5187,7 +5266,7 @@ func (x *Release) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Release.ProtoReflect.Descriptor instead.
 func (*Release) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Release) GetName() string {
@@ -5241,7 +5320,7 @@ type ListReleasesRequest struct {
 
 func (x *ListReleasesRequest) Reset() {
 	*x = ListReleasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5253,7 +5332,7 @@ func (x *ListReleasesRequest) String() string {
 func (*ListReleasesRequest) ProtoMessage() {}
 
 func (x *ListReleasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5266,7 +5345,7 @@ func (x *ListReleasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReleasesRequest.ProtoReflect.Descriptor instead.
 func (*ListReleasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ListReleasesRequest) GetName() string {
@@ -5285,7 +5364,7 @@ type ListReleasesResponse struct {
 
 func (x *ListReleasesResponse) Reset() {
 	*x = ListReleasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5297,7 +5376,7 @@ func (x *ListReleasesResponse) String() string {
 func (*ListReleasesResponse) ProtoMessage() {}
 
 func (x *ListReleasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5310,7 +5389,7 @@ func (x *ListReleasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReleasesResponse.ProtoReflect.Descriptor instead.
 func (*ListReleasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListReleasesResponse) GetReleases() []*Release {
@@ -5330,7 +5409,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5342,7 +5421,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5355,7 +5434,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *File) GetName() string {
@@ -5382,7 +5461,7 @@ type ApplyScopesRequest struct {
 
 func (x *ApplyScopesRequest) Reset() {
 	*x = ApplyScopesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5394,7 +5473,7 @@ func (x *ApplyScopesRequest) String() string {
 func (*ApplyScopesRequest) ProtoMessage() {}
 
 func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5407,7 +5486,7 @@ func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesRequest.ProtoReflect.Descriptor instead.
 func (*ApplyScopesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ApplyScopesRequest) GetFiles() []*File {
@@ -5437,7 +5516,7 @@ type ApplyScopesResponse struct {
 
 func (x *ApplyScopesResponse) Reset() {
 	*x = ApplyScopesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5449,7 +5528,7 @@ func (x *ApplyScopesResponse) String() string {
 func (*ApplyScopesResponse) ProtoMessage() {}
 
 func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5462,7 +5541,7 @@ func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesResponse.ProtoReflect.Descriptor instead.
 func (*ApplyScopesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{73}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ApplyScopesResponse) GetVersion() uint64 {
@@ -5511,7 +5590,7 @@ type ScopeChange struct {
 
 func (x *ScopeChange) Reset() {
 	*x = ScopeChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5523,7 +5602,7 @@ func (x *ScopeChange) String() string {
 func (*ScopeChange) ProtoMessage() {}
 
 func (x *ScopeChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5536,7 +5615,7 @@ func (x *ScopeChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScopeChange.ProtoReflect.Descriptor instead.
 func (*ScopeChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{74}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ScopeChange) GetScope() string {
@@ -5574,7 +5653,7 @@ type LeaseChange struct {
 
 func (x *LeaseChange) Reset() {
 	*x = LeaseChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5586,7 +5665,7 @@ func (x *LeaseChange) String() string {
 func (*LeaseChange) ProtoMessage() {}
 
 func (x *LeaseChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5599,7 +5678,7 @@ func (x *LeaseChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseChange.ProtoReflect.Descriptor instead.
 func (*LeaseChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{75}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *LeaseChange) GetHost() string {
@@ -5654,7 +5733,7 @@ type FactsRequest struct {
 
 func (x *FactsRequest) Reset() {
 	*x = FactsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5666,7 +5745,7 @@ func (x *FactsRequest) String() string {
 func (*FactsRequest) ProtoMessage() {}
 
 func (x *FactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5679,7 +5758,7 @@ func (x *FactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
 func (*FactsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{76}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *FactsRequest) GetHost() string {
@@ -5705,7 +5784,7 @@ type FactsResponse struct {
 
 func (x *FactsResponse) Reset() {
 	*x = FactsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5717,7 +5796,7 @@ func (x *FactsResponse) String() string {
 func (*FactsResponse) ProtoMessage() {}
 
 func (x *FactsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5730,7 +5809,7 @@ func (x *FactsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsResponse.ProtoReflect.Descriptor instead.
 func (*FactsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{77}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *FactsResponse) GetJson() []byte {
@@ -5750,7 +5829,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5762,7 +5841,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5775,7 +5854,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{78}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *WhyRequest) GetHost() string {
@@ -5808,7 +5887,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5820,7 +5899,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5833,7 +5912,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{79}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *WhyResponse) GetAllowed() bool {
@@ -5908,7 +5987,7 @@ type PCR struct {
 
 func (x *PCR) Reset() {
 	*x = PCR{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5920,7 +5999,7 @@ func (x *PCR) String() string {
 func (*PCR) ProtoMessage() {}
 
 func (x *PCR) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5933,7 +6012,7 @@ func (x *PCR) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PCR.ProtoReflect.Descriptor instead.
 func (*PCR) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *PCR) GetIndex() uint32 {
@@ -5996,7 +6075,7 @@ type PCRLimit struct {
 
 func (x *PCRLimit) Reset() {
 	*x = PCRLimit{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6008,7 +6087,7 @@ func (x *PCRLimit) String() string {
 func (*PCRLimit) ProtoMessage() {}
 
 func (x *PCRLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6021,7 +6100,7 @@ func (x *PCRLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PCRLimit.ProtoReflect.Descriptor instead.
 func (*PCRLimit) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *PCRLimit) GetEvent() uint64 {
@@ -6058,7 +6137,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6070,7 +6149,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6083,7 +6162,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *Selector) GetName() string {
@@ -6149,7 +6228,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6161,7 +6240,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6174,7 +6253,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *Lease) GetId() string {
@@ -6329,7 +6408,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6341,7 +6420,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6354,7 +6433,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *Machine) GetSecureBoot() bool {
@@ -6395,7 +6474,7 @@ type ListLeasesRequest struct {
 
 func (x *ListLeasesRequest) Reset() {
 	*x = ListLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6407,7 +6486,7 @@ func (x *ListLeasesRequest) String() string {
 func (*ListLeasesRequest) ProtoMessage() {}
 
 func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6420,7 +6499,7 @@ func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ListLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListLeasesRequest) GetHost() string {
@@ -6496,7 +6575,7 @@ type ListLeasesResponse struct {
 
 func (x *ListLeasesResponse) Reset() {
 	*x = ListLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6508,7 +6587,7 @@ func (x *ListLeasesResponse) String() string {
 func (*ListLeasesResponse) ProtoMessage() {}
 
 func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6521,7 +6600,7 @@ func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ListLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListLeasesResponse) GetLeases() []*Lease {
@@ -6550,7 +6629,7 @@ type RevokeLeasesRequest struct {
 
 func (x *RevokeLeasesRequest) Reset() {
 	*x = RevokeLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6562,7 +6641,7 @@ func (x *RevokeLeasesRequest) String() string {
 func (*RevokeLeasesRequest) ProtoMessage() {}
 
 func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6575,7 +6654,7 @@ func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesRequest.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *RevokeLeasesRequest) GetLeases() []string {
@@ -6615,7 +6694,7 @@ type RevokeLeasesResponse struct {
 
 func (x *RevokeLeasesResponse) Reset() {
 	*x = RevokeLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6627,7 +6706,7 @@ func (x *RevokeLeasesResponse) String() string {
 func (*RevokeLeasesResponse) ProtoMessage() {}
 
 func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6640,7 +6719,7 @@ func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesResponse.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *RevokeLeasesResponse) GetRevoking() []string {
@@ -6682,7 +6761,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6694,7 +6773,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6707,7 +6786,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *Finding) GetId() string {
@@ -6874,7 +6953,7 @@ type ReportFindingRequest struct {
 
 func (x *ReportFindingRequest) Reset() {
 	*x = ReportFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6886,7 +6965,7 @@ func (x *ReportFindingRequest) String() string {
 func (*ReportFindingRequest) ProtoMessage() {}
 
 func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6899,7 +6978,7 @@ func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingRequest.ProtoReflect.Descriptor instead.
 func (*ReportFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ReportFindingRequest) GetFinding() *Finding {
@@ -6927,7 +7006,7 @@ type ReportFindingResponse struct {
 
 func (x *ReportFindingResponse) Reset() {
 	*x = ReportFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6939,7 +7018,7 @@ func (x *ReportFindingResponse) String() string {
 func (*ReportFindingResponse) ProtoMessage() {}
 
 func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6952,7 +7031,7 @@ func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingResponse.ProtoReflect.Descriptor instead.
 func (*ReportFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *ReportFindingResponse) GetFinding() *Finding {
@@ -6994,7 +7073,7 @@ type ListFindingsRequest struct {
 
 func (x *ListFindingsRequest) Reset() {
 	*x = ListFindingsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7006,7 +7085,7 @@ func (x *ListFindingsRequest) String() string {
 func (*ListFindingsRequest) ProtoMessage() {}
 
 func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7019,7 +7098,7 @@ func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListFindingsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ListFindingsRequest) GetStatus() string {
@@ -7103,7 +7182,7 @@ type ListFindingsResponse struct {
 
 func (x *ListFindingsResponse) Reset() {
 	*x = ListFindingsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7115,7 +7194,7 @@ func (x *ListFindingsResponse) String() string {
 func (*ListFindingsResponse) ProtoMessage() {}
 
 func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7128,7 +7207,7 @@ func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListFindingsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ListFindingsResponse) GetFindings() []*Finding {
@@ -7165,7 +7244,7 @@ type CloseFindingRequest struct {
 
 func (x *CloseFindingRequest) Reset() {
 	*x = CloseFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7177,7 +7256,7 @@ func (x *CloseFindingRequest) String() string {
 func (*CloseFindingRequest) ProtoMessage() {}
 
 func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7190,7 +7269,7 @@ func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingRequest.ProtoReflect.Descriptor instead.
 func (*CloseFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *CloseFindingRequest) GetFinding() string {
@@ -7223,7 +7302,7 @@ type CloseFindingResponse struct {
 
 func (x *CloseFindingResponse) Reset() {
 	*x = CloseFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7235,7 +7314,7 @@ func (x *CloseFindingResponse) String() string {
 func (*CloseFindingResponse) ProtoMessage() {}
 
 func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7248,7 +7327,7 @@ func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingResponse.ProtoReflect.Descriptor instead.
 func (*CloseFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *CloseFindingResponse) GetFinding() *Finding {
@@ -7273,7 +7352,7 @@ type Canary struct {
 
 func (x *Canary) Reset() {
 	*x = Canary{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7285,7 +7364,7 @@ func (x *Canary) String() string {
 func (*Canary) ProtoMessage() {}
 
 func (x *Canary) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7298,7 +7377,7 @@ func (x *Canary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Canary.ProtoReflect.Descriptor instead.
 func (*Canary) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *Canary) GetId() string {
@@ -7353,7 +7432,7 @@ type IssueCanaryRequest struct {
 
 func (x *IssueCanaryRequest) Reset() {
 	*x = IssueCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7365,7 +7444,7 @@ func (x *IssueCanaryRequest) String() string {
 func (*IssueCanaryRequest) ProtoMessage() {}
 
 func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7378,7 +7457,7 @@ func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryRequest.ProtoReflect.Descriptor instead.
 func (*IssueCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *IssueCanaryRequest) GetScope() string {
@@ -7404,7 +7483,7 @@ type IssueCanaryResponse struct {
 
 func (x *IssueCanaryResponse) Reset() {
 	*x = IssueCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7416,7 +7495,7 @@ func (x *IssueCanaryResponse) String() string {
 func (*IssueCanaryResponse) ProtoMessage() {}
 
 func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7429,7 +7508,7 @@ func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryResponse.ProtoReflect.Descriptor instead.
 func (*IssueCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *IssueCanaryResponse) GetCanary() *Canary {
@@ -7448,7 +7527,7 @@ type ListCanariesRequest struct {
 
 func (x *ListCanariesRequest) Reset() {
 	*x = ListCanariesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7460,7 +7539,7 @@ func (x *ListCanariesRequest) String() string {
 func (*ListCanariesRequest) ProtoMessage() {}
 
 func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7473,7 +7552,7 @@ func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesRequest.ProtoReflect.Descriptor instead.
 func (*ListCanariesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *ListCanariesRequest) GetScope() string {
@@ -7492,7 +7571,7 @@ type ListCanariesResponse struct {
 
 func (x *ListCanariesResponse) Reset() {
 	*x = ListCanariesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7504,7 +7583,7 @@ func (x *ListCanariesResponse) String() string {
 func (*ListCanariesResponse) ProtoMessage() {}
 
 func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7517,7 +7596,7 @@ func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesResponse.ProtoReflect.Descriptor instead.
 func (*ListCanariesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *ListCanariesResponse) GetCanaries() []*Canary {
@@ -7536,7 +7615,7 @@ type RemoveCanaryRequest struct {
 
 func (x *RemoveCanaryRequest) Reset() {
 	*x = RemoveCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7548,7 +7627,7 @@ func (x *RemoveCanaryRequest) String() string {
 func (*RemoveCanaryRequest) ProtoMessage() {}
 
 func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7561,7 +7640,7 @@ func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *RemoveCanaryRequest) GetCanary() string {
@@ -7579,7 +7658,7 @@ type RemoveCanaryResponse struct {
 
 func (x *RemoveCanaryResponse) Reset() {
 	*x = RemoveCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7591,7 +7670,7 @@ func (x *RemoveCanaryResponse) String() string {
 func (*RemoveCanaryResponse) ProtoMessage() {}
 
 func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7604,7 +7683,7 @@ func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
 }
 
 type ReadAuditRequest struct {
@@ -7617,7 +7696,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7629,7 +7708,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7642,7 +7721,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -7669,7 +7748,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7681,7 +7760,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7694,7 +7773,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{104}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *AuditRecord) GetIndex() uint64 {
@@ -7720,7 +7799,7 @@ type AuditReceiptRequest struct {
 
 func (x *AuditReceiptRequest) Reset() {
 	*x = AuditReceiptRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7732,7 +7811,7 @@ func (x *AuditReceiptRequest) String() string {
 func (*AuditReceiptRequest) ProtoMessage() {}
 
 func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7745,7 +7824,7 @@ func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptRequest.ProtoReflect.Descriptor instead.
 func (*AuditReceiptRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{105}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *AuditReceiptRequest) GetIndex() uint64 {
@@ -7766,7 +7845,7 @@ type AuditReceiptResponse struct {
 
 func (x *AuditReceiptResponse) Reset() {
 	*x = AuditReceiptResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7778,7 +7857,7 @@ func (x *AuditReceiptResponse) String() string {
 func (*AuditReceiptResponse) ProtoMessage() {}
 
 func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7791,7 +7870,7 @@ func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptResponse.ProtoReflect.Descriptor instead.
 func (*AuditReceiptResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{106}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *AuditReceiptResponse) GetRecord() []byte {
@@ -7824,7 +7903,7 @@ type AuditCheckpointRequest struct {
 
 func (x *AuditCheckpointRequest) Reset() {
 	*x = AuditCheckpointRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7836,7 +7915,7 @@ func (x *AuditCheckpointRequest) String() string {
 func (*AuditCheckpointRequest) ProtoMessage() {}
 
 func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7849,7 +7928,7 @@ func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{107}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *AuditCheckpointRequest) GetConsistentWith() uint64 {
@@ -7870,7 +7949,7 @@ type AuditCheckpointResponse struct {
 
 func (x *AuditCheckpointResponse) Reset() {
 	*x = AuditCheckpointResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7882,7 +7961,7 @@ func (x *AuditCheckpointResponse) String() string {
 func (*AuditCheckpointResponse) ProtoMessage() {}
 
 func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7895,7 +7974,7 @@ func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{108}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *AuditCheckpointResponse) GetCheckpoint() []byte {
@@ -7936,16 +8015,22 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\aissuers\x18\x06 \x03(\fR\aissuers\"J\n" +
 	"\x0eEndorsementKey\x12\x16\n" +
 	"\x06public\x18\x01 \x01(\fR\x06public\x12 \n" +
-	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"\xa1\x01\n" +
+	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"\xdf\x01\n" +
 	"\fJoinResponse\x12'\n" +
 	"\x0fcredential_blob\x18\x01 \x01(\fR\x0ecredentialBlob\x12)\n" +
 	"\x10encrypted_secret\x18\x02 \x01(\fR\x0fencryptedSecret\x12\x14\n" +
 	"\x05nonce\x18\x03 \x01(\fR\x05nonce\x12'\n" +
-	"\x0fendorsement_key\x18\x04 \x01(\rR\x0eendorsementKey\"\x9b\x01\n" +
+	"\x0fendorsement_key\x18\x04 \x01(\rR\x0eendorsementKey\x12<\n" +
+	"\x06others\x18\x05 \x03(\v2$.countersign.v1.EndorsementChallengeR\x06others\"\x93\x01\n" +
+	"\x14EndorsementChallenge\x12'\n" +
+	"\x0fendorsement_key\x18\x01 \x01(\rR\x0eendorsementKey\x12'\n" +
+	"\x0fcredential_blob\x18\x02 \x01(\fR\x0ecredentialBlob\x12)\n" +
+	"\x10encrypted_secret\x18\x03 \x01(\fR\x0fencryptedSecret\"\xc0\x01\n" +
 	"\x0fActivateRequest\x12\x16\n" +
 	"\x06secret\x18\x01 \x01(\fR\x06secret\x12C\n" +
 	"\rcertification\x18\x02 \x01(\v2\x1d.countersign.v1.CertificationR\rcertification\x12+\n" +
-	"\x05quote\x18\x03 \x01(\v2\x15.countersign.v1.QuoteR\x05quote\"E\n" +
+	"\x05quote\x18\x03 \x01(\v2\x15.countersign.v1.QuoteR\x05quote\x12#\n" +
+	"\rother_secrets\x18\x04 \x03(\fR\fotherSecrets\"E\n" +
 	"\rCertification\x12\x16\n" +
 	"\x06attest\x18\x01 \x01(\fR\x06attest\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\"f\n" +
@@ -8672,7 +8757,7 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 }
 
 var file_countersign_v1_countersign_proto_enumTypes = make([]protoimpl.EnumInfo, 16)
-var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 117)
+var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 118)
 var file_countersign_v1_countersign_proto_goTypes = []any{
 	(Verdict)(0),                      // 0: countersign.v1.Verdict
 	(Outcome)(0),                      // 1: countersign.v1.Outcome
@@ -8694,311 +8779,313 @@ var file_countersign_v1_countersign_proto_goTypes = []any{
 	(*JoinBody)(nil),                  // 17: countersign.v1.JoinBody
 	(*EndorsementKey)(nil),            // 18: countersign.v1.EndorsementKey
 	(*JoinResponse)(nil),              // 19: countersign.v1.JoinResponse
-	(*ActivateRequest)(nil),           // 20: countersign.v1.ActivateRequest
-	(*Certification)(nil),             // 21: countersign.v1.Certification
-	(*Quote)(nil),                     // 22: countersign.v1.Quote
-	(*Pcr)(nil),                       // 23: countersign.v1.Pcr
-	(*ActivateResponse)(nil),          // 24: countersign.v1.ActivateResponse
-	(*ChallengeRequest)(nil),          // 25: countersign.v1.ChallengeRequest
-	(*ChallengeResponse)(nil),         // 26: countersign.v1.ChallengeResponse
-	(*Known)(nil),                     // 27: countersign.v1.Known
-	(*Attested)(nil),                  // 28: countersign.v1.Attested
-	(*Logs)(nil),                      // 29: countersign.v1.Logs
-	(*ProveRequest)(nil),              // 30: countersign.v1.ProveRequest
-	(*ProveBody)(nil),                 // 31: countersign.v1.ProveBody
-	(*HostFacts)(nil),                 // 32: countersign.v1.HostFacts
-	(*LeaseProof)(nil),                // 33: countersign.v1.LeaseProof
-	(*ProveResponse)(nil),             // 34: countersign.v1.ProveResponse
-	(*LeaseVerdict)(nil),              // 35: countersign.v1.LeaseVerdict
-	(*Checkpoint)(nil),                // 36: countersign.v1.Checkpoint
-	(*IssueRequest)(nil),              // 37: countersign.v1.IssueRequest
-	(*IssueBody)(nil),                 // 38: countersign.v1.IssueBody
-	(*IssueResponse)(nil),             // 39: countersign.v1.IssueResponse
-	(*SecretField)(nil),               // 40: countersign.v1.SecretField
-	(*AcknowledgeRequest)(nil),        // 41: countersign.v1.AcknowledgeRequest
-	(*AcknowledgeResponse)(nil),       // 42: countersign.v1.AcknowledgeResponse
-	(*ReleaseRequest)(nil),            // 43: countersign.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),           // 44: countersign.v1.ReleaseResponse
-	(*WitnessRequest)(nil),            // 45: countersign.v1.WitnessRequest
-	(*FileOpen)(nil),                  // 46: countersign.v1.FileOpen
-	(*WitnessResponse)(nil),           // 47: countersign.v1.WitnessResponse
-	(*ErrorDetail)(nil),               // 48: countersign.v1.ErrorDetail
-	(*GetStatusRequest)(nil),          // 49: countersign.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),         // 50: countersign.v1.GetStatusResponse
-	(*Host)(nil),                      // 51: countersign.v1.Host
-	(*ListHostsRequest)(nil),          // 52: countersign.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),         // 53: countersign.v1.ListHostsResponse
-	(*NewHost)(nil),                   // 54: countersign.v1.NewHost
-	(*AddHostsRequest)(nil),           // 55: countersign.v1.AddHostsRequest
-	(*AddHostsResponse)(nil),          // 56: countersign.v1.AddHostsResponse
-	(*ChangeHostRequest)(nil),         // 57: countersign.v1.ChangeHostRequest
-	(*ChangeHostResponse)(nil),        // 58: countersign.v1.ChangeHostResponse
-	(*CreateJoinTokenRequest)(nil),    // 59: countersign.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil),   // 60: countersign.v1.CreateJoinTokenResponse
-	(*AddOperatorRequest)(nil),        // 61: countersign.v1.AddOperatorRequest
-	(*AddOperatorResponse)(nil),       // 62: countersign.v1.AddOperatorResponse
-	(*ListOperatorsRequest)(nil),      // 63: countersign.v1.ListOperatorsRequest
-	(*ListOperatorsResponse)(nil),     // 64: countersign.v1.ListOperatorsResponse
-	(*Operator)(nil),                  // 65: countersign.v1.Operator
-	(*RemoveOperatorRequest)(nil),     // 66: countersign.v1.RemoveOperatorRequest
-	(*RemoveOperatorResponse)(nil),    // 67: countersign.v1.RemoveOperatorResponse
-	(*RenewOperatorRequest)(nil),      // 68: countersign.v1.RenewOperatorRequest
-	(*RenewOperatorResponse)(nil),     // 69: countersign.v1.RenewOperatorResponse
-	(*LearnReferenceRequest)(nil),     // 70: countersign.v1.LearnReferenceRequest
-	(*LearnReferenceResponse)(nil),    // 71: countersign.v1.LearnReferenceResponse
-	(*Reference)(nil),                 // 72: countersign.v1.Reference
-	(*ListReferencesRequest)(nil),     // 73: countersign.v1.ListReferencesRequest
-	(*ListReferencesResponse)(nil),    // 74: countersign.v1.ListReferencesResponse
-	(*AddReferenceRequest)(nil),       // 75: countersign.v1.AddReferenceRequest
-	(*AddReferenceResponse)(nil),      // 76: countersign.v1.AddReferenceResponse
-	(*ApproveReferenceRequest)(nil),   // 77: countersign.v1.ApproveReferenceRequest
-	(*ApproveReferenceResponse)(nil),  // 78: countersign.v1.ApproveReferenceResponse
-	(*MaintainReferenceRequest)(nil),  // 79: countersign.v1.MaintainReferenceRequest
-	(*MaintainReferenceResponse)(nil), // 80: countersign.v1.MaintainReferenceResponse
-	(*AddReleaseRequest)(nil),         // 81: countersign.v1.AddReleaseRequest
-	(*ReleaseFile)(nil),               // 82: countersign.v1.ReleaseFile
-	(*AddReleaseResponse)(nil),        // 83: countersign.v1.AddReleaseResponse
-	(*Release)(nil),                   // 84: countersign.v1.Release
-	(*ListReleasesRequest)(nil),       // 85: countersign.v1.ListReleasesRequest
-	(*ListReleasesResponse)(nil),      // 86: countersign.v1.ListReleasesResponse
-	(*File)(nil),                      // 87: countersign.v1.File
-	(*ApplyScopesRequest)(nil),        // 88: countersign.v1.ApplyScopesRequest
-	(*ApplyScopesResponse)(nil),       // 89: countersign.v1.ApplyScopesResponse
-	(*ScopeChange)(nil),               // 90: countersign.v1.ScopeChange
-	(*LeaseChange)(nil),               // 91: countersign.v1.LeaseChange
-	(*FactsRequest)(nil),              // 92: countersign.v1.FactsRequest
-	(*FactsResponse)(nil),             // 93: countersign.v1.FactsResponse
-	(*WhyRequest)(nil),                // 94: countersign.v1.WhyRequest
-	(*WhyResponse)(nil),               // 95: countersign.v1.WhyResponse
-	(*PCR)(nil),                       // 96: countersign.v1.PCR
-	(*PCRLimit)(nil),                  // 97: countersign.v1.PCRLimit
-	(*Selector)(nil),                  // 98: countersign.v1.Selector
-	(*Lease)(nil),                     // 99: countersign.v1.Lease
-	(*Machine)(nil),                   // 100: countersign.v1.Machine
-	(*ListLeasesRequest)(nil),         // 101: countersign.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),        // 102: countersign.v1.ListLeasesResponse
-	(*RevokeLeasesRequest)(nil),       // 103: countersign.v1.RevokeLeasesRequest
-	(*RevokeLeasesResponse)(nil),      // 104: countersign.v1.RevokeLeasesResponse
-	(*Finding)(nil),                   // 105: countersign.v1.Finding
-	(*ReportFindingRequest)(nil),      // 106: countersign.v1.ReportFindingRequest
-	(*ReportFindingResponse)(nil),     // 107: countersign.v1.ReportFindingResponse
-	(*ListFindingsRequest)(nil),       // 108: countersign.v1.ListFindingsRequest
-	(*ListFindingsResponse)(nil),      // 109: countersign.v1.ListFindingsResponse
-	(*CloseFindingRequest)(nil),       // 110: countersign.v1.CloseFindingRequest
-	(*CloseFindingResponse)(nil),      // 111: countersign.v1.CloseFindingResponse
-	(*Canary)(nil),                    // 112: countersign.v1.Canary
-	(*IssueCanaryRequest)(nil),        // 113: countersign.v1.IssueCanaryRequest
-	(*IssueCanaryResponse)(nil),       // 114: countersign.v1.IssueCanaryResponse
-	(*ListCanariesRequest)(nil),       // 115: countersign.v1.ListCanariesRequest
-	(*ListCanariesResponse)(nil),      // 116: countersign.v1.ListCanariesResponse
-	(*RemoveCanaryRequest)(nil),       // 117: countersign.v1.RemoveCanaryRequest
-	(*RemoveCanaryResponse)(nil),      // 118: countersign.v1.RemoveCanaryResponse
-	(*ReadAuditRequest)(nil),          // 119: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),               // 120: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),       // 121: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),      // 122: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),    // 123: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil),   // 124: countersign.v1.AuditCheckpointResponse
-	nil,                               // 125: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                               // 126: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                               // 127: countersign.v1.GetStatusResponse.FindingsEntry
-	nil,                               // 128: countersign.v1.Host.LabelsEntry
-	nil,                               // 129: countersign.v1.NewHost.LabelsEntry
-	nil,                               // 130: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                               // 131: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 132: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),     // 133: google.protobuf.Timestamp
+	(*EndorsementChallenge)(nil),      // 20: countersign.v1.EndorsementChallenge
+	(*ActivateRequest)(nil),           // 21: countersign.v1.ActivateRequest
+	(*Certification)(nil),             // 22: countersign.v1.Certification
+	(*Quote)(nil),                     // 23: countersign.v1.Quote
+	(*Pcr)(nil),                       // 24: countersign.v1.Pcr
+	(*ActivateResponse)(nil),          // 25: countersign.v1.ActivateResponse
+	(*ChallengeRequest)(nil),          // 26: countersign.v1.ChallengeRequest
+	(*ChallengeResponse)(nil),         // 27: countersign.v1.ChallengeResponse
+	(*Known)(nil),                     // 28: countersign.v1.Known
+	(*Attested)(nil),                  // 29: countersign.v1.Attested
+	(*Logs)(nil),                      // 30: countersign.v1.Logs
+	(*ProveRequest)(nil),              // 31: countersign.v1.ProveRequest
+	(*ProveBody)(nil),                 // 32: countersign.v1.ProveBody
+	(*HostFacts)(nil),                 // 33: countersign.v1.HostFacts
+	(*LeaseProof)(nil),                // 34: countersign.v1.LeaseProof
+	(*ProveResponse)(nil),             // 35: countersign.v1.ProveResponse
+	(*LeaseVerdict)(nil),              // 36: countersign.v1.LeaseVerdict
+	(*Checkpoint)(nil),                // 37: countersign.v1.Checkpoint
+	(*IssueRequest)(nil),              // 38: countersign.v1.IssueRequest
+	(*IssueBody)(nil),                 // 39: countersign.v1.IssueBody
+	(*IssueResponse)(nil),             // 40: countersign.v1.IssueResponse
+	(*SecretField)(nil),               // 41: countersign.v1.SecretField
+	(*AcknowledgeRequest)(nil),        // 42: countersign.v1.AcknowledgeRequest
+	(*AcknowledgeResponse)(nil),       // 43: countersign.v1.AcknowledgeResponse
+	(*ReleaseRequest)(nil),            // 44: countersign.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),           // 45: countersign.v1.ReleaseResponse
+	(*WitnessRequest)(nil),            // 46: countersign.v1.WitnessRequest
+	(*FileOpen)(nil),                  // 47: countersign.v1.FileOpen
+	(*WitnessResponse)(nil),           // 48: countersign.v1.WitnessResponse
+	(*ErrorDetail)(nil),               // 49: countersign.v1.ErrorDetail
+	(*GetStatusRequest)(nil),          // 50: countersign.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),         // 51: countersign.v1.GetStatusResponse
+	(*Host)(nil),                      // 52: countersign.v1.Host
+	(*ListHostsRequest)(nil),          // 53: countersign.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),         // 54: countersign.v1.ListHostsResponse
+	(*NewHost)(nil),                   // 55: countersign.v1.NewHost
+	(*AddHostsRequest)(nil),           // 56: countersign.v1.AddHostsRequest
+	(*AddHostsResponse)(nil),          // 57: countersign.v1.AddHostsResponse
+	(*ChangeHostRequest)(nil),         // 58: countersign.v1.ChangeHostRequest
+	(*ChangeHostResponse)(nil),        // 59: countersign.v1.ChangeHostResponse
+	(*CreateJoinTokenRequest)(nil),    // 60: countersign.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil),   // 61: countersign.v1.CreateJoinTokenResponse
+	(*AddOperatorRequest)(nil),        // 62: countersign.v1.AddOperatorRequest
+	(*AddOperatorResponse)(nil),       // 63: countersign.v1.AddOperatorResponse
+	(*ListOperatorsRequest)(nil),      // 64: countersign.v1.ListOperatorsRequest
+	(*ListOperatorsResponse)(nil),     // 65: countersign.v1.ListOperatorsResponse
+	(*Operator)(nil),                  // 66: countersign.v1.Operator
+	(*RemoveOperatorRequest)(nil),     // 67: countersign.v1.RemoveOperatorRequest
+	(*RemoveOperatorResponse)(nil),    // 68: countersign.v1.RemoveOperatorResponse
+	(*RenewOperatorRequest)(nil),      // 69: countersign.v1.RenewOperatorRequest
+	(*RenewOperatorResponse)(nil),     // 70: countersign.v1.RenewOperatorResponse
+	(*LearnReferenceRequest)(nil),     // 71: countersign.v1.LearnReferenceRequest
+	(*LearnReferenceResponse)(nil),    // 72: countersign.v1.LearnReferenceResponse
+	(*Reference)(nil),                 // 73: countersign.v1.Reference
+	(*ListReferencesRequest)(nil),     // 74: countersign.v1.ListReferencesRequest
+	(*ListReferencesResponse)(nil),    // 75: countersign.v1.ListReferencesResponse
+	(*AddReferenceRequest)(nil),       // 76: countersign.v1.AddReferenceRequest
+	(*AddReferenceResponse)(nil),      // 77: countersign.v1.AddReferenceResponse
+	(*ApproveReferenceRequest)(nil),   // 78: countersign.v1.ApproveReferenceRequest
+	(*ApproveReferenceResponse)(nil),  // 79: countersign.v1.ApproveReferenceResponse
+	(*MaintainReferenceRequest)(nil),  // 80: countersign.v1.MaintainReferenceRequest
+	(*MaintainReferenceResponse)(nil), // 81: countersign.v1.MaintainReferenceResponse
+	(*AddReleaseRequest)(nil),         // 82: countersign.v1.AddReleaseRequest
+	(*ReleaseFile)(nil),               // 83: countersign.v1.ReleaseFile
+	(*AddReleaseResponse)(nil),        // 84: countersign.v1.AddReleaseResponse
+	(*Release)(nil),                   // 85: countersign.v1.Release
+	(*ListReleasesRequest)(nil),       // 86: countersign.v1.ListReleasesRequest
+	(*ListReleasesResponse)(nil),      // 87: countersign.v1.ListReleasesResponse
+	(*File)(nil),                      // 88: countersign.v1.File
+	(*ApplyScopesRequest)(nil),        // 89: countersign.v1.ApplyScopesRequest
+	(*ApplyScopesResponse)(nil),       // 90: countersign.v1.ApplyScopesResponse
+	(*ScopeChange)(nil),               // 91: countersign.v1.ScopeChange
+	(*LeaseChange)(nil),               // 92: countersign.v1.LeaseChange
+	(*FactsRequest)(nil),              // 93: countersign.v1.FactsRequest
+	(*FactsResponse)(nil),             // 94: countersign.v1.FactsResponse
+	(*WhyRequest)(nil),                // 95: countersign.v1.WhyRequest
+	(*WhyResponse)(nil),               // 96: countersign.v1.WhyResponse
+	(*PCR)(nil),                       // 97: countersign.v1.PCR
+	(*PCRLimit)(nil),                  // 98: countersign.v1.PCRLimit
+	(*Selector)(nil),                  // 99: countersign.v1.Selector
+	(*Lease)(nil),                     // 100: countersign.v1.Lease
+	(*Machine)(nil),                   // 101: countersign.v1.Machine
+	(*ListLeasesRequest)(nil),         // 102: countersign.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),        // 103: countersign.v1.ListLeasesResponse
+	(*RevokeLeasesRequest)(nil),       // 104: countersign.v1.RevokeLeasesRequest
+	(*RevokeLeasesResponse)(nil),      // 105: countersign.v1.RevokeLeasesResponse
+	(*Finding)(nil),                   // 106: countersign.v1.Finding
+	(*ReportFindingRequest)(nil),      // 107: countersign.v1.ReportFindingRequest
+	(*ReportFindingResponse)(nil),     // 108: countersign.v1.ReportFindingResponse
+	(*ListFindingsRequest)(nil),       // 109: countersign.v1.ListFindingsRequest
+	(*ListFindingsResponse)(nil),      // 110: countersign.v1.ListFindingsResponse
+	(*CloseFindingRequest)(nil),       // 111: countersign.v1.CloseFindingRequest
+	(*CloseFindingResponse)(nil),      // 112: countersign.v1.CloseFindingResponse
+	(*Canary)(nil),                    // 113: countersign.v1.Canary
+	(*IssueCanaryRequest)(nil),        // 114: countersign.v1.IssueCanaryRequest
+	(*IssueCanaryResponse)(nil),       // 115: countersign.v1.IssueCanaryResponse
+	(*ListCanariesRequest)(nil),       // 116: countersign.v1.ListCanariesRequest
+	(*ListCanariesResponse)(nil),      // 117: countersign.v1.ListCanariesResponse
+	(*RemoveCanaryRequest)(nil),       // 118: countersign.v1.RemoveCanaryRequest
+	(*RemoveCanaryResponse)(nil),      // 119: countersign.v1.RemoveCanaryResponse
+	(*ReadAuditRequest)(nil),          // 120: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),               // 121: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),       // 122: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),      // 123: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),    // 124: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil),   // 125: countersign.v1.AuditCheckpointResponse
+	nil,                               // 126: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                               // 127: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                               // 128: countersign.v1.GetStatusResponse.FindingsEntry
+	nil,                               // 129: countersign.v1.Host.LabelsEntry
+	nil,                               // 130: countersign.v1.NewHost.LabelsEntry
+	nil,                               // 131: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                               // 132: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 133: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),     // 134: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	18,  // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
-	21,  // 1: countersign.v1.ActivateRequest.certification:type_name -> countersign.v1.Certification
-	22,  // 2: countersign.v1.ActivateRequest.quote:type_name -> countersign.v1.Quote
-	23,  // 3: countersign.v1.Quote.pcrs:type_name -> countersign.v1.Pcr
-	36,  // 4: countersign.v1.ActivateResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	27,  // 5: countersign.v1.ChallengeResponse.known:type_name -> countersign.v1.Known
-	22,  // 6: countersign.v1.Attested.quote:type_name -> countersign.v1.Quote
-	29,  // 7: countersign.v1.Attested.logs:type_name -> countersign.v1.Logs
-	28,  // 8: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
-	32,  // 9: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
-	33,  // 10: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	133, // 11: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
-	35,  // 12: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
-	36,  // 13: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	133, // 14: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
-	2,   // 15: countersign.v1.ProveResponse.host_state_code:type_name -> countersign.v1.HostState
-	133, // 16: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	133, // 17: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
-	0,   // 18: countersign.v1.LeaseVerdict.outcome_code:type_name -> countersign.v1.Verdict
-	28,  // 19: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
-	32,  // 20: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
-	40,  // 21: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	133, // 22: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	133, // 23: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	133, // 24: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	133, // 25: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	133, // 26: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	133, // 27: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	133, // 28: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
-	46,  // 29: countersign.v1.WitnessRequest.opens:type_name -> countersign.v1.FileOpen
-	133, // 30: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
-	1,   // 31: countersign.v1.ErrorDetail.outcome_code:type_name -> countersign.v1.Outcome
-	125, // 32: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	126, // 33: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	127, // 34: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
-	128, // 35: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	133, // 36: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	133, // 37: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
-	2,   // 38: countersign.v1.Host.state_code:type_name -> countersign.v1.HostState
-	3,   // 39: countersign.v1.Host.tier_code:type_name -> countersign.v1.Tier
-	2,   // 40: countersign.v1.ListHostsRequest.state_code:type_name -> countersign.v1.HostState
-	4,   // 41: countersign.v1.ListHostsRequest.sort_code:type_name -> countersign.v1.HostOrder
-	51,  // 42: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	129, // 43: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
-	54,  // 44: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	130, // 45: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
-	5,   // 46: countersign.v1.ChangeHostRequest.action_code:type_name -> countersign.v1.HostAction
-	51,  // 47: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	133, // 48: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	131, // 49: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	133, // 50: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	133, // 51: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
-	6,   // 52: countersign.v1.AddOperatorRequest.role_code:type_name -> countersign.v1.Role
-	65,  // 53: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
-	133, // 54: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
-	133, // 55: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
-	6,   // 56: countersign.v1.Operator.role_code:type_name -> countersign.v1.Role
-	72,  // 57: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	133, // 58: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	133, // 59: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
-	7,   // 60: countersign.v1.Reference.state_code:type_name -> countersign.v1.ReferenceState
-	72,  // 61: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
-	72,  // 62: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
-	133, // 63: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
-	72,  // 64: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
-	133, // 65: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
-	82,  // 66: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
-	133, // 67: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
-	84,  // 68: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
-	133, // 69: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
-	133, // 70: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
-	84,  // 71: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
-	87,  // 72: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
-	90,  // 73: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
-	91,  // 74: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
-	8,   // 75: countersign.v1.ScopeChange.change_code:type_name -> countersign.v1.Change
-	9,   // 76: countersign.v1.LeaseChange.change_code:type_name -> countersign.v1.LeaseEffect
-	98,  // 77: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	133, // 78: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	96,  // 79: countersign.v1.WhyResponse.pcrs:type_name -> countersign.v1.PCR
-	10,  // 80: countersign.v1.WhyResponse.outcome_code:type_name -> countersign.v1.Decision
-	97,  // 81: countersign.v1.PCR.limit:type_name -> countersign.v1.PCRLimit
-	11,  // 82: countersign.v1.Selector.result_code:type_name -> countersign.v1.SelectorResult
-	132, // 83: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	133, // 84: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	133, // 85: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	133, // 86: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	133, // 87: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	100, // 88: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
-	12,  // 89: countersign.v1.Lease.state_code:type_name -> countersign.v1.LeaseState
-	12,  // 90: countersign.v1.ListLeasesRequest.state_code:type_name -> countersign.v1.LeaseState
-	99,  // 91: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	133, // 92: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
-	133, // 93: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
-	133, // 94: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
-	13,  // 95: countersign.v1.Finding.severity_code:type_name -> countersign.v1.Severity
-	14,  // 96: countersign.v1.Finding.response_code:type_name -> countersign.v1.Response
-	15,  // 97: countersign.v1.Finding.status_code:type_name -> countersign.v1.FindingStatus
-	105, // 98: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
-	105, // 99: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
-	15,  // 100: countersign.v1.ListFindingsRequest.status_code:type_name -> countersign.v1.FindingStatus
-	13,  // 101: countersign.v1.ListFindingsRequest.severity_code:type_name -> countersign.v1.Severity
-	105, // 102: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
-	133, // 103: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
-	105, // 104: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
-	133, // 105: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
-	112, // 106: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
-	112, // 107: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
-	16,  // 108: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
-	20,  // 109: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
-	25,  // 110: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
-	30,  // 111: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
-	37,  // 112: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
-	41,  // 113: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
-	43,  // 114: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
-	45,  // 115: countersign.v1.HostService.Witness:input_type -> countersign.v1.WitnessRequest
-	49,  // 116: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
-	52,  // 117: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
-	55,  // 118: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
-	57,  // 119: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
-	59,  // 120: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
-	61,  // 121: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
-	63,  // 122: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
-	66,  // 123: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
-	68,  // 124: countersign.v1.OperatorService.RenewOperator:input_type -> countersign.v1.RenewOperatorRequest
-	70,  // 125: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	73,  // 126: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	75,  // 127: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
-	77,  // 128: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
-	79,  // 129: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
-	81,  // 130: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
-	85,  // 131: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
-	88,  // 132: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	92,  // 133: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	94,  // 134: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	101, // 135: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	103, // 136: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	106, // 137: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
-	108, // 138: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
-	110, // 139: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
-	113, // 140: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
-	115, // 141: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
-	117, // 142: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
-	119, // 143: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	121, // 144: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	123, // 145: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	19,  // 146: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	24,  // 147: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	26,  // 148: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	34,  // 149: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	39,  // 150: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	42,  // 151: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	44,  // 152: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	47,  // 153: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
-	50,  // 154: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	53,  // 155: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	56,  // 156: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	58,  // 157: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	60,  // 158: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	62,  // 159: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	64,  // 160: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
-	67,  // 161: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
-	69,  // 162: countersign.v1.OperatorService.RenewOperator:output_type -> countersign.v1.RenewOperatorResponse
-	71,  // 163: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	74,  // 164: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	76,  // 165: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
-	78,  // 166: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
-	80,  // 167: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
-	83,  // 168: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
-	86,  // 169: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
-	89,  // 170: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	93,  // 171: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	95,  // 172: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	102, // 173: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	104, // 174: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	107, // 175: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
-	109, // 176: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
-	111, // 177: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
-	114, // 178: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
-	116, // 179: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
-	118, // 180: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
-	120, // 181: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	122, // 182: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	124, // 183: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	146, // [146:184] is the sub-list for method output_type
-	108, // [108:146] is the sub-list for method input_type
-	108, // [108:108] is the sub-list for extension type_name
-	108, // [108:108] is the sub-list for extension extendee
-	0,   // [0:108] is the sub-list for field type_name
+	20,  // 1: countersign.v1.JoinResponse.others:type_name -> countersign.v1.EndorsementChallenge
+	22,  // 2: countersign.v1.ActivateRequest.certification:type_name -> countersign.v1.Certification
+	23,  // 3: countersign.v1.ActivateRequest.quote:type_name -> countersign.v1.Quote
+	24,  // 4: countersign.v1.Quote.pcrs:type_name -> countersign.v1.Pcr
+	37,  // 5: countersign.v1.ActivateResponse.checkpoint:type_name -> countersign.v1.Checkpoint
+	28,  // 6: countersign.v1.ChallengeResponse.known:type_name -> countersign.v1.Known
+	23,  // 7: countersign.v1.Attested.quote:type_name -> countersign.v1.Quote
+	30,  // 8: countersign.v1.Attested.logs:type_name -> countersign.v1.Logs
+	29,  // 9: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
+	33,  // 10: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
+	34,  // 11: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
+	134, // 12: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	36,  // 13: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
+	37,  // 14: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
+	134, // 15: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	2,   // 16: countersign.v1.ProveResponse.host_state_code:type_name -> countersign.v1.HostState
+	134, // 17: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	134, // 18: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	0,   // 19: countersign.v1.LeaseVerdict.outcome_code:type_name -> countersign.v1.Verdict
+	29,  // 20: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
+	33,  // 21: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
+	41,  // 22: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
+	134, // 23: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	134, // 24: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	134, // 25: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	134, // 26: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	134, // 27: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	134, // 28: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	134, // 29: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	47,  // 30: countersign.v1.WitnessRequest.opens:type_name -> countersign.v1.FileOpen
+	134, // 31: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
+	1,   // 32: countersign.v1.ErrorDetail.outcome_code:type_name -> countersign.v1.Outcome
+	126, // 33: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	127, // 34: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	128, // 35: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
+	129, // 36: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	134, // 37: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	134, // 38: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	2,   // 39: countersign.v1.Host.state_code:type_name -> countersign.v1.HostState
+	3,   // 40: countersign.v1.Host.tier_code:type_name -> countersign.v1.Tier
+	2,   // 41: countersign.v1.ListHostsRequest.state_code:type_name -> countersign.v1.HostState
+	4,   // 42: countersign.v1.ListHostsRequest.sort_code:type_name -> countersign.v1.HostOrder
+	52,  // 43: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
+	130, // 44: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	55,  // 45: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
+	131, // 46: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	5,   // 47: countersign.v1.ChangeHostRequest.action_code:type_name -> countersign.v1.HostAction
+	52,  // 48: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
+	134, // 49: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	132, // 50: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	134, // 51: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	134, // 52: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	6,   // 53: countersign.v1.AddOperatorRequest.role_code:type_name -> countersign.v1.Role
+	66,  // 54: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
+	134, // 55: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	134, // 56: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	6,   // 57: countersign.v1.Operator.role_code:type_name -> countersign.v1.Role
+	73,  // 58: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
+	134, // 59: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	134, // 60: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
+	7,   // 61: countersign.v1.Reference.state_code:type_name -> countersign.v1.ReferenceState
+	73,  // 62: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
+	73,  // 63: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
+	134, // 64: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
+	73,  // 65: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
+	134, // 66: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
+	83,  // 67: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
+	134, // 68: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
+	85,  // 69: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
+	134, // 70: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
+	134, // 71: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
+	85,  // 72: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
+	88,  // 73: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
+	91,  // 74: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
+	92,  // 75: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
+	8,   // 76: countersign.v1.ScopeChange.change_code:type_name -> countersign.v1.Change
+	9,   // 77: countersign.v1.LeaseChange.change_code:type_name -> countersign.v1.LeaseEffect
+	99,  // 78: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	134, // 79: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	97,  // 80: countersign.v1.WhyResponse.pcrs:type_name -> countersign.v1.PCR
+	10,  // 81: countersign.v1.WhyResponse.outcome_code:type_name -> countersign.v1.Decision
+	98,  // 82: countersign.v1.PCR.limit:type_name -> countersign.v1.PCRLimit
+	11,  // 83: countersign.v1.Selector.result_code:type_name -> countersign.v1.SelectorResult
+	133, // 84: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	134, // 85: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	134, // 86: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	134, // 87: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	134, // 88: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	101, // 89: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
+	12,  // 90: countersign.v1.Lease.state_code:type_name -> countersign.v1.LeaseState
+	12,  // 91: countersign.v1.ListLeasesRequest.state_code:type_name -> countersign.v1.LeaseState
+	100, // 92: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	134, // 93: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
+	134, // 94: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
+	134, // 95: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
+	13,  // 96: countersign.v1.Finding.severity_code:type_name -> countersign.v1.Severity
+	14,  // 97: countersign.v1.Finding.response_code:type_name -> countersign.v1.Response
+	15,  // 98: countersign.v1.Finding.status_code:type_name -> countersign.v1.FindingStatus
+	106, // 99: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
+	106, // 100: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
+	15,  // 101: countersign.v1.ListFindingsRequest.status_code:type_name -> countersign.v1.FindingStatus
+	13,  // 102: countersign.v1.ListFindingsRequest.severity_code:type_name -> countersign.v1.Severity
+	106, // 103: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
+	134, // 104: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
+	106, // 105: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
+	134, // 106: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
+	113, // 107: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
+	113, // 108: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
+	16,  // 109: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
+	21,  // 110: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
+	26,  // 111: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
+	31,  // 112: countersign.v1.HostService.Prove:input_type -> countersign.v1.ProveRequest
+	38,  // 113: countersign.v1.HostService.Issue:input_type -> countersign.v1.IssueRequest
+	42,  // 114: countersign.v1.HostService.Acknowledge:input_type -> countersign.v1.AcknowledgeRequest
+	44,  // 115: countersign.v1.HostService.Release:input_type -> countersign.v1.ReleaseRequest
+	46,  // 116: countersign.v1.HostService.Witness:input_type -> countersign.v1.WitnessRequest
+	50,  // 117: countersign.v1.OperatorService.GetStatus:input_type -> countersign.v1.GetStatusRequest
+	53,  // 118: countersign.v1.OperatorService.ListHosts:input_type -> countersign.v1.ListHostsRequest
+	56,  // 119: countersign.v1.OperatorService.AddHosts:input_type -> countersign.v1.AddHostsRequest
+	58,  // 120: countersign.v1.OperatorService.ChangeHost:input_type -> countersign.v1.ChangeHostRequest
+	60,  // 121: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
+	62,  // 122: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
+	64,  // 123: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
+	67,  // 124: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
+	69,  // 125: countersign.v1.OperatorService.RenewOperator:input_type -> countersign.v1.RenewOperatorRequest
+	71,  // 126: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	74,  // 127: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	76,  // 128: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
+	78,  // 129: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
+	80,  // 130: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
+	82,  // 131: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
+	86,  // 132: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
+	89,  // 133: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	93,  // 134: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	95,  // 135: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	102, // 136: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	104, // 137: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	107, // 138: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
+	109, // 139: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
+	111, // 140: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
+	114, // 141: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
+	116, // 142: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
+	118, // 143: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
+	120, // 144: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	122, // 145: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	124, // 146: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	19,  // 147: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	25,  // 148: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	27,  // 149: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	35,  // 150: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	40,  // 151: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	43,  // 152: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	45,  // 153: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	48,  // 154: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
+	51,  // 155: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	54,  // 156: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	57,  // 157: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	59,  // 158: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	61,  // 159: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	63,  // 160: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	65,  // 161: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	68,  // 162: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	70,  // 163: countersign.v1.OperatorService.RenewOperator:output_type -> countersign.v1.RenewOperatorResponse
+	72,  // 164: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	75,  // 165: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	77,  // 166: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
+	79,  // 167: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
+	81,  // 168: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
+	84,  // 169: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
+	87,  // 170: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
+	90,  // 171: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	94,  // 172: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	96,  // 173: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	103, // 174: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	105, // 175: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	108, // 176: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
+	110, // 177: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
+	112, // 178: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
+	115, // 179: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
+	117, // 180: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
+	119, // 181: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
+	121, // 182: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	123, // 183: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	125, // 184: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	147, // [147:185] is the sub-list for method output_type
+	109, // [109:147] is the sub-list for method input_type
+	109, // [109:109] is the sub-list for extension type_name
+	109, // [109:109] is the sub-list for extension extendee
+	0,   // [0:109] is the sub-list for field type_name
 }
 
 func init() { file_countersign_v1_countersign_proto_init() }
@@ -9006,31 +9093,31 @@ func file_countersign_v1_countersign_proto_init() {
 	if File_countersign_v1_countersign_proto != nil {
 		return
 	}
-	file_countersign_v1_countersign_proto_msgTypes[18].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[19].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[32].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[35].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[20].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[33].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[36].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[41].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[45].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[49].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[56].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[74].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[37].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[42].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[46].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[50].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[57].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[75].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[79].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[82].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[76].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[80].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[83].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[84].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[85].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[89].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[92].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[86].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[90].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[93].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
 			NumEnums:      16,
-			NumMessages:   117,
+			NumMessages:   118,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -242,19 +243,22 @@ type Change struct {
 	Reason     string
 }
 
-// acts lists the actions, with the role that each needs and its kind of audit record.
+// acts lists the actions, with the role that each needs, its kind of audit record, and for
+// those that change a host's status the event and what it says beside the operator's reason.
 var acts = map[string]struct {
-	need Role
-	kind event.Kind
+	need   Role
+	kind   event.Kind
+	on     inventory.Event
+	reason string
 }{
-	"approve":    {Operator, event.HostApproved},
-	"label":      {Operator, event.HostLabelled},
-	"quarantine": {Responder, event.HostQuarantined},
-	"release":    {Operator, event.HostReleased},
-	"reenrol":    {Operator, event.HostReenrol},
-	"remove":     {Operator, event.HostRemoved},
-	"reference":  {Operator, event.HostReference},
-	"step-up":    {Responder, event.HostStepUp},
+	"approve":    {need: Operator, kind: event.HostApproved, on: inventory.OnApprove},
+	"label":      {need: Operator, kind: event.HostLabelled},
+	"quarantine": {need: Responder, kind: event.HostQuarantined, on: inventory.OnQuarantine},
+	"release":    {need: Operator, kind: event.HostReleased, on: inventory.OnRelease, reason: "released; not proven since"},
+	"reenrol":    {need: Operator, kind: event.HostReenrol, on: inventory.OnReenrol, reason: "waits to join anew"},
+	"remove":     {need: Operator, kind: event.HostRemoved, on: inventory.OnRemove},
+	"reference":  {need: Operator, kind: event.HostReference},
+	"step-up":    {need: Responder, kind: event.HostStepUp},
 }
 
 // ChangeHost does c to a host. Quarantine and removal revoke its leases
@@ -263,6 +267,9 @@ func (d *Desk) ChangeHost(ctx context.Context, a Actor, host string, c Change) (
 	act, ok := acts[c.Action]
 	if !ok {
 		return inventory.Host{}, 0, invalid("no such action on a host: %q", c.Action)
+	}
+	if len(c.Reason) > maxReason {
+		return inventory.Host{}, 0, invalid("the reason has %d bytes; at most %d are kept", len(c.Reason), maxReason)
 	}
 	var h inventory.Host
 	err := d.act(ctx, a, act.need, store.Any(store.Hosts), event.Change{As: act.kind, Action: c.Action, SetLabels: c.SetLabels, DropLabels: c.DropLabels, Reference: c.Reference, Reason: c.Reason}, func(tx *store.Tx, r *event.Record) (err error) {
@@ -284,15 +291,9 @@ func (d *Desk) ChangeHost(ctx context.Context, a Actor, host string, c Change) (
 
 func changed(tx *store.Tx, h inventory.Host, c Change, now time.Time) (inventory.Host, error) {
 	if h.State == inventory.Removed && c.Action != "reenrol" {
-		return h, invalid("host %s was removed; only reenrol brings it back", h.ID)
+		return h, invalid("host %s: %v", h.ID, inventory.ErrRemoved)
 	}
 	switch c.Action {
-	case "approve":
-		if h.Admitted {
-			return h, invalid("host %s is admitted already", h.ID)
-		}
-		h.Admitted, h.State, h.Reason = true, inventory.Registered, ""
-		return withReference(tx, withLabels(h, c), c.Reference, now)
 	case "label":
 		h = withLabels(h, c)
 		return h, checkLabels(h.Labels)
@@ -302,24 +303,23 @@ func changed(tx *store.Tx, h inventory.Host, c Change, now time.Time) (inventory
 			return h, nil
 		}
 		return withReference(tx, h, c.Reference, now)
-	case "quarantine":
-		h.State, h.Reason, h.SilentAt = inventory.Quarantined, c.Reason, time.Time{}
-	case "release":
-		if h.State != inventory.Quarantined {
-			return h, invalid("host %s is %s, not quarantined", h.ID, h.State)
-		}
-		// Stale, not trusted: its next proof says what it is.
-		h.State, h.Reason = inventory.Stale, "released; not proven since"
-	case "reenrol":
-		h.Reenrolling, h.Admitted, h.Reason = true, true, "waits to join anew"
-		if h.State == inventory.Removed || h.State == inventory.Quarantined {
-			h.State = inventory.Registered
-		}
 	case "step-up":
 		// Its next request then has to show its logs from their first entry.
 		h.StepUps++
-	case "remove":
-		h.State, h.Reason, h.Admitted, h.Reenrolling, h.SilentAt = inventory.Removed, c.Reason, false, false, time.Time{}
+		return h, nil
+	}
+
+	act := acts[c.Action]
+	reason := cmp.Or(act.reason, c.Reason)
+	if act.reason != "" && c.Reason != "" {
+		reason += ": " + c.Reason
+	}
+	h, err := h.After(act.on, reason)
+	if err != nil {
+		return h, invalid("host %s: %v", h.ID, err)
+	}
+	if c.Action == "approve" {
+		return withReference(tx, withLabels(h, c), c.Reference, now)
 	}
 	return h, nil
 }

@@ -32,17 +32,23 @@ type Given struct {
 	Seen *appraise.Counters
 }
 
-// A Joining is a host that was asked to activate a credential.
+// A Joining is a host that was asked to activate a credential for each of its EKs.
 type Joining struct {
-	at     time.Time
-	Nonce  evidence.Nonce
-	Secret []byte // what activation has to give back
-	Body   []byte // of the request, as sent
-	EK     *appraise.EK
-	AK     *appraise.AK
-	TLS    []byte // TPMT_PUBLIC
-	Token  string
-	Name   string
+	at    time.Time
+	Nonce evidence.Nonce
+	Body  []byte // of the request, as sent
+	EKs   []Endorsement
+	AK    *appraise.AK
+	Seen  *appraise.Counters // what was known of AK's TPM then; nil: nothing
+	TLS   []byte             // TPMT_PUBLIC
+	Token string
+	Name  string
+}
+
+// An Endorsement is an EK, and what activation with it has to give back.
+type Endorsement struct {
+	*appraise.EK
+	Secret []byte
 }
 
 // A Conn is one TLS connection: what a request on it has to be bound to, and

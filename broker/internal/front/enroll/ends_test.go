@@ -37,14 +37,14 @@ func TestEndedEKCertificates(t *testing.T) {
 	}))
 
 	for _, off = range []time.Duration{0, 31 * 24 * time.Hour, 400 * 24 * time.Hour, 21 * 365 * 24 * time.Hour, 100 * 365 * 24 * time.Hour} {
-		// A second key of the same TPM is not in the inventory: it was never challenged.
+		// A second key is not in the inventory: the host never showed it.
 		conn := &challenge.Conn{}
 		ch, err := d.Begin(t.Context(), conn, Application{EKs: []tpm.EK{second.EK, known.EK}, AKPublic: known.AKPublic})
-		if err != nil || ch.EK != 1 {
-			t.Errorf("a known TPM, %s later: key %d, %v", off, ch.EK, err)
+		if err != nil || ch.Keys[0].EK != 1 {
+			t.Errorf("a known TPM, %s later: %+v, %v", off, ch.Keys, err)
 			continue
 		}
-		if j := check.Must(conn.TakeJoin(time.Now()))(t); !j.EK.Certified {
+		if j := check.Must(conn.TakeJoin(time.Now()))(t); !j.EKs[0].Certified {
 			t.Errorf("a known TPM, %s later: its tier is lost", off)
 		}
 
@@ -62,7 +62,7 @@ func TestEndedEKCertificates(t *testing.T) {
 	d.Roots, off = x509.NewCertPool(), 0
 	conn := &challenge.Conn{}
 	check.Must(d.Begin(t.Context(), conn, Application{EKs: []tpm.EK{known.EK}, AKPublic: known.AKPublic}))(t)
-	if j := check.Must(conn.TakeJoin(time.Now()))(t); j.EK.Certified {
+	if j := check.Must(conn.TakeJoin(time.Now()))(t); j.EKs[0].Certified {
 		t.Error("it is certified by a root that is not configured")
 	}
 }
@@ -92,11 +92,11 @@ func TestOneKeyNotVouchedFor(t *testing.T) {
 		for chosen, eks := range [][]tpm.EK{{good.EK, odd}, {odd, good.EK}} {
 			conn := &challenge.Conn{}
 			ch, err := d.Begin(t.Context(), conn, Application{EKs: eks, AKPublic: good.AKPublic})
-			if err != nil || ch.EK != chosen {
-				t.Errorf("%s: key %d, %v, want %d", name, ch.EK, err, chosen)
+			if err != nil || ch.Keys[0].EK != chosen {
+				t.Errorf("%s: %+v, %v, want key %d first", name, ch.Keys, err, chosen)
 				continue
 			}
-			if j := check.Must(conn.TakeJoin(time.Now()))(t); !j.EK.Certified {
+			if j := check.Must(conn.TakeJoin(time.Now()))(t); !j.EKs[0].Certified {
 				t.Errorf("%s: the host isn't certified", name)
 			}
 		}

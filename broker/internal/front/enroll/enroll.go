@@ -16,6 +16,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -45,6 +46,7 @@ const firstProof = 30 * time.Minute
 // What counts in choosing an EK: that a maker's certificate vouches for it and,
 // more than that, that the inventory has it.
 const (
+	badScore       = -1 // its certificate is not good
 	certifiedScore = 1
 	knownScore     = 2
 )
@@ -80,6 +82,7 @@ var (
 	ErrPendingFull = errors.New("too many hosts wait for an operator; ask for a join token")
 	ErrRemoved     = errors.New("this TPM's host was removed; an operator has to reenrol it")
 	ErrQuarantined = errors.New("this host is quarantined; an operator knows why")
+	ErrTwoHosts    = errors.New("this TPM's keys belong to two hosts of the inventory; `countersign host reenrol` says which of them it is")
 	ErrUncertified = errors.New("this TPM's key has no certificate of a configured root: an operator has to register its EK hash, or give a join token")
 )
 
@@ -88,13 +91,18 @@ const CheckActivation evidence.Check = "activation"
 
 // A Challenge is what the host's TPM has to answer.
 type Challenge struct {
-	tpm.Challenge
-	EK    int // index in Application.EKs
+	Keys  []KeyChallenge // at least one; the first is of the EK that counts
 	Nonce evidence.Nonce
 }
 
-// Begin judges the keys of an application and challenges one EK: a registered
-// one if there is, else a certified one.
+// A KeyChallenge is for one EK.
+type KeyChallenge struct {
+	tpm.Challenge
+	EK int // index in Application.EKs
+}
+
+// Begin judges the keys of an application and challenges every EK that a TPM can have.
+// One counts for the tier: a registered one if there is, else a certified one.
 func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (Challenge, error) {
 	if len(a.EKs) == 0 || len(a.EKs) > maxEKs {
 		return Challenge{}, &evidence.Rejected{Check: tpmappraise.CheckEKKey, Detail: fmt.Sprintf("%d endorsement keys; 1 to %d are looked at", len(a.EKs), maxEKs)}
@@ -103,48 +111,89 @@ func (d *Desk) Begin(ctx context.Context, conn *challenge.Conn, a Application) (
 	if err != nil {
 		return Challenge{}, err
 	}
-	now := d.Wall()
-	intermediates := tpmappraise.WithIssuers(d.Intermediates, a.Issuers)
-	best, bestScore := -1, -1
-	var chosen *tpmappraise.EK
-	var bad error // the first key that is not good
-	for i, offered := range a.EKs {
-		known, err := d.known(ctx, offered.Hash())
-		if err != nil {
-			return Challenge{}, err
-		}
-		ek, err := d.verifyEK(offered, intermediates, known, now)
-		if err != nil {
-			bad = cmp.Or(bad, err)
-			continue
-		}
-		score := 0
-		if ek.Certified {
-			score = certifiedScore
-		}
-		if known {
-			score += knownScore
-		}
-		if score > bestScore {
-			best, bestScore, chosen = i, score, ek
-		}
-	}
-	// A key that an operator or a maker vouches for is the one that is challenged:
-	// what the host offers beside it, such as a second key whose certificate has
-	// ended or leads to another root, says nothing against it. With nobody to vouch
-	// for any of them, why a certificate is not good is what an operator can mend.
-	if bad != nil && bestScore < certifiedScore {
-		return Challenge{}, bad
-	}
-	toTPM, answer, err := tpmappraise.NewChallenge(rand.Reader, chosen, ak)
+	offered, err := d.judge(ctx, a)
 	if err != nil {
 		return Challenge{}, err
 	}
-	nonce := challenge.NewNonce()
-	conn.Join(&challenge.Joining{
-		Nonce: nonce, Secret: answer, Body: a.Body, EK: chosen, AK: ak, TLS: a.TLSPublic, Token: a.Token, Name: hostname(a.Hostname),
-	}, d.Now())
-	return Challenge{Challenge: toTPM, EK: best, Nonce: nonce}, nil
+	seen, err := d.seen(ctx, ak)
+	if err != nil {
+		return Challenge{}, err
+	}
+
+	c := Challenge{Nonce: challenge.NewNonce()}
+	j := &challenge.Joining{Nonce: c.Nonce, Body: a.Body, AK: ak, Seen: seen, TLS: a.TLSPublic, Token: a.Token, Name: hostname(a.Hostname)}
+	for _, o := range offered {
+		toTPM, answer, err := tpmappraise.NewChallenge(rand.Reader, o.ek, ak)
+		if err != nil {
+			return Challenge{}, err
+		}
+		c.Keys = append(c.Keys, KeyChallenge{toTPM, o.index})
+		j.EKs = append(j.EKs, challenge.Endorsement{EK: o.ek, Secret: answer})
+	}
+	conn.Join(j, d.Now())
+	return c, nil
+}
+
+// An offer is an EK that a host shows, and how much it counts.
+type offer struct {
+	ek    *tpmappraise.EK
+	index int // in Application.EKs
+	score int
+}
+
+// judge returns the EKs that can be challenged, the one that counts most first.
+//
+// A key that an operator or a maker vouches for is the one that counts: what the host
+// offers beside it, such as a second key whose certificate has ended or leads to another
+// root, says nothing against it. With nobody to vouch for any of them, why a certificate is
+// not good is what an operator can mend.
+func (d *Desk) judge(ctx context.Context, a Application) ([]offer, error) {
+	now := d.Wall()
+	intermediates := tpmappraise.WithIssuers(d.Intermediates, a.Issuers)
+	var offers []offer
+	var bad error // the first key that is not good
+	for i, shown := range a.EKs {
+		known, err := d.known(ctx, shown.Hash())
+		if err != nil {
+			return nil, err
+		}
+		ek, err := d.verifyEK(shown, intermediates, known, now)
+		score := 0
+		if err != nil {
+			bad = cmp.Or(bad, err)
+			if ek, err = tpmappraise.VerifyEK(tpm.EK{Public: shown.Public}, nil, nil, now); err != nil {
+				continue // it is no EK
+			}
+			score = badScore
+		} else {
+			if ek.Certified {
+				score = certifiedScore
+			}
+			if known {
+				score += knownScore
+			}
+		}
+		offers = append(offers, offer{ek, i, score})
+	}
+
+	slices.SortStableFunc(offers, func(a, b offer) int { return cmp.Compare(b.score, a.score) })
+	if bad != nil && (len(offers) == 0 || offers[0].score < certifiedScore) {
+		return nil, bad
+	}
+	return offers, nil
+}
+
+// seen returns the counters that the inventory has of AK's TPM; nil: none.
+func (d *Desk) seen(ctx context.Context, ak *tpmappraise.AK) (seen *tpmappraise.Counters, err error) {
+	err = d.Store.View(ctx, func(tx *store.Tx) error {
+		h, err := inventory.ByAK(tx, ak.Encoded())
+		seen = h.Counters
+		if errors.Is(err, inventory.ErrUnknown) {
+			err = nil
+		}
+		return err
+	})
+	return seen, err
 }
 
 // verifyEK judges one endorsement key. Of a known one no dates count: a key that
@@ -204,7 +253,7 @@ func (d *Desk) known(ctx context.Context, ek evidence.Digest) (known bool, err e
 
 // An Answer is what the host's TPM gave back.
 type Answer struct {
-	Secret        []byte
+	Secrets       [][]byte // of Challenge.Keys; an empty one: the TPM can't use that key
 	Certification tpm.Certification
 	Quote         tpm.Quote
 }
@@ -253,6 +302,7 @@ type joining struct {
 	now, wall time.Time
 	requestID string
 
+	others          []inventory.Host // own keys of this TPM, too
 	result          Result
 	revoke, because string // the host whose leases to revoke, and the reason
 }
@@ -265,8 +315,8 @@ func (d *Desk) verify(conn *challenge.Conn, a Answer) (*joining, error) {
 	if err != nil {
 		return nil, err
 	}
-	if subtle.ConstantTimeCompare(a.Secret, j.Secret) != 1 {
-		return nil, &evidence.Rejected{Check: CheckActivation, Detail: "the challenge to the TPM was not answered: AK and EK are not in one TPM"}
+	if j.EKs, err = activated(j.EKs, a.Secrets); err != nil {
+		return nil, err
 	}
 	spki, err := j.AK.VerifyCertification(j.TLS, a.Certification, conn.Binding(evidence.CallCertify, j.Nonce, j.Body).ExtraData())
 	if err != nil {
@@ -282,70 +332,155 @@ func (d *Desk) verify(conn *challenge.Conn, a Answer) (*joining, error) {
 	return &joining{Desk: d, Joining: j, conn: conn, spki: spki, quoted: quoted, now: now, wall: d.Wall()}, nil
 }
 
+// activated returns the EKs whose challenge the TPM answered. The first has to be among
+// them, and no answer may be wrong.
+func activated(eks []challenge.Endorsement, secrets [][]byte) ([]challenge.Endorsement, error) {
+	var proven []challenge.Endorsement
+	for i, secret := range secrets {
+		if i >= len(eks) || len(secret) == 0 && i > 0 {
+			continue
+		}
+		if subtle.ConstantTimeCompare(secret, eks[i].Secret) != 1 {
+			return nil, notActivated
+		}
+		proven = append(proven, eks[i])
+	}
+	if len(proven) == 0 {
+		return nil, notActivated
+	}
+	return proven, nil
+}
+
+var notActivated = &evidence.Rejected{Check: CheckActivation, Detail: "the challenge to the TPM was not answered: AK and EK are not in one TPM"}
+
 // enrol decides on the request and writes the host.
 func (j *joining) enrol(tx *store.Tx) error {
 	h, err := j.host(tx)
 	if err != nil {
 		return err
 	}
-	if stopped, err := j.stopped(tx, h); stopped || err != nil {
+	bound := h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling // to the keys that it has
+	if stopped, err := j.stopped(tx, h, bound); stopped || err != nil {
 		return err
 	}
 
-	rejoined := h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling
-	if h.Reenrolling {
-		j.revoke, j.because = h.ID, "the host was enrolled anew"
-	}
+	before := h
 	kind := event.HostJoined
-	if !h.Admitted {
+	switch {
+	case !h.Admitted:
 		if h, kind, err = j.admit(tx, h); err != nil {
 			return err
 		}
-	}
-	h.AKPublic, h.TLSKey, h.Counters, h.PCRs = j.AK.Encoded(), j.conn.Key(), &j.quoted.Counters, j.quoted.PCRs
-	h.Tier, h.Address, h.Reenrolling = appraise.TierKnown, j.conn.Address, false
-	if j.EK.Certified {
-		h.Tier = appraise.TierCertified
+	case h.Reenrolling:
+		j.revoke, j.because = h.ID, "the host was enrolled anew"
 	}
 	if h.Admitted {
-		h = j.stateOf(h, rejoined)
+		if h, err = j.join(h, bound); err != nil {
+			return err
+		}
+	}
+
+	h = j.withKeys(h, !before.Reenrolling)
+	for _, other := range j.others {
+		if other.TLSKey == h.TLSKey { // an operator said that it is h's
+			other.TLSKey = evidence.Digest{}
+			if err := inventory.Save(tx, other); err != nil {
+				return err
+			}
+		}
+	}
+	j.result.Host, j.result.Pending = h, !h.Admitted
+	if j.result.Pending && sameKeys(before, h) && before.Tier == h.Tier && before.Reason == h.Reason {
+		return inventory.Save(tx, h) // it waits, as the log says already
+	}
+	if h.Admitted {
 		if j.result.Certificate, err = j.CA.Host(mustKey(j.spki), h.ID, j.wall, CertificateLifetime); err != nil {
 			return err
 		}
 	}
-	j.result.Host, j.result.Pending = h, !h.Admitted
 	return j.save(tx, h, kind, j.requestID, j.now)
 }
 
-// host returns the host that owns the EK, or a new one.
+// host returns the host that owns one of the TPM's keys, or a new one. Where several own
+// some, one that an operator allows to join with other keys goes first, and then those that
+// are out.
 func (j *joining) host(tx *store.Tx) (inventory.Host, error) {
-	h, err := inventory.ByEK(tx, j.EK.Hash)
-	switch {
-	case errors.Is(err, inventory.ErrUnknown):
-		return inventory.Host{ID: inventory.NewID(), Name: j.Name, State: inventory.Pending, EKs: []evidence.Digest{j.EK.Hash}, Created: j.now}, nil
-	case err == nil && h.State == inventory.Removed:
-		return h, ErrRemoved
+	keys := inventory.Keys{AKPublic: j.AK.Encoded(), TLSKey: j.conn.Key()}
+	for _, ek := range j.EKs {
+		keys.EKs = append(keys.EKs, ek.Hash)
 	}
-	return h, err
+	owners, err := inventory.Owners(tx, keys)
+	if err != nil {
+		return inventory.Host{}, err
+	}
+	if len(owners) == 0 {
+		return inventory.Host{ID: inventory.NewID(), Name: j.Name, State: inventory.Pending, Created: j.now}, nil
+	}
+	for _, first := range []func(inventory.Host) bool{
+		func(h inventory.Host) bool { return h.Reenrolling && h.State != inventory.Quarantined },
+		func(h inventory.Host) bool { return h.State == inventory.Removed },
+		func(h inventory.Host) bool { return h.State == inventory.Quarantined },
+	} {
+		if i := slices.IndexFunc(owners, first); i >= 0 {
+			j.others = slices.Delete(slices.Clone(owners), i, i+1)
+			return owners[i], nil
+		}
+	}
+	j.others = owners[1:]
+	for _, other := range j.others {
+		if len(other.AKPublic) > 0 {
+			return owners[0], fmt.Errorf("%w: %s and %s", ErrTwoHosts, owners[0].ID, other.ID)
+		}
+	}
+	return owners[0], nil
+}
+
+// withKeys returns the host with what the TPM has proven, and counters that don't go back
+// where forward is set. EKs that another host is registered with stay its.
+func (j *joining) withKeys(h inventory.Host, forward bool) inventory.Host {
+	counters := j.quoted.Counters
+	if forward && h.Counters != nil && bytes.Equal(h.AKPublic, j.AK.Encoded()) && counters.Before(*h.Counters) {
+		counters = *h.Counters // a proof has overtaken this
+	}
+	h.AKPublic, h.TLSKey, h.Counters, h.PCRs, h.Address = j.AK.Encoded(), j.conn.Key(), &counters, j.quoted.PCRs, j.conn.Address
+	h.Tier = appraise.TierKnown
+	if j.EKs[0].Certified {
+		h.Tier = appraise.TierCertified
+	}
+	h.EKs = slices.Clone(h.EKs)
+	for _, ek := range j.EKs {
+		theirs := slices.ContainsFunc(j.others, func(o inventory.Host) bool { return slices.Contains(o.EKs, ek.Hash) })
+		if !theirs && !slices.Contains(h.EKs, ek.Hash) {
+			h.EKs = append(h.EKs, ek.Hash)
+		}
+	}
+	return h
+}
+
+// sameKeys reports whether a has the keys of b.
+func sameKeys(a, b inventory.Host) bool {
+	return bytes.Equal(a.AKPublic, b.AKPublic) && a.TLSKey == b.TLSKey && len(a.EKs) == len(b.EKs)
 }
 
 // stopped reports whether the host needs an operator: its keys changed since it was
-// admitted, it is quarantined, or the TPM's counters went back. It records why.
-func (j *joining) stopped(tx *store.Tx, h inventory.Host) (bool, error) {
+// admitted, it is quarantined, or the TPM's counters went back since this challenge was
+// given. It records why.
+func (j *joining) stopped(tx *store.Tx, h inventory.Host, bound bool) (bool, error) {
 	sameAK := bytes.Equal(h.AKPublic, j.AK.Encoded())
-	sameKeys := sameAK && h.TLSKey == j.conn.Key()
-	if h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling {
-		switch {
-		case h.State == inventory.Quarantined && sameKeys:
-			return true, ErrQuarantined
-		case h.State == inventory.Quarantined || !sameKeys:
-			j.result = Result{Host: h, Pending: true}
-			return true, j.wanted(tx, h, j.requestID, j.now)
+	otherKeys := bound && !(sameAK && h.TLSKey == j.conn.Key())
+	switch {
+	case h.State == inventory.Removed:
+		return true, ErrRemoved
+	case h.State == inventory.Quarantined && !otherKeys:
+		return true, ErrQuarantined
+	case otherKeys:
+		j.result = Result{Host: h, Pending: true}
+		return true, j.wanted(tx, h, j.requestID, j.now)
+	case sameAK && j.Seen != nil && j.quoted.Counters.Before(*j.Seen) && !h.Reenrolling:
+		h, err := h.After(inventory.OnFork, "the TPM's counters went back: a copy or a reverted snapshot")
+		if err != nil {
+			return true, err
 		}
-	}
-	if sameAK && h.Counters != nil && j.quoted.Counters.Before(*h.Counters) && !h.Reenrolling {
-		h.State, h.Reason = inventory.Quarantined, "the TPM's counters went back: a copy or a reverted snapshot"
-		h.SilentAt = time.Time{}
 		j.result, j.revoke, j.because = Result{Host: h, Pending: true}, h.ID, h.Reason
 		return true, j.save(tx, h, event.HostDuplicate, j.requestID, j.now)
 	}
@@ -362,16 +497,18 @@ func (j *joining) admit(tx *store.Tx, h inventory.Host) (inventory.Host, event.K
 		if t.Name != "" {
 			h.Name = t.Name
 		}
-		h.Admitted, h.Labels, h.Reference = true, t.Labels, t.Reference
-		return h, event.HostAdmitted, nil
+		h.Labels, h.Reference = t.Labels, t.Reference
+		h, err = h.After(inventory.OnRedeem, "")
+		return h, event.HostAdmitted, err
 	}
-	if len(h.AKPublic) > 0 {
-		return h, event.HostJoined, nil // it waits already
+	asked, err := h.After(inventory.OnAsk, "")
+	if err != nil || len(h.AKPublic) > 0 {
+		return asked, event.HostJoined, err // it waits already
 	}
 
 	// Its first time: one more that waits. Where roots are configured, software
 	// can't take the places of those that wait.
-	if j.Roots != nil && !j.EK.Certified {
+	if j.Roots != nil && !j.EKs[0].Certified {
 		return h, "", ErrUncertified
 	}
 	n, err := inventory.CountPending(tx)
@@ -381,38 +518,42 @@ func (j *joining) admit(tx *store.Tx, h inventory.Host) (inventory.Host, event.K
 	if n >= j.MostPending {
 		return h, "", ErrPendingFull
 	}
-	return h, event.HostPending, nil
+	return asked, event.HostPending, nil
 }
 
-// stateOf sets the state of an admitted host that has joined. A host that was admitted
-// before, or that has a reference set, is trusted only after its next proof.
-func (j *joining) stateOf(h inventory.Host, rejoined bool) inventory.Host {
+// join returns the admitted host after it has joined, with keys that it is bound to or with
+// new ones. One that has joined before, or that has a reference set, is trusted only after
+// its next proof.
+func (j *joining) join(h inventory.Host, bound bool) (_ inventory.Host, err error) {
+	const unproven = "joined; not proven since"
 	switch {
-	case !rejoined && h.Reference == "":
-		h.State, h.Reason, h.LastProved = inventory.Trusted, "", j.now
-	case h.State != inventory.Failed && h.State != inventory.Trusted:
-		h.State, h.Reason = inventory.Stale, "joined; not proven since"
+	case bound:
+		h, err = h.After(inventory.OnRejoin, unproven)
+	case h.Reference != "":
+		h, err = h.After(inventory.OnJoinBound, unproven)
+	default:
+		h, err = h.After(inventory.OnJoin, "")
+		h.LastProved = j.now
 	}
 	if h.SilentAt.IsZero() {
 		h.SilentAt = j.now.Add(firstProof)
 	}
-	return h
+	return h, err
 }
 
 // wantsReenrol is the reason of a host whose TPM asks to join with other keys.
 const wantsReenrol = "a TPM that it owns asks to join again; `countersign host reenrol` lets it"
 
 // wanted records, once, that a host's TPM asks to join with other keys. Why a
-// host is quarantined stays its reason.
+// host is in its state stays its reason.
 func (d *Desk) wanted(tx *store.Tx, h inventory.Host, requestID string, now time.Time) error {
-	if strings.HasSuffix(h.Reason, wantsReenrol) {
+	if strings.Contains(h.Reason, wantsReenrol) {
 		return nil
 	}
-	if h.State == inventory.Quarantined && h.Reason != "" {
-		h.Reason += "; " + wantsReenrol
-	} else {
-		h.Reason = wantsReenrol
+	if h.Reason != "" {
+		h.Reason += "; "
 	}
+	h.Reason += wantsReenrol
 	return d.save(tx, h, event.HostReenrolWanted, requestID, now)
 }
 

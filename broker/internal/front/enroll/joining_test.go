@@ -61,7 +61,7 @@ func spki(t *testing.T) []byte {
 func TestJoining(t *testing.T) {
 	ca := check.Must(pki.Create(t.TempDir(), pki.HostCA, "hosts", []byte("test password"), noon))(t)
 	ak, otherAK, tls, otherTLS := softAK(t), softAK(t), spki(t), spki(t)
-	ek := evidence.Sum([]byte("ek"))
+	ek, secondEK := evidence.Sum([]byte("ek")), evidence.Sum([]byte("ek 2"))
 	counters := tpmappraise.Counters{ResetCount: 5, RestartCount: 2, Clock: 1000}
 	earlier := tpmappraise.Counters{ResetCount: 5, RestartCount: 2, Clock: 999}
 	silent := noon.Add(7 * time.Minute)
@@ -79,6 +79,8 @@ func TestJoining(t *testing.T) {
 	neverJoined := func(h *inventory.Host) {
 		h.AKPublic, h.TLSKey, h.Counters, h.SilentAt, h.Reason = nil, evidence.Digest{}, nil, time.Time{}, ""
 	}
+	lost := func(h *inventory.Host) { h.Reason = "the laptop is lost" }
+	waiting := func(h *inventory.Host) { h.Admitted = false }
 	asked := func(h *inventory.Host) { h.Reason = wantsReenrol }
 
 	const (
@@ -91,6 +93,8 @@ func TestJoining(t *testing.T) {
 		otherTLS, certified, roots  bool
 		token                       string // "good", "set" for one with a reference set, or what isn't one
 		back                        bool   // the TPM's counters
+		overtaken                   bool   // by a proof with higher counters
+		byAnother                   bool   // it shows an EK that the inventory doesn't have
 		full                        bool   // no place for one more that waits
 		want                        error
 		kind                        event.Kind
@@ -100,37 +104,54 @@ func TestJoining(t *testing.T) {
 		keeps                       bool // the keys that the inventory has
 		silent                      time.Time
 	}{
-		"new":                         {kind: event.HostPending, state: inventory.Pending, tier: "known", waits: true},
-		"new, certified":              {certified: true, roots: true, kind: event.HostPending, state: inventory.Pending, tier: "certified", waits: true},
-		"new, with roots":             {roots: true, want: ErrUncertified},
-		"new, and full":               {full: true, want: ErrPendingFull},
-		"new, with a token":           {token: "good", full: true, roots: true, kind: event.HostAdmitted, state: inventory.Trusted, tier: "known", certificate: true, silent: noon.Add(firstProof)},
-		"new, by a token with a set":  {token: "set", kind: event.HostAdmitted, state: inventory.Stale, reason: "joined; not proven since", tier: "known", certificate: true, silent: noon.Add(firstProof)},
-		"new, with no token at all":   {token: "bad", want: inventory.ErrToken},
-		"waits":                       {host: known(inventory.Pending), full: true, roots: true, kind: event.HostJoined, state: inventory.Pending, reason: "as before", tier: "known", waits: true, silent: silent},
-		"waits, comes with a token":   {host: known(inventory.Pending), token: "good", kind: event.HostAdmitted, state: inventory.Trusted, tier: "known", certificate: true, silent: silent},
-		"waits, counters back":        {host: known(inventory.Pending), back: true, kind: event.HostDuplicate, state: inventory.Quarantined, reason: "went back", tier: "known", waits: true, revoked: true, keeps: true},
-		"registered":                  {host: known(inventory.Registered, neverJoined), roots: true, full: true, kind: event.HostJoined, state: inventory.Trusted, tier: "known", certificate: true, silent: noon.Add(firstProof)},
-		"registered, with a set":      {host: known(inventory.Registered, neverJoined, withSet), kind: event.HostJoined, state: inventory.Stale, reason: "joined; not", tier: "known", certificate: true, silent: noon.Add(firstProof)},
-		"removed":                     {host: known(inventory.Removed), want: ErrRemoved},
-		"removed, with a token":       {host: known(inventory.Removed), token: "good", want: ErrRemoved},
-		"trusted":                     {host: known(inventory.Trusted), kind: event.HostJoined, state: inventory.Trusted, reason: "as before", tier: "known", certificate: true, silent: silent},
-		"trusted, certified now":      {host: known(inventory.Trusted), certified: true, kind: event.HostJoined, state: inventory.Trusted, reason: "as before", tier: "certified", certificate: true, silent: silent},
-		"trusted, counters back":      {host: known(inventory.Trusted), back: true, kind: event.HostDuplicate, state: inventory.Quarantined, reason: "a copy or a reverted snapshot", tier: "known", waits: true, revoked: true, keeps: true},
-		"stale":                       {host: known(inventory.Stale), kind: event.HostJoined, state: inventory.Stale, reason: "joined; not proven since", tier: "known", certificate: true, silent: silent},
-		"failed":                      {host: known(inventory.Failed), kind: event.HostJoined, state: inventory.Failed, reason: "as before", tier: "known", certificate: true, silent: silent},
-		"another AK":                  {host: known(inventory.Trusted), ak: secondAK, kind: event.HostReenrolWanted, state: inventory.Trusted, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
-		"another AK, counters back":   {host: known(inventory.Trusted), ak: secondAK, back: true, kind: event.HostReenrolWanted, state: inventory.Trusted, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
-		"another AK, with a token":    {host: known(inventory.Trusted), ak: secondAK, token: "good", kind: event.HostReenrolWanted, state: inventory.Trusted, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
-		"another AK, again":           {host: known(inventory.Trusted, asked), ak: secondAK, state: inventory.Trusted, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
-		"another TLS key":             {host: known(inventory.Stale), otherTLS: true, kind: event.HostReenrolWanted, state: inventory.Stale, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
-		"quarantined":                 {host: known(inventory.Quarantined), want: ErrQuarantined},
-		"quarantined, with a token":   {host: known(inventory.Quarantined), token: "good", want: ErrQuarantined},
-		"quarantined, another key":    {host: known(inventory.Quarantined), otherTLS: true, kind: event.HostReenrolWanted, state: inventory.Quarantined, reason: "as before; " + wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
-		"reenrolling, another AK":     {host: known(inventory.Failed, reenrolling), ak: secondAK, otherTLS: true, kind: event.HostJoined, state: inventory.Trusted, tier: "known", certificate: true, revoked: true, silent: silent},
-		"reenrolling, with a set":     {host: known(inventory.Registered, reenrolling, withSet), ak: secondAK, kind: event.HostJoined, state: inventory.Stale, reason: "joined; not", tier: "known", certificate: true, revoked: true, silent: silent},
-		"reenrolling, counters back":  {host: known(inventory.Stale, reenrolling), back: true, kind: event.HostJoined, state: inventory.Trusted, tier: "known", certificate: true, revoked: true, silent: silent},
-		"reenrolling, was taken back": {host: known(inventory.Quarantined, reenrolling), kind: event.HostJoined, state: inventory.Trusted, tier: "known", certificate: true, revoked: true, silent: silent},
+		"new":                                        {kind: event.HostPending, state: inventory.Pending, tier: "known", waits: true},
+		"new, certified":                             {certified: true, roots: true, kind: event.HostPending, state: inventory.Pending, tier: "certified", waits: true},
+		"new, with roots":                            {roots: true, want: ErrUncertified},
+		"new, and full":                              {full: true, want: ErrPendingFull},
+		"new, with a token":                          {token: "good", full: true, roots: true, kind: event.HostAdmitted, state: inventory.Trusted, tier: "known", certificate: true, silent: noon.Add(firstProof)},
+		"new, by a token with a set":                 {token: "set", kind: event.HostAdmitted, state: inventory.Stale, reason: "joined; not proven since", tier: "known", certificate: true, silent: noon.Add(firstProof)},
+		"new, with no token at all":                  {token: "bad", want: inventory.ErrToken},
+		"waits":                                      {host: known(inventory.Pending), full: true, roots: true, state: inventory.Pending, reason: "as before", tier: "known", waits: true, silent: silent},
+		"waits, comes with a token":                  {host: known(inventory.Pending), token: "good", kind: event.HostAdmitted, state: inventory.Trusted, tier: "known", certificate: true, silent: silent},
+		"waits, counters back":                       {host: known(inventory.Pending), back: true, kind: event.HostDuplicate, state: inventory.Quarantined, reason: "went back", tier: "known", waits: true, revoked: true, keeps: true},
+		"registered":                                 {host: known(inventory.Registered, neverJoined), roots: true, full: true, kind: event.HostJoined, state: inventory.Trusted, tier: "known", certificate: true, silent: noon.Add(firstProof)},
+		"registered, with a set":                     {host: known(inventory.Registered, neverJoined, withSet), kind: event.HostJoined, state: inventory.Stale, reason: "joined; not", tier: "known", certificate: true, silent: noon.Add(firstProof)},
+		"removed":                                    {host: known(inventory.Removed), want: ErrRemoved},
+		"removed, with a token":                      {host: known(inventory.Removed), token: "good", want: ErrRemoved},
+		"trusted":                                    {host: known(inventory.Trusted), kind: event.HostJoined, state: inventory.Trusted, reason: "as before", tier: "known", certificate: true, silent: silent},
+		"trusted, certified now":                     {host: known(inventory.Trusted), certified: true, kind: event.HostJoined, state: inventory.Trusted, reason: "as before", tier: "certified", certificate: true, silent: silent},
+		"trusted, counters back":                     {host: known(inventory.Trusted), back: true, kind: event.HostDuplicate, state: inventory.Quarantined, reason: "a copy or a reverted snapshot", tier: "known", waits: true, revoked: true, keeps: true},
+		"stale":                                      {host: known(inventory.Stale), kind: event.HostJoined, state: inventory.Stale, reason: "joined; not proven since", tier: "known", certificate: true, silent: silent},
+		"failed":                                     {host: known(inventory.Failed), kind: event.HostJoined, state: inventory.Failed, reason: "as before", tier: "known", certificate: true, silent: silent},
+		"another AK":                                 {host: known(inventory.Trusted), ak: secondAK, kind: event.HostReenrolWanted, state: inventory.Trusted, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
+		"another AK, counters back":                  {host: known(inventory.Trusted), ak: secondAK, back: true, kind: event.HostReenrolWanted, state: inventory.Trusted, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
+		"another AK, with a token":                   {host: known(inventory.Trusted), ak: secondAK, token: "good", kind: event.HostReenrolWanted, state: inventory.Trusted, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
+		"another AK, again":                          {host: known(inventory.Trusted, asked), ak: secondAK, state: inventory.Trusted, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
+		"another TLS key":                            {host: known(inventory.Stale), otherTLS: true, kind: event.HostReenrolWanted, state: inventory.Stale, reason: wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
+		"quarantined":                                {host: known(inventory.Quarantined), want: ErrQuarantined},
+		"quarantined, with a token":                  {host: known(inventory.Quarantined), token: "good", want: ErrQuarantined},
+		"quarantined, another key":                   {host: known(inventory.Quarantined), otherTLS: true, kind: event.HostReenrolWanted, state: inventory.Quarantined, reason: "as before; " + wantsReenrol, tier: "known", waits: true, keeps: true, silent: silent},
+		"trusted, overtaken":                         {host: known(inventory.Trusted), back: true, overtaken: true, kind: event.HostJoined, state: inventory.Trusted, reason: "as before", tier: "known", certificate: true, keeps: true, silent: silent},
+		"trusted, by another EK":                     {host: known(inventory.Trusted), byAnother: true, certified: true, roots: true, kind: event.HostJoined, state: inventory.Trusted, reason: "as before", tier: "certified", certificate: true, silent: silent},
+		"removed, by another EK":                     {host: known(inventory.Removed), byAnother: true, certified: true, roots: true, token: "good", want: ErrRemoved},
+		"removed, with its AK alone":                 {host: known(inventory.Removed), byAnother: true, otherTLS: true, certified: true, roots: true, want: ErrRemoved},
+		"removed, its TLS key alone":                 {host: known(inventory.Removed), byAnother: true, ak: secondAK, certified: true, roots: true, want: ErrRemoved},
+		"removed, its EK alone":                      {host: known(inventory.Removed), ak: secondAK, otherTLS: true, token: "good", want: ErrRemoved},
+		"quarantined, by another EK":                 {host: known(inventory.Quarantined), byAnother: true, certified: true, want: ErrQuarantined},
+		"quarantined before it joined":               {host: known(inventory.Quarantined, neverJoined, lost), want: ErrQuarantined},
+		"quarantined before it joined, with a set":   {host: known(inventory.Quarantined, neverJoined, withSet, lost), want: ErrQuarantined},
+		"quarantined before it joined, with a token": {host: known(inventory.Quarantined, neverJoined, lost), token: "good", want: ErrQuarantined},
+		"quarantined while it waits":                 {host: known(inventory.Quarantined, waiting), want: ErrQuarantined},
+		"quarantined while it waits, with a token":   {host: known(inventory.Quarantined, waiting), token: "good", want: ErrQuarantined},
+		"quarantined while it waits, another key":    {host: known(inventory.Quarantined, waiting), ak: secondAK, otherTLS: true, want: ErrQuarantined},
+		"quarantined while it waits, counters back":  {host: known(inventory.Quarantined, waiting), back: true, want: ErrQuarantined},
+		"waits, with other keys":                     {host: known(inventory.Pending), ak: secondAK, kind: event.HostJoined, state: inventory.Pending, reason: "as before", tier: "known", waits: true, silent: silent},
+		"reenrolling, another AK":                    {host: known(inventory.Failed, reenrolling), ak: secondAK, otherTLS: true, kind: event.HostJoined, state: inventory.Trusted, tier: "known", certificate: true, revoked: true, silent: silent},
+		"reenrolling, with a set":                    {host: known(inventory.Registered, reenrolling, withSet), ak: secondAK, kind: event.HostJoined, state: inventory.Stale, reason: "joined; not", tier: "known", certificate: true, revoked: true, silent: silent},
+		"reenrolling, counters back":                 {host: known(inventory.Stale, reenrolling), back: true, kind: event.HostJoined, state: inventory.Trusted, tier: "known", certificate: true, revoked: true, silent: silent},
+		"reenrolling, quarantined":                   {host: known(inventory.Quarantined, reenrolling), want: ErrQuarantined},
+		"reenrolling, failed, a set":                 {host: known(inventory.Failed, reenrolling, withSet), ak: secondAK, kind: event.HostJoined, state: inventory.Stale, reason: "joined; not", tier: "known", certificate: true, revoked: true, silent: silent},
+		"reenrolling, trusted, a set":                {host: known(inventory.Trusted, reenrolling, withSet), ak: secondAK, kind: event.HostJoined, state: inventory.Stale, reason: "joined; not", tier: "known", certificate: true, revoked: true, silent: silent},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := check.Must(storetest.Open(filepath.Join(t.TempDir(), "store.db")))(t)
@@ -156,10 +177,18 @@ func TestJoining(t *testing.T) {
 				return nil
 			}))
 
-			j := &joining{Desk: d, Joining: &challenge.Joining{EK: &tpmappraise.EK{Hash: ek, Certified: c.certified}, AK: ak, Token: token, Name: "itself"},
+			j := &joining{Desk: d, Joining: &challenge.Joining{EKs: []challenge.Endorsement{{EK: &tpmappraise.EK{Hash: ek, Certified: c.certified}}}, AK: ak, Token: token, Name: "itself"},
 				conn: &challenge.Conn{KeySPKI: tls, Address: "10.0.0.9"}, quoted: &tpmappraise.Verified{PCRs: map[int]evidence.Digest{0: ek}, Counters: counters}, now: noon, wall: noon, requestID: "request-1"}
+			if c.byAnother {
+				j.EKs[0].Hash = secondEK
+			}
 			if c.ak == secondAK {
 				j.AK = otherAK
+			} else if c.host != nil {
+				j.Seen = c.host.Counters
+			}
+			if c.overtaken {
+				j.Seen = &earlier
 			}
 			if c.otherTLS {
 				j.conn.KeySPKI = otherTLS
@@ -197,7 +226,7 @@ func TestJoining(t *testing.T) {
 				if c.host != nil {
 					left = 1
 				}
-				if !errors.Is(err, c.want) || len(hosts) != left || left == 1 && (hosts[0].State != c.host.State || hosts[0].Reason != c.host.Reason || !bytes.Equal(hosts[0].AKPublic, ak.Encoded())) {
+				if !errors.Is(err, c.want) || len(hosts) != left || left == 1 && (hosts[0].State != c.host.State || hosts[0].Reason != c.host.Reason || !bytes.Equal(hosts[0].AKPublic, c.host.AKPublic)) {
 					t.Errorf("%v, want %v; hosts %+v", err, c.want, hosts)
 				}
 				return
@@ -215,6 +244,12 @@ func TestJoining(t *testing.T) {
 			}
 			if got := max(0, h.SilentAt.UnixMilli()); got != max(0, c.silent.UnixMilli()) {
 				t.Errorf("silent at %s, want %s", h.SilentAt, c.silent)
+			}
+			if !slices.Contains(h.EKs, j.EKs[0].Hash) {
+				t.Errorf("the EK that it showed isn't recorded: %v", h.EKs)
+			}
+			if c.overtaken && *h.Counters != counters {
+				t.Errorf("its counters are %+v", h.Counters)
 			}
 			if same := bytes.Equal(h.AKPublic, j.AK.Encoded()) && h.TLSKey == j.conn.Key() && *h.Counters == j.quoted.Counters && h.Address == "10.0.0.9" && len(h.PCRs) == 1; same == c.keeps {
 				t.Errorf("its keys, counters and address are the new ones: %v", same)

@@ -103,17 +103,23 @@ func nothing(*store.Tx, inventory.Host) error { return nil }
 
 // admissible returns an error if the host must not make requests.
 func admissible(h inventory.Host) error {
-	switch {
-	case h.State == inventory.Removed:
+	return refused(h.Status())
+}
+
+// refused returns the error for a host that a good proof changes nothing of.
+func refused(s inventory.Status) error {
+	switch _, err := s.After(inventory.OnProve); {
+	case errors.Is(err, inventory.ErrRemoved):
 		return api.NewError(api.Rejected, "host-removed", "this host was removed")
-	case h.Reenrolling:
-		return api.NewError(api.Fault, api.CheckReenrol, "an operator asks this host to join again")
-	case h.State == inventory.Quarantined:
+	case errors.Is(err, inventory.ErrQuarantined):
 		return api.NewError(api.Rejected, "host-quarantined", "this host is quarantined; an operator knows why")
-	case !h.Admitted:
+	case errors.Is(err, inventory.ErrReenrolling), errors.Is(err, inventory.ErrNotJoined):
+		return api.NewError(api.Fault, api.CheckReenrol, "an operator asks this host to join again")
+	case errors.Is(err, inventory.ErrPending):
 		return api.NewError(api.Fault, "host-pending", "this host waits for an operator's approval")
+	default:
+		return err
 	}
-	return nil
 }
 
 // A proven host, and what to write of it in the transaction that acts on it.
@@ -185,26 +191,28 @@ const maxDetail = 4096
 
 // reject fails the host and revokes its leases.
 func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejected, request string) error {
-	state := inventory.Failed
+	found := inventory.OnFail
 	r = &evidence.Rejected{Check: r.Check, Detail: strings.ToValidUTF8(r.Detail[:min(len(r.Detail), maxDetail)], "")}
 	var failed event.Event = event.Failed{Check: string(r.Check), Detail: r.Detail}
 	if r.Check == appraise.CheckCounters {
-		state, failed = inventory.Quarantined, event.Duplicate{Check: string(r.Check), Detail: r.Detail}
+		found, failed = inventory.OnFork, event.Duplicate{Check: string(r.Check), Detail: r.Detail}
 	}
-	now := d.Now()
+	at := d.Now()
 	err := d.Store.Update(ctx, store.Host(h.ID), func(tx *store.Tx) error {
-		h, err := inventory.Get(tx, h.ID)
+		now, err := inventory.Get(tx, h.ID)
 		if err != nil {
 			return err
 		}
-		if h.State == inventory.Trusted || h.State == inventory.Stale || h.State == inventory.Failed {
-			h.State, h.Reason = state, fmt.Sprintf("%s: %s", r.Check, r.Detail)
-			h.SilentAt = time.Time{}
+		if !bytes.Equal(now.AKPublic, h.AKPublic) || now.Reenrolling {
+			return errEnrolledAnew // with keys that this evidence says nothing of
 		}
-		if _, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + h.ID, Host: h.ID, Request: request}, failed); err != nil {
+		if now, err = now.After(found, fmt.Sprintf("%s: %s", r.Check, r.Detail)); err != nil {
 			return err
 		}
-		return inventory.Save(tx, h)
+		if _, err := audit.Append(tx, event.Record{Time: at, Actor: "host:" + h.ID, Host: h.ID, Request: request}, failed); err != nil {
+			return err
+		}
+		return inventory.Save(tx, now)
 	})
 	if err != nil {
 		return err
@@ -228,20 +236,27 @@ func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
 	if err != nil {
 		return err
 	}
-	if h.State == inventory.Quarantined || h.State == inventory.Removed || h.Reenrolling {
-		return api.NewError(api.Rejected, "host-"+string(h.State), "an operator took this host out meanwhile")
+	if err := refused(h.Status()); err != nil {
+		return err
 	}
 	if !bytes.Equal(h.AKPublic, p.host.AKPublic) {
-		return api.NewError(api.Fault, api.CheckReenrol, "the host was enrolled anew meanwhile")
+		return errEnrolledAnew
 	}
 	return p.saveOver(tx, h, silentAt, proof)
 }
+
+// errEnrolledAnew is returned for evidence of keys that the host no longer has.
+var errEnrolledAnew = api.NewError(api.Fault, api.CheckReenrol, "the host was enrolled anew meanwhile")
 
 // saveOver is save, if the host's row is still as h; otherwise it fails with
 // inventory.ErrChanged.
 func (p proven) saveOver(tx *store.Tx, h inventory.Standing, silentAt time.Time, proof bool) error {
 	facts, next := p.verified.Facts(), h
-	next.State = inventory.Trusted
+	status, err := h.Status().After(inventory.OnProve)
+	if err != nil {
+		return err
+	}
+	next.State = status.State
 	counters := p.verified.Counters()
 	if h.Counters == nil || h.Counters.Before(counters) {
 		next.Counters = &counters

@@ -312,8 +312,11 @@ func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.T
 	if err != nil {
 		return nil, false, err
 	}
-	if h.State == inventory.Trusted {
-		h.State, h.Reason = inventory.Stale, "silent since "+h.LastProved.Format(time.RFC3339)
+	before := h.State
+	if h, err = h.After(inventory.OnSilence, "silent since "+h.LastProved.Format(time.RFC3339)); err != nil {
+		return nil, false, err
+	}
+	if h.State != before {
 		if err := w.record(tx, h, now, event.HostStale); err != nil {
 			return nil, false, err
 		}
@@ -335,7 +338,9 @@ func (w *Watch) judge(tx *store.Tx, id string, heard inventory.Heard, now time.T
 	if len(due) > 0 && !mayRevoke {
 		due, held = nil, true
 		h.SilentAt = time.Time{}
-		h.Reason = fmt.Sprintf("silent since %s; %s: `countersign lease revoke --host %s` ends its leases", h.LastProved.Format(time.RFC3339), heldWords, h.ID)
+		if h.State == inventory.Stale {
+			h.Reason = fmt.Sprintf("silent since %s; %s: `countersign lease revoke --host %s` ends its leases", h.LastProved.Format(time.RFC3339), heldWords, h.ID)
+		}
 		if err := w.record(tx, h, now, event.HostHeld); err != nil {
 			return nil, false, err
 		}

@@ -179,6 +179,42 @@ func ByEK(tx *store.Tx, ek evidence.Digest) (Host, error) {
 	return one(tx, `SELECT `+columns+` FROM hosts WHERE id = (SELECT host_id FROM host_eks WHERE ek_hash = ?)`, ek.String())
 }
 
+// ByAK reads the host that an attestation key belongs to, a TPMT_PUBLIC.
+func ByAK(tx *store.Tx, ak []byte) (Host, error) {
+	return one(tx, `SELECT `+columns+` FROM hosts WHERE ak_public = ? ORDER BY state = 'removed' DESC, id LIMIT 1`, ak)
+}
+
+// Keys are those of one TPM.
+type Keys struct {
+	EKs      []evidence.Digest
+	AKPublic []byte
+	TLSKey   evidence.Digest
+}
+
+// Owners reads the hosts that have one of the keys, each once: the owner of the first EK
+// first.
+func Owners(tx *store.Tx, k Keys) (owners []Host, err error) {
+	add := func(h Host, err error) error {
+		if errors.Is(err, ErrUnknown) || err == nil && slices.ContainsFunc(owners, func(o Host) bool { return o.ID == h.ID }) {
+			return nil
+		}
+		owners = append(owners, h)
+		return err
+	}
+	for _, ek := range k.EKs {
+		if err := add(ByEK(tx, ek)); err != nil {
+			return nil, err
+		}
+	}
+	if err := add(ByAK(tx, k.AKPublic)); err != nil {
+		return nil, err
+	}
+	if err := add(one(tx, `SELECT `+columns+` FROM hosts WHERE tls_key_hash = ?`, k.TLSKey.String())); err != nil {
+		return nil, err
+	}
+	return owners, nil
+}
+
 // mostNamesakes bounds the hosts of one name that Find looks at, admitted ones first:
 // those that wait for admission name themselves.
 const mostNamesakes = 1000

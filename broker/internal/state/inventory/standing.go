@@ -21,6 +21,7 @@ var ErrChanged = errors.New("the host was changed meanwhile")
 type Standing struct {
 	ID          string
 	State       State
+	Admitted    bool   // not changed by a proof
 	Reenrolling bool   // not changed by a proof
 	AKPublic    []byte // not changed by a proof
 	Counters    *appraise.Counters
@@ -40,15 +41,20 @@ type Showing struct {
 
 // Standing returns the host's standing.
 func (h Host) Standing() Standing {
-	return Standing{ID: h.ID, State: h.State, Reenrolling: h.Reenrolling, AKPublic: h.AKPublic, Counters: h.Counters, FactsDigest: h.FactsDigest, SilentAt: h.SilentAt}
+	return Standing{ID: h.ID, State: h.State, Admitted: h.Admitted, Reenrolling: h.Reenrolling, AKPublic: h.AKPublic, Counters: h.Counters, FactsDigest: h.FactsDigest, SilentAt: h.SilentAt}
+}
+
+// Status returns the host's status.
+func (s Standing) Status() Status {
+	return Status{State: s.State, Admitted: s.Admitted, Joined: len(s.AKPublic) > 0, Reenrolling: s.Reenrolling}
 }
 
 // StandingOf reads a host's standing.
 func StandingOf(tx *store.Tx, id string) (Standing, error) {
 	s := Standing{ID: id}
 	var silent int64
-	err := tx.QueryRow(`SELECT state, reenrolling, ak_public, counters, facts_digest, silent_at FROM hosts WHERE id = ?`, id).
-		Scan(&s.State, &s.Reenrolling, &s.AKPublic, &s.stored, &s.FactsDigest, &silent)
+	err := tx.QueryRow(`SELECT state, admitted, reenrolling, ak_public, counters, facts_digest, silent_at FROM hosts WHERE id = ?`, id).
+		Scan(&s.State, &s.Admitted, &s.Reenrolling, &s.AKPublic, &s.stored, &s.FactsDigest, &silent)
 	if errors.Is(err, sql.ErrNoRows) {
 		return s, fmt.Errorf("%w: %v", ErrUnknown, id)
 	}
@@ -88,9 +94,9 @@ func (s Standing) Become(tx *store.Tx, next Standing, shown Showing) error {
 		return err
 	}
 	result, err := tx.Exec(`UPDATE hosts SET state = ?, state_reason = '', address = ?, counters = ?, pcrs = ?, facts = ?, facts_digest = ?, last_proved = ?, silent_at = ?
-		WHERE id = ? AND state = ? AND reenrolling = ? AND ak_public = ? AND counters = ? AND facts_digest = ? AND silent_at = ?`,
+		WHERE id = ? AND state = ? AND admitted = ? AND reenrolling = ? AND ak_public = ? AND counters = ? AND facts_digest = ? AND silent_at = ?`,
 		string(next.State), shown.Address, string(counters), string(pcrs), string(facts), next.FactsDigest, store.Millis(shown.At), store.Millis(next.SilentAt),
-		s.ID, string(s.State), s.Reenrolling, s.AKPublic, before, s.FactsDigest, store.Millis(s.SilentAt))
+		s.ID, string(s.State), s.Admitted, s.Reenrolling, s.AKPublic, before, s.FactsDigest, store.Millis(s.SilentAt))
 	if err != nil {
 		return err
 	}

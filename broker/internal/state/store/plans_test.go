@@ -76,6 +76,8 @@ var onlySQLite = map[string]string{
 	"inventory.Names":     "takes a list of ids as JSON",
 	"inventory.Get":       "reads a host's EKs as one text",
 	"inventory.ByEK":      "the same",
+	"inventory.ByAK":      "the same",
+	"inventory.Owners":    "the same",
 	"inventory.Find":      "the same",
 	"inventory.ByName":    "the same",
 	"inventory.ByProof":   "the same",
