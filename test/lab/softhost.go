@@ -30,6 +30,7 @@ import (
 // that the lab's CA certified: one of many in a fleet, or, where a test edits
 // what it sends, an attacker that owns everything but a TPM's promises.
 type SoftHost struct {
+	More []*SoftTPM // whose endorsement keys its TPM has, too
 	TPM  *SoftTPM
 	ID   string
 	Boot string
@@ -96,8 +97,11 @@ func (h *SoftHost) ExtraData(s *api.Session, call evidence.Call, nonce, body []b
 
 // Application is what the host joins with.
 func (h *SoftHost) Application(token string) *v1.JoinBody {
-	return &v1.JoinBody{EndorsementKeys: []*v1.EndorsementKey{{Public: h.TPM.EK.Public, Certificate: h.TPM.EK.Certificate}},
-		AkPublic: h.TPM.AKPublic, TlsPublic: h.TPM.TLSPublic, Token: token, Hostname: "soft"}
+	body := &v1.JoinBody{AkPublic: h.TPM.AKPublic, TlsPublic: h.TPM.TLSPublic, Token: token, Hostname: "soft"}
+	for _, chip := range append([]*SoftTPM{h.TPM}, h.More...) {
+		body.EndorsementKeys = append(body.EndorsementKeys, &v1.EndorsementKey{Public: chip.EK.Public, Certificate: chip.EK.Certificate})
+	}
+	return body
 }
 
 // Join has the broker admit the host; it returns whether it stays pending.
@@ -134,9 +138,18 @@ func (h *SoftHost) Join(ctx context.Context, token string) (pending bool, err er
 
 // Answer answers a join's challenge.
 func (h *SoftHost) Answer(s *api.Session, body []byte, c *v1.JoinResponse) (*v1.ActivateRequest, error) {
-	secret, err := h.TPM.Activate(tpm.Challenge{CredentialBlob: c.GetCredentialBlob(), EncryptedSecret: c.GetEncryptedSecret()})
+	chips := append([]*SoftTPM{h.TPM}, h.More...)
+	secret, err := h.TPM.ActivateBy(chips[c.GetEndorsementKey()], tpm.Challenge{CredentialBlob: c.GetCredentialBlob(), EncryptedSecret: c.GetEncryptedSecret()})
 	if err != nil {
 		return nil, err
+	}
+	var others [][]byte
+	for _, o := range c.GetOthers() {
+		other, err := h.TPM.ActivateBy(chips[o.GetEndorsementKey()], tpm.Challenge{CredentialBlob: o.GetCredentialBlob(), EncryptedSecret: o.GetEncryptedSecret()})
+		if err != nil {
+			return nil, err
+		}
+		others = append(others, other)
 	}
 	certify, err := h.ExtraData(s, evidence.CallCertify, c.GetNonce(), body)
 	if err != nil {
@@ -154,7 +167,7 @@ func (h *SoftHost) Answer(s *api.Session, body []byte, c *v1.JoinResponse) (*v1.
 	if err != nil {
 		return nil, err
 	}
-	return &v1.ActivateRequest{Secret: secret, Quote: QuoteMessage(q),
+	return &v1.ActivateRequest{Secret: secret, OtherSecrets: others, Quote: QuoteMessage(q),
 		Certification: &v1.Certification{Attest: certification.Attest, Signature: certification.Signature}}, nil
 }
 

@@ -138,6 +138,11 @@ func (s *SoftTPM) Activate(challenge tpm.Challenge) ([]byte, error) {
 	return secret.Buffer, nil
 }
 
+// ActivateBy is Activate by the endorsement key of other, for s's attestation key.
+func (s *SoftTPM) ActivateBy(other *SoftTPM, challenge tpm.Challenge) ([]byte, error) {
+	return (&SoftTPM{AKPublic: s.AKPublic, ek: other.ek}).Activate(challenge)
+}
+
 // Quote quotes PCRs.
 func (s *SoftTPM) Quote(extra evidence.Digest, pcrs []int, edits ...func(*tpm2.TPMSAttest)) (tpm.Quote, error) {
 	h := sha256.New()
