@@ -50,6 +50,7 @@ const (
 	CheckReenrol     = "reenrol"      // join again: an operator allowed it
 	CheckResync      = "resync"       // send event log and IMA list whole
 	CheckGone        = "gone"         // the lease is over: ask for a new credential
+	CheckHeld        = "held"         // nothing new is issued until an operator mends the broker
 	CheckCertificate = "certificate"  // join again: the host's certificate doesn't count now
 )
 

@@ -247,6 +247,14 @@ func (s *Operators) RemoveOperator(ctx context.Context, req *connect.Request[v1.
 	})
 }
 
+// AcknowledgeRestore has the broker issue again.
+func (s *Operators) AcknowledgeRestore(ctx context.Context, req *connect.Request[v1.AcknowledgeRestoreRequest]) (*connect.Response[v1.AcknowledgeRestoreResponse], error) {
+	return serve(ctx, s, func(a admin.Actor) (*v1.AcknowledgeRestoreResponse, error) {
+		held, err := s.Desk.AcknowledgeRestore(ctx, a, req.Msg.GetReason())
+		return &v1.AcknowledgeRestoreResponse{Held: held}, err
+	})
+}
+
 // RenewOperator gives who calls a new certificate.
 func (s *Operators) RenewOperator(ctx context.Context, req *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error) {
 	return serve(ctx, s, func(a admin.Actor) (*v1.RenewOperatorResponse, error) {

@@ -29,6 +29,33 @@ func (Epoch) Kind() Kind { return AuditEpoch }
 
 func (e Epoch) why() string { return e.Reason }
 
+// Merged is the event of DenialMerged: the store was restored from a backup, and what was
+// taken away after that is taken away again, as the denial log says.
+type Merged struct {
+	Denial string            `json:"denial"` // host, lease, operator, token or value
+	Name   string            `json:"name"`
+	State  string            `json:"state,omitempty"` // of a host
+	EKs    []evidence.Digest `json:"eks,omitempty"`   // of a host
+	Reason string            `json:"reason,omitempty"`
+}
+
+// Kind returns DenialMerged.
+func (Merged) Kind() Kind { return DenialMerged }
+
+func (e Merged) why() string { return e.Reason }
+
+// Acknowledged is the event of RestoreAcknowledged: an operator accepts that the broker
+// doesn't know what was taken away between a backup and its restore.
+type Acknowledged struct {
+	Held   string `json:"held"` // why nothing new was issued until then
+	Reason string `json:"reason,omitempty"`
+}
+
+// Kind returns RestoreAcknowledged.
+func (Acknowledged) Kind() Kind { return RestoreAcknowledged }
+
+func (e Acknowledged) why() string { return e.Reason }
+
 // Added is the event of HostAdded.
 type Added struct {
 	Count int         `json:"count"`

@@ -15,6 +15,9 @@ const (
 	BrokerInitialised Kind = "broker.initialised"
 	AuditEpoch        Kind = "audit.epoch"
 
+	DenialMerged        Kind = "denial.merged"
+	RestoreAcknowledged Kind = "restore.acknowledged"
+
 	HostAdded         Kind = "host.added" // registered by an operator, by its EK
 	HostJoined        Kind = "host.joined"
 	HostAdmitted      Kind = "host.admitted"
@@ -72,8 +75,9 @@ const (
 var events = map[Kind]func(Kind) Event{
 	BrokerInitialised: func(Kind) Event { return &Initialised{} },
 	AuditEpoch:        func(Kind) Event { return &Epoch{} },
-	HostAdded:         func(Kind) Event { return &Added{} },
-	HostJoined:        enrolment, HostAdmitted: enrolment, HostPending: enrolment, HostReenrolWanted: enrolment,
+	DenialMerged:      func(Kind) Event { return &Merged{} }, RestoreAcknowledged: func(Kind) Event { return &Acknowledged{} },
+	HostAdded:  func(Kind) Event { return &Added{} },
+	HostJoined: enrolment, HostAdmitted: enrolment, HostPending: enrolment, HostReenrolWanted: enrolment,
 	HostDuplicate: func(Kind) Event { return &Duplicate{} },
 	HostFailed:    func(Kind) Event { return &Failed{} },
 	HostFacts:     func(Kind) Event { return &Facts{} },

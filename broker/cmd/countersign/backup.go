@@ -22,10 +22,11 @@ import (
 
 // A backedUp is what a backup came to.
 type backedUp struct {
-	File   string      `json:"file"`
-	Bytes  int64       `json:"bytes"`
-	Keys   string      `json:"keys,omitempty"` // the folder with them
-	Report fsck.Report `json:"fsck"`
+	File    string      `json:"file"`
+	Denials string      `json:"denials,omitempty"` // the copy of the denial log
+	Bytes   int64       `json:"bytes"`
+	Keys    string      `json:"keys,omitempty"` // the folder with them
+	Report  fsck.Report `json:"fsck"`
 }
 
 func backupCommand(o *options, file *string) *cobra.Command {
@@ -36,7 +37,8 @@ func backupCommand(o *options, file *string) *cobra.Command {
 
 The copy is one snapshot: what the broker writes meanwhile is not in it. It is made
 beside FILE, checked against the invariants and its own audit log, and given its name
-only then. FILE must not exist. The broker's keys are not in the store: --keys copies
+only then. FILE must not exist. The denial log, which says what was taken away, is copied
+to FILE.denials. The broker's keys are not in the store: --keys copies
 them to FILE.keys. The CAs' keys stay encrypted there, under the key password, which is
 not copied; audit.key and secret-hmac.key are not encrypted, so keep the folder as safe
 as the state folder.`,
@@ -77,7 +79,7 @@ as the state folder.`,
 
 // make copies the store, and the keys if they are wanted.
 func (b *backedUp) make(cmd *cobra.Command, c *config.Broker) error {
-	for _, file := range []string{b.File, b.Keys} {
+	for _, file := range []string{b.File, b.File + ".denials", b.Keys} {
 		if _, err := os.Lstat(file); !errors.Is(err, os.ErrNotExist) {
 			return no("%s exists: a backup never overwrites a file", file)
 		}
@@ -94,8 +96,18 @@ func (b *backedUp) make(cmd *cobra.Command, c *config.Broker) error {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return no("another backup of this store is being made (%s is locked: %v)", c.StateDir, err)
 	}
-	if err := b.store(cmd, c); err != nil || b.Keys == "" {
+	if err := b.store(cmd, c); err != nil {
 		return err
+	}
+	// After the store, so that it is no older. A broker that never ran has none.
+	switch err := copyFile(c.DenialLog, b.File+".denials"); {
+	case err == nil:
+		b.Denials = b.File + ".denials"
+	case !errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%s is whole, but the denial log is not copied: %w", b.File, err)
+	}
+	if b.Keys == "" {
+		return nil
 	}
 	if err := copyKeys(c.StateDir, b.Keys); err != nil {
 		return fmt.Errorf("%s is whole, but the keys are not copied: %w", b.File, err)
@@ -176,7 +188,7 @@ func removeStore(file string) error {
 var keyFiles = []string{
 	"host-ca.crt", "host-ca.key", "operator-ca.crt", "operator-ca.key",
 	"workload-ca.crt", "workload-ca.key", "workload-ca-issuer.crt", "workload-ca-issuer.key",
-	"audit.key", "audit.pub", fingerprint.KeyFile,
+	ca.CRLFile, "audit.key", "audit.pub", fingerprint.KeyFile,
 }
 
 // copyKeys copies what there is of keyFiles to a new folder: all of it, or nothing.

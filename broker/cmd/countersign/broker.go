@@ -44,7 +44,8 @@ func brokerCommand(o *options) *cobra.Command {
 			return serve(cmd.Context(), c, cmd.ErrOrStderr())
 		}},
 		backupCommand(o, &file),
-		restoreCommand(&file),
+		restoreCommand(o, &file),
+		acknowledgeCommand(o, &file),
 	)
 	return cmd
 }

@@ -31,8 +31,10 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease/retention"
 	"github.com/countersign/countersign/broker/internal/ops/expiry"
 	"github.com/countersign/countersign/broker/internal/ops/metrics"
+	"github.com/countersign/countersign/broker/internal/ops/recovery"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/broker/internal/state/timekeeper"
 	"github.com/countersign/countersign/broker/internal/state/values"
@@ -74,6 +76,10 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 	if b.clock, err = timekeeper.Open(ctx, s, log, faults.Now); err != nil {
 		return err
 	}
+	if err := b.openDenials(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.denials.Close()) }()
 	group, ctx := errgroup.WithContext(ctx)
 	ready, err := b.openIssuers(ctx, password)
 	if err != nil {
@@ -88,7 +94,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		group.Go(func() error { return service.Run(ctx) })
 	}
 	server := b.server()
-	for _, run := range []func(context.Context) error{b.clock.Run, b.keepScopes, b.leases.Sweep, b.silence.Run, b.retention().Run, server.Run, b.untilStopped} {
+	for _, run := range []func(context.Context) error{b.clock.Run, b.denials.Run, b.keepScopes, b.leases.Sweep, b.silence.Run, b.retention().Run, server.Run, b.untilStopped} {
 		group.Go(func() error { return run(ctx) })
 	}
 	return group.Wait()
@@ -104,6 +110,7 @@ type broker struct {
 	id                 string
 	hostCA, operatorCA *pki.CA
 	audit              *audit.Log
+	denials            *denials.Log
 	fingerprints       fingerprint.Key
 	ekRoots            vendors.Set
 
@@ -137,6 +144,50 @@ func (b *broker) readKeys(ctx context.Context, password []byte) (err error) {
 	return err
 }
 
+// openDenials opens the denial log, and takes away again what it has and the store hasn't:
+// somebody put a backup of the store in place.
+func (b *broker) openDenials(ctx context.Context) error {
+	file := b.config.DenialLog
+	c, err := denials.Read(file, b.audit.Verifier())
+	missing := errors.Is(err, os.ErrNotExist)
+	if err != nil && !missing {
+		return fmt.Errorf("%w; if it is another broker's, move it away", err)
+	}
+	if c.Bad > 0 {
+		b.log.Error("the denial log has lines that can't be read; a copy is kept", "lines", c.Bad, "file", file)
+		if err := denials.Copy(file, fmt.Sprintf("%s.damaged-%d", file, faults.Now().Unix())); err != nil {
+			b.log.Error("the damaged denial log is not copied", "err", err)
+		}
+	}
+	if err := recovery.Seed(ctx, b.store, faults.Now()); err != nil {
+		return err
+	}
+
+	var last int64
+	if err := b.store.View(ctx, func(tx *store.Tx) (err error) { last, err = denials.Last(tx); return err }); err != nil {
+		return err
+	}
+	switch {
+	case missing && last > 0:
+		b.log.Warn("there is no denial log; it is written anew from the store", "file", file)
+		b.audit.Restored = func(tx *store.Tx) error {
+			return denials.SetHold(tx, "an agent's checkpoint shows that the store is older than it was, and there was no denial log when the broker started")
+		}
+	case c.Last > last:
+		const reason = "the store is older than its denial log"
+		merged, err := recovery.Merge(ctx, b.store, c, "broker", faults.Now(), b.log)
+		if err != nil {
+			return err
+		}
+		b.log.Warn(reason+": what was taken away since is taken away again", "denials", merged)
+		if _, err := openEpoch(ctx, b.store, "broker", reason, ""); err != nil {
+			return err
+		}
+	}
+	b.denials, err = denials.Open(ctx, b.store, file, b.audit.Signer(), c, b.log, b.clock.Sure)
+	return err
+}
+
 func (b *broker) parse(files []policy.File) (*policy.Set, error) {
 	return issuers.Parse(files, b.config.Names...)
 }
@@ -167,6 +218,8 @@ func (b *broker) openIssuers(ctx context.Context, password []byte) (ready map[st
 // assemble makes the lease manager, the silence watcher and the operators' desk.
 func (b *broker) assemble(ready map[string]issue.Issuer) {
 	b.leases = lease.New(b.store, ready, b.log, b.clock.Now)
+	b.leases.Guard(denials.Held)
+	b.leases.Guard(func(*store.Tx) error { return b.denials.Behind() })
 	b.silence = &liveness.Watch{Store: b.store, Leases: b.leases, Brake: b.config.BrakeHostsPerMinute, Log: b.log, Now: b.clock.Now}
 	b.logs = logcache.New(logcache.Most)
 	b.desk = &admin.Desk{Store: b.store, Leases: b.leases, Audit: b.audit, OperatorCA: b.operatorCA, Policy: b.scopes.In,
@@ -189,7 +242,25 @@ func (b *broker) ends() ends {
 }
 
 func (b *broker) alarms(ctx context.Context) []string {
-	return slices.Concat(b.silence.Alarms(), b.leases.Alarms(ctx), b.ends().alarms(b.log, faults.Now()))
+	return slices.Concat(b.held(ctx), b.silence.Alarms(), b.leases.Alarms(ctx), b.ends().alarms(b.log, faults.Now()))
+}
+
+// held returns why nothing new is issued.
+func (b *broker) held(ctx context.Context) (alarms []string) {
+	if err := b.denials.Behind(); err != nil {
+		alarms = append(alarms, err.Error())
+	}
+	err := b.store.View(ctx, func(tx *store.Tx) error {
+		why, err := denials.Hold(tx)
+		if why != "" {
+			alarms = append(alarms, fmt.Sprintf("%s: nothing new is issued, and operators from outside are refused, until `countersign broker acknowledge` on this machine", why))
+		}
+		return err
+	})
+	if err != nil {
+		b.log.Error("whether the broker is held can't be read", "err", err)
+	}
+	return alarms
 }
 
 // server makes the server for hosts, operators and metrics.

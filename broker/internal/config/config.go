@@ -41,6 +41,10 @@ type Broker struct {
 	// LogFormat is "text" or "json". Default text.
 	LogFormat string `hcl:"log_format,optional"`
 
+	// DenialLog is the file that keeps what was taken away, for a restore of the store: best
+	// on another disk than StateDir. Absolute. Default: denials.log in StateDir.
+	DenialLog string `hcl:"denial_log,optional"`
+
 	Vault *Vault `hcl:"vault,block"`
 	CA    *CA    `hcl:"ca,block"`
 
@@ -135,6 +139,12 @@ func (b *Broker) check() (errs []string) {
 	}
 	if b.KeyPasswordFile == "" {
 		b.KeyPasswordFile = filepath.Join(b.StateDir, "key-password")
+	}
+	if b.DenialLog == "" {
+		b.DenialLog = filepath.Join(b.StateDir, "denials.log")
+	}
+	if !filepath.IsAbs(b.DenialLog) {
+		bad("denial_log %q is not an absolute path", b.DenialLog)
 	}
 	if b.PendingHosts == 0 {
 		b.PendingHosts = 1000

@@ -40,6 +40,7 @@ type Manager struct {
 	log     *slog.Logger
 	now     func() time.Time
 	lanes   map[string]*lane // by the journal's kind
+	guards  []func(*store.Tx) error
 
 	mu      sync.Mutex
 	running map[string]bool // guarded by mu; leases whose effects run right now
@@ -53,6 +54,14 @@ func New(s *store.Store, issuers map[string]issue.Issuer, log *slog.Logger, now 
 	}
 	return m
 }
+
+// Guard adds a condition: while it returns an error, nothing new is issued, and Issue returns
+// ErrHeld with it. What is in force is kept and revoked as before. Set guards before the first
+// use.
+func (m *Manager) Guard(g func(*store.Tx) error) { m.guards = append(m.guards, g) }
+
+// ErrHeld is returned while nothing new is issued.
+var ErrHeld = errors.New("nothing new is issued now")
 
 // A Request is what beside the decision makes a lease.
 type Request struct {
@@ -156,6 +165,11 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id s
 
 	var superseded []string
 	err = m.store.Update(ctx, store.Host(g.Host).And(store.Lease(g.ID)), func(tx *store.Tx) (err error) {
+		for _, guard := range m.guards {
+			if err := guard(tx); err != nil {
+				return fmt.Errorf("%w: %w", ErrHeld, err)
+			}
+		}
 		if superseded, err = admissible(tx, g); err != nil {
 			return err
 		}

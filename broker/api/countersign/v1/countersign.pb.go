@@ -4283,6 +4283,94 @@ func (x *Operator) GetRoleCode() Role {
 	return Role_ROLE_UNSPECIFIED
 }
 
+type AcknowledgeRestoreRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reason        string                 `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcknowledgeRestoreRequest) Reset() {
+	*x = AcknowledgeRestoreRequest{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcknowledgeRestoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcknowledgeRestoreRequest) ProtoMessage() {}
+
+func (x *AcknowledgeRestoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcknowledgeRestoreRequest.ProtoReflect.Descriptor instead.
+func (*AcknowledgeRestoreRequest) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *AcknowledgeRestoreRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type AcknowledgeRestoreResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Held          string                 `protobuf:"bytes,1,opt,name=held,proto3" json:"held,omitempty"` // why nothing new was issued until now
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcknowledgeRestoreResponse) Reset() {
+	*x = AcknowledgeRestoreResponse{}
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcknowledgeRestoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcknowledgeRestoreResponse) ProtoMessage() {}
+
+func (x *AcknowledgeRestoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcknowledgeRestoreResponse.ProtoReflect.Descriptor instead.
+func (*AcknowledgeRestoreResponse) Descriptor() ([]byte, []int) {
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *AcknowledgeRestoreResponse) GetHeld() string {
+	if x != nil {
+		return x.Held
+	}
+	return ""
+}
+
 type RemoveOperatorRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -4292,7 +4380,7 @@ type RemoveOperatorRequest struct {
 
 func (x *RemoveOperatorRequest) Reset() {
 	*x = RemoveOperatorRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4304,7 +4392,7 @@ func (x *RemoveOperatorRequest) String() string {
 func (*RemoveOperatorRequest) ProtoMessage() {}
 
 func (x *RemoveOperatorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[51]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4317,7 +4405,7 @@ func (x *RemoveOperatorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveOperatorRequest.ProtoReflect.Descriptor instead.
 func (*RemoveOperatorRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{51}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *RemoveOperatorRequest) GetName() string {
@@ -4335,7 +4423,7 @@ type RemoveOperatorResponse struct {
 
 func (x *RemoveOperatorResponse) Reset() {
 	*x = RemoveOperatorResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4347,7 +4435,7 @@ func (x *RemoveOperatorResponse) String() string {
 func (*RemoveOperatorResponse) ProtoMessage() {}
 
 func (x *RemoveOperatorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[52]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4360,7 +4448,7 @@ func (x *RemoveOperatorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveOperatorResponse.ProtoReflect.Descriptor instead.
 func (*RemoveOperatorResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{52}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
 }
 
 type RenewOperatorRequest struct {
@@ -4372,7 +4460,7 @@ type RenewOperatorRequest struct {
 
 func (x *RenewOperatorRequest) Reset() {
 	*x = RenewOperatorRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4384,7 +4472,7 @@ func (x *RenewOperatorRequest) String() string {
 func (*RenewOperatorRequest) ProtoMessage() {}
 
 func (x *RenewOperatorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[53]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4397,7 +4485,7 @@ func (x *RenewOperatorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewOperatorRequest.ProtoReflect.Descriptor instead.
 func (*RenewOperatorRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{53}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RenewOperatorRequest) GetCsr() []byte {
@@ -4416,7 +4504,7 @@ type RenewOperatorResponse struct {
 
 func (x *RenewOperatorResponse) Reset() {
 	*x = RenewOperatorResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4428,7 +4516,7 @@ func (x *RenewOperatorResponse) String() string {
 func (*RenewOperatorResponse) ProtoMessage() {}
 
 func (x *RenewOperatorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[54]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4441,7 +4529,7 @@ func (x *RenewOperatorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewOperatorResponse.ProtoReflect.Descriptor instead.
 func (*RenewOperatorResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{54}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RenewOperatorResponse) GetCertificate() [][]byte {
@@ -4462,7 +4550,7 @@ type LearnReferenceRequest struct {
 
 func (x *LearnReferenceRequest) Reset() {
 	*x = LearnReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4474,7 +4562,7 @@ func (x *LearnReferenceRequest) String() string {
 func (*LearnReferenceRequest) ProtoMessage() {}
 
 func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[55]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4487,7 +4575,7 @@ func (x *LearnReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceRequest.ProtoReflect.Descriptor instead.
 func (*LearnReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{55}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *LearnReferenceRequest) GetName() string {
@@ -4520,7 +4608,7 @@ type LearnReferenceResponse struct {
 
 func (x *LearnReferenceResponse) Reset() {
 	*x = LearnReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4532,7 +4620,7 @@ func (x *LearnReferenceResponse) String() string {
 func (*LearnReferenceResponse) ProtoMessage() {}
 
 func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[56]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4545,7 +4633,7 @@ func (x *LearnReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LearnReferenceResponse.ProtoReflect.Descriptor instead.
 func (*LearnReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{56}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *LearnReferenceResponse) GetReference() *Reference {
@@ -4571,7 +4659,7 @@ type Reference struct {
 
 func (x *Reference) Reset() {
 	*x = Reference{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4583,7 +4671,7 @@ func (x *Reference) String() string {
 func (*Reference) ProtoMessage() {}
 
 func (x *Reference) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[57]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4596,7 +4684,7 @@ func (x *Reference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reference.ProtoReflect.Descriptor instead.
 func (*Reference) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{57}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Reference) GetName() string {
@@ -4667,7 +4755,7 @@ type ListReferencesRequest struct {
 
 func (x *ListReferencesRequest) Reset() {
 	*x = ListReferencesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4679,7 +4767,7 @@ func (x *ListReferencesRequest) String() string {
 func (*ListReferencesRequest) ProtoMessage() {}
 
 func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[58]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4692,7 +4780,7 @@ func (x *ListReferencesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesRequest.ProtoReflect.Descriptor instead.
 func (*ListReferencesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{58}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ListReferencesRequest) GetName() string {
@@ -4733,7 +4821,7 @@ type ListReferencesResponse struct {
 
 func (x *ListReferencesResponse) Reset() {
 	*x = ListReferencesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4745,7 +4833,7 @@ func (x *ListReferencesResponse) String() string {
 func (*ListReferencesResponse) ProtoMessage() {}
 
 func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[59]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4758,7 +4846,7 @@ func (x *ListReferencesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReferencesResponse.ProtoReflect.Descriptor instead.
 func (*ListReferencesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{59}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ListReferencesResponse) GetReferences() []*Reference {
@@ -4785,7 +4873,7 @@ type AddReferenceRequest struct {
 
 func (x *AddReferenceRequest) Reset() {
 	*x = AddReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4797,7 +4885,7 @@ func (x *AddReferenceRequest) String() string {
 func (*AddReferenceRequest) ProtoMessage() {}
 
 func (x *AddReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[60]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4810,7 +4898,7 @@ func (x *AddReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReferenceRequest.ProtoReflect.Descriptor instead.
 func (*AddReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{60}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *AddReferenceRequest) GetName() string {
@@ -4836,7 +4924,7 @@ type AddReferenceResponse struct {
 
 func (x *AddReferenceResponse) Reset() {
 	*x = AddReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4848,7 +4936,7 @@ func (x *AddReferenceResponse) String() string {
 func (*AddReferenceResponse) ProtoMessage() {}
 
 func (x *AddReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[61]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4861,7 +4949,7 @@ func (x *AddReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReferenceResponse.ProtoReflect.Descriptor instead.
 func (*AddReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{61}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *AddReferenceResponse) GetReference() *Reference {
@@ -4882,7 +4970,7 @@ type ApproveReferenceRequest struct {
 
 func (x *ApproveReferenceRequest) Reset() {
 	*x = ApproveReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4894,7 +4982,7 @@ func (x *ApproveReferenceRequest) String() string {
 func (*ApproveReferenceRequest) ProtoMessage() {}
 
 func (x *ApproveReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[62]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4907,7 +4995,7 @@ func (x *ApproveReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveReferenceRequest.ProtoReflect.Descriptor instead.
 func (*ApproveReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{62}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ApproveReferenceRequest) GetName() string {
@@ -4940,7 +5028,7 @@ type ApproveReferenceResponse struct {
 
 func (x *ApproveReferenceResponse) Reset() {
 	*x = ApproveReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4952,7 +5040,7 @@ func (x *ApproveReferenceResponse) String() string {
 func (*ApproveReferenceResponse) ProtoMessage() {}
 
 func (x *ApproveReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[63]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4965,7 +5053,7 @@ func (x *ApproveReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveReferenceResponse.ProtoReflect.Descriptor instead.
 func (*ApproveReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{63}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ApproveReferenceResponse) GetReference() *Reference {
@@ -4985,7 +5073,7 @@ type MaintainReferenceRequest struct {
 
 func (x *MaintainReferenceRequest) Reset() {
 	*x = MaintainReferenceRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4997,7 +5085,7 @@ func (x *MaintainReferenceRequest) String() string {
 func (*MaintainReferenceRequest) ProtoMessage() {}
 
 func (x *MaintainReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[64]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5010,7 +5098,7 @@ func (x *MaintainReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MaintainReferenceRequest.ProtoReflect.Descriptor instead.
 func (*MaintainReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{64}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *MaintainReferenceRequest) GetName() string {
@@ -5035,7 +5123,7 @@ type MaintainReferenceResponse struct {
 
 func (x *MaintainReferenceResponse) Reset() {
 	*x = MaintainReferenceResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5047,7 +5135,7 @@ func (x *MaintainReferenceResponse) String() string {
 func (*MaintainReferenceResponse) ProtoMessage() {}
 
 func (x *MaintainReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[65]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5060,7 +5148,7 @@ func (x *MaintainReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MaintainReferenceResponse.ProtoReflect.Descriptor instead.
 func (*MaintainReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{65}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
 }
 
 type AddReleaseRequest struct {
@@ -5075,7 +5163,7 @@ type AddReleaseRequest struct {
 
 func (x *AddReleaseRequest) Reset() {
 	*x = AddReleaseRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5087,7 +5175,7 @@ func (x *AddReleaseRequest) String() string {
 func (*AddReleaseRequest) ProtoMessage() {}
 
 func (x *AddReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[66]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5100,7 +5188,7 @@ func (x *AddReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReleaseRequest.ProtoReflect.Descriptor instead.
 func (*AddReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{66}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *AddReleaseRequest) GetName() string {
@@ -5141,7 +5229,7 @@ type ReleaseFile struct {
 
 func (x *ReleaseFile) Reset() {
 	*x = ReleaseFile{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5153,7 +5241,7 @@ func (x *ReleaseFile) String() string {
 func (*ReleaseFile) ProtoMessage() {}
 
 func (x *ReleaseFile) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[67]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5166,7 +5254,7 @@ func (x *ReleaseFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseFile.ProtoReflect.Descriptor instead.
 func (*ReleaseFile) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{67}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ReleaseFile) GetPath() string {
@@ -5192,7 +5280,7 @@ type AddReleaseResponse struct {
 
 func (x *AddReleaseResponse) Reset() {
 	*x = AddReleaseResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5204,7 +5292,7 @@ func (x *AddReleaseResponse) String() string {
 func (*AddReleaseResponse) ProtoMessage() {}
 
 func (x *AddReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[68]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5217,7 +5305,7 @@ func (x *AddReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddReleaseResponse.ProtoReflect.Descriptor instead.
 func (*AddReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{68}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *AddReleaseResponse) GetRelease() *Release {
@@ -5241,7 +5329,7 @@ type Release struct {
 
 func (x *Release) Reset() {
 	*x = Release{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5253,7 +5341,7 @@ func (x *Release) String() string {
 func (*Release) ProtoMessage() {}
 
 func (x *Release) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[69]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5266,7 +5354,7 @@ func (x *Release) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Release.ProtoReflect.Descriptor instead.
 func (*Release) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{69}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *Release) GetName() string {
@@ -5320,7 +5408,7 @@ type ListReleasesRequest struct {
 
 func (x *ListReleasesRequest) Reset() {
 	*x = ListReleasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5332,7 +5420,7 @@ func (x *ListReleasesRequest) String() string {
 func (*ListReleasesRequest) ProtoMessage() {}
 
 func (x *ListReleasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[70]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5345,7 +5433,7 @@ func (x *ListReleasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReleasesRequest.ProtoReflect.Descriptor instead.
 func (*ListReleasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{70}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListReleasesRequest) GetName() string {
@@ -5364,7 +5452,7 @@ type ListReleasesResponse struct {
 
 func (x *ListReleasesResponse) Reset() {
 	*x = ListReleasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5376,7 +5464,7 @@ func (x *ListReleasesResponse) String() string {
 func (*ListReleasesResponse) ProtoMessage() {}
 
 func (x *ListReleasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[71]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5389,7 +5477,7 @@ func (x *ListReleasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReleasesResponse.ProtoReflect.Descriptor instead.
 func (*ListReleasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{71}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ListReleasesResponse) GetReleases() []*Release {
@@ -5409,7 +5497,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5421,7 +5509,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[72]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5434,7 +5522,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{72}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *File) GetName() string {
@@ -5461,7 +5549,7 @@ type ApplyScopesRequest struct {
 
 func (x *ApplyScopesRequest) Reset() {
 	*x = ApplyScopesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5473,7 +5561,7 @@ func (x *ApplyScopesRequest) String() string {
 func (*ApplyScopesRequest) ProtoMessage() {}
 
 func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[73]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5486,7 +5574,7 @@ func (x *ApplyScopesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesRequest.ProtoReflect.Descriptor instead.
 func (*ApplyScopesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{73}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ApplyScopesRequest) GetFiles() []*File {
@@ -5516,7 +5604,7 @@ type ApplyScopesResponse struct {
 
 func (x *ApplyScopesResponse) Reset() {
 	*x = ApplyScopesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5528,7 +5616,7 @@ func (x *ApplyScopesResponse) String() string {
 func (*ApplyScopesResponse) ProtoMessage() {}
 
 func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[74]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5541,7 +5629,7 @@ func (x *ApplyScopesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyScopesResponse.ProtoReflect.Descriptor instead.
 func (*ApplyScopesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{74}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ApplyScopesResponse) GetVersion() uint64 {
@@ -5590,7 +5678,7 @@ type ScopeChange struct {
 
 func (x *ScopeChange) Reset() {
 	*x = ScopeChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5602,7 +5690,7 @@ func (x *ScopeChange) String() string {
 func (*ScopeChange) ProtoMessage() {}
 
 func (x *ScopeChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[75]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5615,7 +5703,7 @@ func (x *ScopeChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScopeChange.ProtoReflect.Descriptor instead.
 func (*ScopeChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{75}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ScopeChange) GetScope() string {
@@ -5653,7 +5741,7 @@ type LeaseChange struct {
 
 func (x *LeaseChange) Reset() {
 	*x = LeaseChange{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5665,7 +5753,7 @@ func (x *LeaseChange) String() string {
 func (*LeaseChange) ProtoMessage() {}
 
 func (x *LeaseChange) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[76]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5678,7 +5766,7 @@ func (x *LeaseChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseChange.ProtoReflect.Descriptor instead.
 func (*LeaseChange) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{76}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *LeaseChange) GetHost() string {
@@ -5733,7 +5821,7 @@ type FactsRequest struct {
 
 func (x *FactsRequest) Reset() {
 	*x = FactsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5745,7 +5833,7 @@ func (x *FactsRequest) String() string {
 func (*FactsRequest) ProtoMessage() {}
 
 func (x *FactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[77]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5758,7 +5846,7 @@ func (x *FactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
 func (*FactsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{77}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *FactsRequest) GetHost() string {
@@ -5784,7 +5872,7 @@ type FactsResponse struct {
 
 func (x *FactsResponse) Reset() {
 	*x = FactsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5796,7 +5884,7 @@ func (x *FactsResponse) String() string {
 func (*FactsResponse) ProtoMessage() {}
 
 func (x *FactsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[78]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5809,7 +5897,7 @@ func (x *FactsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsResponse.ProtoReflect.Descriptor instead.
 func (*FactsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{78}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *FactsResponse) GetJson() []byte {
@@ -5829,7 +5917,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5841,7 +5929,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[79]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5854,7 +5942,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{79}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *WhyRequest) GetHost() string {
@@ -5887,7 +5975,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5899,7 +5987,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[80]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5912,7 +6000,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{80}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *WhyResponse) GetAllowed() bool {
@@ -5987,7 +6075,7 @@ type PCR struct {
 
 func (x *PCR) Reset() {
 	*x = PCR{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5999,7 +6087,7 @@ func (x *PCR) String() string {
 func (*PCR) ProtoMessage() {}
 
 func (x *PCR) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[81]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6012,7 +6100,7 @@ func (x *PCR) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PCR.ProtoReflect.Descriptor instead.
 func (*PCR) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{81}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *PCR) GetIndex() uint32 {
@@ -6075,7 +6163,7 @@ type PCRLimit struct {
 
 func (x *PCRLimit) Reset() {
 	*x = PCRLimit{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6087,7 +6175,7 @@ func (x *PCRLimit) String() string {
 func (*PCRLimit) ProtoMessage() {}
 
 func (x *PCRLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[82]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6100,7 +6188,7 @@ func (x *PCRLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PCRLimit.ProtoReflect.Descriptor instead.
 func (*PCRLimit) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{82}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *PCRLimit) GetEvent() uint64 {
@@ -6137,7 +6225,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6149,7 +6237,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[83]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6162,7 +6250,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{83}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *Selector) GetName() string {
@@ -6228,7 +6316,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6240,7 +6328,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[84]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6253,7 +6341,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{84}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Lease) GetId() string {
@@ -6408,7 +6496,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6420,7 +6508,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[85]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6433,7 +6521,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{85}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *Machine) GetSecureBoot() bool {
@@ -6474,7 +6562,7 @@ type ListLeasesRequest struct {
 
 func (x *ListLeasesRequest) Reset() {
 	*x = ListLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6486,7 +6574,7 @@ func (x *ListLeasesRequest) String() string {
 func (*ListLeasesRequest) ProtoMessage() {}
 
 func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[86]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6499,7 +6587,7 @@ func (x *ListLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ListLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{86}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListLeasesRequest) GetHost() string {
@@ -6575,7 +6663,7 @@ type ListLeasesResponse struct {
 
 func (x *ListLeasesResponse) Reset() {
 	*x = ListLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6587,7 +6675,7 @@ func (x *ListLeasesResponse) String() string {
 func (*ListLeasesResponse) ProtoMessage() {}
 
 func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[87]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6600,7 +6688,7 @@ func (x *ListLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ListLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{87}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ListLeasesResponse) GetLeases() []*Lease {
@@ -6629,7 +6717,7 @@ type RevokeLeasesRequest struct {
 
 func (x *RevokeLeasesRequest) Reset() {
 	*x = RevokeLeasesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6641,7 +6729,7 @@ func (x *RevokeLeasesRequest) String() string {
 func (*RevokeLeasesRequest) ProtoMessage() {}
 
 func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[88]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6654,7 +6742,7 @@ func (x *RevokeLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesRequest.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{88}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *RevokeLeasesRequest) GetLeases() []string {
@@ -6694,7 +6782,7 @@ type RevokeLeasesResponse struct {
 
 func (x *RevokeLeasesResponse) Reset() {
 	*x = RevokeLeasesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6706,7 +6794,7 @@ func (x *RevokeLeasesResponse) String() string {
 func (*RevokeLeasesResponse) ProtoMessage() {}
 
 func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[89]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6719,7 +6807,7 @@ func (x *RevokeLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeLeasesResponse.ProtoReflect.Descriptor instead.
 func (*RevokeLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{89}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *RevokeLeasesResponse) GetRevoking() []string {
@@ -6761,7 +6849,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6773,7 +6861,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[90]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6786,7 +6874,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{90}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *Finding) GetId() string {
@@ -6953,7 +7041,7 @@ type ReportFindingRequest struct {
 
 func (x *ReportFindingRequest) Reset() {
 	*x = ReportFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6965,7 +7053,7 @@ func (x *ReportFindingRequest) String() string {
 func (*ReportFindingRequest) ProtoMessage() {}
 
 func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[91]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6978,7 +7066,7 @@ func (x *ReportFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingRequest.ProtoReflect.Descriptor instead.
 func (*ReportFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{91}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ReportFindingRequest) GetFinding() *Finding {
@@ -7006,7 +7094,7 @@ type ReportFindingResponse struct {
 
 func (x *ReportFindingResponse) Reset() {
 	*x = ReportFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7018,7 +7106,7 @@ func (x *ReportFindingResponse) String() string {
 func (*ReportFindingResponse) ProtoMessage() {}
 
 func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[92]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7031,7 +7119,7 @@ func (x *ReportFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportFindingResponse.ProtoReflect.Descriptor instead.
 func (*ReportFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{92}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ReportFindingResponse) GetFinding() *Finding {
@@ -7073,7 +7161,7 @@ type ListFindingsRequest struct {
 
 func (x *ListFindingsRequest) Reset() {
 	*x = ListFindingsRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7085,7 +7173,7 @@ func (x *ListFindingsRequest) String() string {
 func (*ListFindingsRequest) ProtoMessage() {}
 
 func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[93]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7098,7 +7186,7 @@ func (x *ListFindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListFindingsRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{93}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ListFindingsRequest) GetStatus() string {
@@ -7182,7 +7270,7 @@ type ListFindingsResponse struct {
 
 func (x *ListFindingsResponse) Reset() {
 	*x = ListFindingsResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7194,7 +7282,7 @@ func (x *ListFindingsResponse) String() string {
 func (*ListFindingsResponse) ProtoMessage() {}
 
 func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[94]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7207,7 +7295,7 @@ func (x *ListFindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListFindingsResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{94}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ListFindingsResponse) GetFindings() []*Finding {
@@ -7244,7 +7332,7 @@ type CloseFindingRequest struct {
 
 func (x *CloseFindingRequest) Reset() {
 	*x = CloseFindingRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7256,7 +7344,7 @@ func (x *CloseFindingRequest) String() string {
 func (*CloseFindingRequest) ProtoMessage() {}
 
 func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[95]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7269,7 +7357,7 @@ func (x *CloseFindingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingRequest.ProtoReflect.Descriptor instead.
 func (*CloseFindingRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{95}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *CloseFindingRequest) GetFinding() string {
@@ -7302,7 +7390,7 @@ type CloseFindingResponse struct {
 
 func (x *CloseFindingResponse) Reset() {
 	*x = CloseFindingResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7314,7 +7402,7 @@ func (x *CloseFindingResponse) String() string {
 func (*CloseFindingResponse) ProtoMessage() {}
 
 func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[96]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7327,7 +7415,7 @@ func (x *CloseFindingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseFindingResponse.ProtoReflect.Descriptor instead.
 func (*CloseFindingResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{96}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *CloseFindingResponse) GetFinding() *Finding {
@@ -7352,7 +7440,7 @@ type Canary struct {
 
 func (x *Canary) Reset() {
 	*x = Canary{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7364,7 +7452,7 @@ func (x *Canary) String() string {
 func (*Canary) ProtoMessage() {}
 
 func (x *Canary) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[97]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7377,7 +7465,7 @@ func (x *Canary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Canary.ProtoReflect.Descriptor instead.
 func (*Canary) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{97}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *Canary) GetId() string {
@@ -7432,7 +7520,7 @@ type IssueCanaryRequest struct {
 
 func (x *IssueCanaryRequest) Reset() {
 	*x = IssueCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7444,7 +7532,7 @@ func (x *IssueCanaryRequest) String() string {
 func (*IssueCanaryRequest) ProtoMessage() {}
 
 func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[98]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7457,7 +7545,7 @@ func (x *IssueCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryRequest.ProtoReflect.Descriptor instead.
 func (*IssueCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{98}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *IssueCanaryRequest) GetScope() string {
@@ -7483,7 +7571,7 @@ type IssueCanaryResponse struct {
 
 func (x *IssueCanaryResponse) Reset() {
 	*x = IssueCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7495,7 +7583,7 @@ func (x *IssueCanaryResponse) String() string {
 func (*IssueCanaryResponse) ProtoMessage() {}
 
 func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[99]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7508,7 +7596,7 @@ func (x *IssueCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCanaryResponse.ProtoReflect.Descriptor instead.
 func (*IssueCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{99}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *IssueCanaryResponse) GetCanary() *Canary {
@@ -7527,7 +7615,7 @@ type ListCanariesRequest struct {
 
 func (x *ListCanariesRequest) Reset() {
 	*x = ListCanariesRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7539,7 +7627,7 @@ func (x *ListCanariesRequest) String() string {
 func (*ListCanariesRequest) ProtoMessage() {}
 
 func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[100]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7552,7 +7640,7 @@ func (x *ListCanariesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesRequest.ProtoReflect.Descriptor instead.
 func (*ListCanariesRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{100}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ListCanariesRequest) GetScope() string {
@@ -7571,7 +7659,7 @@ type ListCanariesResponse struct {
 
 func (x *ListCanariesResponse) Reset() {
 	*x = ListCanariesResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7583,7 +7671,7 @@ func (x *ListCanariesResponse) String() string {
 func (*ListCanariesResponse) ProtoMessage() {}
 
 func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[101]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7596,7 +7684,7 @@ func (x *ListCanariesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCanariesResponse.ProtoReflect.Descriptor instead.
 func (*ListCanariesResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{101}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ListCanariesResponse) GetCanaries() []*Canary {
@@ -7615,7 +7703,7 @@ type RemoveCanaryRequest struct {
 
 func (x *RemoveCanaryRequest) Reset() {
 	*x = RemoveCanaryRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7627,7 +7715,7 @@ func (x *RemoveCanaryRequest) String() string {
 func (*RemoveCanaryRequest) ProtoMessage() {}
 
 func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[102]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7640,7 +7728,7 @@ func (x *RemoveCanaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{102}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *RemoveCanaryRequest) GetCanary() string {
@@ -7658,7 +7746,7 @@ type RemoveCanaryResponse struct {
 
 func (x *RemoveCanaryResponse) Reset() {
 	*x = RemoveCanaryResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7670,7 +7758,7 @@ func (x *RemoveCanaryResponse) String() string {
 func (*RemoveCanaryResponse) ProtoMessage() {}
 
 func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[103]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7683,7 +7771,7 @@ func (x *RemoveCanaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCanaryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveCanaryResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{103}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{105}
 }
 
 type ReadAuditRequest struct {
@@ -7696,7 +7784,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7708,7 +7796,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[104]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7721,7 +7809,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{104}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -7748,7 +7836,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7760,7 +7848,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[105]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7773,7 +7861,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{105}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *AuditRecord) GetIndex() uint64 {
@@ -7799,7 +7887,7 @@ type AuditReceiptRequest struct {
 
 func (x *AuditReceiptRequest) Reset() {
 	*x = AuditReceiptRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7811,7 +7899,7 @@ func (x *AuditReceiptRequest) String() string {
 func (*AuditReceiptRequest) ProtoMessage() {}
 
 func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[106]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7824,7 +7912,7 @@ func (x *AuditReceiptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptRequest.ProtoReflect.Descriptor instead.
 func (*AuditReceiptRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{106}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *AuditReceiptRequest) GetIndex() uint64 {
@@ -7845,7 +7933,7 @@ type AuditReceiptResponse struct {
 
 func (x *AuditReceiptResponse) Reset() {
 	*x = AuditReceiptResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7857,7 +7945,7 @@ func (x *AuditReceiptResponse) String() string {
 func (*AuditReceiptResponse) ProtoMessage() {}
 
 func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[107]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7870,7 +7958,7 @@ func (x *AuditReceiptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditReceiptResponse.ProtoReflect.Descriptor instead.
 func (*AuditReceiptResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{107}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *AuditReceiptResponse) GetRecord() []byte {
@@ -7903,7 +7991,7 @@ type AuditCheckpointRequest struct {
 
 func (x *AuditCheckpointRequest) Reset() {
 	*x = AuditCheckpointRequest{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7915,7 +8003,7 @@ func (x *AuditCheckpointRequest) String() string {
 func (*AuditCheckpointRequest) ProtoMessage() {}
 
 func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[108]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7928,7 +8016,7 @@ func (x *AuditCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{108}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *AuditCheckpointRequest) GetConsistentWith() uint64 {
@@ -7949,7 +8037,7 @@ type AuditCheckpointResponse struct {
 
 func (x *AuditCheckpointResponse) Reset() {
 	*x = AuditCheckpointResponse{}
-	mi := &file_countersign_v1_countersign_proto_msgTypes[109]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7961,7 +8049,7 @@ func (x *AuditCheckpointResponse) String() string {
 func (*AuditCheckpointResponse) ProtoMessage() {}
 
 func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_countersign_v1_countersign_proto_msgTypes[109]
+	mi := &file_countersign_v1_countersign_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7974,7 +8062,7 @@ func (x *AuditCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*AuditCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{109}
+	return file_countersign_v1_countersign_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *AuditCheckpointResponse) GetCheckpoint() []byte {
@@ -8303,7 +8391,11 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\aexpires\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x126\n" +
 	"\trole_code\x18\x06 \x01(\x0e2\x14.countersign.v1.RoleH\x00R\broleCode\x88\x01\x01B\f\n" +
 	"\n" +
-	"_role_code\"+\n" +
+	"_role_code\"3\n" +
+	"\x19AcknowledgeRestoreRequest\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\"0\n" +
+	"\x1aAcknowledgeRestoreResponse\x12\x12\n" +
+	"\x04held\x18\x01 \x01(\tR\x04held\"+\n" +
 	"\x15RemoveOperatorRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x18\n" +
 	"\x16RemoveOperatorResponse\"(\n" +
@@ -8708,7 +8800,7 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x05Issue\x12\x1c.countersign.v1.IssueRequest\x1a\x1d.countersign.v1.IssueResponse\x12V\n" +
 	"\vAcknowledge\x12\".countersign.v1.AcknowledgeRequest\x1a#.countersign.v1.AcknowledgeResponse\x12J\n" +
 	"\aRelease\x12\x1e.countersign.v1.ReleaseRequest\x1a\x1f.countersign.v1.ReleaseResponse\x12J\n" +
-	"\aWitness\x12\x1e.countersign.v1.WitnessRequest\x1a\x1f.countersign.v1.WitnessResponse2\x8d\x15\n" +
+	"\aWitness\x12\x1e.countersign.v1.WitnessRequest\x1a\x1f.countersign.v1.WitnessResponse2\xfa\x15\n" +
 	"\x0fOperatorService\x12P\n" +
 	"\tGetStatus\x12 .countersign.v1.GetStatusRequest\x1a!.countersign.v1.GetStatusResponse\x12P\n" +
 	"\tListHosts\x12 .countersign.v1.ListHostsRequest\x1a!.countersign.v1.ListHostsResponse\x12M\n" +
@@ -8718,7 +8810,8 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\x0fCreateJoinToken\x12&.countersign.v1.CreateJoinTokenRequest\x1a'.countersign.v1.CreateJoinTokenResponse\x12V\n" +
 	"\vAddOperator\x12\".countersign.v1.AddOperatorRequest\x1a#.countersign.v1.AddOperatorResponse\x12\\\n" +
 	"\rListOperators\x12$.countersign.v1.ListOperatorsRequest\x1a%.countersign.v1.ListOperatorsResponse\x12_\n" +
-	"\x0eRemoveOperator\x12%.countersign.v1.RemoveOperatorRequest\x1a&.countersign.v1.RemoveOperatorResponse\x12\\\n" +
+	"\x0eRemoveOperator\x12%.countersign.v1.RemoveOperatorRequest\x1a&.countersign.v1.RemoveOperatorResponse\x12k\n" +
+	"\x12AcknowledgeRestore\x12).countersign.v1.AcknowledgeRestoreRequest\x1a*.countersign.v1.AcknowledgeRestoreResponse\x12\\\n" +
 	"\rRenewOperator\x12$.countersign.v1.RenewOperatorRequest\x1a%.countersign.v1.RenewOperatorResponse\x12_\n" +
 	"\x0eLearnReference\x12%.countersign.v1.LearnReferenceRequest\x1a&.countersign.v1.LearnReferenceResponse\x12_\n" +
 	"\x0eListReferences\x12%.countersign.v1.ListReferencesRequest\x1a&.countersign.v1.ListReferencesResponse\x12Y\n" +
@@ -8757,143 +8850,145 @@ func file_countersign_v1_countersign_proto_rawDescGZIP() []byte {
 }
 
 var file_countersign_v1_countersign_proto_enumTypes = make([]protoimpl.EnumInfo, 16)
-var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 118)
+var file_countersign_v1_countersign_proto_msgTypes = make([]protoimpl.MessageInfo, 120)
 var file_countersign_v1_countersign_proto_goTypes = []any{
-	(Verdict)(0),                      // 0: countersign.v1.Verdict
-	(Outcome)(0),                      // 1: countersign.v1.Outcome
-	(HostState)(0),                    // 2: countersign.v1.HostState
-	(Tier)(0),                         // 3: countersign.v1.Tier
-	(HostOrder)(0),                    // 4: countersign.v1.HostOrder
-	(HostAction)(0),                   // 5: countersign.v1.HostAction
-	(Role)(0),                         // 6: countersign.v1.Role
-	(ReferenceState)(0),               // 7: countersign.v1.ReferenceState
-	(Change)(0),                       // 8: countersign.v1.Change
-	(LeaseEffect)(0),                  // 9: countersign.v1.LeaseEffect
-	(Decision)(0),                     // 10: countersign.v1.Decision
-	(SelectorResult)(0),               // 11: countersign.v1.SelectorResult
-	(LeaseState)(0),                   // 12: countersign.v1.LeaseState
-	(Severity)(0),                     // 13: countersign.v1.Severity
-	(Response)(0),                     // 14: countersign.v1.Response
-	(FindingStatus)(0),                // 15: countersign.v1.FindingStatus
-	(*JoinRequest)(nil),               // 16: countersign.v1.JoinRequest
-	(*JoinBody)(nil),                  // 17: countersign.v1.JoinBody
-	(*EndorsementKey)(nil),            // 18: countersign.v1.EndorsementKey
-	(*JoinResponse)(nil),              // 19: countersign.v1.JoinResponse
-	(*EndorsementChallenge)(nil),      // 20: countersign.v1.EndorsementChallenge
-	(*ActivateRequest)(nil),           // 21: countersign.v1.ActivateRequest
-	(*Certification)(nil),             // 22: countersign.v1.Certification
-	(*Quote)(nil),                     // 23: countersign.v1.Quote
-	(*Pcr)(nil),                       // 24: countersign.v1.Pcr
-	(*ActivateResponse)(nil),          // 25: countersign.v1.ActivateResponse
-	(*ChallengeRequest)(nil),          // 26: countersign.v1.ChallengeRequest
-	(*ChallengeResponse)(nil),         // 27: countersign.v1.ChallengeResponse
-	(*Known)(nil),                     // 28: countersign.v1.Known
-	(*Attested)(nil),                  // 29: countersign.v1.Attested
-	(*Logs)(nil),                      // 30: countersign.v1.Logs
-	(*ProveRequest)(nil),              // 31: countersign.v1.ProveRequest
-	(*ProveBody)(nil),                 // 32: countersign.v1.ProveBody
-	(*HostFacts)(nil),                 // 33: countersign.v1.HostFacts
-	(*LeaseProof)(nil),                // 34: countersign.v1.LeaseProof
-	(*ProveResponse)(nil),             // 35: countersign.v1.ProveResponse
-	(*LeaseVerdict)(nil),              // 36: countersign.v1.LeaseVerdict
-	(*Checkpoint)(nil),                // 37: countersign.v1.Checkpoint
-	(*IssueRequest)(nil),              // 38: countersign.v1.IssueRequest
-	(*IssueBody)(nil),                 // 39: countersign.v1.IssueBody
-	(*IssueResponse)(nil),             // 40: countersign.v1.IssueResponse
-	(*SecretField)(nil),               // 41: countersign.v1.SecretField
-	(*AcknowledgeRequest)(nil),        // 42: countersign.v1.AcknowledgeRequest
-	(*AcknowledgeResponse)(nil),       // 43: countersign.v1.AcknowledgeResponse
-	(*ReleaseRequest)(nil),            // 44: countersign.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),           // 45: countersign.v1.ReleaseResponse
-	(*WitnessRequest)(nil),            // 46: countersign.v1.WitnessRequest
-	(*FileOpen)(nil),                  // 47: countersign.v1.FileOpen
-	(*WitnessResponse)(nil),           // 48: countersign.v1.WitnessResponse
-	(*ErrorDetail)(nil),               // 49: countersign.v1.ErrorDetail
-	(*GetStatusRequest)(nil),          // 50: countersign.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),         // 51: countersign.v1.GetStatusResponse
-	(*Host)(nil),                      // 52: countersign.v1.Host
-	(*ListHostsRequest)(nil),          // 53: countersign.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),         // 54: countersign.v1.ListHostsResponse
-	(*NewHost)(nil),                   // 55: countersign.v1.NewHost
-	(*AddHostsRequest)(nil),           // 56: countersign.v1.AddHostsRequest
-	(*AddHostsResponse)(nil),          // 57: countersign.v1.AddHostsResponse
-	(*ChangeHostRequest)(nil),         // 58: countersign.v1.ChangeHostRequest
-	(*ChangeHostResponse)(nil),        // 59: countersign.v1.ChangeHostResponse
-	(*CreateJoinTokenRequest)(nil),    // 60: countersign.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil),   // 61: countersign.v1.CreateJoinTokenResponse
-	(*AddOperatorRequest)(nil),        // 62: countersign.v1.AddOperatorRequest
-	(*AddOperatorResponse)(nil),       // 63: countersign.v1.AddOperatorResponse
-	(*ListOperatorsRequest)(nil),      // 64: countersign.v1.ListOperatorsRequest
-	(*ListOperatorsResponse)(nil),     // 65: countersign.v1.ListOperatorsResponse
-	(*Operator)(nil),                  // 66: countersign.v1.Operator
-	(*RemoveOperatorRequest)(nil),     // 67: countersign.v1.RemoveOperatorRequest
-	(*RemoveOperatorResponse)(nil),    // 68: countersign.v1.RemoveOperatorResponse
-	(*RenewOperatorRequest)(nil),      // 69: countersign.v1.RenewOperatorRequest
-	(*RenewOperatorResponse)(nil),     // 70: countersign.v1.RenewOperatorResponse
-	(*LearnReferenceRequest)(nil),     // 71: countersign.v1.LearnReferenceRequest
-	(*LearnReferenceResponse)(nil),    // 72: countersign.v1.LearnReferenceResponse
-	(*Reference)(nil),                 // 73: countersign.v1.Reference
-	(*ListReferencesRequest)(nil),     // 74: countersign.v1.ListReferencesRequest
-	(*ListReferencesResponse)(nil),    // 75: countersign.v1.ListReferencesResponse
-	(*AddReferenceRequest)(nil),       // 76: countersign.v1.AddReferenceRequest
-	(*AddReferenceResponse)(nil),      // 77: countersign.v1.AddReferenceResponse
-	(*ApproveReferenceRequest)(nil),   // 78: countersign.v1.ApproveReferenceRequest
-	(*ApproveReferenceResponse)(nil),  // 79: countersign.v1.ApproveReferenceResponse
-	(*MaintainReferenceRequest)(nil),  // 80: countersign.v1.MaintainReferenceRequest
-	(*MaintainReferenceResponse)(nil), // 81: countersign.v1.MaintainReferenceResponse
-	(*AddReleaseRequest)(nil),         // 82: countersign.v1.AddReleaseRequest
-	(*ReleaseFile)(nil),               // 83: countersign.v1.ReleaseFile
-	(*AddReleaseResponse)(nil),        // 84: countersign.v1.AddReleaseResponse
-	(*Release)(nil),                   // 85: countersign.v1.Release
-	(*ListReleasesRequest)(nil),       // 86: countersign.v1.ListReleasesRequest
-	(*ListReleasesResponse)(nil),      // 87: countersign.v1.ListReleasesResponse
-	(*File)(nil),                      // 88: countersign.v1.File
-	(*ApplyScopesRequest)(nil),        // 89: countersign.v1.ApplyScopesRequest
-	(*ApplyScopesResponse)(nil),       // 90: countersign.v1.ApplyScopesResponse
-	(*ScopeChange)(nil),               // 91: countersign.v1.ScopeChange
-	(*LeaseChange)(nil),               // 92: countersign.v1.LeaseChange
-	(*FactsRequest)(nil),              // 93: countersign.v1.FactsRequest
-	(*FactsResponse)(nil),             // 94: countersign.v1.FactsResponse
-	(*WhyRequest)(nil),                // 95: countersign.v1.WhyRequest
-	(*WhyResponse)(nil),               // 96: countersign.v1.WhyResponse
-	(*PCR)(nil),                       // 97: countersign.v1.PCR
-	(*PCRLimit)(nil),                  // 98: countersign.v1.PCRLimit
-	(*Selector)(nil),                  // 99: countersign.v1.Selector
-	(*Lease)(nil),                     // 100: countersign.v1.Lease
-	(*Machine)(nil),                   // 101: countersign.v1.Machine
-	(*ListLeasesRequest)(nil),         // 102: countersign.v1.ListLeasesRequest
-	(*ListLeasesResponse)(nil),        // 103: countersign.v1.ListLeasesResponse
-	(*RevokeLeasesRequest)(nil),       // 104: countersign.v1.RevokeLeasesRequest
-	(*RevokeLeasesResponse)(nil),      // 105: countersign.v1.RevokeLeasesResponse
-	(*Finding)(nil),                   // 106: countersign.v1.Finding
-	(*ReportFindingRequest)(nil),      // 107: countersign.v1.ReportFindingRequest
-	(*ReportFindingResponse)(nil),     // 108: countersign.v1.ReportFindingResponse
-	(*ListFindingsRequest)(nil),       // 109: countersign.v1.ListFindingsRequest
-	(*ListFindingsResponse)(nil),      // 110: countersign.v1.ListFindingsResponse
-	(*CloseFindingRequest)(nil),       // 111: countersign.v1.CloseFindingRequest
-	(*CloseFindingResponse)(nil),      // 112: countersign.v1.CloseFindingResponse
-	(*Canary)(nil),                    // 113: countersign.v1.Canary
-	(*IssueCanaryRequest)(nil),        // 114: countersign.v1.IssueCanaryRequest
-	(*IssueCanaryResponse)(nil),       // 115: countersign.v1.IssueCanaryResponse
-	(*ListCanariesRequest)(nil),       // 116: countersign.v1.ListCanariesRequest
-	(*ListCanariesResponse)(nil),      // 117: countersign.v1.ListCanariesResponse
-	(*RemoveCanaryRequest)(nil),       // 118: countersign.v1.RemoveCanaryRequest
-	(*RemoveCanaryResponse)(nil),      // 119: countersign.v1.RemoveCanaryResponse
-	(*ReadAuditRequest)(nil),          // 120: countersign.v1.ReadAuditRequest
-	(*AuditRecord)(nil),               // 121: countersign.v1.AuditRecord
-	(*AuditReceiptRequest)(nil),       // 122: countersign.v1.AuditReceiptRequest
-	(*AuditReceiptResponse)(nil),      // 123: countersign.v1.AuditReceiptResponse
-	(*AuditCheckpointRequest)(nil),    // 124: countersign.v1.AuditCheckpointRequest
-	(*AuditCheckpointResponse)(nil),   // 125: countersign.v1.AuditCheckpointResponse
-	nil,                               // 126: countersign.v1.GetStatusResponse.HostsEntry
-	nil,                               // 127: countersign.v1.GetStatusResponse.LeasesEntry
-	nil,                               // 128: countersign.v1.GetStatusResponse.FindingsEntry
-	nil,                               // 129: countersign.v1.Host.LabelsEntry
-	nil,                               // 130: countersign.v1.NewHost.LabelsEntry
-	nil,                               // 131: countersign.v1.ChangeHostRequest.SetLabelsEntry
-	nil,                               // 132: countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 133: countersign.v1.Lease.NamesEntry
-	(*timestamppb.Timestamp)(nil),     // 134: google.protobuf.Timestamp
+	(Verdict)(0),                       // 0: countersign.v1.Verdict
+	(Outcome)(0),                       // 1: countersign.v1.Outcome
+	(HostState)(0),                     // 2: countersign.v1.HostState
+	(Tier)(0),                          // 3: countersign.v1.Tier
+	(HostOrder)(0),                     // 4: countersign.v1.HostOrder
+	(HostAction)(0),                    // 5: countersign.v1.HostAction
+	(Role)(0),                          // 6: countersign.v1.Role
+	(ReferenceState)(0),                // 7: countersign.v1.ReferenceState
+	(Change)(0),                        // 8: countersign.v1.Change
+	(LeaseEffect)(0),                   // 9: countersign.v1.LeaseEffect
+	(Decision)(0),                      // 10: countersign.v1.Decision
+	(SelectorResult)(0),                // 11: countersign.v1.SelectorResult
+	(LeaseState)(0),                    // 12: countersign.v1.LeaseState
+	(Severity)(0),                      // 13: countersign.v1.Severity
+	(Response)(0),                      // 14: countersign.v1.Response
+	(FindingStatus)(0),                 // 15: countersign.v1.FindingStatus
+	(*JoinRequest)(nil),                // 16: countersign.v1.JoinRequest
+	(*JoinBody)(nil),                   // 17: countersign.v1.JoinBody
+	(*EndorsementKey)(nil),             // 18: countersign.v1.EndorsementKey
+	(*JoinResponse)(nil),               // 19: countersign.v1.JoinResponse
+	(*EndorsementChallenge)(nil),       // 20: countersign.v1.EndorsementChallenge
+	(*ActivateRequest)(nil),            // 21: countersign.v1.ActivateRequest
+	(*Certification)(nil),              // 22: countersign.v1.Certification
+	(*Quote)(nil),                      // 23: countersign.v1.Quote
+	(*Pcr)(nil),                        // 24: countersign.v1.Pcr
+	(*ActivateResponse)(nil),           // 25: countersign.v1.ActivateResponse
+	(*ChallengeRequest)(nil),           // 26: countersign.v1.ChallengeRequest
+	(*ChallengeResponse)(nil),          // 27: countersign.v1.ChallengeResponse
+	(*Known)(nil),                      // 28: countersign.v1.Known
+	(*Attested)(nil),                   // 29: countersign.v1.Attested
+	(*Logs)(nil),                       // 30: countersign.v1.Logs
+	(*ProveRequest)(nil),               // 31: countersign.v1.ProveRequest
+	(*ProveBody)(nil),                  // 32: countersign.v1.ProveBody
+	(*HostFacts)(nil),                  // 33: countersign.v1.HostFacts
+	(*LeaseProof)(nil),                 // 34: countersign.v1.LeaseProof
+	(*ProveResponse)(nil),              // 35: countersign.v1.ProveResponse
+	(*LeaseVerdict)(nil),               // 36: countersign.v1.LeaseVerdict
+	(*Checkpoint)(nil),                 // 37: countersign.v1.Checkpoint
+	(*IssueRequest)(nil),               // 38: countersign.v1.IssueRequest
+	(*IssueBody)(nil),                  // 39: countersign.v1.IssueBody
+	(*IssueResponse)(nil),              // 40: countersign.v1.IssueResponse
+	(*SecretField)(nil),                // 41: countersign.v1.SecretField
+	(*AcknowledgeRequest)(nil),         // 42: countersign.v1.AcknowledgeRequest
+	(*AcknowledgeResponse)(nil),        // 43: countersign.v1.AcknowledgeResponse
+	(*ReleaseRequest)(nil),             // 44: countersign.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),            // 45: countersign.v1.ReleaseResponse
+	(*WitnessRequest)(nil),             // 46: countersign.v1.WitnessRequest
+	(*FileOpen)(nil),                   // 47: countersign.v1.FileOpen
+	(*WitnessResponse)(nil),            // 48: countersign.v1.WitnessResponse
+	(*ErrorDetail)(nil),                // 49: countersign.v1.ErrorDetail
+	(*GetStatusRequest)(nil),           // 50: countersign.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),          // 51: countersign.v1.GetStatusResponse
+	(*Host)(nil),                       // 52: countersign.v1.Host
+	(*ListHostsRequest)(nil),           // 53: countersign.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),          // 54: countersign.v1.ListHostsResponse
+	(*NewHost)(nil),                    // 55: countersign.v1.NewHost
+	(*AddHostsRequest)(nil),            // 56: countersign.v1.AddHostsRequest
+	(*AddHostsResponse)(nil),           // 57: countersign.v1.AddHostsResponse
+	(*ChangeHostRequest)(nil),          // 58: countersign.v1.ChangeHostRequest
+	(*ChangeHostResponse)(nil),         // 59: countersign.v1.ChangeHostResponse
+	(*CreateJoinTokenRequest)(nil),     // 60: countersign.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil),    // 61: countersign.v1.CreateJoinTokenResponse
+	(*AddOperatorRequest)(nil),         // 62: countersign.v1.AddOperatorRequest
+	(*AddOperatorResponse)(nil),        // 63: countersign.v1.AddOperatorResponse
+	(*ListOperatorsRequest)(nil),       // 64: countersign.v1.ListOperatorsRequest
+	(*ListOperatorsResponse)(nil),      // 65: countersign.v1.ListOperatorsResponse
+	(*Operator)(nil),                   // 66: countersign.v1.Operator
+	(*AcknowledgeRestoreRequest)(nil),  // 67: countersign.v1.AcknowledgeRestoreRequest
+	(*AcknowledgeRestoreResponse)(nil), // 68: countersign.v1.AcknowledgeRestoreResponse
+	(*RemoveOperatorRequest)(nil),      // 69: countersign.v1.RemoveOperatorRequest
+	(*RemoveOperatorResponse)(nil),     // 70: countersign.v1.RemoveOperatorResponse
+	(*RenewOperatorRequest)(nil),       // 71: countersign.v1.RenewOperatorRequest
+	(*RenewOperatorResponse)(nil),      // 72: countersign.v1.RenewOperatorResponse
+	(*LearnReferenceRequest)(nil),      // 73: countersign.v1.LearnReferenceRequest
+	(*LearnReferenceResponse)(nil),     // 74: countersign.v1.LearnReferenceResponse
+	(*Reference)(nil),                  // 75: countersign.v1.Reference
+	(*ListReferencesRequest)(nil),      // 76: countersign.v1.ListReferencesRequest
+	(*ListReferencesResponse)(nil),     // 77: countersign.v1.ListReferencesResponse
+	(*AddReferenceRequest)(nil),        // 78: countersign.v1.AddReferenceRequest
+	(*AddReferenceResponse)(nil),       // 79: countersign.v1.AddReferenceResponse
+	(*ApproveReferenceRequest)(nil),    // 80: countersign.v1.ApproveReferenceRequest
+	(*ApproveReferenceResponse)(nil),   // 81: countersign.v1.ApproveReferenceResponse
+	(*MaintainReferenceRequest)(nil),   // 82: countersign.v1.MaintainReferenceRequest
+	(*MaintainReferenceResponse)(nil),  // 83: countersign.v1.MaintainReferenceResponse
+	(*AddReleaseRequest)(nil),          // 84: countersign.v1.AddReleaseRequest
+	(*ReleaseFile)(nil),                // 85: countersign.v1.ReleaseFile
+	(*AddReleaseResponse)(nil),         // 86: countersign.v1.AddReleaseResponse
+	(*Release)(nil),                    // 87: countersign.v1.Release
+	(*ListReleasesRequest)(nil),        // 88: countersign.v1.ListReleasesRequest
+	(*ListReleasesResponse)(nil),       // 89: countersign.v1.ListReleasesResponse
+	(*File)(nil),                       // 90: countersign.v1.File
+	(*ApplyScopesRequest)(nil),         // 91: countersign.v1.ApplyScopesRequest
+	(*ApplyScopesResponse)(nil),        // 92: countersign.v1.ApplyScopesResponse
+	(*ScopeChange)(nil),                // 93: countersign.v1.ScopeChange
+	(*LeaseChange)(nil),                // 94: countersign.v1.LeaseChange
+	(*FactsRequest)(nil),               // 95: countersign.v1.FactsRequest
+	(*FactsResponse)(nil),              // 96: countersign.v1.FactsResponse
+	(*WhyRequest)(nil),                 // 97: countersign.v1.WhyRequest
+	(*WhyResponse)(nil),                // 98: countersign.v1.WhyResponse
+	(*PCR)(nil),                        // 99: countersign.v1.PCR
+	(*PCRLimit)(nil),                   // 100: countersign.v1.PCRLimit
+	(*Selector)(nil),                   // 101: countersign.v1.Selector
+	(*Lease)(nil),                      // 102: countersign.v1.Lease
+	(*Machine)(nil),                    // 103: countersign.v1.Machine
+	(*ListLeasesRequest)(nil),          // 104: countersign.v1.ListLeasesRequest
+	(*ListLeasesResponse)(nil),         // 105: countersign.v1.ListLeasesResponse
+	(*RevokeLeasesRequest)(nil),        // 106: countersign.v1.RevokeLeasesRequest
+	(*RevokeLeasesResponse)(nil),       // 107: countersign.v1.RevokeLeasesResponse
+	(*Finding)(nil),                    // 108: countersign.v1.Finding
+	(*ReportFindingRequest)(nil),       // 109: countersign.v1.ReportFindingRequest
+	(*ReportFindingResponse)(nil),      // 110: countersign.v1.ReportFindingResponse
+	(*ListFindingsRequest)(nil),        // 111: countersign.v1.ListFindingsRequest
+	(*ListFindingsResponse)(nil),       // 112: countersign.v1.ListFindingsResponse
+	(*CloseFindingRequest)(nil),        // 113: countersign.v1.CloseFindingRequest
+	(*CloseFindingResponse)(nil),       // 114: countersign.v1.CloseFindingResponse
+	(*Canary)(nil),                     // 115: countersign.v1.Canary
+	(*IssueCanaryRequest)(nil),         // 116: countersign.v1.IssueCanaryRequest
+	(*IssueCanaryResponse)(nil),        // 117: countersign.v1.IssueCanaryResponse
+	(*ListCanariesRequest)(nil),        // 118: countersign.v1.ListCanariesRequest
+	(*ListCanariesResponse)(nil),       // 119: countersign.v1.ListCanariesResponse
+	(*RemoveCanaryRequest)(nil),        // 120: countersign.v1.RemoveCanaryRequest
+	(*RemoveCanaryResponse)(nil),       // 121: countersign.v1.RemoveCanaryResponse
+	(*ReadAuditRequest)(nil),           // 122: countersign.v1.ReadAuditRequest
+	(*AuditRecord)(nil),                // 123: countersign.v1.AuditRecord
+	(*AuditReceiptRequest)(nil),        // 124: countersign.v1.AuditReceiptRequest
+	(*AuditReceiptResponse)(nil),       // 125: countersign.v1.AuditReceiptResponse
+	(*AuditCheckpointRequest)(nil),     // 126: countersign.v1.AuditCheckpointRequest
+	(*AuditCheckpointResponse)(nil),    // 127: countersign.v1.AuditCheckpointResponse
+	nil,                                // 128: countersign.v1.GetStatusResponse.HostsEntry
+	nil,                                // 129: countersign.v1.GetStatusResponse.LeasesEntry
+	nil,                                // 130: countersign.v1.GetStatusResponse.FindingsEntry
+	nil,                                // 131: countersign.v1.Host.LabelsEntry
+	nil,                                // 132: countersign.v1.NewHost.LabelsEntry
+	nil,                                // 133: countersign.v1.ChangeHostRequest.SetLabelsEntry
+	nil,                                // 134: countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                                // 135: countersign.v1.Lease.NamesEntry
+	(*timestamppb.Timestamp)(nil),      // 136: google.protobuf.Timestamp
 }
 var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	18,  // 0: countersign.v1.JoinBody.endorsement_keys:type_name -> countersign.v1.EndorsementKey
@@ -8908,103 +9003,103 @@ var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	29,  // 9: countersign.v1.ProveRequest.attested:type_name -> countersign.v1.Attested
 	33,  // 10: countersign.v1.ProveBody.host:type_name -> countersign.v1.HostFacts
 	34,  // 11: countersign.v1.ProveBody.leases:type_name -> countersign.v1.LeaseProof
-	134, // 12: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
+	136, // 12: countersign.v1.ProveResponse.prove_by:type_name -> google.protobuf.Timestamp
 	36,  // 13: countersign.v1.ProveResponse.leases:type_name -> countersign.v1.LeaseVerdict
 	37,  // 14: countersign.v1.ProveResponse.checkpoint:type_name -> countersign.v1.Checkpoint
-	134, // 15: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
+	136, // 15: countersign.v1.ProveResponse.now:type_name -> google.protobuf.Timestamp
 	2,   // 16: countersign.v1.ProveResponse.host_state_code:type_name -> countersign.v1.HostState
-	134, // 17: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
-	134, // 18: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
+	136, // 17: countersign.v1.LeaseVerdict.prove_by:type_name -> google.protobuf.Timestamp
+	136, // 18: countersign.v1.LeaseVerdict.expires:type_name -> google.protobuf.Timestamp
 	0,   // 19: countersign.v1.LeaseVerdict.outcome_code:type_name -> countersign.v1.Verdict
 	29,  // 20: countersign.v1.IssueRequest.attested:type_name -> countersign.v1.Attested
 	33,  // 21: countersign.v1.IssueBody.host:type_name -> countersign.v1.HostFacts
 	41,  // 22: countersign.v1.IssueResponse.fields:type_name -> countersign.v1.SecretField
-	134, // 23: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
-	134, // 24: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
-	134, // 25: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
-	134, // 26: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
-	134, // 27: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
-	134, // 28: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
-	134, // 29: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
+	136, // 23: countersign.v1.IssueResponse.expires:type_name -> google.protobuf.Timestamp
+	136, // 24: countersign.v1.IssueResponse.prove_by:type_name -> google.protobuf.Timestamp
+	136, // 25: countersign.v1.IssueResponse.replace_at:type_name -> google.protobuf.Timestamp
+	136, // 26: countersign.v1.IssueResponse.acknowledge_by:type_name -> google.protobuf.Timestamp
+	136, // 27: countersign.v1.IssueResponse.now:type_name -> google.protobuf.Timestamp
+	136, // 28: countersign.v1.AcknowledgeResponse.expires:type_name -> google.protobuf.Timestamp
+	136, // 29: countersign.v1.AcknowledgeResponse.now:type_name -> google.protobuf.Timestamp
 	47,  // 30: countersign.v1.WitnessRequest.opens:type_name -> countersign.v1.FileOpen
-	134, // 31: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
+	136, // 31: countersign.v1.FileOpen.time:type_name -> google.protobuf.Timestamp
 	1,   // 32: countersign.v1.ErrorDetail.outcome_code:type_name -> countersign.v1.Outcome
-	126, // 33: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
-	127, // 34: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
-	128, // 35: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
-	129, // 36: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
-	134, // 37: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
-	134, // 38: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
+	128, // 33: countersign.v1.GetStatusResponse.hosts:type_name -> countersign.v1.GetStatusResponse.HostsEntry
+	129, // 34: countersign.v1.GetStatusResponse.leases:type_name -> countersign.v1.GetStatusResponse.LeasesEntry
+	130, // 35: countersign.v1.GetStatusResponse.findings:type_name -> countersign.v1.GetStatusResponse.FindingsEntry
+	131, // 36: countersign.v1.Host.labels:type_name -> countersign.v1.Host.LabelsEntry
+	136, // 37: countersign.v1.Host.created:type_name -> google.protobuf.Timestamp
+	136, // 38: countersign.v1.Host.last_proved:type_name -> google.protobuf.Timestamp
 	2,   // 39: countersign.v1.Host.state_code:type_name -> countersign.v1.HostState
 	3,   // 40: countersign.v1.Host.tier_code:type_name -> countersign.v1.Tier
 	2,   // 41: countersign.v1.ListHostsRequest.state_code:type_name -> countersign.v1.HostState
 	4,   // 42: countersign.v1.ListHostsRequest.sort_code:type_name -> countersign.v1.HostOrder
 	52,  // 43: countersign.v1.ListHostsResponse.hosts:type_name -> countersign.v1.Host
-	130, // 44: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
+	132, // 44: countersign.v1.NewHost.labels:type_name -> countersign.v1.NewHost.LabelsEntry
 	55,  // 45: countersign.v1.AddHostsRequest.hosts:type_name -> countersign.v1.NewHost
-	131, // 46: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
+	133, // 46: countersign.v1.ChangeHostRequest.set_labels:type_name -> countersign.v1.ChangeHostRequest.SetLabelsEntry
 	5,   // 47: countersign.v1.ChangeHostRequest.action_code:type_name -> countersign.v1.HostAction
 	52,  // 48: countersign.v1.ChangeHostResponse.host:type_name -> countersign.v1.Host
-	134, // 49: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
-	132, // 50: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
-	134, // 51: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	134, // 52: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
+	136, // 49: countersign.v1.CreateJoinTokenRequest.expires:type_name -> google.protobuf.Timestamp
+	134, // 50: countersign.v1.CreateJoinTokenRequest.labels:type_name -> countersign.v1.CreateJoinTokenRequest.LabelsEntry
+	136, // 51: countersign.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	136, // 52: countersign.v1.AddOperatorRequest.expires:type_name -> google.protobuf.Timestamp
 	6,   // 53: countersign.v1.AddOperatorRequest.role_code:type_name -> countersign.v1.Role
 	66,  // 54: countersign.v1.ListOperatorsResponse.operators:type_name -> countersign.v1.Operator
-	134, // 55: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
-	134, // 56: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
+	136, // 55: countersign.v1.Operator.created:type_name -> google.protobuf.Timestamp
+	136, // 56: countersign.v1.Operator.expires:type_name -> google.protobuf.Timestamp
 	6,   // 57: countersign.v1.Operator.role_code:type_name -> countersign.v1.Role
-	73,  // 58: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
-	134, // 59: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
-	134, // 60: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
+	75,  // 58: countersign.v1.LearnReferenceResponse.reference:type_name -> countersign.v1.Reference
+	136, // 59: countersign.v1.Reference.created:type_name -> google.protobuf.Timestamp
+	136, // 60: countersign.v1.Reference.until:type_name -> google.protobuf.Timestamp
 	7,   // 61: countersign.v1.Reference.state_code:type_name -> countersign.v1.ReferenceState
-	73,  // 62: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
-	73,  // 63: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
-	134, // 64: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
-	73,  // 65: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
-	134, // 66: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
-	83,  // 67: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
-	134, // 68: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
-	85,  // 69: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
-	134, // 70: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
-	134, // 71: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
-	85,  // 72: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
-	88,  // 73: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
-	91,  // 74: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
-	92,  // 75: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
+	75,  // 62: countersign.v1.ListReferencesResponse.references:type_name -> countersign.v1.Reference
+	75,  // 63: countersign.v1.AddReferenceResponse.reference:type_name -> countersign.v1.Reference
+	136, // 64: countersign.v1.ApproveReferenceRequest.older_until:type_name -> google.protobuf.Timestamp
+	75,  // 65: countersign.v1.ApproveReferenceResponse.reference:type_name -> countersign.v1.Reference
+	136, // 66: countersign.v1.MaintainReferenceRequest.until:type_name -> google.protobuf.Timestamp
+	85,  // 67: countersign.v1.AddReleaseRequest.files:type_name -> countersign.v1.ReleaseFile
+	136, // 68: countersign.v1.AddReleaseRequest.older_until:type_name -> google.protobuf.Timestamp
+	87,  // 69: countersign.v1.AddReleaseResponse.release:type_name -> countersign.v1.Release
+	136, // 70: countersign.v1.Release.added:type_name -> google.protobuf.Timestamp
+	136, // 71: countersign.v1.Release.until:type_name -> google.protobuf.Timestamp
+	87,  // 72: countersign.v1.ListReleasesResponse.releases:type_name -> countersign.v1.Release
+	90,  // 73: countersign.v1.ApplyScopesRequest.files:type_name -> countersign.v1.File
+	93,  // 74: countersign.v1.ApplyScopesResponse.changes:type_name -> countersign.v1.ScopeChange
+	94,  // 75: countersign.v1.ApplyScopesResponse.leases:type_name -> countersign.v1.LeaseChange
 	8,   // 76: countersign.v1.ScopeChange.change_code:type_name -> countersign.v1.Change
 	9,   // 77: countersign.v1.LeaseChange.change_code:type_name -> countersign.v1.LeaseEffect
-	99,  // 78: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
-	134, // 79: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
-	97,  // 80: countersign.v1.WhyResponse.pcrs:type_name -> countersign.v1.PCR
+	101, // 78: countersign.v1.WhyResponse.selectors:type_name -> countersign.v1.Selector
+	136, // 79: countersign.v1.WhyResponse.at:type_name -> google.protobuf.Timestamp
+	99,  // 80: countersign.v1.WhyResponse.pcrs:type_name -> countersign.v1.PCR
 	10,  // 81: countersign.v1.WhyResponse.outcome_code:type_name -> countersign.v1.Decision
-	98,  // 82: countersign.v1.PCR.limit:type_name -> countersign.v1.PCRLimit
+	100, // 82: countersign.v1.PCR.limit:type_name -> countersign.v1.PCRLimit
 	11,  // 83: countersign.v1.Selector.result_code:type_name -> countersign.v1.SelectorResult
-	133, // 84: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
-	134, // 85: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
-	134, // 86: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
-	134, // 87: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
-	134, // 88: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
-	101, // 89: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
+	135, // 84: countersign.v1.Lease.names:type_name -> countersign.v1.Lease.NamesEntry
+	136, // 85: countersign.v1.Lease.issued:type_name -> google.protobuf.Timestamp
+	136, // 86: countersign.v1.Lease.expires:type_name -> google.protobuf.Timestamp
+	136, // 87: countersign.v1.Lease.revoked:type_name -> google.protobuf.Timestamp
+	136, // 88: countersign.v1.Lease.prove_by:type_name -> google.protobuf.Timestamp
+	103, // 89: countersign.v1.Lease.machine:type_name -> countersign.v1.Machine
 	12,  // 90: countersign.v1.Lease.state_code:type_name -> countersign.v1.LeaseState
 	12,  // 91: countersign.v1.ListLeasesRequest.state_code:type_name -> countersign.v1.LeaseState
-	100, // 92: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
-	134, // 93: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
-	134, // 94: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
-	134, // 95: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
+	102, // 92: countersign.v1.ListLeasesResponse.leases:type_name -> countersign.v1.Lease
+	136, // 93: countersign.v1.Finding.first:type_name -> google.protobuf.Timestamp
+	136, // 94: countersign.v1.Finding.last:type_name -> google.protobuf.Timestamp
+	136, // 95: countersign.v1.Finding.until:type_name -> google.protobuf.Timestamp
 	13,  // 96: countersign.v1.Finding.severity_code:type_name -> countersign.v1.Severity
 	14,  // 97: countersign.v1.Finding.response_code:type_name -> countersign.v1.Response
 	15,  // 98: countersign.v1.Finding.status_code:type_name -> countersign.v1.FindingStatus
-	106, // 99: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
-	106, // 100: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
+	108, // 99: countersign.v1.ReportFindingRequest.finding:type_name -> countersign.v1.Finding
+	108, // 100: countersign.v1.ReportFindingResponse.finding:type_name -> countersign.v1.Finding
 	15,  // 101: countersign.v1.ListFindingsRequest.status_code:type_name -> countersign.v1.FindingStatus
 	13,  // 102: countersign.v1.ListFindingsRequest.severity_code:type_name -> countersign.v1.Severity
-	106, // 103: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
-	134, // 104: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
-	106, // 105: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
-	134, // 106: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
-	113, // 107: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
-	113, // 108: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
+	108, // 103: countersign.v1.ListFindingsResponse.findings:type_name -> countersign.v1.Finding
+	136, // 104: countersign.v1.CloseFindingRequest.until:type_name -> google.protobuf.Timestamp
+	108, // 105: countersign.v1.CloseFindingResponse.finding:type_name -> countersign.v1.Finding
+	136, // 106: countersign.v1.Canary.issued:type_name -> google.protobuf.Timestamp
+	115, // 107: countersign.v1.IssueCanaryResponse.canary:type_name -> countersign.v1.Canary
+	115, // 108: countersign.v1.ListCanariesResponse.canaries:type_name -> countersign.v1.Canary
 	16,  // 109: countersign.v1.HostService.Join:input_type -> countersign.v1.JoinRequest
 	21,  // 110: countersign.v1.HostService.Activate:input_type -> countersign.v1.ActivateRequest
 	26,  // 111: countersign.v1.HostService.Challenge:input_type -> countersign.v1.ChallengeRequest
@@ -9020,69 +9115,71 @@ var file_countersign_v1_countersign_proto_depIdxs = []int32{
 	60,  // 121: countersign.v1.OperatorService.CreateJoinToken:input_type -> countersign.v1.CreateJoinTokenRequest
 	62,  // 122: countersign.v1.OperatorService.AddOperator:input_type -> countersign.v1.AddOperatorRequest
 	64,  // 123: countersign.v1.OperatorService.ListOperators:input_type -> countersign.v1.ListOperatorsRequest
-	67,  // 124: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
-	69,  // 125: countersign.v1.OperatorService.RenewOperator:input_type -> countersign.v1.RenewOperatorRequest
-	71,  // 126: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
-	74,  // 127: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
-	76,  // 128: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
-	78,  // 129: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
-	80,  // 130: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
-	82,  // 131: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
-	86,  // 132: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
-	89,  // 133: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
-	93,  // 134: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
-	95,  // 135: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
-	102, // 136: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
-	104, // 137: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
-	107, // 138: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
-	109, // 139: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
-	111, // 140: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
-	114, // 141: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
-	116, // 142: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
-	118, // 143: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
-	120, // 144: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
-	122, // 145: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
-	124, // 146: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
-	19,  // 147: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
-	25,  // 148: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
-	27,  // 149: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
-	35,  // 150: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
-	40,  // 151: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
-	43,  // 152: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
-	45,  // 153: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
-	48,  // 154: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
-	51,  // 155: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
-	54,  // 156: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
-	57,  // 157: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
-	59,  // 158: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
-	61,  // 159: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
-	63,  // 160: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
-	65,  // 161: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
-	68,  // 162: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
-	70,  // 163: countersign.v1.OperatorService.RenewOperator:output_type -> countersign.v1.RenewOperatorResponse
-	72,  // 164: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
-	75,  // 165: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
-	77,  // 166: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
-	79,  // 167: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
-	81,  // 168: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
-	84,  // 169: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
-	87,  // 170: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
-	90,  // 171: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
-	94,  // 172: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
-	96,  // 173: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
-	103, // 174: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
-	105, // 175: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
-	108, // 176: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
-	110, // 177: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
-	112, // 178: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
-	115, // 179: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
-	117, // 180: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
-	119, // 181: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
-	121, // 182: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
-	123, // 183: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
-	125, // 184: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
-	147, // [147:185] is the sub-list for method output_type
-	109, // [109:147] is the sub-list for method input_type
+	69,  // 124: countersign.v1.OperatorService.RemoveOperator:input_type -> countersign.v1.RemoveOperatorRequest
+	67,  // 125: countersign.v1.OperatorService.AcknowledgeRestore:input_type -> countersign.v1.AcknowledgeRestoreRequest
+	71,  // 126: countersign.v1.OperatorService.RenewOperator:input_type -> countersign.v1.RenewOperatorRequest
+	73,  // 127: countersign.v1.OperatorService.LearnReference:input_type -> countersign.v1.LearnReferenceRequest
+	76,  // 128: countersign.v1.OperatorService.ListReferences:input_type -> countersign.v1.ListReferencesRequest
+	78,  // 129: countersign.v1.OperatorService.AddReference:input_type -> countersign.v1.AddReferenceRequest
+	80,  // 130: countersign.v1.OperatorService.ApproveReference:input_type -> countersign.v1.ApproveReferenceRequest
+	82,  // 131: countersign.v1.OperatorService.MaintainReference:input_type -> countersign.v1.MaintainReferenceRequest
+	84,  // 132: countersign.v1.OperatorService.AddRelease:input_type -> countersign.v1.AddReleaseRequest
+	88,  // 133: countersign.v1.OperatorService.ListReleases:input_type -> countersign.v1.ListReleasesRequest
+	91,  // 134: countersign.v1.OperatorService.ApplyScopes:input_type -> countersign.v1.ApplyScopesRequest
+	95,  // 135: countersign.v1.OperatorService.Facts:input_type -> countersign.v1.FactsRequest
+	97,  // 136: countersign.v1.OperatorService.Why:input_type -> countersign.v1.WhyRequest
+	104, // 137: countersign.v1.OperatorService.ListLeases:input_type -> countersign.v1.ListLeasesRequest
+	106, // 138: countersign.v1.OperatorService.RevokeLeases:input_type -> countersign.v1.RevokeLeasesRequest
+	109, // 139: countersign.v1.OperatorService.ReportFinding:input_type -> countersign.v1.ReportFindingRequest
+	111, // 140: countersign.v1.OperatorService.ListFindings:input_type -> countersign.v1.ListFindingsRequest
+	113, // 141: countersign.v1.OperatorService.CloseFinding:input_type -> countersign.v1.CloseFindingRequest
+	116, // 142: countersign.v1.OperatorService.IssueCanary:input_type -> countersign.v1.IssueCanaryRequest
+	118, // 143: countersign.v1.OperatorService.ListCanaries:input_type -> countersign.v1.ListCanariesRequest
+	120, // 144: countersign.v1.OperatorService.RemoveCanary:input_type -> countersign.v1.RemoveCanaryRequest
+	122, // 145: countersign.v1.OperatorService.ReadAudit:input_type -> countersign.v1.ReadAuditRequest
+	124, // 146: countersign.v1.OperatorService.AuditReceipt:input_type -> countersign.v1.AuditReceiptRequest
+	126, // 147: countersign.v1.OperatorService.AuditCheckpoint:input_type -> countersign.v1.AuditCheckpointRequest
+	19,  // 148: countersign.v1.HostService.Join:output_type -> countersign.v1.JoinResponse
+	25,  // 149: countersign.v1.HostService.Activate:output_type -> countersign.v1.ActivateResponse
+	27,  // 150: countersign.v1.HostService.Challenge:output_type -> countersign.v1.ChallengeResponse
+	35,  // 151: countersign.v1.HostService.Prove:output_type -> countersign.v1.ProveResponse
+	40,  // 152: countersign.v1.HostService.Issue:output_type -> countersign.v1.IssueResponse
+	43,  // 153: countersign.v1.HostService.Acknowledge:output_type -> countersign.v1.AcknowledgeResponse
+	45,  // 154: countersign.v1.HostService.Release:output_type -> countersign.v1.ReleaseResponse
+	48,  // 155: countersign.v1.HostService.Witness:output_type -> countersign.v1.WitnessResponse
+	51,  // 156: countersign.v1.OperatorService.GetStatus:output_type -> countersign.v1.GetStatusResponse
+	54,  // 157: countersign.v1.OperatorService.ListHosts:output_type -> countersign.v1.ListHostsResponse
+	57,  // 158: countersign.v1.OperatorService.AddHosts:output_type -> countersign.v1.AddHostsResponse
+	59,  // 159: countersign.v1.OperatorService.ChangeHost:output_type -> countersign.v1.ChangeHostResponse
+	61,  // 160: countersign.v1.OperatorService.CreateJoinToken:output_type -> countersign.v1.CreateJoinTokenResponse
+	63,  // 161: countersign.v1.OperatorService.AddOperator:output_type -> countersign.v1.AddOperatorResponse
+	65,  // 162: countersign.v1.OperatorService.ListOperators:output_type -> countersign.v1.ListOperatorsResponse
+	70,  // 163: countersign.v1.OperatorService.RemoveOperator:output_type -> countersign.v1.RemoveOperatorResponse
+	68,  // 164: countersign.v1.OperatorService.AcknowledgeRestore:output_type -> countersign.v1.AcknowledgeRestoreResponse
+	72,  // 165: countersign.v1.OperatorService.RenewOperator:output_type -> countersign.v1.RenewOperatorResponse
+	74,  // 166: countersign.v1.OperatorService.LearnReference:output_type -> countersign.v1.LearnReferenceResponse
+	77,  // 167: countersign.v1.OperatorService.ListReferences:output_type -> countersign.v1.ListReferencesResponse
+	79,  // 168: countersign.v1.OperatorService.AddReference:output_type -> countersign.v1.AddReferenceResponse
+	81,  // 169: countersign.v1.OperatorService.ApproveReference:output_type -> countersign.v1.ApproveReferenceResponse
+	83,  // 170: countersign.v1.OperatorService.MaintainReference:output_type -> countersign.v1.MaintainReferenceResponse
+	86,  // 171: countersign.v1.OperatorService.AddRelease:output_type -> countersign.v1.AddReleaseResponse
+	89,  // 172: countersign.v1.OperatorService.ListReleases:output_type -> countersign.v1.ListReleasesResponse
+	92,  // 173: countersign.v1.OperatorService.ApplyScopes:output_type -> countersign.v1.ApplyScopesResponse
+	96,  // 174: countersign.v1.OperatorService.Facts:output_type -> countersign.v1.FactsResponse
+	98,  // 175: countersign.v1.OperatorService.Why:output_type -> countersign.v1.WhyResponse
+	105, // 176: countersign.v1.OperatorService.ListLeases:output_type -> countersign.v1.ListLeasesResponse
+	107, // 177: countersign.v1.OperatorService.RevokeLeases:output_type -> countersign.v1.RevokeLeasesResponse
+	110, // 178: countersign.v1.OperatorService.ReportFinding:output_type -> countersign.v1.ReportFindingResponse
+	112, // 179: countersign.v1.OperatorService.ListFindings:output_type -> countersign.v1.ListFindingsResponse
+	114, // 180: countersign.v1.OperatorService.CloseFinding:output_type -> countersign.v1.CloseFindingResponse
+	117, // 181: countersign.v1.OperatorService.IssueCanary:output_type -> countersign.v1.IssueCanaryResponse
+	119, // 182: countersign.v1.OperatorService.ListCanaries:output_type -> countersign.v1.ListCanariesResponse
+	121, // 183: countersign.v1.OperatorService.RemoveCanary:output_type -> countersign.v1.RemoveCanaryResponse
+	123, // 184: countersign.v1.OperatorService.ReadAudit:output_type -> countersign.v1.AuditRecord
+	125, // 185: countersign.v1.OperatorService.AuditReceipt:output_type -> countersign.v1.AuditReceiptResponse
+	127, // 186: countersign.v1.OperatorService.AuditCheckpoint:output_type -> countersign.v1.AuditCheckpointResponse
+	148, // [148:187] is the sub-list for method output_type
+	109, // [109:148] is the sub-list for method input_type
 	109, // [109:109] is the sub-list for extension type_name
 	109, // [109:109] is the sub-list for extension extendee
 	0,   // [0:109] is the sub-list for field type_name
@@ -9101,23 +9198,23 @@ func file_countersign_v1_countersign_proto_init() {
 	file_countersign_v1_countersign_proto_msgTypes[42].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[46].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[50].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[57].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[75].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[76].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[80].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[83].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[84].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[59].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[77].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[78].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[82].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[85].OneofWrappers = []any{}
 	file_countersign_v1_countersign_proto_msgTypes[86].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[90].OneofWrappers = []any{}
-	file_countersign_v1_countersign_proto_msgTypes[93].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[87].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[88].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[92].OneofWrappers = []any{}
+	file_countersign_v1_countersign_proto_msgTypes[95].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_countersign_v1_countersign_proto_rawDesc), len(file_countersign_v1_countersign_proto_rawDesc)),
 			NumEnums:      16,
-			NumMessages:   118,
+			NumMessages:   120,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -5,12 +5,14 @@ import (
 	"context"
 	"crypto/x509"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/api/event"
+	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/lifetime"
 )
@@ -126,8 +128,14 @@ func (d *Desk) ActorByKey(ctx context.Context, spki []byte) (Actor, error) {
 	var name, role string
 	var expires int64
 	err := d.Store.View(ctx, func(tx *store.Tx) error {
+		if err := denials.Held(tx); err != nil {
+			return err
+		}
 		return tx.QueryRow(`SELECT name, role, expires FROM operators WHERE key_hash = ?`, evidence.Sum(spki).String()).Scan(&name, &role, &expires)
 	})
+	if errors.Is(err, denials.ErrHeld) {
+		return Actor{}, fmt.Errorf("%w: %w", ErrForbidden, err)
+	}
 	if err != nil || !d.Now().Before(store.Time(expires)) {
 		return Actor{}, fmt.Errorf("%w: no operator has this key", ErrForbidden)
 	}
@@ -162,6 +170,27 @@ func (d *Desk) Operators(ctx context.Context, a Actor) (list []OperatorKey, err 
 // RemoveOperator ends what an operator's certificate is good for, at once.
 func (d *Desk) RemoveOperator(ctx context.Context, a Actor, name string) error {
 	return d.act(ctx, a, Admin, store.Any(store.Operators), event.Operator{As: event.OperatorRemoved, Name: name}, func(tx *store.Tx, _ *event.Record) error {
+		var removed []denials.Denial
+		detail, err := json.Marshal(removal{d.Now()})
+		if err != nil {
+			return err
+		}
+		if err := tx.Each(func(row store.Row) error {
+			var key string
+			var expires int64
+			if err := row.Scan(&key, &expires); err != nil {
+				return err
+			}
+			removed = append(removed, denials.Denial{Kind: denials.Operator, Name: key, Until: store.Time(expires), Detail: detail})
+			return nil
+		}, `SELECT key_hash, expires FROM operators WHERE name = ?`, name); err != nil {
+			return err
+		}
+		for _, one := range removed {
+			if err := denials.Set(tx, one); err != nil {
+				return err
+			}
+		}
 		r, err := tx.Exec(`DELETE FROM operators WHERE name = ?`, name)
 		if err != nil {
 			return err
@@ -171,4 +200,40 @@ func (d *Desk) RemoveOperator(ctx context.Context, a Actor, name string) error {
 		}
 		return nil
 	})
+}
+
+// AcknowledgeRestore ends the hold of a broker that was restored without a denial log, and
+// returns why it was held.
+func (d *Desk) AcknowledgeRestore(ctx context.Context, a Actor, reason string) (held string, err error) {
+	if len(reason) > maxReason {
+		return "", invalid("the reason has %d bytes; at most %d are kept", len(reason), maxReason)
+	}
+	said := &event.Acknowledged{Reason: reason}
+	err = d.act(ctx, a, Admin, store.Any(store.Broker), said, func(tx *store.Tx, _ *event.Record) error {
+		if held, err = denials.Hold(tx); err != nil {
+			return err
+		}
+		if held == "" {
+			return invalid("nothing waits to be acknowledged: the broker issues")
+		}
+		said.Held = held
+		return denials.SetHold(tx, "")
+	})
+	return held, err
+}
+
+// A removal of an operator's key, in the denial log. The key may have been added again.
+type removal struct {
+	At time.Time `json:"at"`
+}
+
+// DenyOperator removes an operator's key that was removed, in a store that was restored from
+// before it.
+func DenyOperator(tx *store.Tx, d denials.Denial) error {
+	var r removal
+	if err := json.Unmarshal(d.Detail, &r); err != nil {
+		return fmt.Errorf("denial of operator %s: %w", d.Name, err)
+	}
+	_, err := tx.Exec(`DELETE FROM operators WHERE key_hash = ? AND created <= ?`, d.Name, store.Millis(r.At))
+	return err
 }

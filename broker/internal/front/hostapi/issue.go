@@ -78,6 +78,9 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	if errors.Is(err, lease.ErrReplaces) {
 		return Issued{}, api.NewError(api.Fault, api.CheckGone, err.Error())
 	}
+	if errors.Is(err, lease.ErrHeld) {
+		return Issued{}, api.NewError(api.Fault, api.CheckHeld, err.Error())
+	}
 	if errors.Is(err, lease.ErrTooMany) {
 		return Issued{}, api.NewError(api.Fault, "too-many", err.Error())
 	}
@@ -228,7 +231,7 @@ func (d *Desk) Release(ctx context.Context, conn *challenge.Conn, ids []string, 
 
 // ticket is the lease in the broker's signed words, for the agent to keep.
 func (d *Desk) ticket(g journal.Lease) ([]byte, error) {
-	t := ticket{Lease: g, Due: g.Due, Instance: g.Instance, Delivery: g.DeliveryID, Issued: g.Issued, Until: g.Issued.Add(g.TTL)}
+	t := ticket{Lease: g, Due: g.Due, Instance: g.Instance, Delivery: g.DeliveryID, Issued: g.Issued, Until: g.TicketEnd()}
 	t.Lease.Facts = nil
 	body, err := json.Marshal(t)
 	if err != nil {

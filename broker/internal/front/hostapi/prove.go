@@ -1,6 +1,7 @@
 package hostapi
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/json"
@@ -20,6 +21,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
@@ -153,6 +155,9 @@ func (d *Desk) judge(tx *store.Tx, p proven, lp LeaseProof, now time.Time, reque
 	case errors.Is(err, journal.ErrUnknown), err == nil && g.Host != p.host.ID:
 		v.Outcome, v.Reason = api.CheckGone, "this host has no such lease"
 		return v, "", nil
+	case errors.Is(err, denials.ErrHeld):
+		v.Outcome, v.Reason = string(api.Fault), err.Error()
+		return v, "", nil
 	case errors.Is(err, journal.ErrUnreadable):
 		// The host's other leases are decided on all the same.
 		v.Outcome, v.Reason = string(api.Fault), journal.ErrUnreadable.Error()
@@ -265,6 +270,12 @@ func (d *Desk) adopt(tx *store.Tx, p proven, lp LeaseProof, now time.Time, reque
 	g := t.Lease
 	if g.ID != lp.Lease || g.Host != p.host.ID || !now.Before(t.Until) {
 		return journal.Lease{}, journal.ErrUnknown
+	}
+	if denied, err := denials.Has(tx, denials.Lease, g.ID); err != nil || denied {
+		return journal.Lease{}, cmp.Or(err, journal.ErrUnknown)
+	}
+	if err := denials.Held(tx); err != nil {
+		return journal.Lease{}, err
 	}
 	// Live and due at once: the sweeper asks the issuer how long it lives.
 	g.State, g.Due, g.Instance, g.DeliveryID, g.Issued, g.Acked, g.Settled = journal.Live, now, t.Instance, t.Delivery, t.Issued, now, true

@@ -135,6 +135,9 @@ func Open(ctx context.Context, o Options) (*Issuer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("workload CA: %w", err)
 	}
+	if last, err = i.recall(ctx, last); err != nil {
+		return nil, fmt.Errorf("workload CA: %w", err)
+	}
 	i.crl.Store(last)
 	if i.minter, err = newMinter(); err != nil {
 		return nil, fmt.Errorf("workload CA: %w", err)

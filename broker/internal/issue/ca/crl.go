@@ -4,11 +4,16 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"math/big"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/countersign/countersign/broker/internal/issue"
+	"github.com/countersign/countersign/internal/bounded"
+	"github.com/countersign/countersign/internal/durable"
 )
 
 // crlLife is long, because some verifiers refuse everybody once a CRL is over:
@@ -105,11 +110,56 @@ func (i *Issuer) publish(ctx context.Context) error {
 		return err
 	}
 	made := &crl{Number: number, Made: now, Entries: len(entries), DER: der}
+	// The file is first: it may have what the database will have, never the other way round.
+	if err := durable.Write(i.crlFile(), made.DER); err != nil {
+		i.Log.Error("workload CA: the CRL is published, and not kept beside the store", "err", err)
+	}
 	if err := i.database.storeCRL(ctx, made, forget); err != nil {
 		return err
 	}
 	i.crl.Store(made)
 	return nil
+}
+
+// CRLFile is the newest CRL in the state folder, in DER: a store that was restored doesn't
+// have it.
+const CRLFile = "workload-ca.crl"
+
+func (i *Issuer) crlFile() string { return filepath.Join(i.Dir, CRLFile) }
+
+// maxCRL bounds a CRL's file, in bytes.
+const maxCRL = 256 << 20
+
+// recall returns the newest CRL, of the database or of the file. If the file's is newer, the
+// store was restored from a backup: what is on it is revoked again, for as long as any
+// certificate may live.
+func (i *Issuer) recall(ctx context.Context, last *crl) (*crl, error) {
+	der, err := bounded.ReadFile(i.crlFile(), maxCRL)
+	if errors.Is(err, os.ErrNotExist) {
+		return last, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	list, err := x509.ParseRevocationList(der)
+	if err == nil {
+		err = list.CheckSignatureFrom(i.issuer)
+	}
+	if err != nil {
+		i.Log.Error("workload CA: the CRL beside the store is passed over: it is no CRL of this issuer", "file", i.crlFile(), "err", err)
+		return last, nil
+	}
+	if last != nil && list.Number.Cmp(big.NewInt(last.Number)) <= 0 {
+		return last, nil
+	}
+
+	for _, e := range list.RevokedCertificateEntries {
+		if err := i.database.Revoke(&db.RevokedCertificateInfo{Serial: e.SerialNumber.String(), RevokedAt: e.RevocationTime, ReasonCode: e.ReasonCode,
+			ExpiresAt: e.RevocationTime.Add(longest)}); err != nil {
+			return nil, err
+		}
+	}
+	return &crl{Number: list.Number.Int64(), Made: list.ThisUpdate.Add(backdate), Entries: len(list.RevokedCertificateEntries), DER: der}, nil
 }
 
 // CRL is the newest one, in DER; nil before there is one.

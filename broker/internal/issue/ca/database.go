@@ -15,7 +15,7 @@ import (
 
 // Buckets, named and filled as smallstep's own database does.
 const (
-	revokedBucket = "revoked_x509_certs" // by serial
+	RevokedBucket = "revoked_x509_certs" // revoked serials
 	crlBucket     = "x509_crl"
 	crlKey        = "crl"
 )
@@ -39,11 +39,11 @@ func (d *database) Revoke(info *db.RevokedCertificateInfo) error {
 	if err != nil {
 		return err
 	}
-	return d.values.Add(context.Background(), revokedBucket, info.Serial, value)
+	return d.values.Add(context.Background(), RevokedBucket, info.Serial, value)
 }
 
 func (d *database) IsRevoked(serial string) (revoked bool, err error) {
-	value, err := d.values.Get(context.Background(), revokedBucket, serial)
+	value, err := d.values.Get(context.Background(), RevokedBucket, serial)
 	return value != nil, err
 }
 
@@ -90,7 +90,7 @@ var never = time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)
 // revocations are all that is recorded. One that can't be read is of a serial all the
 // same: it counts as revoked since ever, for good, and keeps no other off the CRL.
 func (d *database) revocations(ctx context.Context) (all []db.RevokedCertificateInfo, err error) {
-	err = d.values.All(ctx, revokedBucket, func(serial string, value []byte) {
+	err = d.values.All(ctx, RevokedBucket, func(serial string, value []byte) {
 		var info db.RevokedCertificateInfo
 		if err := json.Unmarshal(value, &info); err != nil || info.Serial != serial {
 			info = db.RevokedCertificateInfo{Serial: serial, RevokedAt: time.Unix(0, 0).UTC(), ExpiresAt: never}
@@ -107,5 +107,5 @@ func (d *database) storeCRL(ctx context.Context, c *crl, forget []string) error 
 	if err != nil {
 		return err
 	}
-	return d.values.Replace(ctx, crlBucket, crlKey, value, revokedBucket, forget)
+	return d.values.Replace(ctx, crlBucket, crlKey, value, RevokedBucket, forget)
 }

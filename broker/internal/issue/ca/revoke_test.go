@@ -150,7 +150,7 @@ func TestCRLIsPruned(t *testing.T) {
 	}
 	var rows int
 	check(t, r.store.View(t.Context(), func(tx *store.Tx) error {
-		return tx.QueryRow(`SELECT COUNT(*) FROM ca_values WHERE bucket = ?`, revokedBucket).Scan(&rows)
+		return tx.QueryRow(`SELECT COUNT(*) FROM ca_values WHERE bucket = ?`, RevokedBucket).Scan(&rows)
 	}))
 	if rows != 1 {
 		t.Errorf("%d revocations are kept", rows)
@@ -345,7 +345,7 @@ func TestAnUnreadableRevocation(t *testing.T) {
 	bad, _, _ := r.mustIssue(t, "billing-tls")
 	check(t, r.Revoke(t.Context(), bad.Handle))
 	check(t, r.store.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
-		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, '7', 'x'), (?, 'no serial', '{}')`, revokedBucket, revokedBucket)
+		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, '7', 'x'), (?, 'no serial', '{}')`, RevokedBucket, RevokedBucket)
 		return err
 	}))
 	for range 2 {

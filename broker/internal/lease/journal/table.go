@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
@@ -22,7 +23,8 @@ var ErrUnreadable = errors.New("the lease's row can't be read")
 
 const columns = `id, host_id, scope, kind, state, delivery_id, instance, due, issued, ended, body`
 
-// Save writes g as it is now.
+// Save writes g as it is now. A lease that is revoked before its ticket ends goes to the
+// denial log.
 func Save(tx *store.Tx, g Lease) error {
 	if g.Unreadable != nil {
 		return g.Unreadable
@@ -36,8 +38,15 @@ func Save(tx *store.Tx, g Lease) error {
 		due = excluded.due, ended = excluded.ended, body = excluded.body`,
 		g.ID, g.Host, g.Scope, g.Kind, string(g.State), g.DeliveryID, g.Instance,
 		store.Millis(g.Due), store.Millis(g.Issued), store.Millis(g.Ended), body)
+	if until := g.TicketEnd(); err == nil && (g.State == Revoking || g.State == Gone && g.Ended.Before(until)) {
+		err = denials.Set(tx, denials.Denial{Kind: denials.Lease, Name: g.ID, Until: until})
+	}
 	return err
 }
+
+// TicketEnd returns when the lease's ticket ends, by which its host brings it back after a
+// restore.
+func (g Lease) TicketEnd() time.Time { return g.Issued.Add(g.TTL) }
 
 // Load reads one lease.
 func Load(tx *store.Tx, id string) (Lease, error) {

@@ -87,6 +87,10 @@ type Log struct {
 	broker string
 	signer note.Signer
 	public string
+
+	// Restored is called where a checkpoint shows that the store is older than it was, in the
+	// update that opens the new epoch; nil: nothing is.
+	Restored func(tx *store.Tx) error
 }
 
 // Open reads the signing key from the state folder dir.
@@ -269,6 +273,11 @@ func (l *Log) Shown(ctx context.Context, signed []byte, actor string, now time.T
 		// Another agent may have shown the same meanwhile.
 		if err := check(tx); err != nil || !behind {
 			return err
+		}
+		if l.Restored != nil {
+			if err := l.Restored(tx); err != nil {
+				return err
+			}
 		}
 		return OpenEpoch(tx, max(shown.Epoch, 1)+1, actor, now, event.Epoch{
 			Reason: "a checkpoint that this log can't follow was shown", Shown: string(signed),

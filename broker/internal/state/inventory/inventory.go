@@ -99,7 +99,8 @@ const (
 	ak_public, tls_key_hash, counters, '', '{}', facts_digest, created, last_proved, silent_at, step_ups, ''`
 )
 
-// Save writes h as it is now, its EKs too; an EK of another host is ErrTaken.
+// Save writes h as it is now, its EKs too; an EK of another host is ErrTaken. A host that is
+// out goes to the denial log.
 func Save(tx *store.Tx, h Host) error {
 	if h.part {
 		return fmt.Errorf("inventory: %s is part of a host, and not to be saved", h.ID)
@@ -149,7 +150,7 @@ func Save(tx *store.Tx, h Host) error {
 			return fmt.Errorf("%w: EK %s is host %s's", ErrTaken, ek, owner)
 		}
 	}
-	return nil
+	return deny(tx, h)
 }
 
 // Get reads the host with this id.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/secret"
 )
@@ -66,6 +67,8 @@ func UseToken(tx *store.Tx, token, host string, now time.Time) (JoinToken, error
 	if err := json.Unmarshal([]byte(labels), &t.Labels); err != nil {
 		return t, err
 	}
-	_, err = tx.Exec(`UPDATE join_tokens SET used = ?, used_by = ? WHERE hash = ?`, store.Millis(now), host, tokenHash(token))
-	return t, err
+	if _, err := tx.Exec(`UPDATE join_tokens SET used = ?, used_by = ? WHERE hash = ?`, store.Millis(now), host, tokenHash(token)); err != nil {
+		return t, err
+	}
+	return t, denials.Set(tx, denials.Denial{Kind: denials.Token, Name: tokenHash(token), Until: t.Expires})
 }

@@ -19,7 +19,7 @@ import (
 
 // grows are the tables that have a row for each host, lease, record or use: a query that
 // reads one of them whole takes seconds after a year.
-var grows = regexp.MustCompile(`^SCAN (hosts|h|host_eks|grants|g|decisions|d|findings|audit_records|audit_hashes)\b`)
+var grows = regexp.MustCompile(`^SCAN (hosts|h|host_eks|grants|g|decisions|d|findings|audit_records|audit_hashes|denials)\b`)
 
 // scans are the queries that read such a table whole, and why that is right.
 var scans = map[string]string{

@@ -44,6 +44,7 @@ type Store struct {
 	closed  bool  // guarded by mu
 	stopped error // guarded by mu; set once, by commitLoop
 
+	after    func() // guarded by mu; nil: nothing
 	log      logKeeper
 	watchers watchers
 	strict   *strictness // nil: what updates change isn't held against what they name
@@ -135,6 +136,14 @@ func rollback(conn *sql.Conn) error {
 	return err
 }
 
+// AfterCommit has f run after each commit of an update that called [Tx.Follow], before the
+// updates in it are answered. It must not update the store, and all updates wait for it.
+func (s *Store) AfterCommit(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.after = f
+}
+
 // Stopped is closed when the store no longer takes updates.
 func (s *Store) Stopped() <-chan struct{} { return s.done }
 
@@ -207,9 +216,17 @@ func (s *Store) commitLoop() {
 // nothing of the others with it: savepoints cost SQLite a copy of each page that changes.
 func (s *Store) commit(batch []*update) error {
 	results := make([]error, len(batch))
-	failed, err := s.transact(batch, results, false)
+	failed, follow, err := s.transact(batch, results, false)
 	if failed && err == nil && len(batch) > 1 {
-		_, err = s.transact(batch, results, true)
+		_, follow, err = s.transact(batch, results, true)
+	}
+	if err == nil && follow {
+		s.mu.Lock()
+		after := s.after
+		s.mu.Unlock()
+		if after != nil {
+			after()
+		}
 	}
 	for i, u := range batch {
 		if err != nil {
@@ -221,16 +238,16 @@ func (s *Store) commit(batch []*update) error {
 }
 
 // transact runs updates and commits them. Without savepoints it commits nothing and
-// returns failed where one of them fails.
-func (s *Store) transact(batch []*update, results []error, savepoints bool) (failed bool, err error) {
+// returns failed where one of them fails. Follow reports whether one called Tx.Follow.
+func (s *Store) transact(batch []*update, results []error, savepoints bool) (failed, follow bool, err error) {
 	ctx := context.Background()
 	conn, err := s.writer.Conn(ctx)
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	defer func() { _ = conn.Close() }()
 	if _, err := conn.ExecContext(ctx, s.dialect.Begin); err != nil {
-		return false, err
+		return false, false, err
 	}
 	ended := false
 	defer func() {
@@ -247,7 +264,7 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 		}
 		if savepoints {
 			if _, err := tx.Exec(`SAVEPOINT one`); err != nil {
-				return false, err
+				return false, false, err
 			}
 		}
 		tx.rows = nil
@@ -255,26 +272,26 @@ func (s *Store) transact(batch []*update, results []error, savepoints bool) (fai
 		switch {
 		case results[i] != nil && !savepoints:
 			ended = true
-			return true, rollback(conn)
+			return true, false, rollback(conn)
 		case results[i] != nil:
 			if _, err := tx.Exec(`ROLLBACK TO one`); err != nil {
-				return false, errors.Join(results[i], err)
+				return false, false, errors.Join(results[i], err)
 			}
 		default:
 			changed = changed.And(tx.rows)
 		}
 		if savepoints {
 			if _, err := tx.Exec(`RELEASE one`); err != nil {
-				return false, err
+				return false, false, err
 			}
 		}
 	}
 	if _, err = tx.Exec(`COMMIT`); err != nil {
-		return false, err
+		return false, false, err
 	}
 	ended = true
 	s.watchers.tell(changed)
-	return false, nil
+	return false, tx.follow, nil
 }
 
 // run keeps a panic of one update from ending the loop that all depend on.

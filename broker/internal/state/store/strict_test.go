@@ -12,7 +12,7 @@ import (
 func TestEachTableHasATopic(t *testing.T) {
 	s := check.Must(Open(filepath.Join(t.TempDir(), "store.db")))(t)
 	defer func() { check.Nil(t, s.Close()) }()
-	own := []string{"schema_version", "generations", "claims", "counts", "audit_records", "audit_hashes"}
+	own := []string{"schema_version", "generations", "claims", "counts", "audit_records", "audit_hashes", "denials"}
 	found := 0
 	check.Nil(t, s.View(t.Context(), func(tx *Tx) error {
 		return tx.Each(func(r Row) error {

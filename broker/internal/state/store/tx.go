@@ -14,7 +14,11 @@ type Tx struct {
 	store  *Store
 	rows   Rows // that the Update named so far
 	writes bool // it is an Update's
+	follow bool // AfterCommit's function is to run
 }
+
+// Follow has AfterCommit's function run once this update is on disk.
+func (t *Tx) Follow() { t.follow = true }
 
 // Also names more rows that the update changes, if they are known only inside it.
 func (t *Tx) Also(rows Rows) error {

@@ -7,8 +7,11 @@ package values
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
+	"fmt"
 
+	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/store"
 )
 
@@ -48,11 +51,14 @@ func (t Table) All(ctx context.Context, bucket string, each func(name string, va
 	})
 }
 
-// Add writes a value unless there is one of that name.
+// Add writes a value unless there is one of that name. It goes to the denial log, too.
 func (t Table) Add(ctx context.Context, bucket, name string, value []byte) error {
 	return t.store.Update(ctx, store.Any(store.Values), func(tx *store.Tx) error {
 		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, ?, ?) ON CONFLICT (bucket, name) DO NOTHING`, bucket, name, value)
-		return err
+		if err != nil {
+			return err
+		}
+		return deny(tx, added{bucket, name, value})
 	})
 }
 
@@ -63,9 +69,51 @@ func (t Table) Replace(ctx context.Context, bucket, name string, value []byte, o
 			if _, err := tx.Exec(`DELETE FROM ca_values WHERE bucket = ? AND name = ?`, of, other); err != nil {
 				return err
 			}
+			if err := denials.Lift(tx, denials.Value, denialName(of, other)); err != nil {
+				return err
+			}
 		}
 		_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, ?, ?) ON CONFLICT (bucket, name) DO UPDATE SET value = excluded.value`,
 			bucket, name, value)
 		return err
 	})
+}
+
+// added is a value in the denial log.
+type added struct {
+	Bucket string `json:"bucket"`
+	Name   string `json:"name"`
+	Value  []byte `json:"value"`
+}
+
+func denialName(bucket, name string) string { return bucket + "/" + name }
+
+func deny(tx *store.Tx, a added) error {
+	detail, err := json.Marshal(a)
+	if err != nil {
+		return err
+	}
+	return denials.Set(tx, denials.Denial{Kind: denials.Value, Name: denialName(a.Bucket, a.Name), Detail: detail})
+}
+
+// SeedDenials records the values of a bucket that an earlier version added.
+func SeedDenials(tx *store.Tx, bucket string) error {
+	list, err := store.Collect(tx, func(row store.Row) (a added, err error) {
+		err = row.Scan(&a.Bucket, &a.Name, &a.Value)
+		return a, err
+	}, `SELECT bucket, name, value FROM ca_values WHERE bucket = ?`, bucket)
+	for _, a := range list {
+		err = errors.Join(err, deny(tx, a))
+	}
+	return err
+}
+
+// Deny adds a value again that was added, in a store that was restored from before it.
+func Deny(tx *store.Tx, d denials.Denial) error {
+	var a added
+	if err := json.Unmarshal(d.Detail, &a); err != nil {
+		return fmt.Errorf("denial of %s: %w", d.Name, err)
+	}
+	_, err := tx.Exec(`INSERT INTO ca_values (bucket, name, value) VALUES (?, ?, ?) ON CONFLICT (bucket, name) DO NOTHING`, a.Bucket, a.Name, a.Value)
+	return err
 }

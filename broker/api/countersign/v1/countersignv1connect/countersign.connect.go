@@ -80,6 +80,9 @@ const (
 	// OperatorServiceRemoveOperatorProcedure is the fully-qualified name of the OperatorService's
 	// RemoveOperator RPC.
 	OperatorServiceRemoveOperatorProcedure = "/countersign.v1.OperatorService/RemoveOperator"
+	// OperatorServiceAcknowledgeRestoreProcedure is the fully-qualified name of the OperatorService's
+	// AcknowledgeRestore RPC.
+	OperatorServiceAcknowledgeRestoreProcedure = "/countersign.v1.OperatorService/AcknowledgeRestore"
 	// OperatorServiceRenewOperatorProcedure is the fully-qualified name of the OperatorService's
 	// RenewOperator RPC.
 	OperatorServiceRenewOperatorProcedure = "/countersign.v1.OperatorService/RenewOperator"
@@ -424,6 +427,8 @@ type OperatorServiceClient interface {
 	AddOperator(context.Context, *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error)
 	ListOperators(context.Context, *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error)
 	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
+	// AcknowledgeRestore ends the hold of a broker that was restored without a denial log.
+	AcknowledgeRestore(context.Context, *connect.Request[v1.AcknowledgeRestoreRequest]) (*connect.Response[v1.AcknowledgeRestoreResponse], error)
 	// RenewOperator gives the operator of this connection a new certificate for
 	// the same key, name, role and length of life.
 	RenewOperator(context.Context, *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error)
@@ -509,6 +514,12 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			httpClient,
 			baseURL+OperatorServiceRemoveOperatorProcedure,
 			connect.WithSchema(operatorServiceMethods.ByName("RemoveOperator")),
+			connect.WithClientOptions(opts...),
+		),
+		acknowledgeRestore: connect.NewClient[v1.AcknowledgeRestoreRequest, v1.AcknowledgeRestoreResponse](
+			httpClient,
+			baseURL+OperatorServiceAcknowledgeRestoreProcedure,
+			connect.WithSchema(operatorServiceMethods.ByName("AcknowledgeRestore")),
 			connect.WithClientOptions(opts...),
 		),
 		renewOperator: connect.NewClient[v1.RenewOperatorRequest, v1.RenewOperatorResponse](
@@ -648,36 +659,37 @@ func NewOperatorServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 
 // operatorServiceClient implements OperatorServiceClient.
 type operatorServiceClient struct {
-	getStatus         *connect.Client[v1.GetStatusRequest, v1.GetStatusResponse]
-	listHosts         *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
-	addHosts          *connect.Client[v1.AddHostsRequest, v1.AddHostsResponse]
-	changeHost        *connect.Client[v1.ChangeHostRequest, v1.ChangeHostResponse]
-	createJoinToken   *connect.Client[v1.CreateJoinTokenRequest, v1.CreateJoinTokenResponse]
-	addOperator       *connect.Client[v1.AddOperatorRequest, v1.AddOperatorResponse]
-	listOperators     *connect.Client[v1.ListOperatorsRequest, v1.ListOperatorsResponse]
-	removeOperator    *connect.Client[v1.RemoveOperatorRequest, v1.RemoveOperatorResponse]
-	renewOperator     *connect.Client[v1.RenewOperatorRequest, v1.RenewOperatorResponse]
-	learnReference    *connect.Client[v1.LearnReferenceRequest, v1.LearnReferenceResponse]
-	listReferences    *connect.Client[v1.ListReferencesRequest, v1.ListReferencesResponse]
-	addReference      *connect.Client[v1.AddReferenceRequest, v1.AddReferenceResponse]
-	approveReference  *connect.Client[v1.ApproveReferenceRequest, v1.ApproveReferenceResponse]
-	maintainReference *connect.Client[v1.MaintainReferenceRequest, v1.MaintainReferenceResponse]
-	addRelease        *connect.Client[v1.AddReleaseRequest, v1.AddReleaseResponse]
-	listReleases      *connect.Client[v1.ListReleasesRequest, v1.ListReleasesResponse]
-	applyScopes       *connect.Client[v1.ApplyScopesRequest, v1.ApplyScopesResponse]
-	facts             *connect.Client[v1.FactsRequest, v1.FactsResponse]
-	why               *connect.Client[v1.WhyRequest, v1.WhyResponse]
-	listLeases        *connect.Client[v1.ListLeasesRequest, v1.ListLeasesResponse]
-	revokeLeases      *connect.Client[v1.RevokeLeasesRequest, v1.RevokeLeasesResponse]
-	reportFinding     *connect.Client[v1.ReportFindingRequest, v1.ReportFindingResponse]
-	listFindings      *connect.Client[v1.ListFindingsRequest, v1.ListFindingsResponse]
-	closeFinding      *connect.Client[v1.CloseFindingRequest, v1.CloseFindingResponse]
-	issueCanary       *connect.Client[v1.IssueCanaryRequest, v1.IssueCanaryResponse]
-	listCanaries      *connect.Client[v1.ListCanariesRequest, v1.ListCanariesResponse]
-	removeCanary      *connect.Client[v1.RemoveCanaryRequest, v1.RemoveCanaryResponse]
-	readAudit         *connect.Client[v1.ReadAuditRequest, v1.AuditRecord]
-	auditReceipt      *connect.Client[v1.AuditReceiptRequest, v1.AuditReceiptResponse]
-	auditCheckpoint   *connect.Client[v1.AuditCheckpointRequest, v1.AuditCheckpointResponse]
+	getStatus          *connect.Client[v1.GetStatusRequest, v1.GetStatusResponse]
+	listHosts          *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
+	addHosts           *connect.Client[v1.AddHostsRequest, v1.AddHostsResponse]
+	changeHost         *connect.Client[v1.ChangeHostRequest, v1.ChangeHostResponse]
+	createJoinToken    *connect.Client[v1.CreateJoinTokenRequest, v1.CreateJoinTokenResponse]
+	addOperator        *connect.Client[v1.AddOperatorRequest, v1.AddOperatorResponse]
+	listOperators      *connect.Client[v1.ListOperatorsRequest, v1.ListOperatorsResponse]
+	removeOperator     *connect.Client[v1.RemoveOperatorRequest, v1.RemoveOperatorResponse]
+	acknowledgeRestore *connect.Client[v1.AcknowledgeRestoreRequest, v1.AcknowledgeRestoreResponse]
+	renewOperator      *connect.Client[v1.RenewOperatorRequest, v1.RenewOperatorResponse]
+	learnReference     *connect.Client[v1.LearnReferenceRequest, v1.LearnReferenceResponse]
+	listReferences     *connect.Client[v1.ListReferencesRequest, v1.ListReferencesResponse]
+	addReference       *connect.Client[v1.AddReferenceRequest, v1.AddReferenceResponse]
+	approveReference   *connect.Client[v1.ApproveReferenceRequest, v1.ApproveReferenceResponse]
+	maintainReference  *connect.Client[v1.MaintainReferenceRequest, v1.MaintainReferenceResponse]
+	addRelease         *connect.Client[v1.AddReleaseRequest, v1.AddReleaseResponse]
+	listReleases       *connect.Client[v1.ListReleasesRequest, v1.ListReleasesResponse]
+	applyScopes        *connect.Client[v1.ApplyScopesRequest, v1.ApplyScopesResponse]
+	facts              *connect.Client[v1.FactsRequest, v1.FactsResponse]
+	why                *connect.Client[v1.WhyRequest, v1.WhyResponse]
+	listLeases         *connect.Client[v1.ListLeasesRequest, v1.ListLeasesResponse]
+	revokeLeases       *connect.Client[v1.RevokeLeasesRequest, v1.RevokeLeasesResponse]
+	reportFinding      *connect.Client[v1.ReportFindingRequest, v1.ReportFindingResponse]
+	listFindings       *connect.Client[v1.ListFindingsRequest, v1.ListFindingsResponse]
+	closeFinding       *connect.Client[v1.CloseFindingRequest, v1.CloseFindingResponse]
+	issueCanary        *connect.Client[v1.IssueCanaryRequest, v1.IssueCanaryResponse]
+	listCanaries       *connect.Client[v1.ListCanariesRequest, v1.ListCanariesResponse]
+	removeCanary       *connect.Client[v1.RemoveCanaryRequest, v1.RemoveCanaryResponse]
+	readAudit          *connect.Client[v1.ReadAuditRequest, v1.AuditRecord]
+	auditReceipt       *connect.Client[v1.AuditReceiptRequest, v1.AuditReceiptResponse]
+	auditCheckpoint    *connect.Client[v1.AuditCheckpointRequest, v1.AuditCheckpointResponse]
 }
 
 // GetStatus calls countersign.v1.OperatorService.GetStatus.
@@ -718,6 +730,11 @@ func (c *operatorServiceClient) ListOperators(ctx context.Context, req *connect.
 // RemoveOperator calls countersign.v1.OperatorService.RemoveOperator.
 func (c *operatorServiceClient) RemoveOperator(ctx context.Context, req *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
 	return c.removeOperator.CallUnary(ctx, req)
+}
+
+// AcknowledgeRestore calls countersign.v1.OperatorService.AcknowledgeRestore.
+func (c *operatorServiceClient) AcknowledgeRestore(ctx context.Context, req *connect.Request[v1.AcknowledgeRestoreRequest]) (*connect.Response[v1.AcknowledgeRestoreResponse], error) {
+	return c.acknowledgeRestore.CallUnary(ctx, req)
 }
 
 // RenewOperator calls countersign.v1.OperatorService.RenewOperator.
@@ -840,6 +857,8 @@ type OperatorServiceHandler interface {
 	AddOperator(context.Context, *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error)
 	ListOperators(context.Context, *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error)
 	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
+	// AcknowledgeRestore ends the hold of a broker that was restored without a denial log.
+	AcknowledgeRestore(context.Context, *connect.Request[v1.AcknowledgeRestoreRequest]) (*connect.Response[v1.AcknowledgeRestoreResponse], error)
 	// RenewOperator gives the operator of this connection a new certificate for
 	// the same key, name, role and length of life.
 	RenewOperator(context.Context, *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error)
@@ -921,6 +940,12 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 		OperatorServiceRemoveOperatorProcedure,
 		svc.RemoveOperator,
 		connect.WithSchema(operatorServiceMethods.ByName("RemoveOperator")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operatorServiceAcknowledgeRestoreHandler := connect.NewUnaryHandler(
+		OperatorServiceAcknowledgeRestoreProcedure,
+		svc.AcknowledgeRestore,
+		connect.WithSchema(operatorServiceMethods.ByName("AcknowledgeRestore")),
 		connect.WithHandlerOptions(opts...),
 	)
 	operatorServiceRenewOperatorHandler := connect.NewUnaryHandler(
@@ -1073,6 +1098,8 @@ func NewOperatorServiceHandler(svc OperatorServiceHandler, opts ...connect.Handl
 			operatorServiceListOperatorsHandler.ServeHTTP(w, r)
 		case OperatorServiceRemoveOperatorProcedure:
 			operatorServiceRemoveOperatorHandler.ServeHTTP(w, r)
+		case OperatorServiceAcknowledgeRestoreProcedure:
+			operatorServiceAcknowledgeRestoreHandler.ServeHTTP(w, r)
 		case OperatorServiceRenewOperatorProcedure:
 			operatorServiceRenewOperatorHandler.ServeHTTP(w, r)
 		case OperatorServiceLearnReferenceProcedure:
@@ -1156,6 +1183,10 @@ func (UnimplementedOperatorServiceHandler) ListOperators(context.Context, *conne
 
 func (UnimplementedOperatorServiceHandler) RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.RemoveOperator is not implemented"))
+}
+
+func (UnimplementedOperatorServiceHandler) AcknowledgeRestore(context.Context, *connect.Request[v1.AcknowledgeRestoreRequest]) (*connect.Response[v1.AcknowledgeRestoreResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("countersign.v1.OperatorService.AcknowledgeRestore is not implemented"))
 }
 
 func (UnimplementedOperatorServiceHandler) RenewOperator(context.Context, *connect.Request[v1.RenewOperatorRequest]) (*connect.Response[v1.RenewOperatorResponse], error) {
