@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/broker/internal/config"
+	"github.com/countersign/countersign/broker/internal/issue/ca"
 	"github.com/countersign/countersign/broker/internal/issue/fingerprint"
 	"github.com/countersign/countersign/broker/internal/ops/fsck"
 	"github.com/countersign/countersign/broker/internal/state/store"

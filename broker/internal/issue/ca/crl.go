@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/smallstep/certificates/db"
+
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/internal/bounded"
 	"github.com/countersign/countersign/internal/durable"
