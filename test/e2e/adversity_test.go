@@ -228,7 +228,7 @@ func backedUp(t *testing.T, b *bench, h *lab.SoftHost) []byte {
 	if out, err := backup(); err == nil || !strings.Contains(string(out), "never overwrites") {
 		t.Errorf("onto an existing file: %v: %s", err, out)
 	}
-	if left := check.Must(filepath.Glob(file + "?*"))(t); len(left) > 0 {
+	if left := check.Must(filepath.Glob(file + "?*"))(t); len(left) != 1 || left[0] != file+".denials" {
 		t.Errorf("left beside the backup: %v", left)
 	}
 	return text

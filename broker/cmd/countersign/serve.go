@@ -184,7 +184,7 @@ func (b *broker) openDenials(ctx context.Context) error {
 			return err
 		}
 	}
-	b.denials, err = denials.Open(ctx, b.store, file, b.audit.Signer(), c, b.log, b.clock.Sure)
+	b.denials, err = denials.Open(ctx, b.store, file, b.audit.Signer(), c, b.log, faults.Now, b.clock.Sure)
 	return err
 }
 

@@ -162,7 +162,8 @@ type Log struct {
 	file  string
 	key   note.Signer
 	log   *slog.Logger
-	now   func() time.Time
+	wall  func() time.Time
+	sure  func() time.Time
 
 	mu      sync.Mutex
 	out     *os.File // guarded by mu
@@ -174,12 +175,17 @@ type Log struct {
 }
 
 // Open opens the file of a store, which has read what the file says, and writes what it
-// lacks. From then on each commit is followed by its denials. Now must not be ahead of time.
-func Open(ctx context.Context, s *store.Store, file string, key note.Signer, c Contents, log *slog.Logger, now func() time.Time) (*Log, error) {
-	l := &Log{store: s, file: file, key: key, log: log, now: now, written: c.Last, size: c.whole, entries: c.Written}
+// lacks. From then on each commit is followed by its denials. Sure is what time has surely
+// come: denials that have ended by it are forgotten.
+func Open(ctx context.Context, s *store.Store, file string, key note.Signer, c Contents, log *slog.Logger, wall, sure func() time.Time) (*Log, error) {
+	l := &Log{store: s, file: file, key: key, log: log, wall: wall, sure: sure, written: c.Last, size: c.whole, entries: c.Written}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if c.Bad == 0 && !c.At.IsZero() {
+	whole, err := c.covers(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	if whole {
 		if err := l.reopen(); err != nil {
 			return nil, err
 		}
@@ -187,6 +193,32 @@ func Open(ctx context.Context, s *store.Store, file string, key note.Signer, c C
 	l.append(ctx)
 	s.AfterCommit(l.follow)
 	return l, nil
+}
+
+// covers reports whether the file is whole, and has every denial of the store up to its last
+// number.
+func (c Contents) covers(ctx context.Context, s *store.Store) (bool, error) {
+	if c.Bad > 0 || c.At.IsZero() {
+		return false, nil
+	}
+	have := map[int64]bool{}
+	for _, d := range c.Denials {
+		have[d.Seq] = true
+	}
+	from, whole := int64(0), true
+	for more := true; more && whole; {
+		if err := s.View(ctx, func(tx *store.Tx) error {
+			list, err := after(tx, from, perBlock)
+			more = len(list) == perBlock
+			for _, d := range list {
+				from, whole = d.Seq, whole && (d.Seq > c.Last || have[d.Seq])
+			}
+			return err
+		}); err != nil {
+			return false, err
+		}
+	}
+	return whole, nil
 }
 
 // Close closes the file.
@@ -231,7 +263,7 @@ func (l *Log) append(ctx context.Context) {
 
 func (l *Log) catchUp(ctx context.Context) error {
 	if l.out == nil {
-		// It is begun, or what was torn or is nobody's is left behind.
+		// It is begun, or what it lacks, or is torn or nobody's, is mended.
 		return l.rewrite(ctx)
 	}
 	for {
@@ -249,7 +281,7 @@ func (l *Log) catchUp(ctx context.Context) error {
 		if len(list) == perBlock {
 			newest = list[len(list)-1].Seq
 		}
-		line, err := seal(block{At: l.now().UTC(), Last: newest, Denials: list}, l.key)
+		line, err := seal(block{At: l.wall().UTC(), Last: newest, Denials: list}, l.key)
 		if err != nil {
 			return err
 		}
@@ -295,7 +327,7 @@ func (l *Log) rewrite(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			line, err := seal(block{At: l.now().UTC(), Last: newest, Denials: list}, l.key)
+			line, err := seal(block{At: l.wall().UTC(), Last: newest, Denials: list}, l.key)
 			if err != nil {
 				return err
 			}
@@ -348,7 +380,7 @@ func (l *Log) tidy(ctx context.Context) error {
 	}
 	for n := int64(pruneStep); n == pruneStep; {
 		if err := l.store.Update(ctx, nil, func(tx *store.Tx) (err error) {
-			n, err = prune(tx, l.now(), pruneStep)
+			n, err = prune(tx, l.sure(), pruneStep)
 			return err
 		}); err != nil {
 			return err
