@@ -3,7 +3,6 @@ package server
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"math"
@@ -180,7 +179,7 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	if n := len(body.GetContinuation()); n > api.MaxContinuation {
 		return nil, malformed(fmt.Errorf("continuation: %d bytes; at most %d are read", n, api.MaxContinuation))
 	}
-	p := hostapi.Proof{Evidence: e, Certificate: c.leaf}
+	p := hostapi.Proof{Evidence: e, Certificate: c.leaf, Continuation: body.GetContinuation()}
 	for _, l := range body.GetLeases() {
 		p.Leases = append(p.Leases, hostapi.LeaseProof{Lease: l.GetLeaseId(), Scope: l.GetScope(), Program: l.GetProgram(), Ticket: l.GetTicket()})
 	}
@@ -188,8 +187,7 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	if err != nil {
 		return nil, err
 	}
-	out := &v1.ProveResponse{HostState: string(inventory.Trusted), ProveBy: stamp(proven.ProveBy), Now: stamp(s.Now()), Continuation: make([]byte, 16)}
-	_, _ = rand.Read(out.Continuation) // never fails
+	out := &v1.ProveResponse{HostState: string(inventory.Trusted), ProveBy: stamp(proven.ProveBy), Now: stamp(s.Now()), Continuation: proven.Continuation}
 	for _, v := range proven.Verdicts {
 		out.Leases = append(out.Leases, &v1.LeaseVerdict{LeaseId: v.Lease, Outcome: v.Outcome, Reason: v.Reason, ProveBy: stamp(v.ProveBy), Expires: stamp(v.Expires)})
 	}

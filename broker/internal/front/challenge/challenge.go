@@ -12,6 +12,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/tpm/appraise"
+	"github.com/countersign/countersign/broker/internal/state/inventory"
 )
 
 const (
@@ -25,11 +26,12 @@ const (
 // The peer asks for another; it is no finding.
 var ErrSpent = errors.New("the nonce is not open on this connection")
 
-// A Given nonce, and what was known of the TPM's counters then: evidence that
-// was on its way at the same time may carry counters of any order above that.
+// A Given nonce, and what was known of the host then: evidence that was on its way at the
+// same time may carry counters of any order above that, and continue from what came after.
 type Given struct {
-	At   time.Time
-	Seen *appraise.Counters
+	At         time.Time
+	Seen       *appraise.Counters
+	Continuity inventory.Continuity
 }
 
 // A Joining is a host that was asked to activate a credential for each of its EKs.
@@ -71,8 +73,10 @@ func (c *Conn) Binding(call evidence.Call, nonce evidence.Nonce, request []byte)
 	return evidence.Binding{Call: call, Nonce: nonce, KeySPKI: c.KeySPKI, Exporter: c.Exporter, Request: request}
 }
 
-// Give opens n nonces, fewer where the connection has too many open.
-func (c *Conn) Give(n int, seen *appraise.Counters, now time.Time) []evidence.Nonce {
+// Give opens n nonces, fewer where the connection has too many open. What is known of the
+// host is kept with them.
+func (c *Conn) Give(n int, known Given) []evidence.Nonce {
+	now := known.At
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.nonces == nil {
@@ -86,7 +90,7 @@ func (c *Conn) Give(n int, seen *appraise.Counters, now time.Time) []evidence.No
 	var given []evidence.Nonce
 	for len(given) < n && len(c.nonces) < MostNonces {
 		nonce := NewNonce()
-		c.nonces[nonce] = Given{At: now, Seen: seen}
+		c.nonces[nonce] = known
 		given = append(given, nonce)
 	}
 	return given

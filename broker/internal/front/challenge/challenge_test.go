@@ -11,7 +11,7 @@ import (
 func TestNonces(t *testing.T) {
 	t0 := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	var here, there challenge.Conn
-	n := here.Give(2, nil, t0)
+	n := here.Give(2, challenge.Given{At: t0})
 	if _, err := here.Take(n[0], t0.Add(challenge.Lifetime)); err != nil {
 		t.Fatalf("in time: %v", err)
 	}
@@ -27,13 +27,13 @@ func TestNonces(t *testing.T) {
 	if _, err := here.Take(challenge.NewNonce(), t0); !errors.Is(err, challenge.ErrSpent) {
 		t.Errorf("never given: %v", err)
 	}
-	if got := here.Give(1000, nil, t0); len(got) != challenge.MostNonces {
+	if got := here.Give(1000, challenge.Given{At: t0}); len(got) != challenge.MostNonces {
 		t.Errorf("%d nonces open, want at most %d", len(got), challenge.MostNonces)
 	}
-	if got := here.Give(1, nil, t0); len(got) != 0 {
+	if got := here.Give(1, challenge.Given{At: t0}); len(got) != 0 {
 		t.Error("one more than the most")
 	}
-	if got := here.Give(1, nil, t0.Add(challenge.Lifetime+1)); len(got) != 1 {
+	if got := here.Give(1, challenge.Given{At: t0.Add(challenge.Lifetime + 1)}); len(got) != 1 {
 		t.Error("old nonces were not forgotten")
 	}
 }

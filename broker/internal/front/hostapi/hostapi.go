@@ -56,8 +56,11 @@ type Desk struct {
 	Signer note.Signer // of tickets
 	Verify note.Verifier
 	Log    *slog.Logger
-	Now    func() time.Time // of leases
-	Wall   func() time.Time // of certificates
+
+	Continuations Continuations
+
+	Now  func() time.Time // of leases
+	Wall func() time.Time // of certificates
 }
 
 // Evidence is what a request proves itself with.
@@ -77,7 +80,7 @@ func (d *Desk) Challenge(ctx context.Context, conn *challenge.Conn, n int) ([]ev
 	if err != nil {
 		return nil, nil, err
 	}
-	return conn.Give(max(n, 1), h.Counters, d.Now()), d.Logs.Get(h.ID, h.StepUps), nil
+	return conn.Give(max(n, 1), challenge.Given{At: d.Now(), Seen: h.Counters, Continuity: h.Continuity}), d.Logs.Get(h.ID, h.StepUps), nil
 }
 
 // host finds the host of the connection and calls read in the same snapshot. It fails for a
@@ -130,6 +133,7 @@ type proven struct {
 	verified appraise.Verified // without a scope's risk
 	given    challenge.Given
 	conn     *challenge.Conn
+	shown    *int64 // what a proof continues from; nil: this is no proof
 }
 
 // appraise spends the nonce and holds the evidence against the host. Evidence
@@ -194,7 +198,7 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 	found := inventory.OnFail
 	r = &evidence.Rejected{Check: r.Check, Detail: strings.ToValidUTF8(r.Detail[:min(len(r.Detail), maxDetail)], "")}
 	var failed event.Event = event.Failed{Check: string(r.Check), Detail: r.Detail}
-	if r.Check == appraise.CheckCounters {
+	if r.Check == appraise.CheckCounters || r.Check == checkContinuation {
 		found, failed = inventory.OnFork, event.Duplicate{Check: string(r.Check), Detail: r.Detail}
 	}
 	at := d.Now()
@@ -226,23 +230,24 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 
 // save writes what a good proof says of its host: it is trusted, and its
 // counters are at least this high. SilentAt is when it counts as silent; only a
-// proof of all its leases may put that off.
-func (p proven) save(tx *store.Tx, silentAt time.Time, proof bool) error {
-	err := p.saveOver(tx, p.host.Standing(), silentAt, proof)
+// proof of all its leases may put that off. It returns the number that a proof is answered
+// with.
+func (p proven) save(tx *store.Tx, silentAt time.Time) (given int64, err error) {
+	given, err = p.saveOver(tx, p.host.Standing(), silentAt)
 	if !errors.Is(err, inventory.ErrChanged) {
-		return err
+		return given, err
 	}
 	h, err := inventory.StandingOf(tx, p.host.ID)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if err := refused(h.Status()); err != nil {
-		return err
+		return 0, err
 	}
 	if !bytes.Equal(h.AKPublic, p.host.AKPublic) {
-		return errEnrolledAnew
+		return 0, errEnrolledAnew
 	}
-	return p.saveOver(tx, h, silentAt, proof)
+	return p.saveOver(tx, h, silentAt)
 }
 
 // errEnrolledAnew is returned for evidence of keys that the host no longer has.
@@ -250,39 +255,42 @@ var errEnrolledAnew = api.NewError(api.Fault, api.CheckReenrol, "the host was en
 
 // saveOver is save, if the host's row is still as h; otherwise it fails with
 // inventory.ErrChanged.
-func (p proven) saveOver(tx *store.Tx, h inventory.Standing, silentAt time.Time, proof bool) error {
+func (p proven) saveOver(tx *store.Tx, h inventory.Standing, silentAt time.Time) (given int64, err error) {
 	facts, next := p.verified.Facts(), h
 	status, err := h.Status().After(inventory.OnProve)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	next.State = status.State
 	counters := p.verified.Counters()
 	if h.Counters == nil || h.Counters.Before(counters) {
 		next.Counters = &counters
 	}
-	if proof || h.SilentAt.IsZero() || !silentAt.IsZero() && silentAt.Before(h.SilentAt) {
+	if p.shown != nil || h.SilentAt.IsZero() || !silentAt.IsZero() && silentAt.Before(h.SilentAt) {
 		next.SilentAt = silentAt
+	}
+	if p.shown != nil {
+		next.Continuity = h.Continuity.After(*p.shown)
 	}
 	digest, err := facts.Host.Digest()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	next.FactsDigest = digest.String()
 	kept := *facts
 	kept.Program, kept.Subject = nil, appraise.Subject{}
 	if err := h.Become(tx, next, inventory.Showing{Address: p.conn.Address, PCRs: facts.Host.PCRs, Facts: kept, At: facts.At}); err != nil {
-		return err
+		return 0, err
 	}
 	if h.FactsDigest == next.FactsDigest {
-		return nil
+		return next.Continuity.Given, nil
 	}
 	told, err := json.Marshal(facts.Host)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	_, err = audit.Append(tx, event.Record{Time: facts.At, Actor: "host:" + h.ID, Host: h.ID}, event.Facts{Facts: told, SHA256: next.FactsDigest})
-	return err
+	return next.Continuity.Given, err
 }
 
 // keepDecision keeps what `why` shows, where it differs from what is kept.

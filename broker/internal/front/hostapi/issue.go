@@ -65,7 +65,7 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	g, c, err := d.Leases.Issue(ctx, decision, lease.Request{
 		DeliveryID: o.DeliveryID, Replaces: o.Replaces, HandOver: o.HandOver, CSR: o.CSR, ID: request, Sources: []string{conn.Address},
 		With: func(tx *store.Tx) error {
-			if err := p.save(tx, now.Add(scope.Reprove+scope.Grace), false); err != nil {
+			if _, err := p.save(tx, now.Add(scope.Reprove+scope.Grace)); err != nil {
 				return err
 			}
 			return keepDecision(tx, p.host.ID, result, p.verified.Facts())
@@ -117,7 +117,7 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 		told.As = event.CredentialFault
 	}
 	err := d.Store.Update(ctx, store.Host(p.host.ID), func(tx *store.Tx) error {
-		if err := p.save(tx, time.Time{}, false); err != nil {
+		if _, err := p.save(tx, time.Time{}); err != nil {
 			return err
 		}
 		if decision.Scope() != nil {

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -45,6 +46,8 @@ type Proof struct {
 	Leases []LeaseProof
 	// Certificate is the one that the connection was opened with.
 	Certificate *x509.Certificate
+	// Continuation is Proven.Continuation of the last answer that the host kept; empty: none.
+	Continuation []byte
 }
 
 // A Verdict is what a proof means for one lease.
@@ -62,6 +65,8 @@ type Proven struct {
 	ProveBy     time.Time
 	Verdicts    []Verdict
 	Certificate []byte // DER, where the old one nears its end
+	// Continuation is what the next proof has to show.
+	Continuation []byte
 }
 
 // Prove appraises a host and decides anew on each of its leases. A lease that
@@ -74,6 +79,13 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 	if err != nil {
 		return Proven{}, err
 	}
+	shown := d.Continuations.open(p.host.ID, proof.Continuation)
+	if !p.given.Continuity.Allows(shown) {
+		return Proven{}, d.reject(ctx, p.host, &evidence.Rejected{Check: checkContinuation,
+			Detail: fmt.Sprintf("it continues from answer %d, and a later proof of this host has continued from another: two machines run with one TPM's state", shown)}, request)
+	}
+	p.shown = &shown
+	var given int64
 	now := d.Now()
 	out := Proven{Host: p.host}
 	type end struct{ id, reason string }
@@ -123,7 +135,8 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 		if grace == 0 {
 			grace = reprove
 		}
-		return p.save(tx, silent.Add(grace), true)
+		given, err = p.save(tx, silent.Add(grace))
+		return err
 	})
 	if err != nil {
 		return Proven{}, err
@@ -133,6 +146,7 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 			return Proven{}, err
 		}
 	}
+	out.Continuation = d.Continuations.seal(p.host.ID, given)
 	if wall := d.Wall(); lifetime.Due(proof.Certificate, wall) {
 		if out.Certificate, err = d.renewCertificate(conn, p.host.ID, wall); err != nil {
 			return Proven{}, err

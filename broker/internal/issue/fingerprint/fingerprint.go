@@ -55,6 +55,13 @@ func Open(dir string) (Key, error) {
 	return Key{b}, nil
 }
 
+// For returns a key for another purpose, which says nothing of this one.
+func (k Key) For(purpose string) []byte {
+	sum := hmac.New(sha256.New, k.key)
+	part(sum.Write, []byte("key for "+purpose))
+	return sum.Sum(nil)
+}
+
 // Of is the fingerprint of a credential's secret: its password, or without one
 // all that it consists of but its user name and what is public. Empty: there is no
 // secret in it.

@@ -63,6 +63,7 @@ type Host struct {
 	FactsDigest string                  // appraise.Host's, of what the audit log has of them
 	Created     time.Time
 	LastProved  time.Time
+	Continuity  Continuity
 	StepUps     int64     // how often its logs were asked for from their first entry
 	SilentAt    time.Time // when it counts as silent, in serving time; zero: never
 
@@ -90,13 +91,13 @@ func NewID() string {
 
 const (
 	saved = `id, name, state, state_reason, admitted, reenrolling, tier, labels, reference, address,
-	ak_public, tls_key_hash, counters, pcrs, facts, facts_digest, created, last_proved, silent_at, step_ups`
+	ak_public, tls_key_hash, counters, pcrs, facts, facts_digest, created, last_proved, silent_at, step_ups, shown, left_behind, given`
 	ofEKs   = `, (SELECT group_concat(ek_hash) FROM host_eks WHERE host_id = hosts.id)`
 	columns = saved + ofEKs
 	listed  = `id, name, state, state_reason, admitted, reenrolling, tier, labels, reference, address,
-	ak_public, tls_key_hash, '', '', '{}', '', created, last_proved, silent_at, step_ups` + ofEKs
+	ak_public, tls_key_hash, '', '', '{}', '', created, last_proved, silent_at, step_ups, shown, left_behind, given` + ofEKs
 	asked = `id, name, state, state_reason, admitted, reenrolling, tier, labels, reference, address,
-	ak_public, tls_key_hash, counters, '', '{}', facts_digest, created, last_proved, silent_at, step_ups, ''`
+	ak_public, tls_key_hash, counters, '', '{}', facts_digest, created, last_proved, silent_at, step_ups, shown, left_behind, given, ''`
 )
 
 // Save writes h as it is now, its EKs too; an EK of another host is ErrTaken. A host that is
@@ -128,14 +129,16 @@ func Save(tx *store.Tx, h Host) error {
 	if !h.TLSKey.IsZero() {
 		key = sql.NullString{String: h.TLSKey.String(), Valid: true}
 	}
-	if _, err := tx.Exec(`INSERT INTO hosts (`+saved+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+	if _, err := tx.Exec(`INSERT INTO hosts (`+saved+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 		ON CONFLICT (id) DO UPDATE SET name = excluded.name, state = excluded.state, state_reason = excluded.state_reason,
 		admitted = excluded.admitted, reenrolling = excluded.reenrolling, tier = excluded.tier, labels = excluded.labels,
 		reference = excluded.reference, address = excluded.address, ak_public = excluded.ak_public,
 		tls_key_hash = excluded.tls_key_hash, counters = excluded.counters, pcrs = excluded.pcrs, facts = excluded.facts, facts_digest = excluded.facts_digest,
-		last_proved = excluded.last_proved, silent_at = excluded.silent_at, step_ups = excluded.step_ups`,
+		last_proved = excluded.last_proved, silent_at = excluded.silent_at, step_ups = excluded.step_ups,
+		shown = excluded.shown, left_behind = excluded.left_behind, given = excluded.given`,
 		h.ID, h.Name, string(h.State), h.Reason, h.Admitted, h.Reenrolling, h.Tier, string(labels), h.Reference, h.Address,
-		h.AKPublic, key, string(counters), string(pcrs), string(facts), h.FactsDigest, store.Millis(h.Created), store.Millis(h.LastProved), store.Millis(h.SilentAt), h.StepUps); err != nil {
+		h.AKPublic, key, string(counters), string(pcrs), string(facts), h.FactsDigest, store.Millis(h.Created), store.Millis(h.LastProved), store.Millis(h.SilentAt), h.StepUps,
+		h.Continuity.Shown, h.Continuity.Left, h.Continuity.Given); err != nil {
 		return err
 	}
 	for _, ek := range h.EKs {
@@ -353,7 +356,7 @@ func scan(row store.Row) (Host, error) {
 	var key, eks sql.NullString
 	var created, proved, silent int64
 	err := row.Scan(&h.ID, &h.Name, &state, &h.Reason, &h.Admitted, &h.Reenrolling, &h.Tier, &labels, &h.Reference, &h.Address,
-		&h.AKPublic, &key, &counters, &pcrs, &facts, &h.FactsDigest, &created, &proved, &silent, &h.StepUps, &eks)
+		&h.AKPublic, &key, &counters, &pcrs, &facts, &h.FactsDigest, &created, &proved, &silent, &h.StepUps, &h.Continuity.Shown, &h.Continuity.Left, &h.Continuity.Given, &eks)
 	if err != nil {
 		return h, err
 	}

@@ -66,7 +66,7 @@ func full() Host {
 		EKs: []evidence.Digest{digest("ek1"), digest("ek2")}, AKPublic: []byte("ak"), TLSKey: digest("tls"),
 		Counters: &appraise.Counters{ResetCount: 7, RestartCount: 3, Clock: 12345, Safe: true},
 		PCRs:     map[int]evidence.Digest{0: digest("pcr0"), 7: digest("pcr7")}, Facts: json.RawMessage(`{"a":1}`), FactsDigest: "facts",
-		Created: noon, LastProved: noon.Add(time.Minute), StepUps: 4, SilentAt: noon.Add(time.Hour),
+		Created: noon, LastProved: noon.Add(time.Minute), StepUps: 4, SilentAt: noon.Add(time.Hour), Continuity: Continuity{5, 6, 7},
 	}
 }
 

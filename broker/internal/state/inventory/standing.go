@@ -27,6 +27,7 @@ type Standing struct {
 	Counters    *appraise.Counters
 	FactsDigest string
 	SilentAt    time.Time
+	Continuity  Continuity
 
 	stored string // Counters as they are in the row; empty means: as this version encodes them
 }
@@ -41,7 +42,7 @@ type Showing struct {
 
 // Standing returns the host's standing.
 func (h Host) Standing() Standing {
-	return Standing{ID: h.ID, State: h.State, Admitted: h.Admitted, Reenrolling: h.Reenrolling, AKPublic: h.AKPublic, Counters: h.Counters, FactsDigest: h.FactsDigest, SilentAt: h.SilentAt}
+	return Standing{ID: h.ID, State: h.State, Admitted: h.Admitted, Reenrolling: h.Reenrolling, AKPublic: h.AKPublic, Counters: h.Counters, FactsDigest: h.FactsDigest, SilentAt: h.SilentAt, Continuity: h.Continuity}
 }
 
 // Status returns the host's status.
@@ -53,8 +54,8 @@ func (s Standing) Status() Status {
 func StandingOf(tx *store.Tx, id string) (Standing, error) {
 	s := Standing{ID: id}
 	var silent int64
-	err := tx.QueryRow(`SELECT state, admitted, reenrolling, ak_public, counters, facts_digest, silent_at FROM hosts WHERE id = ?`, id).
-		Scan(&s.State, &s.Admitted, &s.Reenrolling, &s.AKPublic, &s.stored, &s.FactsDigest, &silent)
+	err := tx.QueryRow(`SELECT state, admitted, reenrolling, ak_public, counters, facts_digest, silent_at, shown, left_behind, given FROM hosts WHERE id = ?`, id).
+		Scan(&s.State, &s.Admitted, &s.Reenrolling, &s.AKPublic, &s.stored, &s.FactsDigest, &silent, &s.Continuity.Shown, &s.Continuity.Left, &s.Continuity.Given)
 	if errors.Is(err, sql.ErrNoRows) {
 		return s, fmt.Errorf("%w: %v", ErrUnknown, id)
 	}
@@ -93,10 +94,11 @@ func (s Standing) Become(tx *store.Tx, next Standing, shown Showing) error {
 	if err != nil {
 		return err
 	}
-	result, err := tx.Exec(`UPDATE hosts SET state = ?, state_reason = '', address = ?, counters = ?, pcrs = ?, facts = ?, facts_digest = ?, last_proved = ?, silent_at = ?
-		WHERE id = ? AND state = ? AND admitted = ? AND reenrolling = ? AND ak_public = ? AND counters = ? AND facts_digest = ? AND silent_at = ?`,
+	result, err := tx.Exec(`UPDATE hosts SET state = ?, state_reason = '', address = ?, counters = ?, pcrs = ?, facts = ?, facts_digest = ?, last_proved = ?, silent_at = ?, shown = ?, left_behind = ?, given = ?
+		WHERE id = ? AND state = ? AND admitted = ? AND reenrolling = ? AND ak_public = ? AND counters = ? AND facts_digest = ? AND silent_at = ? AND given = ?`,
 		string(next.State), shown.Address, string(counters), string(pcrs), string(facts), next.FactsDigest, store.Millis(shown.At), store.Millis(next.SilentAt),
-		s.ID, string(s.State), s.Admitted, s.Reenrolling, s.AKPublic, before, s.FactsDigest, store.Millis(s.SilentAt))
+		next.Continuity.Shown, next.Continuity.Left, next.Continuity.Given,
+		s.ID, string(s.State), s.Admitted, s.Reenrolling, s.AKPublic, before, s.FactsDigest, store.Millis(s.SilentAt), s.Continuity.Given)
 	if err != nil {
 		return err
 	}

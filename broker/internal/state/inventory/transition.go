@@ -196,6 +196,9 @@ func (h Host) After(e Event, reason string) (Host, error) {
 		reason = h.Reason
 	}
 
+	if e == OnRelease || e == OnJoin || e == OnJoinBound {
+		h.Continuity = h.Continuity.Anew()
+	}
 	h.State, h.Admitted, h.Reenrolling, h.Reason = next.State, next.Admitted, next.Reenrolling, reason
 	if out || e == OnFail {
 		h.SilentAt = time.Time{} // nobody waits for it
