@@ -182,7 +182,7 @@ func TestContinuation(t *testing.T) {
 	if len(first) < 16 || len(first) > api.MaxContinuation || bytes.Equal(first, second) {
 		t.Errorf("%x, then %x", first, second)
 	}
-	check.Must(prove(make([]byte, api.MaxContinuation)))(t) // not checked yet
+	check.Must(prove(make([]byte, api.MaxContinuation)))(t) // nobody's, and so none
 	_, err := prove(make([]byte, api.MaxContinuation+1))
 	outcome(t, err, api.Fault, "request")
 }

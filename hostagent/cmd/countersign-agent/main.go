@@ -82,7 +82,7 @@ func client(c *config.Agent, log *slog.Logger, now func() time.Time) (*attest.Cl
 	if c.Key == "rsa2048" {
 		alg = tpm.RSA2048
 	}
-	return attest.Open(attest.Options{Device: device, Logs: attest.Logs(c.EventLog, c.IMAList), StateDir: c.StateDir, AK: alg, Log: log, Now: now, Wall: faults.Now,
+	return attest.Open(attest.Options{Device: device, Logs: attest.Logs(c.EventLog, c.IMAList), StateDir: c.StateDir, RunDir: c.RunDir, AK: alg, Log: log, Now: now, Wall: faults.Now,
 		Peer: api.Peer{Addresses: c.Broker.Addresses, CASHA256: c.Broker.CASHA256},
 		Facts: func() *v1.HostFacts {
 			boot, err := collect.BootID()

@@ -175,10 +175,12 @@ type Proven struct {
 
 // Prove proves the host and all leases it holds. A lease left out is revoked.
 func (c *Client) Prove(ctx context.Context, leases []LeaseProof) (Proven, error) {
+	c.proving.Lock()
+	defer c.proving.Unlock()
 	c.mu.Lock()
 	var shown, last []byte
 	if c.member != nil {
-		shown, last = c.member.Checkpoint, c.member.Continuation
+		shown, last = c.member.Checkpoint, c.continues.value
 	}
 	c.mu.Unlock()
 
@@ -238,6 +240,8 @@ func (c *Client) proven(m *v1.ProveResponse, shown []byte) error {
 		c.member.Certificate = m.GetCertificate()
 		c.drop() // the next session shows the new one
 	}
-	c.member.Continuation = m.GetContinuation()
+	if err := c.continues.set(m.GetContinuation()); err != nil {
+		c.log.Warn("what the next proof continues from is not kept over a restart", "err", err)
+	}
 	return writeJSON(c.dir, membershipFile, c.member)
 }

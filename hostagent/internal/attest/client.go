@@ -40,16 +40,21 @@ type Client struct {
 	now    func() time.Time
 	wall   func() time.Time
 
+	proving sync.Mutex // one proof at a time: each continues from the answer before it
+
 	mu      sync.Mutex   // guards what follows
 	keys    *keys        // nil before the first join
 	member  *membership  // nil before a join succeeded
 	session *api.Session // nil while there is none
+
+	continues continuation // guarded by mu
 }
 
 // Options make a Client.
 type Options struct {
 	Device   *collect.Device
 	StateDir string
+	RunDir   string // in memory, and lost with the boot
 	Peer     api.Peer
 	AK       tpm.KeyAlgorithm
 	Facts    func() *v1.HostFacts // read anew for each request
@@ -68,6 +73,9 @@ func Open(o Options) (*Client, error) {
 	c.peer.Now = o.Wall
 	var err error
 	if c.keys, err = loadKeys(o.StateDir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	if c.continues, err = openContinuation(o.RunDir); err != nil {
 		return nil, err
 	}
 	c.member, err = loadMembership(o.StateDir)

@@ -171,7 +171,7 @@ func (c *Client) admitted(m *v1.ActivateResponse) error {
 	c.member = &membership{HostID: m.GetHostId(), AuditKey: m.GetAuditKey(), Certificate: m.GetCertificate()}
 	if before != nil && before.AuditKey == c.member.AuditKey {
 		// Kept as it is: the next proof shows it and demands consistency.
-		c.member.Checkpoint, c.member.Continuation = before.Checkpoint, before.Continuation
+		c.member.Checkpoint = before.Checkpoint
 	} else if err := c.follow(m.GetCheckpoint().GetNote(), nil); err != nil {
 		c.member = before
 		return err

@@ -32,8 +32,37 @@ type membership struct {
 	AuditKey    string   `json:"audit_key"`
 	Certificate [][]byte `json:"certificate"` // DER chain, leaf first
 	Checkpoint  []byte   `json:"checkpoint"`  // signed note
-	// Continuation is of the last answer to a proof, and is shown in the next one.
-	Continuation []byte `json:"continuation,omitempty"`
+}
+
+// A continuation is what the last answer to a proof gave, and what the next proof shows. Its
+// file is in the run folder: a disk that is brought back from a backup must not bring back a
+// value that the host has left behind, or the host would pass for its own copy.
+type continuation struct {
+	file  string
+	value []byte // empty: none
+}
+
+func openContinuation(dir string) (c continuation, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return c, err
+	}
+	c.file = filepath.Join(dir, "continuation")
+	c.value, err = durable.Read(c.file)
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil
+	}
+	return c, err
+}
+
+// set keeps value for the next proof. If the file can't be written it is removed: none is
+// better than an old one.
+func (c *continuation) set(value []byte) error {
+	c.value = value
+	err := durable.Write(c.file, value)
+	if err != nil {
+		err = errors.Join(err, durable.Remove(c.file))
+	}
+	return err
 }
 
 func readJSON(dir, name string, into any) error {

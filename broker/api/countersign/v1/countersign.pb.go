@@ -1924,10 +1924,9 @@ type ProveBody struct {
 	Host   *HostFacts             `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
 	Leases []*LeaseProof          `protobuf:"bytes,2,rep,name=leases,proto3" json:"leases,omitempty"`
 	// ProveResponse.continuation of the last answer that this agent kept; empty: none,
-	// as after joining. It is to tell two agents apart that run with one identity, a
-	// machine and its clone, say: of those that continue from one answer, only one is
-	// the agent that was answered. An answer may be lost on its way, so the value
-	// before the last is no proof of a clone yet. Brokers hold it to its bounds so far.
+	// as after a boot. It tells two agents apart that run with one identity, a machine
+	// and its clone, say: a value that a later proof of the host has left behind is a
+	// clone's. An answer may be lost on its way, so the value before the last is none.
 	Continuation  []byte `protobuf:"bytes,3,opt,name=continuation,proto3" json:"continuation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
