@@ -89,6 +89,7 @@ type Enrolment struct {
 	Labels    map[string]string `json:"labels"`
 	Reference string            `json:"reference"`
 	Reason    string            `json:"reason"`
+	Token     string            `json:"token,omitempty"` // hash of the join token that it spent
 }
 
 // Kind returns e.As.
@@ -192,6 +193,7 @@ type Token struct {
 	Labels    map[string]string `json:"labels"`
 	Reference string            `json:"reference"`
 	Expires   time.Time         `json:"expires"`
+	Hash      string            `json:"hash,omitempty"` // SHA-256 of the token, hex
 }
 
 // Kind returns TokenCreated.
@@ -429,6 +431,7 @@ type Reference struct {
 	Version  int64     `json:"version,omitempty"` // 0: the newest
 	OlderEnd time.Time `json:"older_end,omitzero"`
 	Until    time.Time `json:"until,omitzero"`
+	SHA256   string    `json:"sha256,omitempty"` // of the content, as it is stored; hex
 }
 
 // Kind returns e.As.
@@ -440,6 +443,8 @@ type Release struct {
 	Files    int       `json:"files"`
 	Source   string    `json:"source"`
 	OlderEnd time.Time `json:"older_end,omitzero"`
+	Version  int64     `json:"version,omitempty"`
+	SHA256   string    `json:"sha256,omitempty"` // of the list of files, as it is stored; hex
 }
 
 // Kind returns ReleaseAdded.

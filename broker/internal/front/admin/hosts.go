@@ -357,7 +357,8 @@ func (d *Desk) CreateToken(ctx context.Context, a Actor, t inventory.JoinToken) 
 	if t.Name != "" && !plainName(t.Name) {
 		return token, invalid("host name %q: 1 to 64 letters, digits, and . @ _ -", t.Name)
 	}
-	err = d.act(ctx, a, Operator, store.Any(store.Tokens), event.Token{Name: t.Name, Labels: t.Labels, Reference: t.Reference, Expires: t.Expires},
+	told := &event.Token{Name: t.Name, Labels: t.Labels, Reference: t.Reference, Expires: t.Expires}
+	err = d.act(ctx, a, Operator, store.Any(store.Tokens), told,
 		func(tx *store.Tx, _ *event.Record) (err error) {
 			if t.Reference != "" {
 				if err := inForce(tx, t.Reference, d.Now()); err != nil {
@@ -365,6 +366,7 @@ func (d *Desk) CreateToken(ctx context.Context, a Actor, t inventory.JoinToken) 
 				}
 			}
 			token, err = inventory.CreateToken(tx, t)
+			told.Hash = inventory.TokenHash(string(token.Reveal()))
 			return err
 		})
 	return token, err

@@ -40,7 +40,7 @@ func (d *Desk) AddOperator(ctx context.Context, a Actor, name string, role Role,
 	if err != nil {
 		return nil, err
 	}
-	err = d.act(ctx, a, Admin, store.Any(store.Operators), event.Operator{As: event.OperatorAdded, Name: name, Role: role.String(), Until: until}, func(tx *store.Tx, _ *event.Record) error {
+	err = d.act(ctx, a, Admin, store.Any(store.Operators), event.Operator{As: event.OperatorAdded, Name: name, Role: role.String(), Key: evidence.Sum(spki).String(), Until: until}, func(tx *store.Tx, _ *event.Record) error {
 		// One name, one key, or nobody knows what the other one still may.
 		var taken int
 		if err := tx.QueryRow(`SELECT COUNT(*) FROM operators WHERE name = ? AND expires > ?`, name, store.Millis(now)).Scan(&taken); err != nil {

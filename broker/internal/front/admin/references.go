@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/countersign/countersign/attestors/evidence"
 	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
 	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
@@ -22,7 +23,8 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 	if !plainName(name) {
 		return r, invalid("reference name %q: 1 to 64 letters, digits, and . @ _ -", name)
 	}
-	err = d.act(ctx, a, Operator, store.Any(store.References), event.Reference{As: event.ReferenceLearned, Name: name, PCRs: pcrs}, func(tx *store.Tx, rec *event.Record) error {
+	told := &event.Reference{As: event.ReferenceLearned, Name: name, PCRs: pcrs}
+	err = d.act(ctx, a, Operator, store.Any(store.References), told, func(tx *store.Tx, rec *event.Record) error {
 		h, err := inventory.Find(tx, host)
 		if err != nil {
 			return err
@@ -62,6 +64,7 @@ func (d *Desk) LearnReference(ctx context.Context, a Actor, name, host string, p
 			return invalid("what host %s measured makes no set: %v; narrow IMA's policy, or write the set with globs and add it with -f", h.ID, err)
 		}
 		r, err = inventory.AddReference(tx, r)
+		told.Version, told.SHA256 = r.Version, evidence.Sum(r.Content).String()
 		return err
 	})
 	return r, err
@@ -77,12 +80,14 @@ func (d *Desk) AddReference(ctx context.Context, a Actor, name string, content [
 	if err != nil {
 		return r, invalid("%v", err)
 	}
-	err = d.act(ctx, a, Operator, store.Any(store.References), event.Reference{As: event.ReferenceAdded, Name: name}, func(tx *store.Tx, _ *event.Record) error {
+	told := &event.Reference{As: event.ReferenceAdded, Name: name}
+	err = d.act(ctx, a, Operator, store.Any(store.References), told, func(tx *store.Tx, _ *event.Record) error {
 		r = inventory.Reference{Name: name, Created: d.Now()}
 		if r.Content, err = json.Marshal(parsed); err != nil {
 			return err
 		}
 		r, err = inventory.AddReference(tx, r)
+		told.Version, told.SHA256 = r.Version, evidence.Sum(r.Content).String()
 		return err
 	})
 	return r, err
@@ -96,10 +101,12 @@ func (d *Desk) ApproveReference(ctx context.Context, a Actor, name string, versi
 	if olderEnd.Before(now) {
 		olderEnd = now
 	}
-	err = d.act(ctx, a, Operator, store.Any(store.References), event.Reference{As: event.ReferenceApproved, Name: name, Version: version, OlderEnd: olderEnd}, func(tx *store.Tx, rec *event.Record) error {
+	told := &event.Reference{As: event.ReferenceApproved, Name: name, Version: version, OlderEnd: olderEnd}
+	err = d.act(ctx, a, Operator, store.Any(store.References), told, func(tx *store.Tx, rec *event.Record) error {
 		if r, err = inventory.ApproveReference(tx, name, version, now, olderEnd); err != nil {
 			return err
 		}
+		told.Version, told.SHA256 = r.Version, evidence.Sum(r.Content).String()
 		if r.LearnedFrom == "" {
 			return nil
 		}
@@ -184,8 +191,13 @@ func (d *Desk) AddRelease(ctx context.Context, a Actor, r inventory.Release, old
 		olderEnd = now
 	}
 	r.Added = now
-	err := d.act(ctx, a, Operator, store.Any(store.References), event.Release{Name: r.Name, Files: len(r.Files), Source: r.Source, OlderEnd: olderEnd}, func(tx *store.Tx, _ *event.Record) (err error) {
-		r, err = inventory.AddRelease(tx, r, olderEnd)
+	told := &event.Release{Name: r.Name, Files: len(r.Files), Source: r.Source, OlderEnd: olderEnd}
+	err := d.act(ctx, a, Operator, store.Any(store.References), told, func(tx *store.Tx, _ *event.Record) (err error) {
+		if r, err = inventory.AddRelease(tx, r, olderEnd); err != nil {
+			return err
+		}
+		files, err := json.Marshal(r.Files)
+		told.Version, told.SHA256 = r.Version, evidence.Sum(files).String()
 		return err
 	})
 	return r, err

@@ -303,6 +303,7 @@ type joining struct {
 	requestID string
 
 	others          []inventory.Host // own keys of this TPM, too
+	spent           bool             // its token
 	result          Result
 	revoke, because string // the host whose leases to revoke, and the reason
 }
@@ -398,7 +399,8 @@ func (j *joining) enrol(tx *store.Tx) error {
 			return err
 		}
 	}
-	return j.save(tx, h, kind, j.requestID, j.now)
+	j.spent = kind == event.HostAdmitted
+	return j.save(tx, h, kind)
 }
 
 // host returns the host that owns one of the TPM's keys, or a new one. Where several own
@@ -475,14 +477,14 @@ func (j *joining) stopped(tx *store.Tx, h inventory.Host, bound bool) (bool, err
 		return true, ErrQuarantined
 	case otherKeys:
 		j.result = Result{Host: h, Pending: true}
-		return true, j.wanted(tx, h, j.requestID, j.now)
+		return true, j.wanted(tx, h)
 	case sameAK && j.Seen != nil && j.quoted.Counters.Before(*j.Seen) && !h.Reenrolling:
 		h, err := h.After(inventory.OnFork, "the TPM's counters went back: a copy or a reverted snapshot")
 		if err != nil {
 			return true, err
 		}
 		j.result, j.revoke, j.because = Result{Host: h, Pending: true}, h.ID, h.Reason
-		return true, j.save(tx, h, event.HostDuplicate, j.requestID, j.now)
+		return true, j.save(tx, h, event.HostDuplicate)
 	}
 	return false, nil
 }
@@ -546,7 +548,7 @@ const wantsReenrol = "a TPM that it owns asks to join again; `countersign host r
 
 // wanted records, once, that a host's TPM asks to join with other keys. Why a
 // host is in its state stays its reason.
-func (d *Desk) wanted(tx *store.Tx, h inventory.Host, requestID string, now time.Time) error {
+func (j *joining) wanted(tx *store.Tx, h inventory.Host) error {
 	if strings.Contains(h.Reason, wantsReenrol) {
 		return nil
 	}
@@ -554,19 +556,22 @@ func (d *Desk) wanted(tx *store.Tx, h inventory.Host, requestID string, now time
 		h.Reason += "; "
 	}
 	h.Reason += wantsReenrol
-	return d.save(tx, h, event.HostReenrolWanted, requestID, now)
+	return j.save(tx, h, event.HostReenrolWanted)
 }
 
-func (d *Desk) save(tx *store.Tx, h inventory.Host, kind event.Kind, requestID string, now time.Time) error {
+func (j *joining) save(tx *store.Tx, h inventory.Host, kind event.Kind) error {
 	enrolment := &event.Enrolment{
 		As: kind, Name: h.Name, State: string(h.State), Tier: h.Tier, EKs: h.EKs, AK: evidence.Sum(h.AKPublic), TLSKey: h.TLSKey,
 		Address: h.Address, Labels: h.Labels, Reference: h.Reference, Reason: h.Reason,
+	}
+	if j.spent {
+		enrolment.Token = inventory.TokenHash(j.Token)
 	}
 	var told event.Event = enrolment
 	if kind == event.HostDuplicate {
 		told = event.Duplicate{Enrolment: enrolment}
 	}
-	if _, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + h.ID, Host: h.ID, Request: requestID}, told); err != nil {
+	if _, err := audit.Append(tx, event.Record{Time: j.now, Actor: "host:" + h.ID, Host: h.ID, Request: j.requestID}, told); err != nil {
 		return err
 	}
 	return inventory.Save(tx, h)

@@ -146,6 +146,10 @@ func (f *filler) host(tx *store.Tx, i int) error {
 	h := inventory.Host{ID: hostID(i), Name: fmt.Sprintf("web-%05d", i), State: inventory.Trusted, Admitted: true, Tier: facts.Host.Tier, Labels: facts.Host.Labels,
 		Address: facts.Host.Address, EKs: []evidence.Digest{f.digest()}, AKPublic: make([]byte, 88), TLSKey: f.digest(), PCRs: facts.Host.PCRs, Facts: text,
 		Created: f.now.AddDate(-1, 0, 0), LastProved: f.now, SilentAt: f.now.Add(24 * time.Hour)}
+	if _, err := audit.Append(tx, event.Record{Time: h.Created, Actor: "host:" + h.ID, Host: h.ID}, event.Enrolment{As: event.HostAdmitted, Name: h.Name,
+		State: string(h.State), Tier: h.Tier, EKs: h.EKs, AK: evidence.Sum(h.AKPublic), TLSKey: h.TLSKey, Address: h.Address, Labels: h.Labels}); err != nil {
+		return err
+	}
 	if err := inventory.Save(tx, h); err != nil {
 		return err
 	}
@@ -302,7 +306,13 @@ func (f *filler) findings(ctx context.Context, n, hosts int) error {
 				if err != nil {
 					return err
 				}
+				if _, err := audit.Append(tx, event.Record{Time: at, Actor: "operator:watch", Host: r.Host}, event.Finding{As: event.FindingOpened, ID: made.ID}); err != nil {
+					return err
+				}
 				if i%10 != 0 {
+					if _, err := audit.Append(tx, event.Record{Time: at, Actor: "operator:alice", Host: r.Host}, event.Finding{As: event.FindingClosed, ID: made.ID}); err != nil {
+						return err
+					}
 					if _, err := findings.Close(tx, made.ID, "alice", "looked into", time.Time{}, f.now); err != nil {
 						return err
 					}

@@ -1,6 +1,9 @@
 // Package fsck checks what of the invariants can be seen in store and audit
 // log, without writing to either and while a broker may be running on them.
 //
+// It replays the log into the state that the store has to have: hosts, operators, join
+// tokens, scopes, reference sets, releases and findings are compared with it.
+//
 // It reads page by page, each from a snapshot of its own, so that it needs little
 // memory and doesn't keep the store's write-ahead log from shrinking. What looks
 // wrong because the broker went on between two pages is looked at once more.
@@ -13,6 +16,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/maphash"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -50,6 +56,7 @@ const (
 	HostsAdmitted  = "hosts-admitted"   // no trusted host that nobody admitted
 	OnlyTrustedNow = "revoked-on-no"    // no working lease of a host that was refused
 	HostsReadable  = "hosts-readable"   // every host's row holds what a broker wrote
+	AsRecorded     = "as-recorded"      // the store has what the log says was done, and nothing else
 	CountsTrue     = "counts-true"      // the numbers that are kept are those that there are
 	overdueBy      = 5 * time.Minute    // of a lease's due time, before it counts as forgotten
 	secretPattern  = "hvs."             // of Vault's service tokens
@@ -73,10 +80,24 @@ type checker struct {
 	report   Report
 	log      audit.Verification
 	traces   map[string]trace // by lease
+	ledger   *ledger
+	seed     maphash.Seed
 }
 
 // A trace is what the log has of a lease: indexes of records, counted from 1; 0: none.
-type trace struct{ allowed, issued, ended int64 }
+type trace struct {
+	allowed, issued, ended int64
+	about                  uint64 // hash of host and scope
+	endedAt                int64  // Unix seconds
+	revoking, seen         bool   // seen in the journal
+}
+
+func (c *checker) about(host, scope string) uint64 {
+	return maphash.String(c.seed, host+"\x00"+scope)
+}
+
+// forgotten is how long an ended lease is kept at least.
+const forgotten = 24 * time.Hour
 
 // aliveKey is when the broker last served, by package liveness.
 const aliveKey = "silence.alive"
@@ -103,7 +124,7 @@ func (c *checker) served(ctx context.Context) error {
 
 // Check looks at everything once. Now counts where no broker has served from the store.
 func Check(ctx context.Context, s *store.Store, now time.Time, progress Progress) (Report, error) {
-	c := &checker{store: s, now: now, progress: progress, report: Report{Violations: []Violation{}}, traces: map[string]trace{}}
+	c := &checker{store: s, now: now, progress: progress, report: Report{Violations: []Violation{}}, traces: map[string]trace{}, ledger: newLedger(), seed: maphash.MakeSeed()}
 	if err := c.served(ctx); err != nil {
 		return c.report, err
 	}
@@ -115,14 +136,21 @@ func Check(ctx context.Context, s *store.Store, now time.Time, progress Progress
 	if broken {
 		c.bad(AuditIntact, "%v", c.log.Problem)
 	}
-	if err := c.hosts(ctx); err != nil {
-		return c.report, err
-	}
-	suspects, err := c.leases(ctx)
+	hosts, err := c.hosts(ctx)
 	if err != nil {
 		return c.report, err
 	}
-	if err := c.again(ctx, suspects); err != nil {
+	leases, err := c.leases(ctx)
+	if err != nil {
+		return c.report, err
+	}
+	if err := c.again(ctx, hosts, c.hostAgain); err != nil {
+		return c.report, err
+	}
+	if err := c.again(ctx, leases, c.leaseAgain); err != nil {
+		return c.report, err
+	}
+	if err := c.rest(ctx); err != nil {
 		return c.report, err
 	}
 	if err := c.counts(ctx); err != nil {
@@ -154,14 +182,23 @@ func (c *checker) record(index, all int64, body []byte) error {
 	if err != nil {
 		return nil // AuditIntact has it
 	}
+	if taken[h.Kind] {
+		if h, err = event.Parse(body); err == nil {
+			c.ledger.take(h)
+		}
+		return nil
+	}
 	t := c.traces[h.Lease]
 	switch h.Kind {
 	case event.CredentialAllowed, event.CredentialAdopted:
-		t.allowed = index + 1
+		t.allowed, t.about = index+1, c.about(h.Host, h.Scope)
+		t.ended, t.revoking = 0, false // a lease that was adopted is again
 	case event.CredentialIssued:
 		t.issued = index + 1
+	case event.CredentialRevoking:
+		t.revoking = true
 	case event.CredentialEnded:
-		t.ended = index + 1
+		t.ended, t.endedAt = index+1, h.Time.Unix()
 	default:
 		return nil
 	}
@@ -169,7 +206,12 @@ func (c *checker) record(index, all int64, body []byte) error {
 	return nil
 }
 
-func (c *checker) hosts(ctx context.Context) error {
+// hosts looks at every host, and returns the ids of those that don't look right.
+func (c *checker) hosts(ctx context.Context) (suspects []string, err error) {
+	missing := map[string]bool{}
+	for id := range c.ledger.hosts {
+		missing[id] = true
+	}
 	var after inventory.Cursor
 	for more := true; more; {
 		var list []inventory.Host
@@ -184,10 +226,14 @@ func (c *checker) hosts(ctx context.Context) error {
 			}
 			return nil
 		}); err != nil {
-			return err
+			return nil, err
 		}
 		for _, h := range list {
 			after = h.Cursor()
+			delete(missing, h.ID)
+			if h.Unreadable == nil && len(c.ledger.host(h)) > 0 {
+				suspects = append(suspects, h.ID)
+			}
 			if (h.State == inventory.Trusted || h.State == inventory.Stale) && !h.Admitted {
 				c.bad(HostsAdmitted, "host %s is %s, but nobody admitted it", h.ID, h.State)
 			}
@@ -195,7 +241,35 @@ func (c *checker) hosts(ctx context.Context) error {
 		c.report.Hosts += len(list)
 		more = len(list) == page
 	}
+	return slices.AppendSeq(suspects, maps.Keys(missing)), nil
+}
+
+// hostAgain reports what is wrong with a host, held against the log as it is in tx.
+func (c *checker) hostAgain(tx *store.Tx, id string) error {
+	h, err := inventory.Get(tx, id)
+	switch {
+	case errors.Is(err, inventory.ErrUnknown):
+		c.bad(AsRecorded, "host %s: the log has it, and the store doesn't", id)
+		return nil
+	case errors.Is(err, inventory.ErrUnreadable):
+		return nil // HostsReadable has it
+	case err != nil:
+		return err
+	}
+	for _, wrong := range c.ledger.host(h) {
+		c.bad(AsRecorded, "host %s (%s): %s", h.ID, h.Name, wrong)
+	}
 	return nil
+}
+
+// rest compares what there is little of, in one snapshot with the log's end.
+func (c *checker) rest(ctx context.Context) error {
+	return c.store.Report(ctx, func(tx *store.Tx) error {
+		if err := c.catchUp(tx); err != nil {
+			return err
+		}
+		return c.ledger.rest(tx, func(format string, args ...any) { c.bad(AsRecorded, format, args...) })
+	})
 }
 
 // readable reads a host whole: one that can't be read can't prove itself.
@@ -226,6 +300,10 @@ func (c *checker) leases(ctx context.Context) (suspects []string, err error) {
 			}
 			for _, at := range places {
 				f.After = at
+				if t, ok := c.traces[at.ID]; ok {
+					t.seen = true
+					c.traces[at.ID] = t
+				}
 				wrong, err := c.lease(tx, at.ID)
 				if err != nil {
 					return err
@@ -242,7 +320,17 @@ func (c *checker) leases(ctx context.Context) (suspects []string, err error) {
 		}
 		c.progress("leases", int64(c.report.Leases), max(all, int64(c.report.Leases)))
 	}
+	for id, t := range c.traces {
+		if !t.seen && t.allowed != 0 && c.kept(t) {
+			suspects = append(suspects, id)
+		}
+	}
 	return suspects, nil
+}
+
+// kept reports whether the journal has to have a lease still.
+func (c *checker) kept(t trace) bool {
+	return t.ended == 0 || c.now.Sub(time.Unix(t.endedAt, 0)) < forgotten
 }
 
 // all is how many leases there are, as far as the kept numbers say.
@@ -255,7 +343,7 @@ func (c *checker) all(ctx context.Context) (n int64, err error) {
 
 // again looks once more at what didn't look right, with what the log has got since, in
 // one snapshot for each page.
-func (c *checker) again(ctx context.Context, suspects []string) error {
+func (c *checker) again(ctx context.Context, suspects []string, look func(*store.Tx, string) error) error {
 	for len(suspects) > 0 {
 		some := suspects[:min(len(suspects), page)]
 		suspects = suspects[len(some):]
@@ -264,12 +352,8 @@ func (c *checker) again(ctx context.Context, suspects []string) error {
 				return err
 			}
 			for _, id := range some {
-				wrong, err := c.lease(tx, id)
-				if err != nil {
+				if err := look(tx, id); err != nil {
 					return err
-				}
-				for _, v := range wrong {
-					c.bad(v.Invariant, "%s", v.Detail)
 				}
 			}
 			return nil
@@ -278,6 +362,15 @@ func (c *checker) again(ctx context.Context, suspects []string) error {
 		}
 	}
 	return nil
+}
+
+// leaseAgain reports what is wrong with a lease, held against the log as it is in tx.
+func (c *checker) leaseAgain(tx *store.Tx, id string) error {
+	wrong, err := c.lease(tx, id)
+	for _, v := range wrong {
+		c.bad(v.Invariant, "%s", v.Detail)
+	}
+	return err
 }
 
 // catchUp reads the records that came since the log was verified: of one snapshot
@@ -299,7 +392,10 @@ func (c *checker) lease(tx *store.Tx, id string) (wrong []Violation, err error) 
 	g, err := journal.Load(tx, id)
 	switch {
 	case errors.Is(err, journal.ErrUnknown):
-		return nil, nil // it was forgotten meanwhile
+		if t := c.traces[id]; t.allowed != 0 && c.kept(t) {
+			bad(NothingLost, "lease %s: the log has it, and the journal doesn't", id)
+		}
+		return wrong, nil
 	case errors.Is(err, journal.ErrUnreadable):
 		bad(NothingLost, "%v", err)
 		return wrong, nil
@@ -315,6 +411,12 @@ func (c *checker) lease(tx *store.Tx, id string) (wrong []Violation, err error) 
 	}
 	if (g.State == journal.Gone) != (t.ended != 0) {
 		bad(EndsRecorded, "lease %s is %s, and the audit log says otherwise", g.ID, g.State)
+	}
+	if t.allowed != 0 && t.about != c.about(g.Host, g.Scope) {
+		bad(AsRecorded, "lease %s is of scope %s on host %s, and by the log of another", g.ID, g.Scope, g.Host)
+	}
+	if t.revoking && g.State != journal.Revoking && g.State != journal.Gone {
+		bad(AsRecorded, "lease %s is %s, and by the log it is being revoked", g.ID, g.State)
 	}
 	if err := json.Unmarshal(g.Subject, &process.Program{}); err != nil {
 		bad(AllowFirst, "lease %s: its subject: %v", g.ID, err)

@@ -28,7 +28,10 @@ func open(t *testing.T) *store.Store {
 	}
 	t.Cleanup(func() { _ = s.Close() })
 	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
-		return inventory.Save(tx, inventory.Host{ID: "h", Name: "h", State: inventory.Trusted, Admitted: true, LastProved: now})
+		if _, err := audit.Append(tx, event.Record{Time: now, Actor: "host:h", Host: "h"}, event.Enrolment{As: event.HostAdmitted, Name: "h", State: "trusted", AK: evidence.Sum([]byte("ak"))}); err != nil {
+			return err
+		}
+		return inventory.Save(tx, inventory.Host{ID: "h", Name: "h", State: inventory.Trusted, Admitted: true, AKPublic: []byte("ak"), LastProved: now})
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +49,7 @@ func issue(t *testing.T, s *store.Store, at time.Time, ids ...string) {
 	if err := s.Update(t.Context(), store.Everything(), func(tx *store.Tx) error {
 		for i, id := range ids {
 			at := at.Add(time.Duration(i) * time.Second)
-			if _, err := audit.Append(tx, event.Record{Time: at, Actor: "host:h", Host: "h", Lease: id}, event.Allowed{}); err != nil {
+			if _, err := audit.Append(tx, event.Record{Time: at, Actor: "host:h", Host: "h", Scope: "s", Lease: id}, event.Allowed{}); err != nil {
 				return err
 			}
 			if err := journal.Save(tx, journal.Lease{ID: id, Host: "h", Scope: "s", Kind: vault.Kind.Name, State: journal.Live, Subject: subject, Issued: at, Due: now.Add(time.Hour)}); err != nil {

@@ -28,7 +28,8 @@ type JoinToken struct {
 // expired it is, is for the audit log and not for who brought it.
 var ErrToken = errors.New("the join token is unknown, used or expired: ask an operator for a new one")
 
-func tokenHash(token string) string {
+// TokenHash returns the hash by which the store and the log know a token.
+func TokenHash(token string) string {
 	return evidence.Sum([]byte("countersign join token\x00" + token)).String()
 }
 
@@ -42,7 +43,7 @@ func CreateToken(tx *store.Tx, t JoinToken) (secret.Bytes, error) {
 		return secret.Bytes{}, err
 	}
 	_, err = tx.Exec(`INSERT INTO join_tokens (hash, name, labels, reference, expires) VALUES (?, ?, ?, ?, ?)`,
-		tokenHash(token), t.Name, string(labels), t.Reference, store.Millis(t.Expires))
+		TokenHash(token), t.Name, string(labels), t.Reference, store.Millis(t.Expires))
 	return secret.New([]byte(token)), err
 }
 
@@ -51,7 +52,7 @@ func UseToken(tx *store.Tx, token, host string, now time.Time) (JoinToken, error
 	var t JoinToken
 	var labels string
 	var expires, used int64
-	err := tx.QueryRow(`SELECT name, labels, reference, expires, used FROM join_tokens WHERE hash = ?`, tokenHash(token)).
+	err := tx.QueryRow(`SELECT name, labels, reference, expires, used FROM join_tokens WHERE hash = ?`, TokenHash(token)).
 		Scan(&t.Name, &labels, &t.Reference, &expires, &used)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
@@ -67,8 +68,8 @@ func UseToken(tx *store.Tx, token, host string, now time.Time) (JoinToken, error
 	if err := json.Unmarshal([]byte(labels), &t.Labels); err != nil {
 		return t, err
 	}
-	if _, err := tx.Exec(`UPDATE join_tokens SET used = ?, used_by = ? WHERE hash = ?`, store.Millis(now), host, tokenHash(token)); err != nil {
+	if _, err := tx.Exec(`UPDATE join_tokens SET used = ?, used_by = ? WHERE hash = ?`, store.Millis(now), host, TokenHash(token)); err != nil {
 		return t, err
 	}
-	return t, denials.Set(tx, denials.Denial{Kind: denials.Token, Name: tokenHash(token), Until: t.Expires})
+	return t, denials.Set(tx, denials.Denial{Kind: denials.Token, Name: TokenHash(token), Until: t.Expires})
 }

@@ -61,7 +61,7 @@ func TestTokens(t *testing.T) {
 			check.Nil(t, s.View(t.Context(), func(tx *store.Tx) error {
 				var hash, by string
 				err := tx.QueryRow(`SELECT hash, used_by FROM join_tokens`).Scan(&hash, &by)
-				if strings.Contains(hash, made) || hash != tokenHash(made) || by != "host" {
+				if strings.Contains(hash, made) || hash != TokenHash(made) || by != "host" {
 					t.Errorf("kept: %s, by %s", hash, by)
 				}
 				return err
