@@ -4,6 +4,7 @@ names          = ["broker-a.example.com"]          # what agents dial
 trust_domain   = "example.com"                     # of spiffe:// URIs in certificates
 metrics_listen = "[::]:9464"                       # /metrics, /healthz, /readyz, /crl
 ek_roots       = ["/etc/countersign/ek-roots.pem"] # TPM vendors' roots and intermediates
+denial_log     = "/mnt/second-disk/denials.log"    # what was taken away, for a restore; default: in state_dir
 keep_ended     = "2160h"                           # leases, after their end; the audit log keeps them for good
 
 vault {

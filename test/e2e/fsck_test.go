@@ -44,7 +44,11 @@ func TestFsckFindsPlantedChanges(t *testing.T) {
 	ctx := check.Within(t, 4*time.Minute)
 	cli := func(args ...string) string { t.Helper(); return string(check.Must(b.broker.CLI(ctx, args...))(t)) }
 	fresh := func() *lab.SoftHost { return joinerFrom(t, b) }
-	join := func(h *lab.SoftHost, token string) *lab.SoftHost { t.Helper(); check.Must(h.Join(ctx, token))(t); return h }
+	join := func(h *lab.SoftHost, token string) *lab.SoftHost {
+		t.Helper()
+		check.Must(h.Join(ctx, token))(t)
+		return h
+	}
 	issue := func(h *lab.SoftHost, pid int) string {
 		t.Helper()
 		return check.Must(h.Issue(ctx, dial(t, h), h.IssueBody("soft", check.Must(h.Program(softExe, "billing", pid))(t))))(t).GetLeaseId()
