@@ -25,6 +25,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/front/hostapi"
 	"github.com/countersign/countersign/broker/internal/issue"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
 )
@@ -365,6 +366,8 @@ func (s *Hosts) admissionError(ctx context.Context, err error) error {
 		e.Outcome, e.Check, e.Message = api.Refused, "two-hosts", err.Error()
 	case errors.Is(err, enroll.ErrUncertified):
 		e.Outcome, e.Check, e.Message = api.Refused, "ek-uncertified", err.Error()
+	case errors.Is(err, denials.ErrHeld):
+		e.Check, e.Message = api.CheckHeld, err.Error()
 	case errors.Is(err, enroll.ErrPendingFull):
 		e.Check, e.Message = "pending-full", err.Error()
 	default:

@@ -221,6 +221,12 @@ func TestARestoreRevivesNothing(t *testing.T) {
 		if n := p.crl(t); n < 2 {
 			t.Errorf("the CRL lists %d certificates, and had 2", n)
 		}
+		again := *p.stays
+		if pending := check.Must(again.Join(ctx, ""))(t); pending {
+			t.Error("a host of the backup, with its keys, can't join again")
+		}
+		_, err := p.late.Join(ctx, p.token) // whose quarantine isn't known
+		outcome(t, err, api.Fault, api.CheckHeld)
 		// The store as it is now is no proof of anything: a restart keeps the hold.
 		check.Nil(t, p.broker.Stop())
 		check.Nil(t, p.broker.Start(ctx))

@@ -30,6 +30,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
@@ -363,6 +364,12 @@ func (j *joining) enrol(tx *store.Tx) error {
 	bound := h.Admitted && len(h.AKPublic) > 0 && !h.Reenrolling // to the keys that it has
 	if stopped, err := j.stopped(tx, h, bound); stopped || err != nil {
 		return err
+	}
+	if !bound {
+		// It may have been taken out after the backup that the store was restored from.
+		if err := denials.Held(tx); err != nil {
+			return err
+		}
 	}
 
 	before := h
