@@ -225,7 +225,8 @@ func TestARestoreRevivesNothing(t *testing.T) {
 		if pending := check.Must(again.Join(ctx, ""))(t); pending {
 			t.Error("a host of the backup, with its keys, can't join again")
 		}
-		_, err := p.late.Join(ctx, p.token) // whose quarantine isn't known
+		late := *p.late
+		_, err := late.Join(ctx, p.token) // whose quarantine isn't known
 		outcome(t, err, api.Fault, api.CheckHeld)
 		// The store as it is now is no proof of anything: a restart keeps the hold.
 		check.Nil(t, p.broker.Stop())
