@@ -212,7 +212,11 @@ func (s *Hosts) checkpoint(ctx context.Context, shown []byte, host string) (*v1.
 		}
 	}
 	signed, proof, err := s.Audit.Head(ctx, since)
-	return &v1.Checkpoint{Note: signed, Consistency: proof}, err
+	if err != nil {
+		return nil, err
+	}
+	acknowledged, err := s.Audit.Acknowledged(ctx)
+	return &v1.Checkpoint{Note: signed, Consistency: proof, Acknowledged: acknowledged}, err
 }
 
 // Issue asks for a credential.

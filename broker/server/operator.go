@@ -247,11 +247,11 @@ func (s *Operators) RemoveOperator(ctx context.Context, req *connect.Request[v1.
 	})
 }
 
-// AcknowledgeRestore has the broker issue again.
+// AcknowledgeRestore has an operator stand for the log's epoch, and the broker issue again.
 func (s *Operators) AcknowledgeRestore(ctx context.Context, req *connect.Request[v1.AcknowledgeRestoreRequest]) (*connect.Response[v1.AcknowledgeRestoreResponse], error) {
 	return serve(ctx, s, func(a admin.Actor) (*v1.AcknowledgeRestoreResponse, error) {
-		held, err := s.Desk.AcknowledgeRestore(ctx, a, req.Msg.GetReason())
-		return &v1.AcknowledgeRestoreResponse{Held: held}, err
+		held, epoch, err := s.Desk.AcknowledgeRestore(ctx, a, req.Msg.GetReason())
+		return &v1.AcknowledgeRestoreResponse{Held: held, Epoch: epoch}, err
 	})
 }
 

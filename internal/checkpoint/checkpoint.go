@@ -70,6 +70,41 @@ func Open(signed []byte, verifier note.Verifier) (Checkpoint, error) {
 	return c, nil
 }
 
+// An Acknowledgement says that an operator stands for an epoch of a broker's log: that it
+// began because the store was restored, and not to hide records.
+type Acknowledgement struct {
+	Broker   string
+	Epoch    int64
+	Operator string
+}
+
+// acknowledged is the first line of an acknowledgement's note.
+const acknowledged = "countersign epoch acknowledged"
+
+// Sign writes the acknowledgement as a signed note.
+func (a Acknowledgement) Sign(signer note.Signer) ([]byte, error) {
+	return note.Sign(&note.Note{Text: fmt.Sprintf("%s\n%s/%d\n%s\n", acknowledged, a.Broker, a.Epoch, a.Operator)}, signer)
+}
+
+// OpenAcknowledgement verifies a signed note and reads the acknowledgement in it.
+func OpenAcknowledgement(signed []byte, verifier note.Verifier) (a Acknowledgement, err error) {
+	if len(signed) > maxNote {
+		return a, fmt.Errorf("acknowledgement of %d bytes; at most %d are read", len(signed), maxNote)
+	}
+	n, err := note.Open(signed, note.VerifierList(verifier))
+	if err != nil {
+		return a, fmt.Errorf("acknowledgement: %w", err)
+	}
+	lines := strings.Split(n.Text, "\n")
+	if len(lines) != 4 || lines[3] != "" || lines[0] != acknowledged {
+		return a, errors.New("acknowledgement: not one of an epoch")
+	}
+	broker, epoch, _ := strings.Cut(lines[1], "/")
+	a.Broker, a.Operator = broker, lines[2]
+	a.Epoch, err = number(epoch)
+	return a, err
+}
+
 func number(s string) (int64, error) {
 	n, err := strconv.ParseInt(s, 10, 64)
 	if err != nil || n < 0 || strconv.FormatInt(n, 10) != s {

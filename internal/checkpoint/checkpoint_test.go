@@ -101,3 +101,38 @@ func FuzzOpen(f *testing.F) {
 		}
 	})
 }
+
+// An acknowledgement is of one broker's epoch, and no other note passes for one.
+func TestAcknowledgements(t *testing.T) {
+	s, v := keys(t, "b")
+	want := checkpoint.Acknowledgement{Broker: "b", Epoch: 3, Operator: "alice"}
+	signed, err := want.Sign(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := checkpoint.OpenAcknowledgement(signed, v); err != nil || got != want {
+		t.Errorf("%+v, %v; want %+v", got, err, want)
+	}
+	head, err := checkpoint.Checkpoint{Broker: "b", Epoch: 3}.Sign(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, stranger := keys(t, "b")
+	for name, c := range map[string]struct {
+		note []byte
+		key  note.Verifier
+	}{
+		"a checkpoint":  {head, v},
+		"another key's": {signed, stranger},
+		"changed":       {[]byte(strings.Replace(string(signed), "b/3", "b/4", 1)), v},
+		"none":          {nil, v},
+		"too long":      {[]byte(strings.Repeat("x", 5000)), v},
+	} {
+		if got, err := checkpoint.OpenAcknowledgement(c.note, c.key); err == nil {
+			t.Errorf("%s: read as %+v", name, got)
+		}
+	}
+	if _, err := checkpoint.Open(signed, v); err == nil {
+		t.Error("an acknowledgement was read as a checkpoint")
+	}
+}

@@ -44,10 +44,12 @@ func (Merged) Kind() Kind { return DenialMerged }
 
 func (e Merged) why() string { return e.Reason }
 
-// Acknowledged is the event of RestoreAcknowledged: an operator accepts that the broker
-// doesn't know what was taken away between a backup and its restore.
+// Acknowledged is the event of RestoreAcknowledged: an operator stands for the log's epoch,
+// and accepts that the broker may not know what was taken away between a backup and its
+// restore.
 type Acknowledged struct {
-	Held   string `json:"held"` // why nothing new was issued until then
+	Epoch  int64  `json:"epoch"`
+	Held   string `json:"held,omitempty"` // why nothing new was issued until then
 	Reason string `json:"reason,omitempty"`
 }
 

@@ -195,11 +195,16 @@ func lastRecord(ctx context.Context, s *store.Store) (at time.Time, err error) {
 func acknowledgeCommand(o *options, file *string) *cobra.Command {
 	var reason string
 	cmd := &cobra.Command{
-		Use: "acknowledge", Short: "Accept that what was taken away before a restore isn't known, and issue again", Args: cli.Exactly(0),
-		Long: `Accept that what was taken away between a backup and its restore isn't known, and issue
-again. First quarantine and remove anew the hosts and operators that were, and revoke the
-leases that were: ` + "`countersign status`" + ` says from when on the broker doesn't know. It works on the
-broker's machine alone, as root.`,
+		Use: "acknowledge", Short: "Stand for a restore: for the audit log's new epoch, and for what isn't known", Args: cli.Exactly(0),
+		Long: `Stand for a restore of the broker's store.
+
+Agents report the audit log's new epoch, since records could have been hidden by it, until you
+have acknowledged it, and an operator can do so from anywhere.
+
+A broker that was restored without a denial log is held, too: it doesn't know what was taken
+away between the backup and its restore, and this ends the hold. First quarantine and remove
+anew the hosts and operators that were, and revoke the leases that were: ` + "`countersign status`" + `
+says from when on the broker doesn't know. While it is held, this works on its machine alone.`,
 		Example: `  countersign broker acknowledge --reason "checked against the tickets of 28 November"`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !cmd.Flags().Changed("socket") && o.address == "" {
@@ -216,7 +221,12 @@ broker's machine alone, as root.`,
 				return err
 			}
 			return o.show(cmd.OutOrStdout(), r.Msg, func(w io.Writer) {
-				fmt.Fprintf(w, "acknowledged: %s. The broker issues again.\n", r.Msg.GetHeld())
+				if r.Msg.GetEpoch() > 1 {
+					fmt.Fprintf(w, "epoch %d of the audit log is acknowledged: agents hear of it at their next proof\n", r.Msg.GetEpoch())
+				}
+				if r.Msg.GetHeld() != "" {
+					fmt.Fprintf(w, "acknowledged: %s. The broker issues again.\n", r.Msg.GetHeld())
+				}
 			})
 		},
 	}

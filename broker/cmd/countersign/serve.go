@@ -252,8 +252,15 @@ func (b *broker) held(ctx context.Context) (alarms []string) {
 	}
 	err := b.store.View(ctx, func(tx *store.Tx) error {
 		why, err := denials.Hold(tx)
-		if why != "" {
+		if err != nil {
+			return err
+		}
+		epoch, err := audit.Unacknowledged(tx)
+		switch {
+		case why != "":
 			alarms = append(alarms, fmt.Sprintf("%s: nothing new is issued, and operators from outside are refused, until `countersign broker acknowledge` on this machine", why))
+		case epoch != 0:
+			alarms = append(alarms, fmt.Sprintf("nobody stands for epoch %d of the audit log, and agents report it: `countersign broker acknowledge`", epoch))
 		}
 		return err
 	})

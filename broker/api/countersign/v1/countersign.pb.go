@@ -2307,9 +2307,12 @@ func (x *LeaseVerdict) GetOutcomeCode() Verdict {
 }
 
 type Checkpoint struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Note          []byte                 `protobuf:"bytes,1,opt,name=note,proto3" json:"note,omitempty"`               // a signed note over the audit log's tree head
-	Consistency   [][]byte               `protobuf:"bytes,2,rep,name=consistency,proto3" json:"consistency,omitempty"` // proof from the checkpoint that the agent sent
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Note        []byte                 `protobuf:"bytes,1,opt,name=note,proto3" json:"note,omitempty"`               // a signed note over the audit log's tree head
+	Consistency [][]byte               `protobuf:"bytes,2,rep,name=consistency,proto3" json:"consistency,omitempty"` // proof from the checkpoint that the agent sent
+	// An operator's acknowledgement of the note's epoch, as a note that the same key signed;
+	// empty: nobody has acknowledged it.
+	Acknowledged  []byte `protobuf:"bytes,3,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2354,6 +2357,13 @@ func (x *Checkpoint) GetNote() []byte {
 func (x *Checkpoint) GetConsistency() [][]byte {
 	if x != nil {
 		return x.Consistency
+	}
+	return nil
+}
+
+func (x *Checkpoint) GetAcknowledged() []byte {
+	if x != nil {
+		return x.Acknowledged
 	}
 	return nil
 }
@@ -4328,7 +4338,8 @@ func (x *AcknowledgeRestoreRequest) GetReason() string {
 
 type AcknowledgeRestoreResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Held          string                 `protobuf:"bytes,1,opt,name=held,proto3" json:"held,omitempty"` // why nothing new was issued until now
+	Held          string                 `protobuf:"bytes,1,opt,name=held,proto3" json:"held,omitempty"`    // why nothing new was issued until now; empty: the broker was not held
+	Epoch         int64                  `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"` // that is acknowledged
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4368,6 +4379,13 @@ func (x *AcknowledgeRestoreResponse) GetHeld() string {
 		return x.Held
 	}
 	return ""
+}
+
+func (x *AcknowledgeRestoreResponse) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 type RemoveOperatorRequest struct {
@@ -8202,11 +8220,12 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\bprove_by\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aproveBy\x124\n" +
 	"\aexpires\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12?\n" +
 	"\foutcome_code\x18\x06 \x01(\x0e2\x17.countersign.v1.VerdictH\x00R\voutcomeCode\x88\x01\x01B\x0f\n" +
-	"\r_outcome_code\"B\n" +
+	"\r_outcome_code\"f\n" +
 	"\n" +
 	"Checkpoint\x12\x12\n" +
 	"\x04note\x18\x01 \x01(\fR\x04note\x12 \n" +
-	"\vconsistency\x18\x02 \x03(\fR\vconsistency\"D\n" +
+	"\vconsistency\x18\x02 \x03(\fR\vconsistency\x12\"\n" +
+	"\facknowledged\x18\x03 \x01(\fR\facknowledged\"D\n" +
 	"\fIssueRequest\x124\n" +
 	"\battested\x18\x01 \x01(\v2\x18.countersign.v1.AttestedR\battested\"\xf9\x01\n" +
 	"\tIssueBody\x12\x14\n" +
@@ -8392,9 +8411,10 @@ const file_countersign_v1_countersign_proto_rawDesc = "" +
 	"\n" +
 	"_role_code\"3\n" +
 	"\x19AcknowledgeRestoreRequest\x12\x16\n" +
-	"\x06reason\x18\x01 \x01(\tR\x06reason\"0\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\"F\n" +
 	"\x1aAcknowledgeRestoreResponse\x12\x12\n" +
-	"\x04held\x18\x01 \x01(\tR\x04held\"+\n" +
+	"\x04held\x18\x01 \x01(\tR\x04held\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\"+\n" +
 	"\x15RemoveOperatorRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x18\n" +
 	"\x16RemoveOperatorResponse\"(\n" +

@@ -12,6 +12,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/broker/api/event"
+	"github.com/countersign/countersign/broker/internal/state/audit"
 	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/lifetime"
@@ -202,24 +203,29 @@ func (d *Desk) RemoveOperator(ctx context.Context, a Actor, name string) error {
 	})
 }
 
-// AcknowledgeRestore ends the hold of a broker that was restored without a denial log, and
-// returns why it was held.
-func (d *Desk) AcknowledgeRestore(ctx context.Context, a Actor, reason string) (held string, err error) {
+// AcknowledgeRestore has the operator stand for the log's present epoch, and ends the hold of a
+// broker that was restored without a denial log. It returns why the broker was held; empty: it
+// wasn't.
+func (d *Desk) AcknowledgeRestore(ctx context.Context, a Actor, reason string) (held string, epoch int64, err error) {
 	if len(reason) > maxReason {
-		return "", invalid("the reason has %d bytes; at most %d are kept", len(reason), maxReason)
+		return "", 0, invalid("the reason has %d bytes; at most %d are kept", len(reason), maxReason)
 	}
 	said := &event.Acknowledged{Reason: reason}
 	err = d.act(ctx, a, Admin, store.Any(store.Broker), said, func(tx *store.Tx, _ *event.Record) error {
 		if held, err = denials.Hold(tx); err != nil {
 			return err
 		}
-		if held == "" {
-			return invalid("nothing waits to be acknowledged: the broker issues")
+		var isNew bool
+		if epoch, isNew, err = audit.Acknowledge(tx, a.Name); err != nil {
+			return err
 		}
-		said.Held = held
+		if held == "" && !isNew {
+			return invalid("nothing waits to be acknowledged")
+		}
+		said.Held, said.Epoch = held, epoch
 		return denials.SetHold(tx, "")
 	})
-	return held, err
+	return held, epoch, err
 }
 
 // A removal of an operator's key, in the denial log. The key may have been added again.

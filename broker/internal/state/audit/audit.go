@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -294,6 +295,67 @@ func OpenEpoch(tx *store.Tx, number int64, actor string, now time.Time, e event.
 	}
 	_, err := Append(tx, event.Record{Time: now, Actor: actor}, e)
 	return err
+}
+
+const acknowledgedKey = "audit.epoch.acknowledged"
+
+// Acknowledge records that an operator stands for the present epoch, which it returns. New
+// reports whether nobody did before. The update has to name [store.Broker].
+func Acknowledge(tx *store.Tx, operator string) (number int64, isNew bool, err error) {
+	number, err = epoch(tx)
+	if err != nil {
+		return 0, false, err
+	}
+	before, _, err := acknowledgement(tx)
+	if err != nil || before == number || number == 1 {
+		return number, false, err
+	}
+	_, err = tx.Exec(`INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value`,
+		acknowledgedKey, fmt.Sprintf("%d %s", number, operator))
+	return number, true, err
+}
+
+// acknowledgement reads which epoch was acknowledged last, and by whom; 0: none was.
+func acknowledgement(tx *store.Tx) (number int64, operator string, err error) {
+	var text string
+	err = tx.QueryRow(`SELECT COALESCE((SELECT value FROM meta WHERE name = ?), '0 ')`, acknowledgedKey).Scan(&text)
+	if err != nil {
+		return 0, "", err
+	}
+	count, operator, _ := strings.Cut(text, " ")
+	number, err = strconv.ParseInt(count, 10, 64)
+	return number, operator, err
+}
+
+// Unacknowledged returns the present epoch if nobody stands for it yet, else 0. The first
+// needs nobody.
+func Unacknowledged(tx *store.Tx) (int64, error) {
+	number, err := epoch(tx)
+	if err != nil || number == 1 {
+		return 0, err
+	}
+	last, _, err := acknowledgement(tx)
+	if last == number {
+		number = 0
+	}
+	return number, err
+}
+
+// Acknowledged is the signed acknowledgement of the present epoch; nil: there is none.
+func (l *Log) Acknowledged(ctx context.Context) (signed []byte, err error) {
+	err = l.store.View(ctx, func(tx *store.Tx) error {
+		number, err := epoch(tx)
+		if err != nil {
+			return err
+		}
+		last, operator, err := acknowledgement(tx)
+		if err != nil || last != number {
+			return err
+		}
+		signed, err = checkpoint.Acknowledgement{Broker: l.broker, Epoch: number, Operator: operator}.Sign(l.signer)
+		return err
+	})
+	return signed, err
 }
 
 // Epoch is the log's present epoch.

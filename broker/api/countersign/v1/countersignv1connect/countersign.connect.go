@@ -427,7 +427,8 @@ type OperatorServiceClient interface {
 	AddOperator(context.Context, *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error)
 	ListOperators(context.Context, *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error)
 	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
-	// AcknowledgeRestore ends the hold of a broker that was restored without a denial log.
+	// AcknowledgeRestore acknowledges the log's epoch, and ends the hold of a broker that was
+	// restored without a denial log.
 	AcknowledgeRestore(context.Context, *connect.Request[v1.AcknowledgeRestoreRequest]) (*connect.Response[v1.AcknowledgeRestoreResponse], error)
 	// RenewOperator gives the operator of this connection a new certificate for
 	// the same key, name, role and length of life.
@@ -857,7 +858,8 @@ type OperatorServiceHandler interface {
 	AddOperator(context.Context, *connect.Request[v1.AddOperatorRequest]) (*connect.Response[v1.AddOperatorResponse], error)
 	ListOperators(context.Context, *connect.Request[v1.ListOperatorsRequest]) (*connect.Response[v1.ListOperatorsResponse], error)
 	RemoveOperator(context.Context, *connect.Request[v1.RemoveOperatorRequest]) (*connect.Response[v1.RemoveOperatorResponse], error)
-	// AcknowledgeRestore ends the hold of a broker that was restored without a denial log.
+	// AcknowledgeRestore acknowledges the log's epoch, and ends the hold of a broker that was
+	// restored without a denial log.
 	AcknowledgeRestore(context.Context, *connect.Request[v1.AcknowledgeRestoreRequest]) (*connect.Response[v1.AcknowledgeRestoreResponse], error)
 	// RenewOperator gives the operator of this connection a new certificate for
 	// the same key, name, role and length of life.
