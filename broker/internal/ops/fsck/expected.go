@@ -394,42 +394,15 @@ func (l *ledger) policyRows(tx *store.Tx, bad func(string, ...any)) error {
 }
 
 func (l *ledger) versionRows(tx *store.Tx, bad func(string, ...any)) error {
-	compare := func(what string, all map[string][]expectedVersion, query string) error {
-		found := map[string]int{}
-		err := tx.Each(func(row store.Row) error {
-			var name, content string
-			var version, approved, ends int64
-			if err := row.Scan(&name, &version, &content, &approved, &ends); err != nil {
-				return err
-			}
-			found[name]++
-			list := all[name]
-			if version < 1 || int(version) > len(list) {
-				bad("%s %s version %d: no record is of it", what, name, version)
-				return nil
-			}
-			want := list[version-1]
-			if want.digest != "" && evidence.Sum([]byte(content)).String() != want.digest {
-				bad("%s %s version %d: its content was changed", what, name, version)
-			}
-			if (approved != 0) != want.approved || ends != want.ends {
-				bad("%s %s version %d is in force otherwise than the log says", what, name, version)
-			}
-			return nil
-		}, query)
-		for name, list := range all {
-			if found[name] < len(list) {
-				bad("%s %s: the log has %d versions, and the store %d", what, name, len(list), found[name])
-			}
-		}
+	sets, releases := versions{what: "reference set", all: l.references, bad: bad}, versions{what: "release", all: l.releases, bad: bad}
+	if err := tx.Each(sets.row, `SELECT name, version, content, approved, ends FROM reference_sets`); err != nil {
 		return err
 	}
-	if err := compare("reference set", l.references, `SELECT name, version, content, approved, ends FROM reference_sets`); err != nil {
+	if err := tx.Each(releases.row, `SELECT name, version, files, 1, ends FROM releases`); err != nil {
 		return err
 	}
-	if err := compare("release", l.releases, `SELECT name, version, files, 1, ends FROM releases`); err != nil {
-		return err
-	}
+	sets.missing()
+	releases.missing()
 	return tx.Each(func(row store.Row) error {
 		var name string
 		var ends int64
@@ -441,6 +414,48 @@ func (l *ledger) versionRows(tx *store.Tx, bad func(string, ...any)) error {
 		}
 		return nil
 	}, `SELECT name, ends FROM reference_maintenance`)
+}
+
+// versions compares the rows of a table of versions with all that the log has.
+type versions struct {
+	what  string
+	all   map[string][]expectedVersion
+	bad   func(string, ...any)
+	found map[string]int
+}
+
+func (v *versions) row(row store.Row) error {
+	var name, content string
+	var version, approved, ends int64
+	if err := row.Scan(&name, &version, &content, &approved, &ends); err != nil {
+		return err
+	}
+	if v.found == nil {
+		v.found = map[string]int{}
+	}
+	v.found[name]++
+	list := v.all[name]
+	if version < 1 || int(version) > len(list) {
+		v.bad("%s %s version %d: no record is of it", v.what, name, version)
+		return nil
+	}
+
+	want := list[version-1]
+	if want.digest != "" && evidence.Sum([]byte(content)).String() != want.digest {
+		v.bad("%s %s version %d: its content was changed", v.what, name, version)
+	}
+	if (approved != 0) != want.approved || ends != want.ends {
+		v.bad("%s %s version %d is in force otherwise than the log says", v.what, name, version)
+	}
+	return nil
+}
+
+func (v *versions) missing() {
+	for name, list := range v.all {
+		if v.found[name] < len(list) {
+			v.bad("%s %s: the log has %d versions, and the store %d", v.what, name, len(list), v.found[name])
+		}
+	}
 }
 
 func (l *ledger) findingRows(tx *store.Tx, bad func(string, ...any)) error {
