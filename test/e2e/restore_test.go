@@ -164,6 +164,9 @@ func (p *past) takenAway(t *testing.T, ctx context.Context) {
 		t.Errorf("the leases in force, revoked, and issued and revoked after the backup are %v", got)
 	}
 	p.ended(t, p.revoked.LeaseId)
+	if found := p.fsck(t); len(found) > 0 {
+		t.Errorf("fsck: %q", found)
+	}
 }
 
 // A backup revives nothing that was taken away after it.

@@ -32,11 +32,13 @@ func (e Epoch) why() string { return e.Reason }
 // Merged is the event of DenialMerged: the store was restored from a backup, and what was
 // taken away after that is taken away again, as the denial log says.
 type Merged struct {
-	Denial string            `json:"denial"` // host, lease, operator, token or value
-	Name   string            `json:"name"`
-	State  string            `json:"state,omitempty"` // of a host
-	EKs    []evidence.Digest `json:"eks,omitempty"`   // of a host
-	Reason string            `json:"reason,omitempty"`
+	Denial string `json:"denial"` // host, lease, operator, token or value
+	Name   string `json:"name"`
+	State  string `json:"state,omitempty"` // of a host
+	// Admitted reports whether an operator ever let the host in.
+	Admitted bool              `json:"admitted,omitempty"`
+	EKs      []evidence.Digest `json:"eks,omitempty"` // of a host
+	Reason   string            `json:"reason,omitempty"`
 }
 
 // Kind returns DenialMerged.

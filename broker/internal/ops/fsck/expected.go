@@ -196,12 +196,12 @@ func (l *ledger) merged(id string, e *event.Merged) {
 	case "host":
 		h := l.hosts[id]
 		if h == nil {
-			h = &expectedHost{eks: map[evidence.Digest]bool{}, status: inventory.Status{Admitted: e.State == string(inventory.Quarantined)}}
+			h = &expectedHost{eks: map[evidence.Digest]bool{}}
 			l.hosts[id] = h
 		}
-		h.status.State = inventory.State(e.State)
+		h.status.State, h.status.Admitted = inventory.State(e.State), e.Admitted
 		if h.status.State == inventory.Removed {
-			h.status.Admitted, h.status.Reenrolling = false, false
+			h.status.Reenrolling = false
 		}
 		h.ak, h.tls = evidence.Digest{}, evidence.Digest{} // as of after the backup
 		for _, ek := range e.EKs {

@@ -63,7 +63,7 @@ func takeAway(tx *store.Tx, s *store.Store, d denials.Denial, actor string, now 
 		if err != nil || !changed {
 			return err
 		}
-		about.Host, told.State, told.EKs, told.Reason = h.ID, string(h.State), h.EKs, h.Reason
+		about.Host, told.State, told.Admitted, told.EKs, told.Reason = h.ID, string(h.State), h.Admitted, h.EKs, h.Reason
 		if err := revoke(tx, s, journal.Filter{Host: h.ID, States: journal.Unended}, string(h.State)+" before the store was restored", actor, now, log); err != nil {
 			return err
 		}
