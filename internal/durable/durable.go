@@ -1,4 +1,4 @@
-// Package durable keeps the agent's own state: small files, root's alone, each
+// Package durable keeps a program's own state: files that are its user's alone, each
 // always the complete old or the complete new one.
 //
 // It trusts the folder, which only root can write to. What others read, where
@@ -44,6 +44,27 @@ func write(path string, data []byte) error {
 		err = f.Sync()
 	}
 	return errors.Join(err, f.Close())
+}
+
+// Copy copies a file to a new one, mode 0600, or leaves none.
+func Copy(from, to string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = in.Close() }()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	if err == nil {
+		err = out.Sync()
+	}
+	if err = errors.Join(err, out.Close()); err != nil {
+		return errors.Join(err, os.Remove(to))
+	}
+	return SyncDir(filepath.Dir(to))
 }
 
 // Remove deletes the file path, if it is there.

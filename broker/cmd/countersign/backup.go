@@ -101,7 +101,7 @@ func (b *backedUp) make(cmd *cobra.Command, c *config.Broker) error {
 		return err
 	}
 	// After the store, so that it is no older. A broker that never ran has none.
-	switch err := copyFile(c.DenialLog, b.File+".denials"); {
+	switch err := durable.Copy(c.DenialLog, b.File+".denials"); {
 	case err == nil:
 		b.Denials = b.File + ".denials"
 	case !errors.Is(err, os.ErrNotExist):
@@ -203,7 +203,7 @@ func copyKeys(stateDir, dir string) (err error) {
 		}
 	}()
 	for _, name := range keyFiles {
-		err := copyFile(filepath.Join(stateDir, name), filepath.Join(dir, name))
+		err := durable.Copy(filepath.Join(stateDir, name), filepath.Join(dir, name))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}

@@ -20,6 +20,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/cli"
+	"github.com/countersign/countersign/internal/durable"
 	"github.com/countersign/countersign/internal/faults"
 )
 
@@ -95,7 +96,7 @@ func restore(cmd *cobra.Command, c *config.Broker, backup string, logs []string)
 			return r, no("%s exists: move %s* away first; restore never overwrites a store", c.StoreFile()+ending, c.StoreFile())
 		}
 	}
-	if err := copyFile(backup, c.StoreFile()); err != nil {
+	if err := durable.Copy(backup, c.StoreFile()); err != nil {
 		return r, err
 	}
 	s, err := store.Open(c.StoreFile())
@@ -249,26 +250,4 @@ func verifyLog(cmd *cobra.Command, s *store.Store) error {
 		return fmt.Errorf("the backup's audit log: %w", v.Problem)
 	}
 	return nil
-}
-
-// copyFile copies a file to a new one, or leaves none.
-func copyFile(from, to string) (err error) {
-	in, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = in.Close() }()
-	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err = errors.Join(err, out.Close()); err != nil {
-			err = errors.Join(err, os.Remove(to))
-		}
-	}()
-	if _, err := io.Copy(out, in); err != nil {
-		return err
-	}
-	return out.Sync()
 }

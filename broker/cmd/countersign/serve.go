@@ -43,6 +43,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/verify/vendors"
 	"github.com/countersign/countersign/broker/server"
 	"github.com/countersign/countersign/internal/cli"
+	"github.com/countersign/countersign/internal/durable"
 	"github.com/countersign/countersign/internal/faults"
 	"github.com/countersign/countersign/internal/secret"
 )
@@ -155,7 +156,7 @@ func (b *broker) openDenials(ctx context.Context) error {
 	}
 	if c.Bad > 0 {
 		b.log.Error("the denial log has lines that can't be read; a copy is kept", "lines", c.Bad, "file", file)
-		if err := denials.Copy(file, fmt.Sprintf("%s.damaged-%d", file, faults.Now().Unix())); err != nil {
+		if err := durable.Copy(file, fmt.Sprintf("%s.damaged-%d", file, faults.Now().Unix())); err != nil {
 			b.log.Error("the damaged denial log is not copied", "err", err)
 		}
 	}

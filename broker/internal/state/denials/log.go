@@ -11,7 +11,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -392,26 +391,4 @@ func (l *Log) tidy(ctx context.Context) error {
 		return nil
 	}
 	return l.rewrite(ctx)
-}
-
-// Copy copies a denial log to a new file, for a backup. It fails with os.ErrNotExist if
-// there is none.
-func Copy(from, to string) (err error) {
-	in, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = in.Close() }()
-	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(out, io.LimitReader(in, maxFile))
-	if err == nil {
-		err = out.Sync()
-	}
-	if err = errors.Join(err, out.Close()); err != nil {
-		return errors.Join(err, os.Remove(to))
-	}
-	return durable.SyncDir(filepath.Dir(to))
 }
