@@ -3,6 +3,8 @@
 package config
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -15,6 +17,8 @@ import (
 
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 
+	"github.com/countersign/countersign/hostagent/internal/account"
+	"github.com/countersign/countersign/hostagent/internal/rootonly"
 	"github.com/countersign/countersign/internal/hclread"
 )
 
@@ -114,9 +118,13 @@ type OnChange struct {
 	Restart bool     `hcl:"restart,optional"` // the unit
 	Reload  bool     `hcl:"reload,optional"`  // the unit
 	Exec    []string `hcl:"exec,optional"`    // a command and its arguments
-	// Check is a command that runs before the swap, with the new files' paths
-	// in COUNTERSIGN_FILE_0, …; if it fails, the old credential stays.
+	// Check is a command that runs before the swap, with the paths of copies of
+	// the new files in COUNTERSIGN_FILE_0, …; if it fails, the old credential
+	// stays.
 	Check []string `hcl:"check,optional"`
+	// User is whom Exec and Check run as. Default: Exec as root, Check as the
+	// files' owner. As root runs only what root alone can change.
+	User string `hcl:"user,optional"`
 	// Timeout bounds Exec and Check each. Default 30s.
 	Timeout string `hcl:"timeout,optional"`
 
@@ -125,6 +133,12 @@ type OnChange struct {
 
 // Limit is Timeout, parsed.
 func (o *OnChange) Limit() time.Duration { return o.timeout }
+
+// ExecUser is whom Exec runs as.
+func (o *OnChange) ExecUser() string { return cmp.Or(o.User, "root") }
+
+// CheckUser is whom the check runs as.
+func (c *Credential) CheckUser() string { return cmp.Or(c.OnChange.User, c.Files[0].Owner) }
 
 // Load reads and checks a config file. A mistake is an hclread.Problems, which has all
 // of them.
@@ -270,6 +284,34 @@ func (c *Credential) check(names map[string]bool, paths map[string]string, bad f
 	}
 	if o := c.OnChange; o != nil {
 		o.check(c.Process, bad)
+		c.checkUsers(bad)
+	}
+}
+
+// checkUsers wants it said whom commands run as, and as root only what root alone can change.
+func (c *Credential) checkUsers(bad func(string, ...any)) {
+	o := c.OnChange
+	if len(o.Check) > 0 && o.User == "" {
+		for _, f := range c.Files {
+			if f.Owner != c.Files[0].Owner {
+				bad("on_change: check runs as the files' owner, and the files have several: set user")
+				break
+			}
+		}
+	}
+	runsAs := func(name, user string, argv []string) {
+		uid, err := account.UID(user)
+		if len(argv) == 0 || err != nil || uid != 0 {
+			return
+		}
+		var loose *rootonly.LooseError
+		if err := rootonly.Command(argv); errors.As(err, &loose) {
+			bad("on_change: %s would run as root, and %v: set user, or make it and its folders root's alone", name, loose)
+		}
+	}
+	runsAs("exec", o.ExecUser(), o.Exec)
+	if len(c.Files) > 0 {
+		runsAs("check", c.CheckUser(), o.Check)
 	}
 }
 

@@ -60,8 +60,9 @@ type Push interface {
 
 // Staged is a credential that is about to replace the current one.
 type Staged interface {
-	// Paths returns the staged files in the config's order, for a check before Commit.
-	Paths() []string
+	// Contents returns what is staged, in the order of the config's files, for a check
+	// before Commit, which wipes it as Discard does.
+	Contents() []secret.Bytes
 	// Commit replaces the old credential by the new one, completely or, on an error,
 	// not at all. Rollback is still possible.
 	Commit() error

@@ -7,31 +7,79 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 
 	"github.com/coreos/go-systemd/v22/dbus"
 	"golang.org/x/sys/unix"
 
 	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/hostagent/internal/account"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/hostagent/internal/rootonly"
+	"github.com/countersign/countersign/internal/secret"
 )
 
-// commandPath is the PATH of commands, and with the new files' names all of
+// commandPath is the PATH of commands, and with the names of a check's files all of
 // their environment.
-const commandPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+var commandPath = []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}
 
-// Check runs the config's check over the new files; no check is fine.
-func Check(ctx context.Context, o *config.OnChange, newPaths []string) error {
+// fileVariable is what the variables are called that name a check's files, less their number.
+const fileVariable = "COUNTERSIGN_FILE_"
+
+// environment is that of a command before its files. Root finds no program in a folder
+// that others can write to.
+func environment(as *account.Account) []string {
+	var folders []string
+	for _, dir := range commandPath {
+		if as == nil || as.UID != 0 || rootonly.Dir(dir) == nil {
+			folders = append(folders, dir)
+		}
+	}
+	return []string{"PATH=" + strings.Join(folders, ":")}
+}
+
+// accountOf is whom a command runs as; nil where the agent isn't root.
+func accountOf(user, group string) (*account.Account, error) {
+	if os.Geteuid() != 0 {
+		return nil, nil
+	}
+	as, err := account.Of(user, group)
+	return &as, err
+}
+
+// Check runs the config's check over copies of the new files, which it keeps below runDir
+// for as long; no check is fine.
+func Check(ctx context.Context, c *config.Credential, runDir string, contents []secret.Bytes) error {
+	o := c.OnChange
 	if o == nil || len(o.Check) == 0 {
 		return nil
 	}
-	env := []string{commandPath}
-	for i, p := range newPaths {
-		env = append(env, fmt.Sprintf("COUNTERSIGN_FILE_%d=%s", i, p))
-	}
-	if err := command(ctx, o.Check, env, o.Limit()); err != nil {
+	if err := try(ctx, c, runDir, contents); err != nil {
 		return fmt.Errorf("check: %w; the old credential stays", err)
 	}
 	return nil
+}
+
+func try(ctx context.Context, c *config.Credential, runDir string, contents []secret.Bytes) (err error) {
+	as, err := accountOf(c.CheckUser(), c.Files[0].Group)
+	if err != nil {
+		return fmt.Errorf("whom it runs as: %w", err)
+	}
+	reader := account.Account{UID: os.Geteuid(), GID: os.Getegid()}
+	if as != nil {
+		reader = *as
+	}
+	copied, err := copyFiles(runDir, c, reader, contents)
+	if err != nil {
+		return fmt.Errorf("copy the new files for it: %w", err)
+	}
+	defer func() { err = errors.Join(err, copied.remove()) }()
+
+	env := environment(as)
+	for i, path := range copied.paths {
+		env = append(env, fmt.Sprintf("%s%d=%s", fileVariable, i, path))
+	}
+	return run(ctx, task{Argv: c.OnChange.Check, Limit: c.OnChange.Limit(), As: as}, env)
 }
 
 // Notify tells the program that its files are new, and waits until it is told:
@@ -45,11 +93,21 @@ func Notify(ctx context.Context, o *config.OnChange, p process.Program) error {
 	case o.Restart, o.Reload:
 		return job(ctx, o, p.Unit())
 	case len(o.Exec) > 0:
-		if err := command(ctx, o.Exec, []string{commandPath}, o.Limit()); err != nil {
+		if err := execute(ctx, o); err != nil {
 			return fmt.Errorf("exec: %w", err)
 		}
 	}
 	return nil
+}
+
+// execute runs the config's exec. Only root's may leave a daemon behind: of another user's it would
+// count as the agent's.
+func execute(ctx context.Context, o *config.OnChange) error {
+	as, err := accountOf(o.ExecUser(), o.ExecUser())
+	if err != nil {
+		return fmt.Errorf("whom it runs as: %w", err)
+	}
+	return run(ctx, task{Argv: o.Exec, Limit: o.Limit(), As: as, Daemons: as == nil || as.UID == 0}, environment(as))
 }
 
 // signal reaches the process that p describes, or none.

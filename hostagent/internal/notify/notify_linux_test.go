@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/countersign/countersign/attestors/process"
 	"github.com/countersign/countersign/hostagent/internal/config"
+	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/test/check"
 	"github.com/countersign/countersign/test/lab"
 )
@@ -24,14 +26,33 @@ import (
 // onChange parses an on_change block.
 func onChange(t *testing.T, text string) *config.OnChange {
 	t.Helper()
-	a, err := config.Parse("test.hcl", []byte(configText(text)))
-	check.Nil(t, err)
-	return a.Credentials[0].OnChange
+	return credential(t, text, "/x").OnChange
 }
 
-func configText(onChange string) string {
-	return "broker {\n addresses = [\"https://b:1\"]\n ca_sha256 = \"" + strings.Repeat("0", 64) + "\"\n}\n" +
-		"credential \"c\" {\n process { unit = \"x.service\" }\n file \"/x\" { template = \"\" }\n on_change {\n" + onChange + "\n}\n}\n"
+// credential parses a credential's block.
+func credential(t *testing.T, onChange string, files ...string) *config.Credential {
+	t.Helper()
+	a, err := config.Parse("test.hcl", []byte(configText(onChange, files...)))
+	check.Nil(t, err)
+	return a.Credentials[0]
+}
+
+// configText is a config of files, each a path and its attributes, separated by a space.
+func configText(onChange string, files ...string) string {
+	text := "broker {\n addresses = [\"https://b:1\"]\n ca_sha256 = \"" + strings.Repeat("0", 64) + "\"\n}\n" +
+		"credential \"c\" {\n process { unit = \"x.service\" }\n on_change {\n" + onChange + "\n}\n"
+	for _, f := range files {
+		path, attributes, _ := strings.Cut(f, " ")
+		text += fmt.Sprintf("file %q {\n template = \"\"\n %s\n}\n", path, attributes)
+	}
+	return text + "}\n"
+}
+
+func secrets(contents ...string) (out []secret.Bytes) {
+	for _, c := range contents {
+		out = append(out, secret.New([]byte(c)))
+	}
+	return out
 }
 
 // script writes an executable.
@@ -44,16 +65,15 @@ func script(t *testing.T, text string) string {
 
 func TestCheck(t *testing.T) {
 	t.Setenv("AGENT_SECRET", "s3cret")
-	paths := []string{filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")}
-	for _, path := range paths {
-		check.Nil(t, os.WriteFile(path, []byte("user=u-new password=s3cret"), 0o600))
-	}
+	contents := secrets("user=u-new password=s3cret", "user=u-new password=s3cret")
+	two := []string{"/etc/a.conf", "/etc/b.conf"}
 	ctx := context.Background()
+	runDir := t.TempDir()
+	try := func(onChange string) error { return Check(ctx, credential(t, onChange, two...), runDir, contents) }
 	seen := filepath.Join(t.TempDir(), "seen")
-	ok := script(t, `grep -q u-new "$COUNTERSIGN_FILE_0" && grep -q u-new "$COUNTERSIGN_FILE_1" || exit 9; ls /proc/$$/fd | grep -x 3 && exit 8; tr '\0' '\n' </proc/self/environ >`+seen+"; pwd >>"+seen)
-	check.Nil(t, Check(ctx, nil, paths))
-	check.Nil(t, Check(ctx, onChange(t, ""), paths))
-	check.Nil(t, Check(ctx, onChange(t, "check = [\""+ok+"\"]"), paths))
+	ok := script(t, `grep -q u-new "$COUNTERSIGN_FILE_0" && grep -q u-new "$COUNTERSIGN_FILE_1" || exit 9; for f in /proc/$$/fd/[3-9]; do test -e $f && exit 8; done; tr '\0' '\n' </proc/self/environ >`+seen+"; pwd >>"+seen)
+	check.Nil(t, try(""))
+	check.Nil(t, try("check = [\""+ok+"\"]"))
 	b, err := os.ReadFile(seen)
 	check.Nil(t, err)
 	for line := range strings.Lines(string(b)) {
@@ -64,16 +84,19 @@ func TestCheck(t *testing.T) {
 			t.Errorf("the check's environment has %s", line)
 		}
 	}
+	if left := check.Must(os.ReadDir(filepath.Join(runDir, "check")))(t); len(left) > 0 {
+		t.Errorf("left over: %v", left)
+	}
 
 	bad := script(t, `cat "$COUNTERSIGN_FILE_0"; cat "$COUNTERSIGN_FILE_0" >&2; exit 3`)
-	check.Silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), paths), "s3cret", bad, "exit status 3", "the old credential stays")
-	missing := Check(ctx, onChange(t, `check = ["/no/such/check"]`), paths)
+	check.Silent(t, try("check = [\""+bad+"\"]"), "s3cret", bad, "exit status 3", "the old credential stays")
+	missing := try(`check = ["/no/such/check"]`)
 	check.Silent(t, missing, "s3cret", "check: exec /no/such/check: no such file", "the old credential stays")
 	if !errors.Is(missing, os.ErrNotExist) {
 		t.Errorf("%v", missing)
 	}
 	check.Nil(t, os.Chmod(bad, 0o600))
-	check.Silent(t, Check(ctx, onChange(t, "check = [\""+bad+"\"]"), paths), "s3cret", "exec "+bad+": permission denied")
+	check.Silent(t, try("check = [\""+bad+"\"]"), "s3cret", "exec "+bad+": permission denied")
 }
 
 // TestLimit: at the limit the command's whole group ends.
@@ -85,9 +108,10 @@ func TestLimit(t *testing.T) {
 	held, err := os.OpenFile(pipe, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	check.Nil(t, err)
 	defer func() { _ = held.Close() }()
-	o := onChange(t, "exec = [\""+hang+"\"]\ncheck = [\""+hang+"\"]\ntimeout = \"1s\"")
+	c := credential(t, "exec = [\""+hang+"\"]\ncheck = [\""+hang+"\"]\ntimeout = \"1s\"", "/x")
+	o := c.OnChange
 	for name, run := range map[string]func(context.Context) error{
-		"check": func(ctx context.Context) error { return Check(ctx, o, nil) },
+		"check": func(ctx context.Context) error { return Check(ctx, c, t.TempDir(), secrets("")) },
 		"exec":  func(ctx context.Context) error { return Notify(ctx, o, process.Program{}) },
 	} {
 		check.Silent(t, run(context.Background()), "s3cret", name, "not done after 1s", "timeout")
@@ -101,7 +125,7 @@ func TestLimit(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if err := Check(ctx, o, nil); !errors.Is(err, context.Canceled) {
+	if err := Check(ctx, c, t.TempDir(), secrets("")); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 }
@@ -145,7 +169,7 @@ func notifyChild() error {
 			return err
 		}
 	}
-	a, err := config.Parse("test.hcl", []byte(configText(os.Getenv("ON_CHANGE"))))
+	a, err := config.Parse("test.hcl", []byte(configText(os.Getenv("ON_CHANGE"), "/x")))
 	if err != nil {
 		return err
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/notify"
+	"github.com/countersign/countersign/internal/secret"
 	"github.com/countersign/countersign/test/check"
 )
 
@@ -424,9 +425,9 @@ credential "c" {
     exec  = [%q]
   }
 }`, 0, b.file, b.file, reload)))(t)
-	o := agent.Credentials[0].OnChange
+	c := agent.Credentials[0]
 	for range 3 {
-		check.Nil(t, errors.Join(notify.Check(t.Context(), o, nil), notify.Notify(t.Context(), o, process.Program{})))
+		check.Nil(t, errors.Join(notify.Check(t.Context(), c, t.TempDir(), make([]secret.Bytes, 1)), notify.Notify(t.Context(), c.OnChange, process.Program{})))
 	}
 	b.only(t)
 }

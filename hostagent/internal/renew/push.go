@@ -25,7 +25,7 @@ func (r *Runner) put(ctx context.Context, p *process.Program, lease *Lease, fiel
 		return err
 	}
 	defer staged.Discard()
-	if err := notify.Check(ctx, r.cfg.OnChange, staged.Paths()); err != nil {
+	if err := notify.Check(ctx, r.cfg, r.keep.run, staged.Contents()); err != nil {
 		return err
 	}
 	faults.Point("agent.prepared")

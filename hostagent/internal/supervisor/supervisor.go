@@ -16,6 +16,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/attest"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
+	"github.com/countersign/countersign/hostagent/internal/notify"
 	"github.com/countersign/countersign/hostagent/internal/openmon"
 	"github.com/countersign/countersign/hostagent/internal/renew"
 )
@@ -79,6 +80,10 @@ func (s *Service) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := notify.Clean(s.cfg.RunDir); err != nil {
+		s.log.Warn("copies of credentials, made for checks, could not be removed", "err", err)
+	}
+
 	var wg sync.WaitGroup
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -43,15 +43,21 @@ func New(files []*config.File) *Way { return &Way{files, openFolder} }
 // results beside the files, without touching them.
 func (w *Way) Stage(fields map[string]secret.Bytes) (deliver.Staged, error) {
 	data := make([]secret.Bytes, 0, len(w.files))
-	defer func() { wipe(data) }()
 	for _, f := range w.files {
 		b, err := deliver.Render(f.Template, fields)
 		if err != nil {
+			wipe(data)
 			return nil, fmt.Errorf("%s: %w", f.Path, err)
 		}
 		data = append(data, b)
 	}
-	return w.stage(data)
+	s, err := w.prepare(data)
+	if err != nil {
+		wipe(data)
+		return nil, err
+	}
+	s.contents = data
+	return s, nil
 }
 
 // PutBack is Stage with contents that Contents returned, in the files' order.
@@ -64,11 +70,7 @@ func (w *Way) PutBack(contents []secret.Bytes) (deliver.Staged, error) {
 			return nil, fmt.Errorf("%s: the content has %d bytes; at most %d are written", w.files[i].Path, d.Len(), deliver.MaxContent)
 		}
 	}
-	return w.stage(contents)
-}
-
-func (w *Way) stage(data []secret.Bytes) (deliver.Staged, error) {
-	s, err := w.prepare(data)
+	s, err := w.prepare(contents)
 	if err != nil {
 		return nil, err
 	}

@@ -5,13 +5,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/user"
 	"path"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/countersign/countersign/hostagent/internal/account"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/deliver"
 	"github.com/countersign/countersign/internal/secret"
@@ -87,13 +86,13 @@ func (u *unixFolder) present(name string) (bool, error) {
 // write makes the file for root alone; owner and mode are set by descriptor, on
 // a file that nobody else made.
 func (u *unixFolder) write(name string, data secret.Bytes, f *config.File) (_ io.Closer, err error) {
-	uid, err := uidOf(f.Owner)
+	uid, err := account.UID(f.Owner)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("owner: %w", err)
 	}
-	gid, err := gidOf(f.Group)
+	gid, err := account.GID(f.Group)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("group: %w", err)
 	}
 	made, err := u.create(name)
 	if err != nil {
@@ -284,32 +283,4 @@ func explain(name string, err error) error {
 		hint = ": shorten the file's name, to which .countersign-new is added"
 	}
 	return fmt.Errorf("%s: %w%s", name, err, hint)
-}
-
-// uidOf and gidOf take a name of /etc/passwd and /etc/group, or a number.
-func uidOf(name string) (int, error) {
-	u, err := user.Lookup(name)
-	if err != nil {
-		if n, ok := number(name); ok {
-			return n, nil
-		}
-		return 0, fmt.Errorf("owner: no user %q in /etc/passwd: create it, or give the number of one that a directory service knows", name)
-	}
-	return strconv.Atoi(u.Uid)
-}
-
-func gidOf(name string) (int, error) {
-	g, err := user.LookupGroup(name)
-	if err != nil {
-		if n, ok := number(name); ok {
-			return n, nil
-		}
-		return 0, fmt.Errorf("group: no group %q in /etc/group: create it, or give the number of one that a directory service knows", name)
-	}
-	return strconv.Atoi(g.Gid)
-}
-
-func number(s string) (int, bool) {
-	n, err := strconv.ParseUint(s, 10, 31)
-	return int(n), err == nil
 }

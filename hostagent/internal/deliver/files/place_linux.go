@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/countersign/countersign/hostagent/internal/account"
 	"github.com/countersign/countersign/hostagent/internal/config"
 )
 
@@ -38,9 +39,9 @@ func Place(f *config.File) (*os.File, error) {
 // another's than the owner's, or has a second name, by which a folder's owner
 // could have put any file here.
 func Delivered(f *config.File, file *os.File) error {
-	uid, err := uidOf(f.Owner)
+	uid, err := account.UID(f.Owner)
 	if err != nil {
-		return err
+		return fmt.Errorf("owner: %w", err)
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(int(file.Fd()), &st); err != nil {

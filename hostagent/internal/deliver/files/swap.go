@@ -53,10 +53,11 @@ const (
 	committed
 )
 
-// A swap is the replacing of a set of files by another. It holds no secret.
+// A swap is the replacing of a set of files by another.
 type swap struct {
-	targets []*target // in the config's order
-	state   state
+	targets  []*target      // in the config's order
+	contents []secret.Bytes // what Stage rendered, in the same order, until Commit
+	state    state
 }
 
 // A target is one file of a swap.
@@ -127,14 +128,8 @@ func (t *target) write(f *config.File, data secret.Bytes) error {
 	return t.dir.sync()
 }
 
-// Paths are the new files, in the config's order.
-func (s *swap) Paths() []string {
-	var out []string
-	for _, t := range s.targets {
-		out = append(out, t.beside(t.new()))
-	}
-	return out
-}
+// Contents are the new ones, in the config's order.
+func (s *swap) Contents() []secret.Bytes { return s.contents }
 
 // ordered are the targets in the order in which they are swapped.
 func (s *swap) ordered() []*target {
@@ -146,6 +141,8 @@ func (s *swap) Commit() error {
 	if s.state != prepared {
 		return errors.New("this swap is not one that is prepared")
 	}
+	wipe(s.contents)
+	s.contents = nil
 	for _, t := range s.ordered() {
 		if err := t.swap(); err != nil {
 			return errors.Join(fmt.Errorf("%s: %w; the old credential stays", t.path, err), s.back())
@@ -310,7 +307,8 @@ func (s *swap) end() {
 			_ = t.dir.Close()
 		}
 	}
-	s.targets, s.state = nil, done
+	wipe(s.contents)
+	s.targets, s.contents, s.state = nil, nil, done
 }
 
 // sync has on disk what is there, before more is built on it: the last step of
