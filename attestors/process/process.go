@@ -98,10 +98,10 @@ type Windows struct {
 	Service string `json:"service,omitempty"` // its name at the service control manager
 }
 
-// A Mapping is executable memory of a program. Device and Inode say which file
-// Path meant when it was mapped; no agent collects them yet.
+// A Mapping is executable memory of a program. Device and Inode say which file it
+// is, as the kernel shows it, where Path doesn't.
 type Mapping struct {
-	Path    string `json:"path"`              // "[anonymous]" for memory without a file
+	Path    string `json:"path"`              // of the file on the host; or one of the forms below
 	Deleted bool   `json:"deleted,omitempty"` // the file is gone, or was replaced
 	Device  string `json:"device,omitempty"`
 	Inode   uint64 `json:"inode,omitempty"`
@@ -109,6 +109,16 @@ type Mapping struct {
 
 // Anonymous is the Path of executable memory that no file backs.
 const Anonymous = "[anonymous]"
+
+// Folders before the path of a file that is another on the host, or none. They are part of
+// the path, so that readers that don't know them take it for no system folder's.
+const (
+	// Foreign is before a path that anybody may have made up, by mounts of his own.
+	Foreign = "/[foreign]"
+	// Private is before the path of a file that it means where the host's root set up the
+	// program's mounts, as by PrivateTmp=.
+	Private = "/[private]"
+)
 
 // A Parent is the process that a program's parent pid named.
 type Parent struct {

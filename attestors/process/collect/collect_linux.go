@@ -1,7 +1,6 @@
 package collect
 
 import (
-	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -293,59 +292,6 @@ func sameFile(a, b *os.File) (bool, error) {
 	}
 	return os.SameFile(ai, bi), nil
 }
-
-func (d *dir) mappings(exe executable) ([]process.Mapping, error) {
-	b, err := d.read("maps")
-	if err != nil {
-		return nil, err
-	}
-	m, err := parseMaps(b, exe)
-	if err != nil {
-		err = fmt.Errorf("/proc/%d/maps: %w", d.pid, err)
-	}
-	return m, err
-}
-
-// parseMaps reads the executable mappings of proc_pid_maps(5) that are not of
-// exe, each once.
-func parseMaps(b []byte, exe executable) ([]process.Mapping, error) {
-	seen := map[process.Mapping]bool{}
-	var list []process.Mapping
-	s := bufio.NewScanner(bytes.NewReader(b))
-	s.Buffer(nil, 64<<10)
-	for s.Scan() {
-		f := strings.SplitN(s.Text(), " ", 6)
-		if len(f) < 6 || len(f[1]) < 3 {
-			return nil, fmt.Errorf("line %q", s.Text())
-		}
-		if f[1][2] != 'x' {
-			continue
-		}
-		path, gone := strings.CutSuffix(strings.TrimLeft(f[5], " "), deleted)
-		switch {
-		case path == "[vdso]", path == "[vsyscall]", path == exe.path && gone == exe.deleted:
-			continue // the kernel's own, and the program
-		case !strings.HasPrefix(path, "/"):
-			path, gone = process.Anonymous, false
-		default:
-			path = filepath.Clean(unescape(path))
-		}
-		m := process.Mapping{Path: path, Deleted: gone}
-		if seen[m] {
-			continue
-		}
-		seen[m] = true
-		if list = append(list, m); len(list) > process.MaxMappings {
-			return nil, fmt.Errorf("more than %d executable mappings", process.MaxMappings)
-		}
-	}
-	slices.SortFunc(list, func(a, b process.Mapping) int { return strings.Compare(a.Path, b.Path) })
-	return list, s.Err()
-}
-
-// unescape shows a newline in a path as a question mark: the kernel writes it
-// as \012, and evidence holds no control characters.
-func unescape(path string) string { return strings.ReplaceAll(path, `\012`, "?") }
 
 func parent(pid int) *process.Parent {
 	if pid <= 0 {

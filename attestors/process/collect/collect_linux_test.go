@@ -241,12 +241,16 @@ func TestParseMaps(t *testing.T) {
 7f04-7f05 rwxp 00000000 00:00 0  [heap]
 7f05-7f06 r-xp 00000000 fe:00 4  /opt/app (deleted)
 7ffe-7fff r-xp 00000000 00:00 0  [vdso]
+0040b000-00000000 r-xp 00000000 00:1a 5  /x
 `
-	got, err := parseMaps([]byte(strings.ReplaceAll(maps, "00:00 0\n", "00:00 0 \n")), executable{path: "/opt/app"})
+	got, err := parseMaps([]byte(strings.ReplaceAll(maps, "00:00 0\n", "00:00 0 \n")))
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []process.Mapping{{Path: "/lib/libc.so.6"}, {Path: "/opt/app", Deleted: true}, {Path: "/tmp/ev il?.so", Deleted: true}, {Path: process.Anonymous}}
+	want := []region{
+		{"55e0-55e1", "/opt/app", false, "fe:00", 1}, {"7f00-7f01", "/lib/libc.so.6", false, "fe:00", 2}, {"7f01-7f02", "/lib/libc.so.6", false, "fe:00", 2},
+		{"7f02-7f03", `/tmp/ev il\012.so`, true, "fe:00", 3}, {span: "7f03-7f04"}, {span: "7f04-7f05"}, {"7f05-7f06", "/opt/app", true, "fe:00", 4}, {"40b000-0", "/x", false, "00:1a", 5},
+	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %v\nwant %v", got, want)
 	}
@@ -254,7 +258,7 @@ func TestParseMaps(t *testing.T) {
 
 func FuzzParseMaps(f *testing.F) {
 	f.Add([]byte("7f00-7f01 r-xp 00000000 fe:00 2  /lib/libc.so.6\n"))
-	f.Fuzz(func(_ *testing.T, b []byte) { _, _ = parseMaps(b, executable{path: "/x"}) })
+	f.Fuzz(func(_ *testing.T, b []byte) { _, _ = parseMaps(b) })
 }
 
 func FuzzParseStat(f *testing.F) {

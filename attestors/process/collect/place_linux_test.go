@@ -61,6 +61,7 @@ func (s stage) play(t *testing.T, how []string, script, printed string) int {
 	cmd.Env = append(os.Environ(), "EXE="+s.exe, "DIR="+s.dir, "TMP="+s.tmp)
 	var out strings.Builder
 	cmd.Stderr = &out
+	cmd.WaitDelay = time.Second
 	stdin, err := cmd.StdinPipe() // its end ends the script
 	if err != nil {
 		t.Fatal(err)

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"os/user"
+	"reflect"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,6 +27,7 @@ type unit struct {
 	invocation string
 	cgroup     string
 	execStart  string // its file
+	elsewhere  string // the setting by which execStart is another file than the host's, "" for none
 	user       string
 	group      string
 }
@@ -145,6 +148,7 @@ func (m *manager) unit(ctx context.Context, name string) (unit, error) {
 	if lines, _ := service["ExecStart"].([][]any); len(lines) > 0 && len(lines[0]) > 0 {
 		u.execStart, _ = lines[0][0].(string)
 	}
+	u.elsewhere = elsewhere(service, u.execStart)
 	if u.mainPID != 0 && u.invocation == "" {
 		return unit{}, errors.New("the system manager gave no invocation id: systemd is older than 232")
 	}
@@ -157,6 +161,34 @@ func (m *manager) unit(ctx context.Context, name string) (unit, error) {
 		m.mu.Unlock()
 	}
 	return u, nil
+}
+
+// elsewhere returns the setting by which a service sees another file at path than the host.
+func elsewhere(service map[string]any, path string) string {
+	for _, name := range []string{"RootDirectory", "RootImage"} {
+		if root, _ := service[name].(string); root != "" && root != "/" {
+			return name
+		}
+	}
+	for _, name := range []string{"ExtensionImages", "ExtensionDirectories"} {
+		if list := reflect.ValueOf(service[name]); list.Kind() == reflect.Slice && list.Len() > 0 {
+			return name
+		}
+	}
+	// Where the setting has the place that it covers.
+	for name, at := range map[string]int{"BindPaths": 1, "BindReadOnlyPaths": 1, "MountImages": 1, "TemporaryFileSystem": 0} {
+		list, _ := service[name].([][]any)
+		for _, one := range list {
+			if len(one) <= at {
+				continue
+			}
+			place, _ := one[at].(string)
+			if place == path || strings.HasPrefix(path, strings.TrimSuffix(place, "/")+"/") {
+				return name
+			}
+		}
+	}
+	return ""
 }
 
 // identity resolves a unit's user and group; empty ones are root's.

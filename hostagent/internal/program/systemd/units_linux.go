@@ -112,6 +112,9 @@ func starting(name string, u unit) (process.Program, error) {
 	if u.execStart == "" || u.invocation == "" {
 		return process.Program{}, fmt.Errorf("unit %s has no ExecStart", name)
 	}
+	if u.elsewhere != "" {
+		return process.Program{}, fmt.Errorf("unit %s has %s=: what it will run is not the host's %s, and can be told only while it runs", name, u.elsewhere, u.execStart)
+	}
 	linux := &process.Linux{Unit: name, Invocation: u.invocation, Cgroup: u.cgroup}
 	p := process.Program{Starting: true, Linux: linux}
 	var err error
