@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/countersign/countersign/attestors/ima"
 	"github.com/countersign/countersign/internal/glob"
 )
 
@@ -22,7 +23,12 @@ type Policy struct {
 	// Keys are PEM certificates or public keys, RSA or ECDSA. A file whose
 	// security.ima signature one of them made is allowed by it.
 	Keys []string `json:"keys,omitempty"`
-	// Violations says what one means: "reject", which is the default, or "ignore".
+	// Files says which files are held against the policy: "root", which is the default, are
+	// those that the hosts' IMA policy measures into PCR 10, which is to be what root runs;
+	// "all" are also those that it measures into another PCR.
+	Files string `json:"files,omitempty"`
+	// Violations says what one means: "reject" or "ignore". The kernel has them in PCR 10,
+	// whoever caused them: the default is to reject if all files are held, else to ignore.
 	Violations string `json:"violations,omitempty"`
 	// Mode is "enforce", which is the default, or "observe": what would have
 	// failed is told, and fails nothing.
@@ -43,6 +49,7 @@ type Rules struct {
 	exclude    []glob.Pattern
 	keys       []verifier
 	violations bool // are ignored
+	all        bool
 	observe    bool
 }
 
@@ -57,9 +64,13 @@ var digestText = regexp.MustCompile(`^(verity:)?[a-z0-9-]+:[0-9a-f]{32,128}$`)
 
 // Compile checks p as a whole.
 func (p Policy) Compile() (*Rules, error) {
-	r := &Rules{exact: map[string]map[string]bool{}, violations: p.Violations == "ignore", observe: p.Mode == "observe"}
+	r := &Rules{exact: map[string]map[string]bool{}, all: p.Files == "all", observe: p.Mode == "observe"}
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	r.violations = p.Violations == "ignore" || p.Violations == "" && !r.all
+	if !slices.Contains([]string{"", "root", "all"}, p.Files) {
+		bad("files: %q is neither root nor all", p.Files)
+	}
 	if !slices.Contains([]string{"", "reject", "ignore"}, p.Violations) {
 		bad("violations: %q is neither reject nor ignore", p.Violations)
 	}
@@ -132,6 +143,10 @@ func literal(pattern string) (path string, one bool) {
 
 // Observes says that what Judge finds fails nothing.
 func (r *Rules) Observes() bool { return r.observe }
+
+// Holds reports whether a measurement that isn't allowed fails its host: of those that don't, any
+// user of the host may be the cause.
+func (r *Rules) Holds(m Measurement) bool { return r.all || m.PCR == ima.DefaultPCR }
 
 // Judge says why m is not allowed; empty: it is.
 func (r *Rules) Judge(m Measurement) (why string) {

@@ -50,6 +50,7 @@ func TestPolicy(t *testing.T) {
 		},
 		Exclude: []string{"/var/tmp/**"},
 		Keys:    []string{publicPEM(t, rsaKey), publicPEM(t, ecKey)},
+		Files:   "all",
 	}.Compile())(t)
 	for name, tt := range map[string]struct {
 		m    Measurement
@@ -92,8 +93,16 @@ func TestPolicy(t *testing.T) {
 	if why := lax.Judge(Measurement{Index: 3, Violation: true}); why != "" || !lax.Observes() || rules.Observes() {
 		t.Errorf("violations ignored: %q", why)
 	}
-	_, err := Policy{Allow: []Allowed{{Path: "/a[", Digests: []string{"abc"}}}, Exclude: []string{"/b["}, Keys: []string{"no key"}, Violations: "maybe", Mode: "no"}.Compile()
-	for _, says := range []string{`"abc" is no digest`, `"/a[" is not a valid pattern`, `"/b[" is not a valid pattern`, "key 1: no PEM block", `"maybe" is neither`, `"no" is neither`} {
+	for files, holds := range map[string]bool{"": false, "root": false, "all": true} {
+		r := check.Must(Policy{Files: files}.Compile())(t)
+		strict := check.Must(Policy{Files: files, Violations: "reject"}.Compile())(t)
+		violation := Measurement{Index: 3, PCR: 10, Violation: true}
+		if r.Holds(Measurement{PCR: 15}) != holds || !r.Holds(Measurement{PCR: 10}) || (r.Judge(violation) != "") != holds || strict.Judge(violation) == "" {
+			t.Errorf("files = %q", files)
+		}
+	}
+	_, err := Policy{Allow: []Allowed{{Path: "/a[", Digests: []string{"abc"}}}, Exclude: []string{"/b["}, Keys: []string{"no key"}, Violations: "maybe", Mode: "no", Files: "some"}.Compile()
+	for _, says := range []string{`"abc" is no digest`, `"/a[" is not a valid pattern`, `"/b[" is not a valid pattern`, "key 1: no PEM block", `"maybe" is neither`, `"some" is neither`, `"no" is neither`} {
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("all errors at once: %v, want %q", err, says)
 		}

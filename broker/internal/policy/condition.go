@@ -56,7 +56,7 @@ var vocabulary = map[string][]fact{
 		{"windows", windowsType}, // absent unless it is a Windows' log
 		{"pcrs_replayed", cel.ListType(cel.IntType)}, {"pcrs_incomplete", cel.ListType(cel.IntType)}, {"pcrs_understood", cel.ListType(cel.IntType)}, {"kernel_command_lines_complete", cel.BoolType},
 		// Absent unless an IMA list was appraised.
-		{"ima", cel.StringType}, {"ima_bank", cel.StringType}, {"ima_entries", cel.IntType}, {"ima_violations", cel.IntType}, {"ima_unexpected", cel.IntType},
+		{"ima", cel.StringType}, {"ima_bank", cel.StringType}, {"ima_entries", cel.IntType}, {"ima_violations", cel.IntType}, {"ima_unexpected", cel.IntType}, {"ima_others", cel.IntType},
 	},
 	processType.TypeName(): {
 		{"exe", cel.StringType}, {"sha256", cel.StringType}, {"user", cel.StringType}, {"unit", cel.StringType}, // "": of none
@@ -272,7 +272,8 @@ func activation(f appraise.Facts, now time.Time) map[string]any {
 		host["ima"] = *f.Host.IMA
 	}
 	if l := f.Host.List; l != nil {
-		host["ima_bank"], host["ima_entries"], host["ima_violations"], host["ima_unexpected"] = string(l.Bank), int64(l.Proven), int64(l.Violations), int64(l.Unexpected)
+		host["ima_bank"], host["ima_entries"], host["ima_violations"] = string(l.Bank), int64(l.Proven), int64(l.Violations)
+		host["ima_unexpected"], host["ima_others"] = int64(l.Unexpected), int64(l.Others)
 	}
 	subject := object{}
 	if f.Subject.Risk != nil {

@@ -201,6 +201,9 @@ func (e *evaluation) process(sc *Scope, f appraise.Facts) {
 		e.is("process.release", want.Release, strings.Join(f.Releases, ", "), slices.Contains(f.Releases, want.Release))
 	}
 	e.mappings(sc, p)
+	if m := f.Measured; m != nil && len(m.Unlisted) > 0 {
+		e.is("process.files", "allowed by the host's reference set", strings.Join(m.Unlisted, ", "), false)
+	}
 	if sc.Host.IMA != "" {
 		e.measured(p, f.Measured)
 	}

@@ -196,6 +196,7 @@ func TestFacts(t *testing.T) {
 		{"ima is absent", `ima = "required"`, "", subject, Fault},
 		{"ima, and the program was never measured", `ima = "required"`, "", func() appraise.Facts { f := known(); f.Measured.Exe = false; return f }, Refused},
 		{"ima, and code that was never measured", `ima = "required"`, "", func() appraise.Facts { f := known(); f.Measured.Unmeasured = []string{"/lib/x.so"}; return f }, Refused},
+		{"a file of the program that the reference set doesn't allow", "", "", func() appraise.Facts { f := known(); f.Measured.Unlisted = []string{"/lib/x.so"}; return f }, Refused},
 		{"ima, and nothing is known of the program", `ima = "required"`, "", func() appraise.Facts { f := known(); f.Measured = nil; return f }, Fault},
 		{"images", `boot_images = ["` + shim + `", "` + kernel + `"]`, "", known, Allowed},
 		{"an image more", `boot_images = ["` + shim + `"]`, "", known, Refused},

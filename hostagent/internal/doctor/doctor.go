@@ -30,6 +30,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/openmon"
 	"github.com/countersign/countersign/hostagent/internal/program"
 	"github.com/countersign/countersign/hostagent/internal/program/kinds"
+	"github.com/countersign/countersign/internal/bounded"
 	"github.com/countersign/countersign/internal/faults"
 )
 
@@ -202,7 +203,15 @@ func (r *Report) measurements(logs attest.LogPaths) {
 	default:
 		r.add("ima", OK, fmt.Sprintf("%s, %d entries", logs.IMA, entries), "")
 	}
+	policy, _ := bounded.ReadFile(imalist.PolicyPath, maxPolicy) // many kernels show none
+	if rules := imalist.UsersRules(string(policy)); len(rules) > 0 {
+		r.add("ima-policy", Warning, fmt.Sprintf("measures what any user runs among what root runs, by %q: where a reference set is enforced, each user can end this host's credentials", rules[0]),
+			"measure by euid=0, and other users by a rule with pcr=15 (docs/MACHINE_STATE.md)")
+	}
 }
+
+// maxPolicy bounds what is read of an IMA policy.
+const maxPolicy = 1 << 20
 
 func readEvents(path string) (events int, err error) {
 	b, err := bootlog.Read(path)

@@ -36,7 +36,9 @@ type Verified struct {
 	facts    *Facts
 	counters appraise.Counters
 	known    *Known
-	releases Releases
+	// reference is what known was held against.
+	reference *Reference
+	releases  Releases
 }
 
 // Known is what is known of the host's logs now.
@@ -96,7 +98,7 @@ func Appraise(b Bundle, h inventory.Host, basis Basis, now time.Time) (Verified,
 		ID: h.ID, Name: h.Name, Labels: h.Labels, Tier: h.Tier, Reference: h.Reference, Address: b.Address, Boot: b.Boot, OS: b.OS, PCRs: quoted.PCRs,
 	}}
 	known.describe(&f.Host)
-	v := Verified{facts: f, counters: quoted.Counters, known: known, releases: basis.Releases}
+	v := Verified{facts: f, counters: quoted.Counters, known: known, reference: basis.Reference, releases: basis.Releases}
 	if b.Program != nil {
 		return v.WithProgram(b.Program)
 	}
@@ -114,7 +116,7 @@ func (v Verified) WithProgram(encoded []byte) (Verified, error) {
 		return Verified{}, fmt.Errorf("%w: the program ran in another boot than the host says it is in", ErrProgram)
 	}
 	f := *v.facts
-	f.Program, f.Measured = &p, v.known.measured(&p)
+	f.Program, f.Measured = &p, v.known.measured(&p, v.reference)
 	if v.releases != nil {
 		f.Releases = v.releases(p.Main().Path, "sha256:"+p.Main().SHA256.String())
 	}

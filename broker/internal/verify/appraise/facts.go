@@ -8,6 +8,7 @@ import (
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/attestors/ima"
 	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
 	"github.com/countersign/countersign/attestors/process"
 )
@@ -55,10 +56,13 @@ func (h Host) Digest() (evidence.Digest, error) {
 	h.Name, h.Labels, h.Address = "", nil, ""
 	if h.List != nil {
 		list := *h.List
-		list.Proven = 0
+		list.Proven, list.Others, list.OtherExamples = 0, 0, nil
 		h.List = &list
 		h.PCRs = maps.Clone(h.PCRs)
 		delete(h.PCRs, pcrIMA)
+		for _, pcr := range list.PCRs {
+			delete(h.PCRs, pcr)
+		}
 	}
 	b, err := json.Marshal(h)
 	return evidence.Sum(b), err
@@ -153,6 +157,10 @@ type List struct {
 	Bank       imaappraise.Bank `json:"bank,omitempty"`
 	Unexpected int              `json:"unexpected"`         // files that the reference set doesn't allow, and lets be
 	Examples   []string         `json:"examples,omitempty"` // of them
+	// Others are files that the set doesn't allow and doesn't hold: any user may have run them.
+	Others        int      `json:"others,omitempty"`
+	OtherExamples []string `json:"other_examples,omitempty"`
+	PCRs          []int    `json:"pcrs,omitempty"` // that the list extends beside IMA's own
 }
 
 // Tiers: whether the EK's certificate chains to the configured roots.
@@ -194,7 +202,13 @@ func (k *Known) describe(h *Host) {
 	if s := k.ima; s != nil && s.Entries > 0 {
 		verified := IMAVerified
 		h.IMA = &verified
-		h.List = &List{Proven: s.Entries, Violations: s.Violations, Bank: s.Bank, Unexpected: k.count, Examples: k.unexpected}
+		h.List = &List{Proven: s.Entries, Violations: s.Violations, Bank: s.Bank, Unexpected: k.count, Examples: k.unexpected,
+			Others: k.othersSeen, OtherExamples: k.others}
+		for _, pcr := range s.PCRs() {
+			if pcr != ima.DefaultPCR {
+				h.List.PCRs = append(h.List.PCRs, pcr)
+			}
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"unique"
 
 	"github.com/countersign/countersign/attestors/evidence"
+	"github.com/countersign/countersign/attestors/ima"
 	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
 )
 
@@ -16,6 +17,7 @@ type file struct {
 	name      unique.Handle[string]
 	digest    digest
 	signature unique.Handle[string] // empty: none
+	other     bool                  // measured into another PCR than IMA's own
 }
 
 // A digest is of SHA-256, or another one's text.
@@ -43,16 +45,22 @@ func (d digest) text() string {
 }
 
 func fileOf(m imaappraise.Measurement) file {
-	return file{unique.Make(m.Name), digestOf(m.Digest), unique.Make(string(m.Signature))}
+	return file{unique.Make(m.Name), digestOf(m.Digest), unique.Make(string(m.Signature)), m.PCR != ima.DefaultPCR}
 }
 
 func (f file) measurement() imaappraise.Measurement {
-	m := imaappraise.Measurement{Index: -1, Name: f.name.Value(), Digest: f.digest.text()}
+	m := imaappraise.Measurement{Index: -1, PCR: ima.DefaultPCR, Name: f.name.Value(), Digest: f.digest.text()}
+	if f.other {
+		m.PCR = otherPCR
+	}
 	if s := f.signature.Value(); s != "" {
 		m.Signature = []byte(s)
 	}
 	return m
 }
+
+// otherPCR stands for those that aren't IMA's own.
+const otherPCR = -1
 
 // files is a set that never changes: what a request adds lies on what was there
 // before, which other requests may be reading. nil is empty.

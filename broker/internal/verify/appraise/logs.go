@@ -47,6 +47,8 @@ type Known struct {
 	rules      string   // by which all but the fresh files were judged
 	unexpected []string // what those rules didn't allow, and were told to let be; bounded
 	count      int      // of all such
+	others     []string // what those rules didn't allow, and don't hold; bounded
+	othersSeen int      // of all such
 }
 
 // Resume is what a host needs to know in order to send only news.
@@ -90,10 +92,15 @@ func appraiseLogs(l Logs, bootID string, reset uint32, pcrs map[int]evidence.Dig
 	if prior == nil || prior.reset != reset {
 		prior = &Known{}
 	}
-	if err := k.event(l, pcrs, prior); err != nil {
+	// The list first: the event log isn't held to what the list explains.
+	list := k.list(l, pcrs, prior)
+	if errors.Is(list, ErrResync) {
+		return nil, list
+	}
+	if err := k.event(l, k.withoutIMA(pcrs), prior); err != nil {
 		return nil, err
 	}
-	return k, k.list(l, pcrs, prior)
+	return k, list
 }
 
 func (k *Known) event(l Logs, pcrs map[int]evidence.Digest, prior *Known) error {
@@ -131,6 +138,20 @@ func (k *Known) event(l Logs, pcrs map[int]evidence.Digest, prior *Known) error 
 	return nil
 }
 
+// withoutIMA is what PCRs would hold that a proven list extends beside IMA's own, if it didn't: nothing,
+// since it explains them whole. An event log that has events of one doesn't lead there.
+func (k *Known) withoutIMA(quoted map[int]evidence.Digest) map[int]evidence.Digest {
+	pcrs := maps.Clone(quoted)
+	if k.ima != nil {
+		for _, pcr := range k.ima.PCRs() {
+			if pcr > ima.DefaultPCR {
+				pcrs[pcr] = evidence.Digest{}
+			}
+		}
+	}
+	return pcrs
+}
+
 func (k *Known) list(l Logs, pcrs map[int]evidence.Digest, prior *Known) error {
 	if !l.IMAPresent {
 		if prior.ima != nil {
@@ -157,6 +178,7 @@ func (k *Known) list(l Logs, pcrs map[int]evidence.Digest, prior *Known) error {
 		k.files, k.violations = prior.files, slices.Clip(prior.violations)
 		k.told = prior.told
 		k.rules, k.unexpected, k.count = prior.rules, slices.Clip(prior.unexpected), prior.count
+		k.others, k.othersSeen = slices.Clip(prior.others), prior.othersSeen
 	}
 	k.files, k.fresh = k.files.with(func(yield func(file) bool) {
 		for m := range r.Measurements() {
@@ -248,10 +270,20 @@ func (r *Reference) match(k *Known, pcrs map[int]evidence.Digest) error {
 	if k.ima == nil {
 		return reject([]string{"no IMA list was shown"})
 	}
-	if k.files.len() == 0 {
+	if !k.heldSome(r) {
 		return reject([]string{"no file was measured: its IMA policy is not in force"})
 	}
 	return r.judge(k, rules, reject)
+}
+
+// heldSome reports whether a file was measured that r holds.
+func (k *Known) heldSome(r *Reference) bool {
+	for f := range k.files.all() {
+		if r.holds(f.measurement()) {
+			return true
+		}
+	}
+	return false
 }
 
 // judge holds the files that weren't yet against the rules.
@@ -259,20 +291,27 @@ func (r *Reference) judge(k *Known, rules string, reject func([]string) error) e
 	list := slices.Values(k.fresh)
 	if rules != r.Rules {
 		list, k.unexpected, k.count, k.told = k.files.all(), nil, 0, 0
+		k.others, k.othersSeen = nil, 0
 	}
-	var bad []string
+	var bad, others []string
 	lenient := r.Lenient
 	if i := slices.IndexFunc(r.Versions, func(v Version) bool { return v.Files != nil }); i >= 0 {
 		lenient = lenient || r.Versions[i].Files.Observes() // the newest says how it is meant
 	}
-	if r.why(imaappraise.Measurement{Index: -1, Violation: true}) != "" {
+	if r.why(imaappraise.Measurement{Index: -1, PCR: ima.DefaultPCR, Violation: true}) != "" {
 		for _, where := range k.violations[k.told:] {
 			bad = append(bad, where+" is a violation: a file was written while it was measured")
 		}
 	}
 	for f := range list {
-		if why := r.why(f.measurement()); why != "" {
+		m := f.measurement()
+		why := r.why(m)
+		switch {
+		case why == "":
+		case r.holds(m):
 			bad = append(bad, why)
+		default:
+			others = append(others, why)
 		}
 	}
 	slices.Sort(bad)
@@ -281,7 +320,20 @@ func (r *Reference) judge(k *Known, rules string, reject func([]string) error) e
 	}
 	k.rules, k.count, k.told = r.Rules, k.count+len(bad), len(k.violations)
 	k.unexpected = append(k.unexpected, bad[:min(len(bad), max(0, shown-len(k.unexpected)))]...)
+	slices.Sort(others)
+	k.othersSeen += len(others)
+	k.others = append(k.others, others[:min(len(others), max(0, shown-len(k.others)))]...)
 	return nil
+}
+
+// holds reports whether a measurement that isn't allowed fails the host: the newest version says so.
+func (r *Reference) holds(m imaappraise.Measurement) bool {
+	for _, v := range r.Versions {
+		if v.Files != nil {
+			return v.Files.Holds(m)
+		}
+	}
+	return false
 }
 
 // why says why no version, and no release, allows a file; empty: one does.
@@ -308,12 +360,15 @@ func (r *Reference) why(m imaappraise.Measurement) (why string) {
 type Measured struct {
 	Exe        bool     `json:"exe"`                  // its digest was measured, under its path or another
 	Unmeasured []string `json:"unmeasured,omitempty"` // executable mappings that weren't; the first few
+	// Unlisted are the program's files that were measured, and that the host's reference set
+	// doesn't allow, though it doesn't hold the host to them; the first few.
+	Unlisted []string `json:"unlisted,omitempty"`
 }
 
 // measured looks a program up. A path is as the kernel saw it, so in a container
 // it is the container's; the digest is what counts for the exe. Of a mapping
 // only the path is known.
-func (k *Known) measured(p *process.Program) *Measured {
+func (k *Known) measured(p *process.Program, r *Reference) *Measured {
 	if k.ima == nil {
 		return nil
 	}
@@ -323,7 +378,49 @@ func (k *Known) measured(p *process.Program) *Measured {
 			m.Unmeasured = append(m.Unmeasured, mapping.Path)
 		}
 	}
+	m.Unlisted = k.unlisted(p, r)
 	return m
+}
+
+// unlisted are a program's files of which nothing that was measured is allowed. Of one path several
+// files may have been measured, in mounts that any user made; the agent has told the host's.
+func (k *Known) unlisted(p *process.Program, r *Reference) []string {
+	if r == nil || r.Lenient || k.rules != r.Rules || k.othersSeen == 0 {
+		return nil // the host is held to all that was measured
+	}
+	exe := digestOf(plain + p.Main().SHA256.String())
+	wanted := map[string]string{} // paths, by IMA's names
+	for _, mapping := range p.Mappings {
+		if mapping.Path != process.Anonymous {
+			wanted[imaName(mapping.Path)] = mapping.Path
+		}
+	}
+	measured, allowed := map[string]bool{}, map[string]bool{}
+	for f := range k.files.all() {
+		var of []string
+		if f.digest == exe {
+			of = append(of, p.Main().Path)
+		}
+		if path, ok := wanted[f.name.Value()]; ok {
+			of = append(of, path)
+		}
+		if len(of) == 0 {
+			continue
+		}
+		fine := r.why(f.measurement()) == ""
+		for _, path := range of {
+			measured[path] = true
+			allowed[path] = allowed[path] || fine
+		}
+	}
+	var list []string
+	for path := range measured {
+		if !allowed[path] {
+			list = append(list, path)
+		}
+	}
+	slices.Sort(list)
+	return list[:min(len(list), shown)]
 }
 
 // imaName is a path as IMA's list has it.

@@ -1,6 +1,8 @@
 package appraise
 
 import (
+	"crypto/sha1"
+	"encoding/binary"
 	"errors"
 	"maps"
 	"os"
@@ -230,20 +232,202 @@ func TestFilesAreJudged(t *testing.T) {
 	rejects(&Reference{Name: "empty"}, all, pcrs, "no version of it is in force")
 }
 
+// ran is l and pcrs after a file was measured into a PCR; "": a violation.
+func ran(t *testing.T, l Logs, pcrs map[int]evidence.Digest, pcr int, name, content string) (Logs, map[int]evidence.Digest) {
+	t.Helper()
+	field := func(b []byte, data string) []byte {
+		return append(binary.LittleEndian.AppendUint32(b, uint32(len(data))), data...)
+	}
+	sum := evidence.Sum([]byte(content))
+	data := field(field(nil, "sha256:\x00"+string(sum[:])), name+"\x00")
+	template := sha1.Sum(data) // as long as those of the recorded list
+	with := evidence.Sum(data)
+	if content == "" {
+		clear(template[:])
+		for i := range with {
+			with[i] = 0xff
+		}
+	}
+	l.IMA = ima.Entry{PCR: pcr, TemplateDigest: template[:], Template: "ima-ng", Data: data}.Append(slices.Clone(l.IMA))
+	pcrs = maps.Clone(pcrs)
+	was := pcrs[pcr]
+	pcrs[pcr] = evidence.Sum(append(was[:], with[:]...))
+	return l, pcrs
+}
+
+// A local user can't end a host's credentials by what he runs: his are counted. What root runs
+// is held, and so are the scope's own program and what it maps.
+func TestWhatUsersRun(t *testing.T) {
+	const exe, lib = "/usr/bin/billingd", "/usr/lib/libbilling.so"
+	base, start, _, _ := recorded(t, "clean", 0)
+	base, start = ran(t, base, start, 15, exe, "billingd")
+	base, start = ran(t, base, start, 15, lib, "library")
+	learned := func(edit func(*reference.Content)) *Reference {
+		k := check.Must(appraiseLogs(base, bootID, reset, start, nil))(t)
+		return rulesOf(t, k, "1", edit)
+	}
+	program := process.Program{Executables: process.OneFile(exe, evidence.Sum([]byte("billingd"))), Mappings: []process.Mapping{{Path: lib}, {Path: process.Anonymous}}}
+	all := func(c *reference.Content) { c.IMA.Files = "all" }
+	type step struct {
+		pcr           int
+		name, content string
+	}
+	for name, tt := range map[string]struct {
+		ran      []step
+		edit     func(*reference.Content)
+		rejected string
+		others   int
+		unlisted []string
+	}{
+		"nothing more":                    {},
+		"nothing more, of all":            {edit: all},
+		"a user's":                        {ran: []step{{15, "/home/u/x", "x"}, {15, "/tmp/y", "y"}}, others: 2},
+		"a user's, of all":                {ran: []step{{15, "/home/u/x", "x"}}, edit: all, rejected: `"/home/u/x"`},
+		"root's":                          {ran: []step{{10, "/home/u/x", "x"}}, rejected: `"/home/u/x"`},
+		"root's, which a user ran before": {ran: []step{{15, "/home/u/x", "x"}, {10, "/home/u/x", "x"}}, rejected: `"/home/u/x"`},
+		"a user's, as an excluded path":   {ran: []step{{15, "/var/lib/x/y", "x"}}, edit: func(c *reference.Content) { c.IMA.Exclude = []string{"/var/lib/x/**"} }},
+		"a user's, as a system file":      {ran: []step{{15, "/bin/busybox", "x"}}, others: 1},
+		"a user's, as the program":        {ran: []step{{15, exe, "x"}, {15, lib, "x"}}, others: 2},
+		"a user's violation":              {ran: []step{{10, "/home/u/x", ""}}},
+		"a violation, if they are held":   {ran: []step{{10, "/home/u/x", ""}}, edit: func(c *reference.Content) { c.IMA.Violations = "reject" }, rejected: "a violation"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, pcrs := base, start
+			for _, s := range tt.ran {
+				l, pcrs = ran(t, l, pcrs, s.pcr, s.name, s.content)
+			}
+			r := learned(tt.edit)
+			k := check.Must(appraiseLogs(l, bootID, reset, pcrs, nil))(t)
+			err := r.match(k, pcrs)
+			if (err == nil) != (tt.rejected == "") || err != nil && !strings.Contains(err.Error(), tt.rejected) {
+				t.Fatalf("%v, want %q", err, tt.rejected)
+			}
+			if err != nil {
+				return
+			}
+			var h Host
+			k.describe(&h)
+			if h.List.Others != tt.others || len(h.List.OtherExamples) != tt.others || !slices.Equal(h.List.PCRs, []int{15}) || h.List.Unexpected != 0 {
+				t.Errorf("%+v", h.List)
+			}
+			if m := k.measured(&program, r); !m.Exe || len(m.Unmeasured)+len(m.Unlisted) > 0 {
+				t.Errorf("the honest program: %+v", m)
+			}
+		})
+	}
+
+	// The program's own files are held, wherever they were measured.
+	for name, tt := range map[string]struct {
+		step step
+		edit func(*process.Program)
+		want []string
+	}{
+		"another exe": {step{15, "/usr/bin/other", "evil"}, func(p *process.Program) {
+			p.Executables = process.OneFile("/usr/bin/other", evidence.Sum([]byte("evil")))
+		}, []string{"/usr/bin/other"}},
+		"an exe under a listed path": {step{15, exe, "evil"}, func(p *process.Program) { p.Executables[0].SHA256 = evidence.Sum([]byte("evil")) }, []string{exe}},
+		"a library":                  {step{15, "/opt/my lib.so", "evil"}, func(p *process.Program) { p.Mappings = append(p.Mappings, process.Mapping{Path: "/opt/my lib.so"}) }, []string{"/opt/my lib.so"}},
+	} {
+		l, pcrs := ran(t, base, start, tt.step.pcr, strings.ReplaceAll(tt.step.name, " ", "_"), tt.step.content)
+		r := learned(nil)
+		k := check.Must(appraiseLogs(l, bootID, reset, pcrs, nil))(t)
+		check.Nil(t, r.match(k, pcrs))
+		p := program
+		p.Executables, p.Mappings = slices.Clone(p.Executables), slices.Clone(p.Mappings)
+		tt.edit(&p)
+		if m := k.measured(&p, r); !slices.Equal(m.Unlisted, tt.want) {
+			t.Errorf("%s: %+v", name, m)
+		}
+		r.Lenient = true
+		if m := k.measured(&p, r); m.Unlisted != nil {
+			t.Errorf("%s, in maintenance: %+v", name, m)
+		}
+	}
+
+	// A list that grows in another PCR is no new boot, and no other machine.
+	k := check.Must(appraiseLogs(base, bootID, reset, start, nil))(t)
+	more, pcrs := ran(t, base, start, 15, "/home/u/x", "x")
+	news := Logs{EventKnown: true, IMA: more.IMA[len(base.IMA):], IMAOffset: len(base.IMA), IMAPresent: true}
+	next := check.Must(appraiseLogs(news, bootID, reset, pcrs, k))(t)
+	if next.facts != k.facts || slices.Contains(next.facts.PCRsUnexplained, 15) {
+		t.Errorf("facts: %+v", next.facts)
+	}
+	r := learned(nil)
+	check.Nil(t, r.match(k, start), r.match(next, pcrs))
+	digest := func(k *Known, pcrs map[int]evidence.Digest) evidence.Digest {
+		h := Host{PCRs: pcrs}
+		k.describe(&h)
+		return check.Must(h.Digest())(t)
+	}
+	if digest(k, start) != digest(next, pcrs) {
+		t.Error("what a user runs is another machine")
+	}
+	// What the list doesn't explain is false, or unexplained.
+	forged := maps.Clone(pcrs)
+	forged[15] = evidence.Sum([]byte("another"))
+	if k := check.Must(appraiseLogs(more, bootID, reset, forged, nil))(t); k.Violations() != 0 || len(k.ima.PCRs()) != 1 || !slices.Contains(k.facts.PCRsUnexplained, 15) {
+		t.Errorf("another value, as if it were measured later: %+v", k.facts)
+	}
+	last, led := ran(t, more, pcrs, 10, "/bin/busybox", "b")
+	led[15] = forged[15]
+	if _, err := appraiseLogs(last, bootID, reset, led, nil); evidence.CheckOf(err) != imaappraise.CheckReplay {
+		t.Errorf("another value: %v", err)
+	}
+	none, _, _, _ := recorded(t, "clean", 0)
+	hidden := maps.Clone(pcrs)
+	if k := check.Must(appraiseLogs(none, bootID, reset, hidden, nil))(t); !slices.Contains(k.facts.PCRsUnexplained, 15) {
+		t.Errorf("hidden entries: %+v", k.facts)
+	}
+	// Users' files alone are no sign of a policy.
+	only := Logs{Event: base.Event, IMAPresent: true}
+	only.IMA = none.IMA[:firstEntry(t, none.IMA)]
+	alone, values := ran(t, only, start, 15, "/home/u/x", "x")
+	values[15] = pcrs15(t, "/home/u/x", "x")
+	values[10] = extendedBy(t, only.IMA)
+	k = check.Must(appraiseLogs(alone, bootID, reset, values, nil))(t)
+	if err := r.match(k, values); err == nil || !strings.Contains(err.Error(), "no file was measured") {
+		t.Errorf("users' alone: %v", err)
+	}
+}
+
+// firstEntry is the length of a list's first entry.
+func firstEntry(t *testing.T, list []byte) int {
+	t.Helper()
+	r := ima.NewReader(list, 0)
+	_, _, err := r.Next()
+	check.Nil(t, err)
+	return r.Offset()
+}
+
+// extendedBy is the value of PCR 10 after a list of one entry.
+func extendedBy(t *testing.T, list []byte) evidence.Digest {
+	t.Helper()
+	e, _, err := ima.NewReader(list, 0).Next()
+	check.Nil(t, err)
+	d := evidence.Sum(e.Data)
+	return evidence.Sum(append(make([]byte, 32), d[:]...))
+}
+
+func pcrs15(t *testing.T, name, content string) evidence.Digest {
+	t.Helper()
+	_, pcrs := ran(t, Logs{}, map[int]evidence.Digest{}, 15, name, content)
+	return pcrs[15]
+}
+
 func TestMeasuredProgram(t *testing.T) {
 	whole, pcrs, _, _ := recorded(t, "clean", 0)
 	k := check.Must(appraiseLogs(whole, bootID, reset, pcrs, nil))(t)
 	app := process.Program{Executables: process.OneFile("/usr/local/bin/app", check.Must(evidence.ParseDigest("958b719038e8aa676698c3b1da64e157f6eb15b6baaf7d3ea1646cc7056db645"))(t)),
 		Mappings: []process.Mapping{{Path: "/bin/busybox"}, {Path: process.Anonymous}}}
-	if m := k.measured(&app); !m.Exe || m.Unmeasured != nil {
+	if m := k.measured(&app, nil); !m.Exe || m.Unmeasured != nil {
 		t.Errorf("%+v", m)
 	}
 	app.Executables[0].SHA256[0] ^= 1
 	app.Mappings = append(app.Mappings, process.Mapping{Path: "/tmp/my library.so"})
-	if m := k.measured(&app); m.Exe || !slices.Equal(m.Unmeasured, []string{"/tmp/my library.so"}) {
+	if m := k.measured(&app, nil); m.Exe || !slices.Equal(m.Unmeasured, []string{"/tmp/my library.so"}) {
 		t.Errorf("%+v", m)
 	}
-	if m := (&Known{}).measured(&app); m != nil {
+	if m := (&Known{}).measured(&app, nil); m != nil {
 		t.Errorf("without a list: %+v", m)
 	}
 }

@@ -477,7 +477,7 @@ func (w *work) reference() {
 		default:
 			for _, m := range w.measured {
 				if why := rules.Judge(m); why != "" {
-					if rules.Observes() {
+					if rules.Observes() || !rules.Holds(m) {
 						continue
 					}
 					diffs = append(diffs, why)

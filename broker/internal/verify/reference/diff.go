@@ -168,6 +168,9 @@ func diffIMA(a, b *ima.Policy) (diffs []string) {
 	if a.Mode != b.Mode {
 		say("files' mode went from %q to %q", a.Mode, b.Mode)
 	}
+	if a.Files != b.Files {
+		say("files that are held went from %q to %q", a.Files, b.Files)
+	}
 	if a.Violations != b.Violations {
 		say("violations went from %q to %q", a.Violations, b.Violations)
 	}
