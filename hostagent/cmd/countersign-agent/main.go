@@ -96,6 +96,7 @@ func client(c *config.Agent, log *slog.Logger, now func() time.Time) (*attest.Cl
 
 func joinCommand(o *options) *cobra.Command {
 	var tokenFile string
+	var acceptNewLog bool
 	cmd := &cobra.Command{Use: "join", Short: "Ask the broker to admit this host", Args: cli.Exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		c, err := config.Load(o.config)
 		if err != nil {
@@ -109,7 +110,7 @@ func joinCommand(o *options) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		r, err := cl.Join(cmd.Context(), token)
+		r, err := cl.Join(cmd.Context(), token, acceptNewLog)
 		if err != nil {
 			return err
 		}
@@ -126,6 +127,7 @@ func joinCommand(o *options) *cobra.Command {
 		}
 		return nil
 	}}
+	cmd.Flags().BoolVar(&acceptNewLog, "accept-new-log", false, "accept that the broker's audit log is a new one, or began a new epoch, after you asked its administrators")
 	cmd.Flags().StringVar(&tokenFile, "token-file", "", "file with a join token, - for standard input (a token in argv would be everybody's)")
 	return cmd
 }

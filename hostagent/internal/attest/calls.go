@@ -229,11 +229,14 @@ func (c *Client) proven(m *v1.ProveResponse, shown []byte) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if err := c.reread(); err != nil {
+		return err
+	}
 	if string(c.member.Checkpoint) == string(shown) {
 		if err := c.follow(m.GetCheckpoint().GetNote(), m.GetCheckpoint().GetConsistency()); err != nil {
 			// Somebody rewrote the log, or another broker speaks: nothing that
 			// it says counts, and nothing that we have goes.
-			return api.NewError(api.Fault, "audit-log", fmt.Sprintf("the broker's audit log: %v", err))
+			return api.NewError(api.Fault, checkAuditLog, fmt.Sprintf("the broker's audit log: %v", err))
 		}
 	}
 	if len(m.GetCertificate()) > 0 {

@@ -135,6 +135,8 @@ type host struct {
 	options Options
 	server  *httptest.Server
 	head    func(size int64) *v1.Checkpoint // of the broker's log
+	public  string                          // its key
+	sign    func(checkpoint.Checkpoint) *v1.Checkpoint
 }
 
 func newHost(t *testing.T, s *script) *host {
@@ -144,9 +146,10 @@ func newHost(t *testing.T, s *script) *host {
 	private, public, err := note.GenerateKey(rand.Reader, checkpoint.KeyName("b"))
 	check.Nil(t, err)
 	signer := check.Must(note.NewSigner(private))(t)
-	head := func(size int64) *v1.Checkpoint {
-		return &v1.Checkpoint{Note: check.Must(checkpoint.Checkpoint{Broker: "b", Epoch: 1, Size: size}.Sign(signer))(t)}
+	sign := func(c checkpoint.Checkpoint) *v1.Checkpoint {
+		return &v1.Checkpoint{Note: check.Must(c.Sign(signer))(t)}
 	}
+	head := func(size int64) *v1.Checkpoint { return sign(checkpoint.Checkpoint{Broker: "b", Epoch: 1, Size: size}) }
 	state := filepath.Join(dir, "state")
 	check.Nil(t, os.Mkdir(state, 0o700))
 	ak, key := check.Must(device.CreateAK(ctx, tpm.P256))(t), check.Must(device.CreateTLSKey(ctx))(t)
@@ -157,7 +160,7 @@ func newHost(t *testing.T, s *script) *host {
 	o := Options{Device: device, StateDir: state, RunDir: filepath.Join(dir, "run"), AK: tpm.P256, Log: slog.New(slog.DiscardHandler), Now: time.Now, Wall: time.Now,
 		Logs: LogPaths{Event: filepath.Join(dir, "none"), Userspace: filepath.Join(dir, "none"), IMA: filepath.Join(dir, "none")},
 		Peer: api.Peer{Addresses: []string{server.URL}, CASHA256: digest}, Facts: func() *v1.HostFacts { return &v1.HostFacts{BootId: "boot"} }}
-	h := &host{options: o, server: server, head: head}
+	h := &host{options: o, server: server, head: head, public: public, sign: sign}
 	h.restart(t)
 	return h
 }

@@ -14,6 +14,7 @@ type Ends struct {
 	Begins      time.Time // of the host's certificate
 	Certificate time.Time // renewed in a proof at two thirds of its life, or by joining again
 	CA          time.Time // the broker's pinned CA, which no program renews
+	NewEpoch    string    // which epoch of the broker's audit log began, until it is accepted; or ""
 }
 
 // Ends reads them from the host's own state.
@@ -27,6 +28,7 @@ func (c *Client) Ends() Ends {
 }
 
 func (m *membership) ends() (e Ends) {
+	e.NewEpoch = m.NewEpoch
 	for i, der := range m.Certificate {
 		cert, err := x509.ParseCertificate(der)
 		switch {
@@ -50,8 +52,12 @@ func ReadEnds(stateDir string) (Ends, error) {
 	return m.ends(), nil
 }
 
-// Attention returns what a person has to do about ends, or "".
+// Attention returns what a person has to do about ends, or about the audit log, or "".
 func (e Ends) Attention(now time.Time) string {
+	if e.NewEpoch != "" {
+		return fmt.Sprintf("the broker's audit log: %s: its store was restored from a backup, or somebody discarded records; ask the broker's administrators, "+
+			"and if they restored it, run `countersign-agent join --accept-new-log`; %s in state_dir keeps what the log had shown", e.NewEpoch, abandonedFile)
+	}
 	if e.CA.IsZero() || now.Before(e.CA.Add(-lifetime.Warning)) {
 		return ""
 	}

@@ -22,15 +22,16 @@ type Joined struct {
 }
 
 // Join asks a broker to admit this host, by a token where one is given. It can
-// be repeated: an admitted host gets a new certificate.
-func (c *Client) Join(ctx context.Context, token string) (Joined, error) {
+// be repeated: an admitted host gets a new certificate. If acceptNewLog is set, a person
+// accepts that the broker's audit log isn't the one that this host has followed.
+func (c *Client) Join(ctx context.Context, token string, acceptNewLog bool) (Joined, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.join(ctx, token)
+	return c.join(ctx, token, acceptNewLog)
 }
 
 // join is Join; c.mu is held.
-func (c *Client) join(ctx context.Context, token string) (Joined, error) {
+func (c *Client) join(ctx context.Context, token string, acceptNewLog bool) (Joined, error) {
 	c.drop()
 	if err := c.ensureKeys(ctx); err != nil {
 		return Joined{}, err
@@ -82,7 +83,7 @@ func (c *Client) join(ctx context.Context, token string) (Joined, error) {
 	if r.Msg.GetPending() {
 		return Joined{HostID: r.Msg.GetHostId(), Pending: true}, nil
 	}
-	return Joined{HostID: r.Msg.GetHostId()}, c.admitted(r.Msg)
+	return Joined{HostID: r.Msg.GetHostId()}, c.admitted(r.Msg, acceptNewLog)
 }
 
 // ensureKeys makes AK and TLS key where there are none. c.mu is held.
@@ -162,19 +163,4 @@ func (c *Client) activate(ctx context.Context, eks []tpm.EK, i uint32, blob, enc
 		return nil, fmt.Errorf("TPM: activate: %w", err)
 	}
 	return secret, nil
-}
-
-// admitted keeps what the broker gave. The audit log that the host has
-// followed so far goes on under a key that doesn't change. c.mu is held.
-func (c *Client) admitted(m *v1.ActivateResponse) error {
-	before := c.member
-	c.member = &membership{HostID: m.GetHostId(), AuditKey: m.GetAuditKey(), Certificate: m.GetCertificate()}
-	if before != nil && before.AuditKey == c.member.AuditKey {
-		// Kept as it is: the next proof shows it and demands consistency.
-		c.member.Checkpoint = before.Checkpoint
-	} else if err := c.follow(m.GetCheckpoint().GetNote(), nil); err != nil {
-		c.member = before
-		return err
-	}
-	return writeJSON(c.dir, membershipFile, c.member)
 }

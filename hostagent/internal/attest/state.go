@@ -32,6 +32,10 @@ type membership struct {
 	AuditKey    string   `json:"audit_key"`
 	Certificate [][]byte `json:"certificate"` // DER chain, leaf first
 	Checkpoint  []byte   `json:"checkpoint"`  // signed note
+	// CA is the pin under which the host joined, empty in what earlier agents wrote.
+	CA string `json:"ca_sha256,omitempty"`
+	// NewEpoch says which epoch of the audit log began, until a person accepts it.
+	NewEpoch string `json:"new_epoch,omitempty"`
 }
 
 // A continuation is what the last answer to a proof gave, and what the next proof shows. Its

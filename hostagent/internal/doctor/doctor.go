@@ -307,7 +307,9 @@ func (r *Report) certificate(stateDir string) {
 		r.add("certificate", OK, "until "+stamp(ends.Certificate)+", renewed before that", "")
 	}
 
-	if text := ends.Attention(faults.Now()); text != "" {
+	if text := ends.Attention(faults.Now()); ends.NewEpoch != "" {
+		r.add("audit-log", Warning, text, "")
+	} else if text != "" {
 		r.add("broker-ca", Warning, text, "ask the broker's administrator for the new broker's address and ca_sha256")
 	}
 }
