@@ -53,7 +53,7 @@ func TestOpenedByAnother(t *testing.T) {
 	exe := copyExe(t, dir, "billingd")
 	file := filepath.Join(dir, "db.properties")
 	checked := filepath.Join(dir, "checked")
-	credential := strings.Replace(fileCredential("billing-db", exe, file, ""), `{ signal = "SIGHUP" }`, fmt.Sprintf("{\n  signal = \"SIGHUP\"\n  check = [\"/usr/bin/touch\", %q]\n}", checked), 1)
+	credential := strings.Replace(fileCredential("billing-db", exe, file, ""), `{ signal = "SIGHUP" }`, fmt.Sprintf("{\n  signal = \"SIGHUP\"\n  check = [\"/usr/bin/touch\", %q]\n  user = \"root\"\n}", checked), 1)
 	b := newBench(t, fmt.Sprintf(billingScope, exe), "witness = true\n"+credential, false)
 	b.startWatch(t, fmt.Sprintf("sensor \"vault-audit\" \"vault\" {\n  path = %q\n}\n", services.Vault.AuditLog))
 	l := startLegacy(t, exe, file)

@@ -122,12 +122,14 @@ func TestRootRunsRootsAlone(t *testing.T) {
 		"an interpreter's argument": {argv: []string{dir + "/s"}, make: func(t *testing.T) { program(t, dir+"/s", "#!/usr/bin/env "+bin+"/a") }, loose: owner(bin)},
 		"a script of sh":            {argv: []string{"/bin/sh", bin + "/a"}, loose: owner(bin + "/a")},
 		"a script of sh -c":         {argv: []string{"/bin/sh", "-c", "true; . '" + bin + "/a'"}, loose: owner(bin)},
+		"a name with a space":       {argv: []string{"/bin/sh", dir + "/my scripts/a"}, make: func(t *testing.T) { program(t, dir+"/my scripts/a", "#!/bin/sh\n"+mark) }, loose: owner(dir + "/my scripts")},
+		"an option's":               {argv: []string{"/usr/bin/env", "--chdir=/", "X=" + bin, bin + "/a"}, loose: owner(bin)},
 		"a name from /":             {argv: []string{"/bin/sh", strings.TrimPrefix(bin, "/") + "/a"}, loose: owner(bin)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			program(t, bin+"/a", "#!/bin/sh\n"+mark)
 			defer func() {
-				check.Nil(t, os.RemoveAll(bin), os.RemoveAll(dir+"/other"), os.RemoveAll(dir+"/link"), os.RemoveAll(dir+"/s"))
+				check.Nil(t, os.RemoveAll(bin), os.RemoveAll(dir+"/other"), os.RemoveAll(dir+"/link"), os.RemoveAll(dir+"/my scripts"), os.RemoveAll(dir+"/s"))
 			}()
 			if tt.make != nil {
 				tt.make(t)
@@ -166,6 +168,46 @@ func TestRootRunsRootsAlone(t *testing.T) {
 			}
 			check.Nil(t, os.Remove(ran+"/mark"))
 		})
+	}
+}
+
+// A name that isn't there yet can be made by whoever may make it.
+func TestRootNamesNothingThatOthersMake(t *testing.T) {
+	dir := public(t)
+	shared := filepath.Join(dir, "shared")
+	check.Nil(t, os.Mkdir(shared, 0o777), os.Chmod(shared, 0o777|os.ModeSticky), os.Mkdir(filepath.Join(shared, "roots"), 0o755))
+	for path, says := range map[string]string{
+		dir + "/later":              "",
+		shared + "/roots/later":     "",
+		shared + "/later":           "not there, in a folder in which everybody may make it",
+		shared + "/later/on/or/not": "not there, in a folder in which everybody may make it",
+	} {
+		_, err := config.Parse("x.hcl", []byte(configText(fmt.Sprintf("exec = [\"/usr/bin/touch\", %q]", path), "/x")))
+		if (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v", path, err)
+		}
+		_, err = config.Parse("x.hcl", []byte(configText(fmt.Sprintf("exec = [%q]", path), "/x")))
+		if (err == nil) != (says == "") {
+			t.Errorf("%s as the program: %v", path, err)
+		}
+	}
+}
+
+// A check of root's sees nothing beside the copy that others can change.
+func TestRootsCheckIncludesRootsAlone(t *testing.T) {
+	dir := public(t)
+	conf := filepath.Join(dir, "conf")
+	check.Nil(t, os.Mkdir(conf, 0o755), os.WriteFile(conf+"/roots", nil, 0o644), os.WriteFile(conf+"/users", nil, 0o644), os.Symlink("users", conf+"/link"))
+	give(t, conf+"/users")
+	look := program(t, dir+"/look", "#!/bin/sh\nls \"${COUNTERSIGN_FILE_0%/*}\" >"+dir+"/seen")
+	check.Nil(t, Check(t.Context(), credential(t, fmt.Sprintf("check = [%q]", look), conf+"/db"), filepath.Join(dir, "run"), secrets("x")))
+	if b := check.Must(os.ReadFile(dir + "/seen"))(t); string(b) != "db\nroots\n" {
+		t.Errorf("%q", b)
+	}
+	give(t, conf)
+	check.Nil(t, Check(t.Context(), credential(t, fmt.Sprintf("check = [%q]", look), conf+"/db"), filepath.Join(dir, "run"), secrets("x")))
+	if b := check.Must(os.ReadFile(dir + "/seen"))(t); string(b) != "db\n" {
+		t.Errorf("in a user's folder: %q", b)
 	}
 }
 

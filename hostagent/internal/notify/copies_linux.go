@@ -75,10 +75,7 @@ func copyFiles(runDir string, c *config.Credential, as account.Account, contents
 		out.paths = append(out.paths, path)
 	}
 	for dir, of := range folders {
-		// What root reads there must be root's own.
-		if as.UID != 0 || rootonly.Dir(dir) == nil {
-			siblings(dir, of)
-		}
+		siblings(dir, of, as.UID == 0)
 	}
 	return out, nil
 }
@@ -107,8 +104,8 @@ func copyFor(path string, as account.Account, content secret.Bytes) error {
 }
 
 // siblings links to what stands in dir, as far as nothing of the name is in of. A check works
-// without them.
-func siblings(dir, of string) {
+// without them. One of root's sees only what root alone can change.
+func siblings(dir, of string, rootsOnly bool) {
 	d, err := os.Open(dir)
 	if err != nil {
 		return
@@ -116,10 +113,11 @@ func siblings(dir, of string) {
 	defer func() { _ = d.Close() }()
 	names, _ := d.Readdirnames(maxSiblings)
 	for _, name := range names {
-		if strings.Contains(name, ".countersign-") {
+		path := filepath.Join(dir, name)
+		if strings.Contains(name, ".countersign-") || rootsOnly && rootonly.Alone(path) != nil {
 			continue
 		}
-		_ = os.Symlink(filepath.Join(dir, name), filepath.Join(of, name)) // a copy has the name already
+		_ = os.Symlink(path, filepath.Join(of, name)) // a copy has the name already
 	}
 }
 

@@ -31,7 +31,7 @@ const fileVariable = "COUNTERSIGN_FILE_"
 func environment(as *account.Account) []string {
 	var folders []string
 	for _, dir := range commandPath {
-		if as == nil || as.UID != 0 || rootonly.Dir(dir) == nil {
+		if as == nil || as.UID != 0 || rootonly.Alone(dir) == nil {
 			folders = append(folders, dir)
 		}
 	}

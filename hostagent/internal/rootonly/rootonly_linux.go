@@ -51,8 +51,9 @@ func Command(argv []string) error {
 	return &LooseError{argv[0], "has too many interpreters"}
 }
 
-// Dir fails with a [LooseError] if others than root can change what stands in a folder.
-func Dir(name string) error {
+// Alone fails with a [LooseError] if others than root can change a file, or what stands in a
+// folder, or where the name leads to.
+func Alone(name string) error {
 	f, err := walk(name)
 	if err != nil {
 		return err
@@ -66,12 +67,15 @@ var named = regexp.MustCompile("/[^\\s\"'`=:;,|&<>(){}$*?\\[\\]]+")
 func arguments(args []string) error {
 	for _, arg := range args {
 		paths := named.FindAllString(arg, -1)
+		if i := strings.IndexByte(arg, '/'); i >= 0 {
+			paths = append(paths, arg[i:]) // one with a space, or another of what ends a name
+		}
 		if !strings.HasPrefix(arg, "/") && !strings.HasPrefix(arg, "-") {
 			paths = append(paths, "/"+arg) // commands run in /
 		}
 		for _, p := range paths {
 			var loose *LooseError
-			if err := Dir(p); errors.As(err, &loose) {
+			if err := Alone(p); errors.As(err, &loose) {
 				return err
 			}
 		}
@@ -180,6 +184,9 @@ func root() (place, error) {
 func (p place) enter(name string) (next place, target string, err error) {
 	full := path.Join(p.name, name)
 	fd, err := unix.Openat(p.fd, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err == unix.ENOENT && p.shared {
+		return place{}, "", &LooseError{full, "is not there, in a folder in which everybody may make it"}
+	}
 	if err != nil {
 		return place{}, "", &os.PathError{Op: "open", Path: full, Err: err}
 	}

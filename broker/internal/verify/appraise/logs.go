@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"unique"
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
@@ -389,10 +390,10 @@ func (k *Known) unlisted(p *process.Program, r *Reference) []string {
 		return nil // the host is held to all that was measured
 	}
 	exe := digestOf(plain + p.Main().SHA256.String())
-	wanted := map[string]string{} // paths, by IMA's names
+	wanted := map[unique.Handle[string]]string{} // paths, by IMA's names
 	for _, mapping := range p.Mappings {
 		if mapping.Path != process.Anonymous {
-			wanted[imaName(mapping.Path)] = mapping.Path
+			wanted[unique.Make(imaName(mapping.Path))] = mapping.Path
 		}
 	}
 	measured, allowed := map[string]bool{}, map[string]bool{}
@@ -401,7 +402,7 @@ func (k *Known) unlisted(p *process.Program, r *Reference) []string {
 		if f.digest == exe {
 			of = append(of, p.Main().Path)
 		}
-		if path, ok := wanted[f.name.Value()]; ok {
+		if path, ok := wanted[f.name]; ok {
 			of = append(of, path)
 		}
 		if len(of) == 0 {
