@@ -3,10 +3,12 @@ package e2e_test
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 
 	"github.com/countersign/countersign/attestors/process"
+	"github.com/countersign/countersign/test/check"
 )
 
 // A package update replaces the files of units that run: in each sandbox that
@@ -47,4 +49,50 @@ func TestUpdatedUnitsInSandboxes(t *testing.T) {
 			m.sh(t, "systemctl stop "+name)
 		}
 	}
+}
+
+// With the rights that its unit has, the agent tells a library that an update replaced from one that
+// a user put in its place.
+func TestMappedFilesWithTheUnitsRights(t *testing.T) {
+	m := newMachine(t, unitScope, fmt.Sprintf(unitCredential, `signal = "SIGHUP"`))
+	unit := string(check.Must(os.ReadFile("../../packaging/systemd/countersign-agent.service"))(t))
+	_, rest, _ := strings.Cut(unit, "\nCapabilityBoundingSet=")
+	rights, _, _ := strings.Cut(rest, "\n")
+
+	const lib = "/opt/sandbox/lib/libplain.so"
+	m.sh(t, "mkdir -p /opt/sandbox/bin /opt/sandbox/lib && cp /bin/sleep /opt/sandbox/bin/napd && cp /lib/x86_64-linux-gnu/libm.so.6 "+lib)
+	mapped := func(name string) (of []process.Mapping) {
+		t.Helper()
+		var p process.Program
+		pid := strings.TrimSpace(m.sh(t, "systemctl show -P MainPID "+name))
+		out := m.sh(t, fmt.Sprintf("systemd-run -q --pipe --wait -p CapabilityBoundingSet='%s' -p NoNewPrivileges=yes -p ProtectKernelModules=yes countersign-agent inspect %s -o json", rights, pid))
+		check.Nil(t, json.Unmarshal([]byte(out), &p))
+		if p.Main().Path != "/opt/sandbox/bin/napd" {
+			t.Fatalf("%+v", p)
+		}
+		for _, one := range p.Mappings {
+			if strings.Contains(one.Path, "libplain") {
+				of = append(of, one)
+			}
+		}
+		return of
+	}
+	wants := func(what string, got []process.Mapping, path string, deleted bool) {
+		t.Helper()
+		if len(got) != 1 || got[0].Path != path || got[0].Deleted != deleted {
+			t.Errorf("%s: %+v, want %s, deleted %v", what, got, path, deleted)
+		}
+	}
+	for i, how := range []string{"", "-p PrivateTmp=yes -p ProtectSystem=strict -p ProtectHome=yes -p User=billing"} {
+		name := fmt.Sprintf("mapped%d.service", i)
+		m.sh(t, fmt.Sprintf("systemd-run -q --collect -p Type=exec --unit=%s -p Environment=LD_PRELOAD=%s %s /opt/sandbox/bin/napd 600; sleep 0.3", name, lib, how))
+		wants(how, mapped(name), lib, false)
+		m.sh(t, "cp "+lib+" /opt/sandbox/lib/new && mv /opt/sandbox/lib/new "+lib)
+		wants(how+", updated", mapped(name), lib, true)
+		m.sh(t, "systemctl stop "+name)
+	}
+
+	const attack = "mount -t tmpfs x /opt/sandbox/lib && cp /lib/x86_64-linux-gnu/libm.so.6 " + lib + " && LD_PRELOAD=" + lib + " exec /opt/sandbox/bin/napd 600"
+	m.sh(t, fmt.Sprintf("systemd-run -q --collect --unit=attack.service -p User=billing unshare -Urm sh -c %q; sleep 1", attack))
+	wants("a tmpfs of a user's", mapped("attack.service"), process.Foreign+lib, false)
 }

@@ -38,4 +38,4 @@ mkdir -p /run/systemd/nspawn
 mount -t tmpfs tmpfs /run/systemd/nspawn
 
 exec systemd-nspawn --quiet --directory="$root" --machine="$name" --boot --register=no --keep-unit --console=pipe \
-	--link-journal=no --resolv-conf=off --timezone=off "$@" systemd.unit=multi-user.target
+	--capability=CAP_CHECKPOINT_RESTORE --link-journal=no --resolv-conf=off --timezone=off "$@" systemd.unit=multi-user.target
