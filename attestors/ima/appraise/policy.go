@@ -25,7 +25,8 @@ type Policy struct {
 	Keys []string `json:"keys,omitempty"`
 	// Files says which files are held against the policy: "root", which is the default, are
 	// those that the hosts' IMA policy measures into PCR 10, which is to be what root runs;
-	// "all" are also those that it measures into another PCR.
+	// "all" are also those that it measures into another PCR; "programs" are none, for policies that
+	// measure what everybody runs into PCR 10: only scopes' own programs are held then.
 	Files string `json:"files,omitempty"`
 	// Violations says what one means: "reject" or "ignore". The kernel has them in PCR 10,
 	// whoever caused them: the default is to reject if all files are held, else to ignore.
@@ -49,7 +50,7 @@ type Rules struct {
 	exclude    []glob.Pattern
 	keys       []verifier
 	violations bool // are ignored
-	all        bool
+	files      string
 	observe    bool
 }
 
@@ -64,12 +65,12 @@ var digestText = regexp.MustCompile(`^(verity:)?[a-z0-9-]+:[0-9a-f]{32,128}$`)
 
 // Compile checks p as a whole.
 func (p Policy) Compile() (*Rules, error) {
-	r := &Rules{exact: map[string]map[string]bool{}, all: p.Files == "all", observe: p.Mode == "observe"}
+	r := &Rules{exact: map[string]map[string]bool{}, files: p.Files, observe: p.Mode == "observe"}
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
-	r.violations = p.Violations == "ignore" || p.Violations == "" && !r.all
-	if !slices.Contains([]string{"", "root", "all"}, p.Files) {
-		bad("files: %q is neither root nor all", p.Files)
+	r.violations = p.Violations == "ignore" || p.Violations == "" && r.files != "all"
+	if !slices.Contains([]string{"", "root", "all", "programs"}, p.Files) {
+		bad("files: %q is neither root nor all nor programs", p.Files)
 	}
 	if !slices.Contains([]string{"", "reject", "ignore"}, p.Violations) {
 		bad("violations: %q is neither reject nor ignore", p.Violations)
@@ -146,7 +147,12 @@ func (r *Rules) Observes() bool { return r.observe }
 
 // Holds reports whether a measurement that isn't allowed fails its host: of those that don't, any
 // user of the host may be the cause.
-func (r *Rules) Holds(m Measurement) bool { return r.all || m.PCR == ima.DefaultPCR }
+func (r *Rules) Holds(m Measurement) bool {
+	return r.files == "all" || r.files != "programs" && m.PCR == ima.DefaultPCR
+}
+
+// Counts reports whether a measurement shows that the IMA policy is in force.
+func (r *Rules) Counts(m Measurement) bool { return r.files == "programs" || r.Holds(m) }
 
 // Judge says why m is not allowed; empty: it is.
 func (r *Rules) Judge(m Measurement) (why string) {

@@ -101,6 +101,10 @@ func TestPolicy(t *testing.T) {
 			t.Errorf("files = %q", files)
 		}
 	}
+	none := check.Must(Policy{Files: "programs"}.Compile())(t)
+	if m := (Measurement{PCR: 10}); none.Holds(m) || !none.Counts(m) || check.Must(Policy{}.Compile())(t).Counts(Measurement{PCR: 15}) {
+		t.Error("files = programs")
+	}
 	_, err := Policy{Allow: []Allowed{{Path: "/a[", Digests: []string{"abc"}}}, Exclude: []string{"/b["}, Keys: []string{"no key"}, Violations: "maybe", Mode: "no", Files: "some"}.Compile()
 	for _, says := range []string{`"abc" is no digest`, `"/a[" is not a valid pattern`, `"/b[" is not a valid pattern`, "key 1: no PEM block", `"maybe" is neither`, `"some" is neither`, `"no" is neither`} {
 		if err == nil || !strings.Contains(err.Error(), says) {

@@ -271,16 +271,16 @@ func (r *Reference) match(k *Known, pcrs map[int]evidence.Digest) error {
 	if k.ima == nil {
 		return reject([]string{"no IMA list was shown"})
 	}
-	if !k.heldSome(r) {
+	if !k.isInForce(r) {
 		return reject([]string{"no file was measured: its IMA policy is not in force"})
 	}
 	return r.judge(k, rules, reject)
 }
 
-// heldSome reports whether a file was measured that r holds.
-func (k *Known) heldSome(r *Reference) bool {
+// isInForce reports whether the IMA policy measured something of what r is about.
+func (k *Known) isInForce(r *Reference) bool {
 	for f := range k.files.all() {
-		if r.holds(f.measurement()) {
+		if r.newest().Counts(f.measurement()) {
 			return true
 		}
 	}
@@ -295,10 +295,7 @@ func (r *Reference) judge(k *Known, rules string, reject func([]string) error) e
 		k.others, k.othersSeen = nil, 0
 	}
 	var bad, others []string
-	lenient := r.Lenient
-	if i := slices.IndexFunc(r.Versions, func(v Version) bool { return v.Files != nil }); i >= 0 {
-		lenient = lenient || r.Versions[i].Files.Observes() // the newest says how it is meant
-	}
+	lenient := r.Lenient || r.newest().Observes()
 	if r.why(imaappraise.Measurement{Index: -1, PCR: ima.DefaultPCR, Violation: true}) != "" {
 		for _, where := range k.violations[k.told:] {
 			bad = append(bad, where+" is a violation: a file was written while it was measured")
@@ -309,7 +306,7 @@ func (r *Reference) judge(k *Known, rules string, reject func([]string) error) e
 		why := r.why(m)
 		switch {
 		case why == "":
-		case r.holds(m):
+		case r.newest().Holds(m):
 			bad = append(bad, why)
 		default:
 			others = append(others, why)
@@ -327,14 +324,10 @@ func (r *Reference) judge(k *Known, rules string, reject func([]string) error) e
 	return nil
 }
 
-// holds reports whether a measurement that isn't allowed fails the host: the newest version says so.
-func (r *Reference) holds(m imaappraise.Measurement) bool {
-	for _, v := range r.Versions {
-		if v.Files != nil {
-			return v.Files.Holds(m)
-		}
-	}
-	return false
+// newest is what the newest version with files says, which says how it is meant. There is one where files
+// are judged.
+func (r *Reference) newest() *imaappraise.Rules {
+	return r.Versions[slices.IndexFunc(r.Versions, func(v Version) bool { return v.Files != nil })].Files
 }
 
 // why says why no version, and no release, allows a file; empty: one does.

@@ -279,17 +279,18 @@ func TestWhatUsersRun(t *testing.T) {
 		others   int
 		unlisted []string
 	}{
-		"nothing more":                    {},
-		"nothing more, of all":            {edit: all},
-		"a user's":                        {ran: []step{{15, "/home/u/x", "x"}, {15, "/tmp/y", "y"}}, others: 2},
-		"a user's, of all":                {ran: []step{{15, "/home/u/x", "x"}}, edit: all, rejected: `"/home/u/x"`},
-		"root's":                          {ran: []step{{10, "/home/u/x", "x"}}, rejected: `"/home/u/x"`},
-		"root's, which a user ran before": {ran: []step{{15, "/home/u/x", "x"}, {10, "/home/u/x", "x"}}, rejected: `"/home/u/x"`},
-		"a user's, as an excluded path":   {ran: []step{{15, "/var/lib/x/y", "x"}}, edit: func(c *reference.Content) { c.IMA.Exclude = []string{"/var/lib/x/**"} }},
-		"a user's, as a system file":      {ran: []step{{15, "/bin/busybox", "x"}}, others: 1},
-		"a user's, as the program":        {ran: []step{{15, exe, "x"}, {15, lib, "x"}}, others: 2},
-		"a user's violation":              {ran: []step{{10, "/home/u/x", ""}}},
-		"a violation, if they are held":   {ran: []step{{10, "/home/u/x", ""}}, edit: func(c *reference.Content) { c.IMA.Violations = "reject" }, rejected: "a violation"},
+		"nothing more":                     {},
+		"nothing more, of all":             {edit: all},
+		"a user's":                         {ran: []step{{15, "/home/u/x", "x"}, {15, "/tmp/y", "y"}}, others: 2},
+		"a user's, of all":                 {ran: []step{{15, "/home/u/x", "x"}}, edit: all, rejected: `"/home/u/x"`},
+		"anybody's in PCR 10, of programs": {ran: []step{{10, "/home/u/x", "x"}, {10, "/bin/busybox", "y"}}, edit: func(c *reference.Content) { c.IMA.Files = "programs" }, others: 2},
+		"root's":                           {ran: []step{{10, "/home/u/x", "x"}}, rejected: `"/home/u/x"`},
+		"root's, which a user ran before":  {ran: []step{{15, "/home/u/x", "x"}, {10, "/home/u/x", "x"}}, rejected: `"/home/u/x"`},
+		"a user's, as an excluded path":    {ran: []step{{15, "/var/lib/x/y", "x"}}, edit: func(c *reference.Content) { c.IMA.Exclude = []string{"/var/lib/x/**"} }},
+		"a user's, as a system file":       {ran: []step{{15, "/bin/busybox", "x"}}, others: 1},
+		"a user's, as the program":         {ran: []step{{15, exe, "x"}, {15, lib, "x"}}, others: 2},
+		"a user's violation":               {ran: []step{{10, "/home/u/x", ""}}},
+		"a violation, if they are held":    {ran: []step{{10, "/home/u/x", ""}}, edit: func(c *reference.Content) { c.IMA.Violations = "reject" }, rejected: "a violation"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l, pcrs := base, start
@@ -329,7 +330,11 @@ func TestWhatUsersRun(t *testing.T) {
 		"a library":                  {step{15, "/opt/my lib.so", "evil"}, func(p *process.Program) { p.Mappings = append(p.Mappings, process.Mapping{Path: "/opt/my lib.so"}) }, []string{"/opt/my lib.so"}},
 	} {
 		l, pcrs := ran(t, base, start, tt.step.pcr, strings.ReplaceAll(tt.step.name, " ", "_"), tt.step.content)
-		r := learned(nil)
+		r := learned(func(c *reference.Content) {
+			if tt.step.pcr == 10 {
+				c.IMA.Files = "programs"
+			}
+		})
 		k := check.Must(appraiseLogs(l, bootID, reset, pcrs, nil))(t)
 		check.Nil(t, r.match(k, pcrs))
 		p := program
