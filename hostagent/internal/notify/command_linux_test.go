@@ -87,6 +87,28 @@ exit 0`)
 	}
 }
 
+// A check that says yes to something else than what is delivered doesn't count.
+func TestACopyThatIsChanged(t *testing.T) {
+	dir := public(t)
+	check.Nil(t, os.Mkdir(dir+"/shared", 0o777), os.Chmod(dir+"/shared", 0o777))
+	for text, says := range map[string]string{
+		`grep -q new "$COUNTERSIGN_FILE_0"`:                                    "",
+		`chmod u+w "$COUNTERSIGN_FILE_0" && echo other >"$COUNTERSIGN_FILE_0"`: "was changed while it was checked",
+		`chmod u+w "$COUNTERSIGN_FILE_0" && echo more >>"$COUNTERSIGN_FILE_0"`: "was changed while it was checked",
+		`chmod u+w "$COUNTERSIGN_FILE_0" && : >"$COUNTERSIGN_FILE_0"`:          "was changed while it was checked",
+		`ln "$COUNTERSIGN_FILE_0" ` + dir + `/shared/second`:                   "",
+	} {
+		c := credential(t, fmt.Sprintf("check = [%q]", program(t, dir+"/check", "#!/bin/sh\n"+text)), "/etc/x owner = \"nobody\"")
+		err := Check(t.Context(), c, filepath.Join(dir, "run"), secrets("a new one\n"))
+		if (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v, want %q", text, err, says)
+		}
+	}
+	if b, err := os.ReadFile(dir + "/shared/second"); err != nil || len(b) > 0 {
+		t.Errorf("a second name keeps %q, %v", b, err)
+	}
+}
+
 // As root runs what root alone can change, both when the config is read and when it
 // runs; with a user, anything does.
 func TestRootRunsRootsAlone(t *testing.T) {

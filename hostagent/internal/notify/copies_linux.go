@@ -1,6 +1,7 @@
 package notify
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,6 +15,7 @@ import (
 	"github.com/countersign/countersign/hostagent/internal/account"
 	"github.com/countersign/countersign/hostagent/internal/config"
 	"github.com/countersign/countersign/hostagent/internal/rootonly"
+	"github.com/countersign/countersign/internal/bounded"
 	"github.com/countersign/countersign/internal/secret"
 )
 
@@ -119,6 +121,18 @@ func siblings(dir, of string, rootsOnly bool) {
 		}
 		_ = os.Symlink(path, filepath.Join(of, name)) // a copy has the name already
 	}
+}
+
+// unchanged fails if a copy isn't what was written: its user can change it, and a check of
+// something else than what is delivered means nothing.
+func (c *copies) unchanged(contents []secret.Bytes) error {
+	for i, path := range c.paths {
+		b, err := bounded.ReadFile(path, int64(contents[i].Len()))
+		if err != nil || !bytes.Equal(b, contents[i].Reveal()) {
+			return fmt.Errorf("%s was changed while it was checked", path)
+		}
+	}
+	return nil
 }
 
 // remove removes the copies. They are emptied first: their user may have given them another name.

@@ -79,7 +79,10 @@ func try(ctx context.Context, c *config.Credential, runDir string, contents []se
 	for i, path := range copied.paths {
 		env = append(env, fmt.Sprintf("%s%d=%s", fileVariable, i, path))
 	}
-	return run(ctx, task{Argv: c.OnChange.Check, Limit: c.OnChange.Limit(), As: as}, env)
+	if err := run(ctx, task{Argv: c.OnChange.Check, Limit: c.OnChange.Limit(), As: as}, env); err != nil {
+		return err
+	}
+	return copied.unchanged(contents)
 }
 
 // Notify tells the program that its files are new, and waits until it is told:
