@@ -20,7 +20,8 @@ import (
 //   - What another key signed, or another broker, is a fault, in a proof as in a join, until a
 //     person on this host accepts it.
 //   - A new epoch of the known key is accepted, since a store that is restored has to serve, and is
-//     reported until a person on this host accepts it.
+//     reported until an operator of the broker stands for it, which the key signs, or a person on
+//     this host accepts it.
 //
 // Who pins another CA accepts its log by that. In each of these cases the checkpoint that isn't
 // continued is kept: it shows what the broker's log once held.
@@ -43,7 +44,8 @@ type abandoned struct {
 }
 
 // follow holds a checkpoint against the last one and keeps it. c.mu is held.
-func (c *Client) follow(signed []byte, proof [][]byte) error {
+func (c *Client) follow(head *v1.Checkpoint) error {
+	signed := head.GetNote()
 	v, err := note.NewVerifier(c.member.AuditKey)
 	if err != nil {
 		return fmt.Errorf("the broker's audit key: %w", err)
@@ -57,7 +59,7 @@ func (c *Client) follow(signed []byte, proof [][]byte) error {
 		if err != nil {
 			return err
 		}
-		newEpoch, err := next.Follows(last, proof)
+		newEpoch, err := next.Follows(last, head.GetConsistency())
 		if err != nil {
 			return err
 		}
@@ -68,6 +70,16 @@ func (c *Client) follow(signed []byte, proof [][]byte) error {
 				return err
 			}
 			c.member.NewEpoch = why
+		}
+	}
+	if c.member.NewEpoch != "" && len(head.GetAcknowledged()) > 0 {
+		a, err := checkpoint.OpenAcknowledgement(head.GetAcknowledged(), v)
+		switch {
+		case err != nil:
+			c.log.Warn("what the broker says of an operator who stands for its log's epoch is not signed by its key", "err", err)
+		case a.Broker == next.Broker && a.Epoch == next.Epoch:
+			c.log.Info("an operator stands for the new epoch of the broker's audit log", "epoch", a.Epoch, "operator", a.Operator)
+			c.member.NewEpoch = ""
 		}
 	}
 	c.member.Checkpoint = signed
@@ -128,7 +140,7 @@ func (c *Client) admitted(m *v1.ActivateResponse, accept bool) error {
 	}
 	c.member = next
 	if !same {
-		if err := c.follow(m.GetCheckpoint().GetNote(), nil); err != nil {
+		if err := c.follow(&v1.Checkpoint{Note: m.GetCheckpoint().GetNote()}); err != nil {
 			c.member = before
 			return err
 		}

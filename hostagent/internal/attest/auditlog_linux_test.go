@@ -143,13 +143,17 @@ func TestAnotherCA(t *testing.T) {
 	h.kept(t, h.head(1).GetNote())
 }
 
-// A new epoch serves, and is reported until a person on the host accepts it.
+// A new epoch serves, and is reported until an operator of the broker stands for it, or a person
+// on the host accepts it.
 func TestNewEpoch(t *testing.T) {
 	s := &script{}
 	h := newHost(t, s)
 	at := checkpoint.Checkpoint{Broker: "b", Epoch: 1, Size: 1}
+	var word []byte
 	s.prove = func(int, *v1.ProveBody) (*v1.ProveResponse, error) {
-		return &v1.ProveResponse{Checkpoint: h.sign(at), Now: timestamppb.Now()}, nil
+		head := h.sign(at)
+		head.Acknowledged = word
+		return &v1.ProveResponse{Checkpoint: head, Now: timestamppb.Now()}, nil
 	}
 	prove := func() {
 		t.Helper()
@@ -176,10 +180,29 @@ func TestNewEpoch(t *testing.T) {
 	attention("epoch 2")
 	h.kept(t, h.head(1).GetNote())
 
+	// An operator stands for it, by the key that this host has followed.
+	stands := func(broker string, epoch int64, by note.Signer) []byte {
+		return check.Must(checkpoint.Acknowledgement{Broker: broker, Epoch: epoch, Operator: "alice"}.Sign(by))(t)
+	}
+	private, _, err := note.GenerateKey(rand.Reader, checkpoint.KeyName("b"))
+	check.Nil(t, err)
+	for _, word = range [][]byte{stands("b", 1, h.signer), stands("b", 3, h.signer), stands("c", 2, h.signer), []byte("garbage"), h.sign(at).GetNote(),
+		stands("b", 2, check.Must(note.NewSigner(private))(t))} {
+		prove()
+		attention("epoch 2")
+	}
+	word = stands("b", 2, h.signer)
+	prove()
+	attention("")
+	word, at.Epoch = nil, 3
+	prove()
+	attention("epoch 3")
+	h.kept(t, h.head(1).GetNote(), h.sign(checkpoint.Checkpoint{Broker: "b", Epoch: 2, Size: 1}).GetNote())
+
 	command := &host{Client: check.Must(Open(h.options))(t), options: h.options}
-	check.Nil(t, command.admit(auditLog{h.public, h.sign}.admits("b", 2, 1), true))
+	check.Nil(t, command.admit(auditLog{h.public, h.sign}.admits("b", 3, 1), true))
 	command.Close()
 	prove()
 	attention("")
-	h.kept(t, h.head(1).GetNote())
+	h.kept(t, h.head(1).GetNote(), h.sign(checkpoint.Checkpoint{Broker: "b", Epoch: 2, Size: 1}).GetNote())
 }

@@ -233,7 +233,7 @@ func (c *Client) proven(m *v1.ProveResponse, shown []byte) error {
 		return err
 	}
 	if string(c.member.Checkpoint) == string(shown) {
-		if err := c.follow(m.GetCheckpoint().GetNote(), m.GetCheckpoint().GetConsistency()); err != nil {
+		if err := c.follow(m.GetCheckpoint()); err != nil {
 			// Somebody rewrote the log, or another broker speaks: nothing that
 			// it says counts, and nothing that we have goes.
 			return api.NewError(api.Fault, checkAuditLog, fmt.Sprintf("the broker's audit log: %v", err))

@@ -137,6 +137,7 @@ type host struct {
 	head    func(size int64) *v1.Checkpoint // of the broker's log
 	public  string                          // its key
 	sign    func(checkpoint.Checkpoint) *v1.Checkpoint
+	signer  note.Signer
 }
 
 func newHost(t *testing.T, s *script) *host {
@@ -160,7 +161,7 @@ func newHost(t *testing.T, s *script) *host {
 	o := Options{Device: device, StateDir: state, RunDir: filepath.Join(dir, "run"), AK: tpm.P256, Log: slog.New(slog.DiscardHandler), Now: time.Now, Wall: time.Now,
 		Logs: LogPaths{Event: filepath.Join(dir, "none"), Userspace: filepath.Join(dir, "none"), IMA: filepath.Join(dir, "none")},
 		Peer: api.Peer{Addresses: []string{server.URL}, CASHA256: digest}, Facts: func() *v1.HostFacts { return &v1.HostFacts{BootId: "boot"} }}
-	h := &host{options: o, server: server, head: head, public: public, sign: sign}
+	h := &host{options: o, server: server, head: head, public: public, sign: sign, signer: signer}
 	h.restart(t)
 	return h
 }

@@ -56,7 +56,7 @@ func ReadEnds(stateDir string) (Ends, error) {
 func (e Ends) Attention(now time.Time) string {
 	if e.NewEpoch != "" {
 		return fmt.Sprintf("the broker's audit log: %s: its store was restored from a backup, or somebody discarded records; ask the broker's administrators, "+
-			"and if they restored it, run `countersign-agent join --accept-new-log`; %s in state_dir keeps what the log had shown", e.NewEpoch, abandonedFile)
+			"who stand for a restore by `countersign broker acknowledge`; here you accept it by `countersign-agent join --accept-new-log`; %s in state_dir keeps what the log had shown", e.NewEpoch, abandonedFile)
 	}
 	if e.CA.IsZero() || now.Before(e.CA.Add(-lifetime.Warning)) {
 		return ""
