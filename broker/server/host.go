@@ -38,11 +38,6 @@ type Hosts struct {
 	TrustDomain string
 	CA          []byte // DER of the host CA
 	Now         func() time.Time
-
-	joins   *sourceLimit // by address
-	rejoins *sourceLimit // by the host's key
-	asks    *sourceLimit
-	opens   *sourceLimit
 }
 
 // anyHost returns the connection of a host, admitted or joining, or a fault.
@@ -75,15 +70,8 @@ func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) 
 	if err != nil {
 		return nil, err
 	}
-	allowed, err := s.mayJoin(ctx, c)
-	if err != nil {
-		return nil, err
-	}
-	if !allowed {
-		return nil, api.NewError(api.Fault, "join-rate", "too many joins from this address; try again in a while")
-	}
 	var body v1.JoinBody
-	if err := proto.Unmarshal(req.Msg.GetBody(), &body); err != nil {
+	if err := unmarshal(req.Msg.GetBody(), &body); err != nil {
 		return nil, malformed(err)
 	}
 	a := enroll.Application{Body: req.Msg.GetBody(), AKPublic: body.GetAkPublic(), TLSPublic: body.GetTlsPublic(), Token: body.GetToken(), Hostname: body.GetHostname(), Issuers: body.GetIssuers()}
@@ -100,17 +88,6 @@ func (s *Hosts) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) 
 		out.Others = append(out.Others, &v1.EndorsementChallenge{EndorsementKey: uint32(k.EK), CredentialBlob: k.CredentialBlob, EncryptedSecret: k.EncryptedSecret})
 	}
 	return connect.NewResponse(out), nil
-}
-
-// mayJoin bounds joins: those of keys that the broker knows by key, so that a
-// fleet behind one address comes back at once after its certificates ended, and
-// all others by address.
-func (s *Hosts) mayJoin(ctx context.Context, c *conn) (bool, error) {
-	known, err := s.Admission.KnowsKey(ctx, c.challenge.Key())
-	if err != nil || !known {
-		return err == nil && s.joins.allow(source(c.challenge.Address)), err
-	}
-	return s.rejoins.allow(c.challenge.Key().String()), nil
 }
 
 // Activate finishes what Join began on the same connection.
@@ -151,7 +128,6 @@ func (s *Hosts) Challenge(ctx context.Context, req *connect.Request[v1.Challenge
 	if err != nil {
 		return nil, err
 	}
-	c.known.Store(true)
 	boot, logs, offset := known.Resume()
 	out := &v1.ChallengeResponse{Known: &v1.Known{BootId: boot, ImaOffset: uint64(offset)}, ProgramVersion: process.Version}
 	if !logs.IsZero() {
@@ -169,11 +145,8 @@ func (s *Hosts) Prove(ctx context.Context, req *connect.Request[v1.ProveRequest]
 	if err != nil {
 		return nil, err
 	}
-	if !s.asks.allow(c.challenge.Key().String()) {
-		return nil, api.NewError(api.Fault, "ask-rate", "this host proves itself too often; try again in a while")
-	}
 	var body v1.ProveBody
-	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
+	e, err := evidenceOf(ctx, req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
 	if err != nil {
 		return nil, malformed(err)
 	}
@@ -225,11 +198,8 @@ func (s *Hosts) Issue(ctx context.Context, req *connect.Request[v1.IssueRequest]
 	if err != nil {
 		return nil, err
 	}
-	if !s.asks.allow(c.challenge.Key().String()) {
-		return nil, api.NewError(api.Fault, "ask-rate", "this host asks for too many credentials; try again in a while")
-	}
 	var body v1.IssueBody
-	e, err := evidenceOf(req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
+	e, err := evidenceOf(ctx, req.Msg.GetAttested(), &body, func() *v1.HostFacts { return body.GetHost() })
 	if err != nil {
 		return nil, malformed(err)
 	}
@@ -295,9 +265,6 @@ func (s *Hosts) Witness(ctx context.Context, req *connect.Request[v1.WitnessRequ
 	if len(list) > maxOpens {
 		return nil, malformed(fmt.Errorf("%d opens; at most %d are taken", len(list), maxOpens))
 	}
-	if !s.opens.allow(c.challenge.Key().String()) {
-		return nil, api.NewError(api.Fault, "witness-rate", "this host tells of too many opens; try again in a while")
-	}
 	opens := make([]hostapi.Open, len(list))
 	for i, o := range list {
 		opens[i] = hostapi.Open{Lease: o.GetLeaseId(), Opened: event.Opened{
@@ -330,8 +297,8 @@ func quoteOf(q *v1.Quote) (tpm.Quote, error) {
 	return out, nil
 }
 
-func evidenceOf(a *v1.Attested, body proto.Message, host func() *v1.HostFacts) (hostapi.Evidence, error) {
-	if err := proto.Unmarshal(a.GetBody(), body); err != nil {
+func evidenceOf(ctx context.Context, a *v1.Attested, body proto.Message, host func() *v1.HostFacts) (hostapi.Evidence, error) {
+	if err := unmarshal(a.GetBody(), body); err != nil {
 		return hostapi.Evidence{}, err
 	}
 	for what, text := range map[string]string{"os": host().GetOs(), "boot_id": host().GetBootId()} {
@@ -340,15 +307,19 @@ func evidenceOf(a *v1.Attested, body proto.Message, host func() *v1.HostFacts) (
 		}
 	}
 	quote, err := quoteOf(a.GetQuote())
-	return hostapi.Evidence{Body: a.GetBody(), Nonce: a.GetNonce(), Quote: quote, Boot: host().GetBootId(), OS: host().GetOs(), Logs: logsOf(a.GetLogs())}, err
+	return hostapi.Evidence{Body: a.GetBody(), Nonce: a.GetNonce(), Quote: quote, Boot: host().GetBootId(), OS: host().GetOs(), Logs: logsOf(a.GetLogs(), longLogsOf(ctx))}, err
 }
 
-func logsOf(l *v1.Logs) appraise.Logs {
-	return appraise.Logs{Event: l.GetEventLog(), Userspace: l.GetUserspaceLog(), EventKnown: l.GetEventLogKnown(),
-		IMA: l.GetIma(), IMAOffset: int(min(l.GetImaOffset(), math.MaxInt32)), IMAPresent: l.GetImaPresent()}
+// logsOf puts together what was decoded and what was too long for that.
+func logsOf(l *v1.Logs, long longLogs) appraise.Logs {
+	if len(l.GetEventLog())+len(l.GetUserspaceLog())+len(l.GetIma()) > 0 {
+		long = longLogs{event: l.GetEventLog(), userspace: l.GetUserspaceLog(), ima: l.GetIma()} // they were short
+	}
+	return appraise.Logs{Event: long.event, Userspace: long.userspace, EventKnown: l.GetEventLogKnown(),
+		IMA: long.ima, IMAOffset: int(min(l.GetImaOffset(), math.MaxInt32)), IMAPresent: l.GetImaPresent()}
 }
 
-func malformed(err error) error {
+func malformed(err error) *api.Error {
 	return api.NewError(api.Fault, "request", "the request can't be read: "+err.Error())
 }
 

@@ -46,7 +46,6 @@ func (s *Operators) actor(ctx context.Context) (admin.Actor, error) {
 		if err != nil {
 			return a, connect.NewError(connect.CodePermissionDenied, err)
 		}
-		c.known.Store(true)
 		a.Request = requestID(ctx)
 		return a, nil
 	case endedOperatorPeer:

@@ -21,9 +21,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/countersign/countersign/attestors/evidence"
@@ -44,16 +41,14 @@ const (
 
 // A conn is what the door knows of one connection.
 type conn struct {
-	once      sync.Once
-	err       error
-	kind      peerKind
-	challenge *challenge.Conn
-	leaf      *x509.Certificate // the peer's
-	known     atomic.Bool
+	kind       peerKind
+	class      class
+	registered bool // the inventory has a host with this key, admitted or not
+	challenge  *challenge.Conn
+	leaf       *x509.Certificate // the peer's
 }
 
-// strangerTime is how long a connection stays open whose key the broker hasn't
-// recognised: long enough to join.
+// strangerTime is how long a stranger's connection stays open: long enough to join.
 const strangerTime = time.Minute
 
 type connKey struct{}
@@ -63,8 +58,10 @@ type Door struct {
 	HostCA, OperatorCA *x509.Certificate
 	Certificate        func() (*tls.Certificate, error)
 	Now                func() time.Time
-
-	strangers sync.Map // of open connections, to what closes them after strangerTime
+	// Host looks up a host's key, and Operator an operator's. They alone make of a
+	// peer more than a stranger.
+	Host     func(ctx context.Context, key evidence.Digest) (registered, admitted bool, err error)
+	Operator func(ctx context.Context, spki []byte) (known bool, err error)
 }
 
 // TLS is the listener's configuration: TLS 1.3 alone, so that the exporter is
@@ -125,83 +122,60 @@ func issued(leaf, ca *x509.Certificate) bool {
 	return err == nil
 }
 
-// ConnContext gives each connection its place for challenges.
-func (d *Door) ConnContext(ctx context.Context, c net.Conn) context.Context {
-	state := &conn{}
-	if _, ok := c.(*net.UnixConn); ok {
-		state.kind = localPeer
-	} else {
-		d.strangers.Store(c, time.AfterFunc(strangerTime, func() {
-			if !state.known.Load() {
-				_ = c.Close()
-			}
-		}))
-	}
-	return context.WithValue(ctx, connKey{}, state)
-}
-
-// ConnState lets go of a connection that is closed: many that come and go are
-// not all kept for strangerTime.
-func (d *Door) ConnState(c net.Conn, state http.ConnState) {
-	if state != http.StateClosed {
-		return
-	}
-	if timer, ok := d.strangers.LoadAndDelete(c); ok {
-		timer.(*time.Timer).Stop()
-	}
-}
-
-// identify completes a connection's state at its first request, when the
-// handshake is over.
-func (d *Door) identify(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, ok := r.Context().Value(connKey{}).(*conn)
-		if !ok {
-			http.Error(w, "no connection", http.StatusInternalServerError)
-			return
-		}
-		c.once.Do(func() {
-			if c.kind == localPeer {
-				return
-			}
-			c.err = d.complete(c, r)
-		})
-		if c.err != nil {
-			http.Error(w, c.err.Error(), http.StatusForbidden)
-			return
-		}
-		next.ServeHTTP(w, r)
-	})
-}
-
-func (d *Door) complete(c *conn, r *http.Request) error {
-	if r.TLS == nil {
-		return errCertificate
-	}
-	kind, err := d.classify(*r.TLS)
+// identify finds out who is at the other end of a finished handshake.
+func (d *Door) identify(ctx context.Context, state tls.ConnectionState, remote string) (*conn, error) {
+	kind, err := d.classify(state)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	exported, err := r.TLS.ExportKeyingMaterial(evidence.ExporterLabel, nil, evidence.ExporterSize)
+	exported, err := state.ExportKeyingMaterial(evidence.ExporterLabel, nil, evidence.ExporterSize)
 	if err != nil {
-		return fmt.Errorf("TLS exporter: %w", err)
+		return nil, fmt.Errorf("TLS exporter: %w", err)
 	}
-	address, _, err := net.SplitHostPort(r.RemoteAddr)
+	address, _, err := net.SplitHostPort(remote)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	leaf := r.TLS.PeerCertificates[0]
+	leaf := state.PeerCertificates[0]
 	// The key in its one DER encoding, whatever the certificate made of it.
 	spki, err := x509.MarshalPKIXPublicKey(leaf.PublicKey)
 	if err != nil {
-		return errCertificate
+		return nil, errCertificate
 	}
-	c.kind, c.leaf = kind, leaf
-	c.challenge = &challenge.Conn{KeySPKI: spki, Exporter: [evidence.ExporterSize]byte(exported), Address: address}
+
+	c := &conn{kind: kind, leaf: leaf,
+		challenge: &challenge.Conn{KeySPKI: spki, Exporter: [evidence.ExporterSize]byte(exported), Address: address}}
+	return c, d.rank(ctx, c)
+}
+
+// rank looks the key up. A certificate makes nobody more than a stranger, and a
+// host whose certificate has ended is none.
+func (d *Door) rank(ctx context.Context, c *conn) error {
+	switch c.kind {
+	case hostPeer, joiningPeer:
+		registered, admitted, err := d.Host(ctx, c.challenge.Key())
+		if c.registered = registered; admitted {
+			c.class = member
+		}
+		return err
+	case operatorPeer:
+		known, err := d.Operator(ctx, c.challenge.KeySPKI)
+		if known {
+			c.class = operator
+		}
+		return err
+	}
 	return nil
 }
 
-func connOf(ctx context.Context) *conn {
-	c, _ := ctx.Value(connKey{}).(*conn)
-	return c
+// connContext gives the requests of a connection what is known of it.
+func connContext(ctx context.Context, c net.Conn) context.Context {
+	var peer *conn
+	switch c := c.(type) {
+	case *tls.Conn:
+		peer = c.NetConn().(*guardedConn).peer
+	default:
+		peer = &conn{kind: localPeer, class: local}
+	}
+	return context.WithValue(ctx, connKey{}, peer)
 }

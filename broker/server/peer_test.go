@@ -2,38 +2,36 @@ package server
 
 import (
 	"net"
-	"net/http"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/countersign/countersign/test/check"
 )
 
-type closable struct {
-	net.Conn
-	closed atomic.Bool
-}
-
-func (c *closable) Close() error { c.closed.Store(true); return nil }
-
-// A connection that the broker doesn't recognise is closed in time, and one that
-// ended by itself is not kept until then.
+// A stranger's connection is closed in time, and one that ended by itself is not
+// kept until then.
 func TestStrangers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		d := &Door{}
-		stranger, known, ended := &closable{}, &closable{}, &closable{}
-		for _, c := range []*closable{stranger, known, ended} {
-			state := connOf(d.ConnContext(t.Context(), c))
-			state.known.Store(c == known)
+		conn := func() *guardedConn {
+			a, b := net.Pipe()
+			t.Cleanup(func() { _, _ = a.Close(), b.Close() })
+			return &guardedConn{Conn: a}
 		}
-		d.ConnState(stranger, http.StateActive)
-		d.ConnState(ended, http.StateClosed)
-		if _, kept := d.strangers.Load(ended); kept {
-			t.Error("a connection that ended is kept")
+		stays, ends := conn(), conn()
+		stays.endAfter(strangerTime)
+		ends.endAfter(strangerTime)
+		check.Nil(t, ends.Close())
+		if ends.end.Stop() {
+			t.Error("a connection that ended is kept by its timer")
 		}
-		time.Sleep(strangerTime + time.Second)
-		if !stranger.closed.Load() || known.closed.Load() || ended.closed.Load() {
-			t.Errorf("closed: the stranger %v, the known one %v, the ended one %v", stranger.closed.Load(), known.closed.Load(), ended.closed.Load())
+		time.Sleep(strangerTime - time.Second)
+		if stays.closed {
+			t.Error("a stranger has no time to join")
+		}
+		time.Sleep(2 * time.Second)
+		if !stays.closed {
+			t.Error("a stranger stays")
 		}
 	})
 }

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -19,12 +18,13 @@ import (
 	"github.com/countersign/countersign/broker/api/countersign/v1/countersignv1connect"
 )
 
-// maxConnections bounds the listener: each costs memory for its TLS state.
-const maxConnections = 20000
-
-// maxShare is how many of them one source may have; hosts behind one address
-// are many, and strangers from one never take all.
-const maxShare = maxConnections / 4
+// Connections to the metrics listener: of monitoring, load balancers and who
+// fetches the CRL.
+const (
+	metricsConnections = 128
+	metricsShare       = 32
+	metricsTime        = 30 * time.Second
+)
 
 // A Server serves one broker's listeners until its context ends.
 type Server struct {
@@ -44,42 +44,48 @@ type Server struct {
 
 // Run serves until ctx ends, then lets running requests finish.
 func (s *Server) Run(ctx context.Context) error {
-	s.Hosts.joins = newSourceLimit(joinsPerSec, joinBurst, s.Door.Now)
-	s.Hosts.rejoins = newSourceLimit(againPerSec, againBurst, s.Door.Now)
-	s.Hosts.asks = newSourceLimit(asksPerSec, askBurst, s.Door.Now)
-	s.Hosts.opens = newSourceLimit(opensPerSec, opensBurst, s.Door.Now)
-	// Nothing is unpacked: bound counts what is sent.
-	opts := connect.WithHandlerOptions(connect.WithCompression("gzip", nil, nil), connect.WithReadMaxBytes(maxEvidence),
+	s.Door.Host = s.Hosts.Admission.KnowsKey
+	s.Door.Operator = s.Operators.Desk.KnowsKey
+	// Nothing is unpacked: what is counted is what is sent.
+	opts := connect.WithHandlerOptions(connect.WithCompression("gzip", nil, nil), connect.WithReadMaxBytes(maxLarge),
 		connect.WithInterceptors(s.observe(), api.Codes()), connect.WithRecover(s.recovered))
 	mux := http.NewServeMux()
-	mux.Handle(countersignv1connect.NewHostServiceHandler(s.Hosts, opts))
-	mux.Handle(countersignv1connect.NewOperatorServiceHandler(s.Operators, opts))
-	handler := limit(s.Door.identify(bound(mux)))
+	in := newIntake(s.Door.Now, func(check string) { s.Requests.Observe("unread", check, 0) })
+	for _, service := range []func() (string, http.Handler){
+		func() (string, http.Handler) { return countersignv1connect.NewHostServiceHandler(s.Hosts, opts) },
+		func() (string, http.Handler) {
+			return countersignv1connect.NewOperatorServiceHandler(s.Operators, opts)
+		},
+	} {
+		path, h := service()
+		mux.Handle(path, in.read(h))
+	}
+	handler := identified(mux)
 
 	outside, err := net.Listen("tcp", s.Listen)
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
-	local, err := localSocket(s.Socket)
+	socket, err := localSocket(s.Socket)
 	if err != nil {
 		return errors.Join(err, outside.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	tlsServer := s.httpServer(handler)
-	tlsServer.TLSConfig = s.Door.TLS()
-	s.serve(ctx, group, tlsServer, func() error {
-		return tlsServer.ServeTLS(netutil.LimitListener(newFairListener(outside, maxShare), maxConnections), "", "")
-	})
-	localServer := s.httpServer(handler)
-	s.serve(ctx, group, localServer, func() error { return localServer.Serve(local) })
+	gate := newGate(s.Door, outside.Addr())
+	group.Go(func() error { return gate.run(ctx, outside) })
+	group.Go(func() error { <-ctx.Done(); return outside.Close() })
+	for of, way := range gate.ways {
+		s.serve(ctx, group, classes[of].server(s, handler), way)
+	}
+	s.serve(ctx, group, classes[local].server(s, handler), socket)
 	if s.MetricsListen != "" {
 		l, err := net.Listen("tcp", s.MetricsListen)
 		if err != nil {
-			return errors.Join(fmt.Errorf("metrics_listen: %w", err), outside.Close(), local.Close())
+			return errors.Join(fmt.Errorf("metrics_listen: %w", err), outside.Close(), socket.Close())
 		}
 		metrics := s.httpServer(s.Metrics)
-		metrics.ConnContext = nil
-		s.serve(ctx, group, metrics, func() error { return metrics.Serve(l) })
+		metrics.ReadTimeout, metrics.WriteTimeout, metrics.IdleTimeout = metricsTime, metricsTime, 2*metricsTime
+		s.serve(ctx, group, metrics, &crowdListener{l, newCrowd(metricsConnections, metricsShare)})
 	}
 	s.Log.Info("broker is up", "listen", outside.Addr().String(), "socket", s.Socket)
 	return group.Wait()
@@ -122,8 +128,7 @@ func (s *Server) outgoing(ctx context.Context, err error) error {
 
 func (s *Server) httpServer(h http.Handler) *http.Server {
 	return &http.Server{
-		Handler: h, ConnContext: s.Door.ConnContext, ConnState: s.Door.ConnState,
-		ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Hour, MaxHeaderBytes: 16 << 10,
+		Handler: h, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: maxHeader,
 		ErrorLog: slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
 	}
 }
@@ -131,9 +136,9 @@ func (s *Server) httpServer(h http.Handler) *http.Server {
 // drainTime is how long requests may take to end once the broker stops.
 const drainTime = 10 * time.Second
 
-func (s *Server) serve(ctx context.Context, group *errgroup.Group, server *http.Server, run func() error) {
+func (s *Server) serve(ctx context.Context, group *errgroup.Group, server *http.Server, l net.Listener) {
 	group.Go(func() error {
-		if err := run(); !errors.Is(err, http.ErrServerClosed) {
+		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			return err
 		}
 		return nil

@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -48,8 +49,15 @@ import (
 	"github.com/countersign/countersign/internal/secret"
 )
 
+// collectAt is how much of what lives may be garbage beside it before it is collected,
+// in percent. What peers may have in memory is bounded, and so is the garbage of it.
+const collectAt = 50
+
 // serve runs a broker until ctx ends or its store stops.
 func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(collectAt)
+	}
 	if err := secret.ProtectProcess(); err != nil {
 		return err
 	}

@@ -144,6 +144,15 @@ func (d *Desk) ActorByKey(ctx context.Context, spki []byte) (Actor, error) {
 	return Actor{Name: name, Role: r}, err
 }
 
+// KnowsKey reports whether an operator has this key.
+func (d *Desk) KnowsKey(ctx context.Context, spki []byte) (bool, error) {
+	_, err := d.ActorByKey(ctx, spki)
+	if errors.Is(err, ErrForbidden) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // An OperatorKey is one by which somebody may call from outside.
 type OperatorKey struct {
 	Name, Role       string

@@ -227,17 +227,23 @@ func (d *Desk) verifyEK(offered tpm.EK, intermediates *x509.CertPool, known bool
 	return ek, err
 }
 
-// KnowsKey reports whether a host of the inventory has this TLS key.
-func (d *Desk) KnowsKey(ctx context.Context, key evidence.Digest) (known bool, err error) {
+// KnowsKey reports whether a host of the inventory has this TLS key, and whether that
+// host was admitted and not removed since. A row that can't be read is an admitted
+// host's: what it hears is decided where it is read.
+func (d *Desk) KnowsKey(ctx context.Context, key evidence.Digest) (registered, admitted bool, err error) {
 	err = d.Store.View(ctx, func(tx *store.Tx) error {
-		_, err := inventory.ByTLSKey(tx, key)
-		known = err == nil
-		if errors.Is(err, inventory.ErrUnknown) {
-			err = nil
+		h, err := inventory.ByTLSKey(tx, key)
+		switch {
+		case errors.Is(err, inventory.ErrUnknown):
+			return nil
+		case errors.Is(err, inventory.ErrUnreadable):
+			registered, admitted = true, true
+			return nil
 		}
+		registered, admitted = err == nil, err == nil && h.Admitted && h.State != inventory.Removed
 		return err
 	})
-	return known, err
+	return registered, admitted, err
 }
 
 func (d *Desk) known(ctx context.Context, ek evidence.Digest) (known bool, err error) {
