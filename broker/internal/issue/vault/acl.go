@@ -17,7 +17,7 @@ var limits = hclread.Limits{Size: 1 << 20, Nesting: 16}
 // A held rule is one path of a policy as Vault holds it.
 type held struct {
 	Rule
-	other []string // settings beyond capabilities and allowed_parameters
+	other []string // settings beyond capabilities and parameters
 }
 
 // parsePolicy reads the HCL that `vault policy write` takes, without its JSON
@@ -59,6 +59,8 @@ func parsePolicy(text string) (map[string]held, error) {
 				r.Capabilities = append(r.Capabilities, more...)
 			case "allowed_parameters":
 				r.Parameters, err = parameters(value)
+			case "denied_parameters":
+				r.Denied, err = parameters(value)
 			default:
 				r.other = append(r.other, name)
 			}

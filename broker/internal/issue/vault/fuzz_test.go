@@ -2,6 +2,7 @@ package vault
 
 import (
 	"bytes"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -29,8 +30,8 @@ func FuzzParsePolicy(f *testing.F) {
 		var p Policy
 		for _, path := range sorted(rules) {
 			r := rules[path]
-			all := slices.Concat([]string{path}, r.Capabilities, sorted(r.Parameters))
-			for _, values := range r.Parameters {
+			all := slices.Concat([]string{path}, r.Capabilities, sorted(r.Parameters), sorted(r.Denied))
+			for _, values := range slices.Concat(slices.Collect(maps.Values(r.Parameters)), slices.Collect(maps.Values(r.Denied))) {
 				all = append(all, values...)
 			}
 			if r.other != nil || slices.ContainsFunc(all, func(s string) bool { return !literal("x" + s + "x") }) {
@@ -43,7 +44,8 @@ func FuzzParsePolicy(f *testing.F) {
 			t.Fatalf("%v in\n%s", err, p.HCL())
 		}
 		for path, r := range rules {
-			if !slices.Equal(again[path].Capabilities, r.Capabilities) || len(r.Parameters) > 0 && !reflect.DeepEqual(again[path].Parameters, r.Parameters) {
+			if !slices.Equal(again[path].Capabilities, r.Capabilities) || len(r.Parameters) > 0 && !reflect.DeepEqual(again[path].Parameters, r.Parameters) ||
+				len(r.Denied) > 0 && !reflect.DeepEqual(again[path].Denied, r.Denied) {
 				t.Fatalf("%q: %v became %v", path, r, again[path])
 			}
 		}

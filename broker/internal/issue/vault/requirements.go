@@ -45,8 +45,12 @@ type Policy struct {
 type Rule struct {
 	Path         string              `json:"path"`
 	Capabilities []string            `json:"capabilities"`
-	Parameters   map[string][]string `json:"allowed_parameters,omitempty"` // none: any
+	Parameters   map[string][]string `json:"allowed_parameters,omitempty"` // none: any, but for those denied
+	Denied       map[string][]string `json:"denied_parameters,omitempty"`
 }
+
+// noParameters denies all: an empty allowed_parameters would allow any.
+func noParameters() map[string][]string { return map[string][]string{"*": {}} }
 
 // A Role is a token role's settings, by the names of Vault's API.
 type Role struct {
@@ -89,6 +93,9 @@ func needs(s *policy.Scope, from *Source) Scope {
 	rule := Rule{Path: from.Path, Capabilities: []string{"read"}}
 	if from.Method == "write" {
 		rule.Capabilities = []string{"update"}
+		if len(from.Parameters) == 0 {
+			rule.Denied = noParameters()
+		}
 		for k, v := range from.Parameters {
 			if rule.Parameters == nil {
 				rule.Parameters = map[string][]string{}
@@ -153,16 +160,22 @@ func (p Policy) HCL() string {
 			b.WriteString("\n")
 		}
 		fmt.Fprintf(&b, "path %s {\n  capabilities = %s\n", quoted(r.Path), list(r.Capabilities))
-		if r.Parameters != nil {
-			b.WriteString("  allowed_parameters = {\n")
-			for _, name := range sorted(r.Parameters) {
-				fmt.Fprintf(&b, "    %s = %s\n", quoted(name), list(r.Parameters[name]))
-			}
-			b.WriteString("  }\n")
-		}
+		writeParameters(&b, "allowed_parameters", r.Parameters)
+		writeParameters(&b, "denied_parameters", r.Denied)
 		b.WriteString("}\n")
 	}
 	return b.String()
+}
+
+func writeParameters(b *strings.Builder, setting string, parameters map[string][]string) {
+	if parameters == nil {
+		return
+	}
+	fmt.Fprintf(b, "  %s = {\n", setting)
+	for _, name := range sorted(parameters) {
+		fmt.Fprintf(b, "    %s = %s\n", quoted(name), list(parameters[name]))
+	}
+	b.WriteString("  }\n")
 }
 
 // Command is the line by which Vault's own command would make the role.

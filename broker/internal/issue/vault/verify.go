@@ -211,8 +211,11 @@ func (s state) policy(want Policy) []Finding {
 				bad("allows parameter %s on %s as %s instead of %s", name, r.Path, list(values), list(r.Parameters[name]))
 			}
 		}
-		if r.Parameters != nil && got.Parameters == nil {
+		if r.Parameters != nil && got.Parameters == nil || r.Denied != nil && !denies(got.Denied) {
 			bad("allows any parameter on %s", r.Path)
+		}
+		if r.Denied == nil && got.Denied != nil {
+			bad("denies parameters on %s, which is not expected", r.Path)
 		}
 		for _, name := range sorted(got.Parameters) {
 			if _, ok := r.Parameters[name]; !ok {
@@ -224,6 +227,13 @@ func (s state) policy(want Policy) []Finding {
 		bad("grants %s on %s, which is not needed", list(have[path].Capabilities), path)
 	}
 	return out
+}
+
+// denies reports whether denied parameters are all there are. Vault looks at no value
+// beside a "*".
+func denies(parameters map[string][]string) bool {
+	_, ok := parameters["*"]
+	return ok
 }
 
 func compare(want, have []string) (missing, excess []string) {

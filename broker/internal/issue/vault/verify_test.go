@@ -103,6 +103,7 @@ func TestVerifyNamesEachDrift(t *testing.T) {
 		{"broker's fewer paths", swap(BrokerPolicy, "sys/leases/revoke/database/creds/billing-ro/*", "sys/leases/revoke/database/creds/other/*"),
 			"policy " + BrokerPolicy, `lacks ["update"] on sys/leases/revoke/database/creds/billing-ro/*`, nil},
 		{"any parameter", swap(BrokerPolicy, "    \"sync\" = []\n", "    \"*\" = []\n"), "policy " + BrokerPolicy, "names parameter *", nil},
+		{"denied parameters", swap(db, `["read"]`, "[\"read\"]\n  denied_parameters = {\n    \"version\" = []\n  }"), "policy " + db, "denies parameters on database/creds/billing-ro", nil},
 		{"unreadable policy", func(t *testing.T) { writePolicy(t, db, `{"path": {"x": {"capabilities": ["read"]}}}`) }, "policy " + db, "can't be compared", nil},
 		{"audit header", func(t *testing.T) { remove(t, headerList+"/"+correlation) }, auditHeader, "does not show it", nil},
 		{"HMAC'd header", func(t *testing.T) { put(t, headerList+"/"+correlation, map[string]any{"hmac": true}) }, auditHeader, "only its HMAC", nil},
@@ -180,6 +181,67 @@ func TestScopeThatIsNoMore(t *testing.T) {
 	}
 	_, err := i.issue(within(t, time.Minute), scope("billing-db"), order("leftover2"))
 	fails(t, err, "auth/token/create/countersign-billing-db", `"update"`)
+}
+
+// A write that has no parameters is for none: its scope's tokens can't choose what
+// the engine makes of it. Vault itself says so.
+func TestAWriteWithoutParameters(t *testing.T) {
+	const name, path = "countersign-anonymous", "pki/issue/anonymous"
+	put(t, "pki/roles/anonymous", map[string]any{"allow_any_name": true, "require_cn": false, "generate_lease": true, "ttl": "1h", "max_ttl": "1h", "key_type": "ec", "key_bits": 256})
+	set := mustParse(scopesHCL + `
+scope "anonymous" {
+  process { unit = "billing.service" }
+  vault {
+    path   = "` + path + `"
+    method = "write"
+    ttl    = "1h"
+  }
+}
+`)
+	t.Cleanup(func() {
+		remove(t, "sys/policies/acl/"+name)
+		remove(t, "auth/token/roles/"+name)
+		setUp(t)
+	})
+	if _, err := Setup(within(t, time.Minute), root, Requirements(set)); err != nil {
+		t.Fatal(err)
+	}
+	if found := verify(t, set); len(found) > 0 {
+		t.Errorf("after setup: %v", found)
+	}
+
+	token := put(t, "auth/token/create", map[string]any{"policies": []string{name}, "no_default_policy": true, "ttl": "5m"}).Auth.ClientToken
+	client, err := root.Clone()
+	if err != nil {
+		t.Fatal(err)
+	}
+	client.SetToken(token)
+	write := func(data map[string]any) error {
+		s, err := client.Logical().WriteWithContext(within(t, time.Minute), path, data)
+		if err == nil {
+			issued.secret(s.Data["private_key"].(string))
+		}
+		return err
+	}
+	if err := write(nil); err != nil {
+		t.Errorf("without parameters: %v", err)
+	}
+	for _, data := range []map[string]any{{"common_name": "admin.example.com"}, {"alt_names": "admin.example.com"}, {"ttl": "1m"}, {"": ""}, {"*": ""}} {
+		if err := write(data); err == nil || !strings.Contains(err.Error(), "permission denied") {
+			t.Errorf("with %v: %v", data, err)
+		}
+	}
+
+	// A policy from before, or one that denies less, is named, and was no restriction.
+	for _, denied := range []string{"", "  denied_parameters = {\n    \"ttl\" = []\n  }\n", "  allowed_parameters = {}\n"} {
+		writePolicy(t, name, "path \""+path+"\" {\n  capabilities = [\"update\"]\n"+denied+"}\n")
+		if err := write(map[string]any{"common_name": "admin.example.com"}); err != nil {
+			t.Errorf("with the policy %q: %v", denied, err)
+		}
+		if found := verify(t, set); !slices.ContainsFunc(found, func(f Finding) bool { return f.Problem == "allows any parameter on "+path }) {
+			t.Errorf("with the policy %q: %v", denied, found)
+		}
+	}
 }
 
 // The broker's policy names leases by prefix; a lease named in the body must not
