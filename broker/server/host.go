@@ -343,6 +343,8 @@ func (s *Hosts) admissionError(ctx context.Context, err error) error {
 		e.Outcome, e.Check, e.Message = api.Refused, "ek-uncertified", err.Error()
 	case errors.Is(err, denials.ErrHeld):
 		e.Check, e.Message = api.CheckHeld, err.Error()
+	case errors.Is(err, enroll.ErrOften):
+		e.Check, e.Message = "host-budget", err.Error()
 	case errors.Is(err, enroll.ErrPendingFull):
 		e.Check, e.Message = "pending-full", err.Error()
 	default:

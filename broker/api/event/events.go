@@ -2,6 +2,7 @@ package event
 
 import (
 	"encoding/json"
+	"fmt"
 	"time"
 
 	"github.com/countersign/countersign/attestors/evidence"
@@ -224,8 +225,9 @@ type Selector struct {
 // credential.
 type Allowed struct {
 	Decision  Decision          `json:"decision"`
-	Facts     json.RawMessage   `json:"facts"`      // of the program, in the vocabulary of scope conditions
-	HostFacts evidence.Digest   `json:"host_facts"` // digest of the host's facts; the newest HostFacts has them
+	Evidence  *Evidence         `json:"evidence,omitempty"`
+	Facts     json.RawMessage   `json:"facts,omitempty"` // of the program; only earlier brokers wrote them
+	HostFacts evidence.Digest   `json:"host_facts"`      // digest of the host's facts; the newest HostFacts has them
 	Names     map[string]string `json:"names,omitempty"`
 	Serial    string            `json:"serial,omitempty"` // of a certificate; only earlier brokers wrote it
 }
@@ -241,13 +243,46 @@ type Decided struct {
 	As Kind `json:"-"`
 
 	Decision Decision        `json:"decision"`
-	Program  json.RawMessage `json:"program"` // process.Program's encoding, as the host sent it
+	Evidence *Evidence       `json:"evidence,omitempty"`
+	Program  json.RawMessage `json:"program,omitempty"` // as the host sent it; only earlier brokers wrote it
 }
 
 // Kind returns e.As.
 func (e Decided) Kind() Kind { return e.As }
 
 func (e Decided) why() string { return e.Decision.Reason }
+
+// Evidence identifies the program evidence of a request, which may be long and isn't in
+// the log: what was sent, who asked, and what was unusual about it.
+type Evidence struct {
+	SHA256   evidence.Digest `json:"sha256"` // of the evidence as it was sent
+	Size     int             `json:"size"`   // in bytes
+	Instance string          `json:"instance,omitempty"`
+	User     string          `json:"user,omitempty"`
+	Unit     string          `json:"unit,omitempty"`
+	Exe      string          `json:"exe,omitempty"`
+	Digest   evidence.Digest `json:"exe_sha256,omitzero"`
+	Mappings int             `json:"mappings,omitempty"` // how many there are
+	// Unusual are the first few things that most programs don't have, in words.
+	Unusual []string `json:"unusual,omitempty"`
+}
+
+// Repeated is the event of AuditRepeated: what record Record describes happened again,
+// Count times from First to Last, and wasn't recorded each time.
+type Repeated struct {
+	Of     Kind      `json:"of"`
+	Record int64     `json:"record"`
+	Count  int64     `json:"count"`
+	First  time.Time `json:"first"`
+	Last   time.Time `json:"last"`
+}
+
+// Kind returns AuditRepeated.
+func (Repeated) Kind() Kind { return AuditRepeated }
+
+func (e Repeated) why() string {
+	return fmt.Sprintf("%d more like record %d (%s), the last at %s", e.Count, e.Record, e.Of, e.Last.UTC().Format(time.RFC3339))
+}
 
 // Outcome is the event of CredentialIssued, CredentialFailed, CredentialDelivered,
 // CredentialReplaced, CredentialRevoking and CredentialEnded: the lease after the change.

@@ -14,6 +14,7 @@ type Kind string
 const (
 	BrokerInitialised Kind = "broker.initialised"
 	AuditEpoch        Kind = "audit.epoch"
+	AuditRepeated     Kind = "audit.repeated" // what a host caused again and again, and was recorded once
 
 	DenialMerged        Kind = "denial.merged"
 	RestoreAcknowledged Kind = "restore.acknowledged"
@@ -75,6 +76,7 @@ const (
 var events = map[Kind]func(Kind) Event{
 	BrokerInitialised: func(Kind) Event { return &Initialised{} },
 	AuditEpoch:        func(Kind) Event { return &Epoch{} },
+	AuditRepeated:     func(Kind) Event { return &Repeated{} },
 	DenialMerged:      func(Kind) Event { return &Merged{} }, RestoreAcknowledged: func(Kind) Event { return &Acknowledged{} },
 	HostAdded:  func(Kind) Event { return &Added{} },
 	HostJoined: enrolment, HostAdmitted: enrolment, HostPending: enrolment, HostReenrolWanted: enrolment,

@@ -33,8 +33,10 @@ import (
 	"github.com/countersign/countersign/broker/internal/ops/expiry"
 	"github.com/countersign/countersign/broker/internal/ops/metrics"
 	"github.com/countersign/countersign/broker/internal/ops/recovery"
+	"github.com/countersign/countersign/broker/internal/ops/space"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/budget"
 	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/broker/internal/state/timekeeper"
@@ -103,7 +105,7 @@ func serve(ctx context.Context, c *config.Broker, stderr io.Writer) (err error) 
 		group.Go(func() error { return service.Run(ctx) })
 	}
 	server := b.server()
-	for _, run := range []func(context.Context) error{b.clock.Run, b.denials.Run, b.keepScopes, b.leases.Sweep, b.silence.Run, b.retention().Run, server.Run, b.untilStopped} {
+	for _, run := range []func(context.Context) error{b.clock.Run, b.denials.Run, b.keepScopes, b.space.Run, b.keepRepeats, b.leases.Sweep, b.silence.Run, b.retention().Run, server.Run, b.untilStopped} {
 		group.Go(func() error { return run(ctx) })
 	}
 	return group.Wait()
@@ -128,6 +130,7 @@ type broker struct {
 	leases   *lease.Manager
 	silence  *liveness.Watch
 	logs     *logcache.Cache
+	space    *space.Gauge
 	desk     *admin.Desk
 }
 
@@ -231,6 +234,8 @@ func (b *broker) assemble(ready map[string]issue.Issuer) {
 	b.leases.Guard(func(*store.Tx) error { return b.denials.Behind() })
 	b.silence = &liveness.Watch{Store: b.store, Leases: b.leases, Brake: b.config.BrakeHostsPerMinute, Log: b.log, Now: b.clock.Now}
 	b.logs = logcache.New(logcache.Most)
+	b.space = &space.Gauge{Dir: b.config.StateDir, Log: b.log}
+	b.space.Look()
 	b.desk = &admin.Desk{Store: b.store, Leases: b.leases, Audit: b.audit, OperatorCA: b.operatorCA, Policy: b.scopes.In,
 		Logs: b.logs, ParseSet: b.parse, Log: b.log, Now: faults.Now}
 }
@@ -251,7 +256,7 @@ func (b *broker) ends() ends {
 }
 
 func (b *broker) alarms(ctx context.Context) []string {
-	return slices.Concat(b.held(ctx), b.silence.Alarms(), b.leases.Alarms(ctx), b.ends().alarms(b.log, faults.Now()))
+	return slices.Concat(b.held(ctx), b.silence.Alarms(), b.leases.Alarms(ctx), b.space.Alarms(), b.budgetAlarms(ctx), b.ends().alarms(b.log, faults.Now()))
 }
 
 // held returns why nothing new is issued.
@@ -279,6 +284,37 @@ func (b *broker) held(ctx context.Context) (alarms []string) {
 	return alarms
 }
 
+// exceeded lists the hosts that have used up what they may have written in this hour.
+func (b *broker) exceeded(ctx context.Context) (list []budget.Excess, err error) {
+	err = b.store.View(ctx, func(tx *store.Tx) error {
+		list = budget.Of(tx).Exceeded(b.clock.Now())
+		return nil
+	})
+	return list, err
+}
+
+// shownHosts is how many hosts are named one by one.
+const shownHosts = 20
+
+func (b *broker) budgetAlarms(ctx context.Context) (alarms []string) {
+	list, err := b.exceeded(ctx)
+	if err != nil {
+		return []string{"which hosts are over their budget can't be read: " + err.Error()}
+	}
+	for _, e := range list[:min(len(list), shownHosts)] {
+		alarms = append(alarms, fmt.Sprintf("host %s is over its budget, with %d records and %d KiB in an hour: until %s only what it holds is renewed; `countersign audit tail` shows what it does",
+			e.Host, e.Records, e.Bytes>>10, e.Until.UTC().Format(time.RFC3339)))
+	}
+	if more := len(list) - shownHosts; more > 0 {
+		alarms = append(alarms, fmt.Sprintf("%d more hosts are over their budget", more))
+	}
+	return alarms
+}
+
+func (b *broker) keepRepeats(ctx context.Context) error {
+	return audit.KeepRepeats(ctx, b.store, b.clock.Now, b.log)
+}
+
 // server makes the server for hosts, operators and metrics.
 func (b *broker) server() *server.Server {
 	c := b.config
@@ -294,7 +330,7 @@ func (b *broker) server() *server.Server {
 			Admission: &enroll.Desk{Store: b.store, Leases: b.leases, CA: b.hostCA, Roots: b.ekRoots.Roots, Intermediates: b.ekRoots.Intermediates,
 				MostPending: c.PendingHosts, Now: b.clock.Now, Wall: faults.Now},
 			Credentials: &hostapi.Desk{Store: b.store, Leases: b.leases, Policy: b.scopes.In, Basis: refvalues.New(), Logs: b.logs, CA: b.hostCA,
-				Signer: b.audit.Signer(), Verify: b.audit.Verifier(), Log: b.log, Now: b.clock.Now, Wall: faults.Now,
+				Signer: b.audit.Signer(), Verify: b.audit.Verifier(), Log: b.log, Room: b.space.New, Now: b.clock.Now, Wall: faults.Now,
 				Continuations: hostapi.Continuations{Key: b.fingerprints.For("continuations")}},
 			Audit: b.audit, TrustDomain: c.TrustDomain, CA: b.hostCA.Certificate.Raw, Now: b.clock.Now,
 		},
@@ -320,7 +356,19 @@ func (b *broker) metrics() metrics.Source {
 				return metrics.Counts{}, err
 			}
 			overdue, _, err := b.leases.Overdue(ctx)
-			return metrics.Counts{Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings, Overdue: overdue}, err
+			if err != nil {
+				return metrics.Counts{}, err
+			}
+			exceeded, err := b.exceeded(ctx)
+			counts := metrics.Counts{Hosts: st.Hosts, Leases: st.Leases, Findings: st.Findings, Overdue: overdue, OverBudget: len(exceeded)}
+			for _, e := range exceeded[:min(len(exceeded), shownHosts)] {
+				counts.OverBudgetHosts = append(counts.OverBudgetHosts, e.Host)
+			}
+			return counts, err
+		},
+		Space: func() (level string, free, size uint64) {
+			l, free, size := b.space.Now()
+			return string(l), free, size
 		},
 		Alarms: b.alarms,
 		Ends:   func(ctx context.Context) ([]expiry.End, error) { return b.ends().list(ctx, faults.Now()) },

@@ -200,11 +200,8 @@ func (m *Manager) intend(ctx context.Context, d policy.Decision, r Request, id s
 func draft(d policy.Decision, r Request, id string, known issue.Prepared, now time.Time) (g journal.Lease, allowed event.Allowed, err error) {
 	facts, scope := d.Facts(), d.Scope()
 	recorded := facts.Recorded()
-	allowed = event.Allowed{Decision: d.Result().Event(), Names: known.Names}
+	allowed = event.Allowed{Decision: d.Result().Event(), Evidence: d.Evidence(), Names: known.Names}
 	if allowed.HostFacts, err = facts.Host.Digest(); err != nil {
-		return g, allowed, err
-	}
-	if allowed.Facts, err = json.Marshal(recorded); err != nil {
 		return g, allowed, err
 	}
 

@@ -5,6 +5,7 @@ import (
 
 	"github.com/countersign/countersign/broker/api/event"
 	"github.com/countersign/countersign/broker/internal/verify/appraise"
+	"github.com/countersign/countersign/internal/bounded"
 )
 
 // A Scope is one credential that subjects may earn.
@@ -83,10 +84,13 @@ type Result struct {
 	Reason    string     `json:"reason,omitempty"` // in words, for Refused and Fault
 }
 
-// Event returns the result for the audit log.
+// Event returns the result for the audit log, where what a host says of itself is cut
+// short.
 func (r Result) Event() event.Decision {
-	d := event.Decision{Scope: r.Scope, Outcome: string(r.Outcome), Policy: r.Policy, Reason: r.Reason}
+	d := event.Decision{Outcome: string(r.Outcome), Policy: r.Policy}
+	d.Scope, d.Reason = bounded.Text(r.Scope, maxWord), bounded.Text(r.Reason, maxSaw)
 	for _, s := range r.Selectors {
+		s.Saw = bounded.Text(s.Saw, maxSaw)
 		d.Selectors = append(d.Selectors, event.Selector(s))
 	}
 	return d

@@ -30,6 +30,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/budget"
 	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -51,6 +52,10 @@ const (
 	certifiedScore = 1
 	knownScore     = 2
 )
+
+// keyChanges is how often in an hour a host that waits may come with other keys: each
+// is in the log for good.
+const keyChanges = 20
 
 // maxEKs is how many EKs a host may offer.
 const maxEKs = 8
@@ -81,6 +86,7 @@ type Application struct {
 // Errors that a host hears. They say nothing of other hosts.
 var (
 	ErrPendingFull = errors.New("too many hosts wait for an operator; ask for a join token")
+	ErrOften       = errors.New("this host waits for an operator, and joined with other keys too often; try again in an hour")
 	ErrRemoved     = errors.New("this TPM's host was removed; an operator has to reenrol it")
 	ErrQuarantined = errors.New("this host is quarantined; an operator knows why")
 	ErrTwoHosts    = errors.New("this TPM's keys belong to two hosts of the inventory; `countersign host reenrol` says which of them it is")
@@ -406,6 +412,13 @@ func (j *joining) enrol(tx *store.Tx) error {
 	j.result.Host, j.result.Pending = h, !h.Admitted
 	if j.result.Pending && sameKeys(before, h) && before.Tier == h.Tier && before.Reason == h.Reason {
 		return inventory.Save(tx, h) // it waits, as the log says already
+	}
+	if j.result.Pending && len(before.AKPublic) > 0 {
+		account := budget.Of(tx)
+		if _, over := account.Over(h.ID, j.now); over {
+			return ErrOften
+		}
+		account.Spend(h.ID, budget.Records/keyChanges, 0, j.now)
 	}
 	if h.Admitted {
 		if j.result.Certificate, err = j.CA.Host(mustKey(j.spki), h.ID, j.wall, CertificateLifetime); err != nil {

@@ -34,6 +34,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/budget"
 	"github.com/countersign/countersign/broker/internal/state/findings"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -56,6 +57,8 @@ type Desk struct {
 	Signer note.Signer // of tickets
 	Verify note.Verifier
 	Log    *slog.Logger
+	// Room fails where the store has none for new leases; nil: there is.
+	Room func() error
 
 	Continuations Continuations
 
@@ -137,13 +140,17 @@ type proven struct {
 }
 
 // appraise spends the nonce and holds the evidence against the host. Evidence
-// that is false has failed the host when this returns.
-func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence.Call, e Evidence, program []byte, request string) (proven, error) {
+// that is false has failed the host when this returns. Where may says no, evidence isn't looked at.
+func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence.Call, e Evidence, program []byte, request string, may func(*store.Tx, inventory.Host) error) (proven, error) {
 	now := d.Now()
 	var risk findings.Risk
 	var set *policy.Set
 	var held appraise.Basis
+	var denied error
 	h, err := d.host(ctx, conn, func(tx *store.Tx, h inventory.Host) (err error) {
+		if denied = may(tx, h); denied != nil {
+			return nil
+		}
 		if risk, err = findings.OfHost(tx, h.ID); err != nil {
 			return err
 		}
@@ -164,6 +171,9 @@ func (d *Desk) appraise(ctx context.Context, conn *challenge.Conn, call evidence
 	given, err := conn.Take(nonce, now)
 	if err != nil {
 		return proven{}, api.NewError(api.Retry, "nonce", err.Error())
+	}
+	if denied != nil {
+		return proven{}, denied
 	}
 	verified, err := appraise.Appraise(appraise.Bundle{
 		Binding: conn.Binding(call, nonce, e.Body), Quote: e.Quote, Seen: given.Seen, Program: program,
@@ -210,10 +220,17 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 		if !bytes.Equal(now.AKPublic, h.AKPublic) || now.Reenrolling {
 			return errEnrolledAnew // with keys that this evidence says nothing of
 		}
+		before := now.Status()
 		if now, err = now.After(found, fmt.Sprintf("%s: %s", r.Check, r.Detail)); err != nil {
 			return err
 		}
-		if _, err := audit.Append(tx, event.Record{Time: at, Actor: "host:" + h.ID, Host: h.ID, Request: request}, failed); err != nil {
+		about := event.Record{Time: at, Actor: "host:" + h.ID, Host: h.ID, Request: request}
+		if now.Status() == before { // the log has that it is out
+			err = audit.AppendOnce(tx, about, failed, string(failed.Kind())+" "+string(r.Check), r.Detail)
+		} else {
+			_, err = audit.Append(tx, about, failed)
+		}
+		if err != nil {
 			return err
 		}
 		return inventory.Save(tx, now)
@@ -279,11 +296,18 @@ func (p proven) saveOver(tx *store.Tx, h inventory.Standing, silentAt time.Time)
 	next.FactsDigest = digest.String()
 	kept := *facts
 	kept.Program, kept.Subject = nil, appraise.Subject{}
+	until, over := budget.Of(tx).Over(h.ID, facts.At)
+	if over && h.State == inventory.Failed {
+		return 0, overBudget(until) // it holds nothing, and each time that it fails again is in the log
+	}
 	if err := h.Become(tx, next, inventory.Showing{Address: p.conn.Address, PCRs: facts.Host.PCRs, Facts: kept, At: facts.At}); err != nil {
 		return 0, err
 	}
 	if h.FactsDigest == next.FactsDigest {
 		return next.Continuity.Given, nil
+	}
+	if over {
+		return 0, overBudget(until) // the log would not have what an allow names
 	}
 	told, err := json.Marshal(facts.Host)
 	if err != nil {
@@ -310,6 +334,7 @@ func keepDecision(tx *store.Tx, host string, r policy.Result, f *appraise.Facts)
 	if have == digest || err != nil && !errors.Is(err, sql.ErrNoRows) {
 		return err
 	}
+	budget.Of(tx).Spend(host, 0, len(result)+len(facts), f.At)
 	_, err = tx.Exec(`INSERT INTO decisions (host_id, scope, at, result, facts, digest) VALUES (?, ?, ?, ?, ?, ?)
 		ON CONFLICT (host_id, scope) DO UPDATE SET at = excluded.at, result = excluded.result, facts = excluded.facts, digest = excluded.digest`,
 		host, r.Scope, store.Millis(f.At), string(result), string(facts), digest)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -50,7 +51,8 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	if o.DeliveryID == "" || len(o.DeliveryID) > maxDeliveryID || len(o.Program) == 0 {
 		return Issued{}, api.NewError(api.Fault, "request", "a request names its delivery in at most 64 bytes and brings program evidence")
 	}
-	p, err := d.appraise(ctx, conn, evidence.CallIssue, o.Evidence, o.Program, request)
+	mayIssue := func(tx *store.Tx, h inventory.Host) error { return d.mayIssue(tx, h.ID, o) }
+	p, err := d.appraise(ctx, conn, evidence.CallIssue, o.Evidence, o.Program, request, mayIssue)
 	if err != nil {
 		return Issued{}, err
 	}
@@ -109,7 +111,7 @@ func replaceAt(now, end time.Time, scope *policy.Scope) time.Time {
 func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision, o Order, request string, now time.Time) (Issued, error) {
 	result := decision.Result()
 	observe := decision.Scope() != nil && decision.Scope().Observe
-	told := event.Decided{As: event.CredentialRefused, Decision: result.Event(), Program: o.Program}
+	told := event.Decided{As: event.CredentialRefused, Decision: result.Event(), Evidence: decision.Evidence()}
 	switch {
 	case observe:
 		told.As = event.CredentialObserved
@@ -125,9 +127,8 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 				return err
 			}
 		}
-		_, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + p.host.ID, Host: p.host.ID, Scope: bounded.Text(o.Scope, maxWord), Request: request},
-			told)
-		return err
+		return audit.AppendOnce(tx, event.Record{Time: now, Actor: "host:" + p.host.ID, Host: p.host.ID, Scope: bounded.Text(o.Scope, maxWord), Request: request},
+			told, sameDecision(told.As, decision), programOf(decision)...)
 	})
 	if err != nil {
 		return Issued{}, err
@@ -145,6 +146,33 @@ func (d *Desk) notIssued(ctx context.Context, p proven, decision policy.Decision
 		return Issued{}, err
 	}
 	return Issued{}, refusal(result)
+}
+
+// sameDecision is what decisions that issue nothing have in common where the log counts
+// them: the scope that there is, and the selector that said no. The program isn't part
+// of it, as a host can make up any number of them.
+func sameDecision(as event.Kind, decision policy.Decision) string {
+	if decision.Scope() == nil {
+		return string(as) + " no such scope"
+	}
+	r := decision.Result()
+	check := ""
+	for _, s := range r.Selectors {
+		if s.Result != "pass" {
+			check = s.Name
+			break
+		}
+	}
+	return fmt.Sprintf("%s %s %s", as, r.Scope, check)
+}
+
+// programOf tells apart, as long as there are few, which programs asked for which scopes.
+func programOf(decision policy.Decision) []string {
+	p := decision.Facts().Program
+	if p == nil {
+		return nil
+	}
+	return []string{decision.Result().Scope, p.User, p.Unit(), p.Main().Path, p.Main().SHA256.String()}
 }
 
 func (d *Desk) revokeWhere(ctx context.Context, host, scope string, which func(journal.Lease) bool, reason, request string) error {

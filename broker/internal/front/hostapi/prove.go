@@ -22,6 +22,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/budget"
 	"github.com/countersign/countersign/broker/internal/state/denials"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
@@ -75,7 +76,7 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 	if len(proof.Leases) > maxProofs {
 		return Proven{}, api.NewError(api.Fault, "request", "too many leases in one proof")
 	}
-	p, err := d.appraise(ctx, conn, evidence.CallProve, proof.Evidence, nil, request)
+	p, err := d.appraise(ctx, conn, evidence.CallProve, proof.Evidence, nil, request, nothing)
 	if err != nil {
 		return Proven{}, err
 	}
@@ -210,7 +211,7 @@ func (d *Desk) judge(tx *store.Tx, p proven, lp LeaseProof, now time.Time, reque
 			break
 		}
 		if _, err := audit.Append(tx, event.Record{Time: now, Actor: "host:" + g.Host, Host: g.Host, Scope: g.Scope, Lease: g.ID, Request: request},
-			event.Decided{As: event.CredentialRefused, Decision: result.Event(), Program: lp.Program}); err != nil {
+			event.Decided{As: event.CredentialRefused, Decision: result.Event(), Evidence: decision.Evidence()}); err != nil {
 			return v, "", err
 		}
 		v.Outcome, v.Reason = string(api.Refused), refusal(result).Message
@@ -224,6 +225,10 @@ func (d *Desk) judge(tx *store.Tx, p proven, lp LeaseProof, now time.Time, reque
 		if !mayBind(g, verified.Facts(), decision.Scope()) {
 			v.Outcome, v.Reason = api.CheckGone, "the lease was issued to another instance of the program"
 			return v, "another instance asks with it: " + instance, nil
+		}
+		if until, over := budget.Of(tx).Over(g.Host, now); over {
+			v.Outcome, v.Reason, v.Expires = string(api.Fault), overBudget(until).Message, g.Expires
+			return v, "", nil
 		}
 		if g, _, err = journal.Step(g, journal.Bound{Instance: instance, Subject: lp.Program}, now); err != nil {
 			return v, "", err

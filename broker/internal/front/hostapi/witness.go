@@ -7,6 +7,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/front/challenge"
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/budget"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/bounded"
 )
@@ -34,6 +35,11 @@ func (d *Desk) Witness(ctx context.Context, conn *challenge.Conn, opens []Open, 
 		leases[i] = g
 	}
 	err := d.Store.Update(ctx, nil, func(tx *store.Tx) error {
+		if len(opens) > 0 {
+			if until, over := budget.Of(tx).Over(leases[0].Host, now); over {
+				return overBudget(until)
+			}
+		}
 		for i, o := range opens {
 			if o.Time.After(now) || o.Time.Before(leases[i].Issued) {
 				o.Time = now // no clock of a host's moves it to another lease's time

@@ -21,6 +21,8 @@ type Source struct {
 	// Ready is nil while the broker can serve requests.
 	Ready func(context.Context) error
 	CRL   func() []byte // DER; nil while there is none
+	// Space is of the store's disk, in bytes, and what it allows: "enough", "low" or "full".
+	Space func() (level string, free, size uint64)
 	// Ends are of what ends by itself.
 	Ends func(context.Context) ([]expiry.End, error)
 }
@@ -30,6 +32,9 @@ type Counts struct {
 	Hosts, Leases map[string]uint64 // by state
 	Findings      map[string]uint64 // that are open, by severity
 	Overdue       uint64            // leases
+	OverBudget    int               // hosts that have used up what they may have written in an hour
+	// OverBudgetHosts are some of them, by their ids.
+	OverBudgetHosts []string
 }
 
 // Requests counts answers by procedure and outcome.
@@ -43,6 +48,7 @@ func (r *Requests) Observe(procedure, outcome string, took time.Duration) {
 type collector struct {
 	source                                            Source
 	hosts, leases, findings, overdue, alarms, expires *prometheus.Desc
+	overBudget, overBudgetHost, free, size, space     *prometheus.Desc
 }
 
 func (c collector) Describe(out chan<- *prometheus.Desc) {
@@ -52,6 +58,11 @@ func (c collector) Describe(out chan<- *prometheus.Desc) {
 	out <- c.overdue
 	out <- c.alarms
 	out <- c.expires
+	out <- c.overBudget
+	out <- c.overBudgetHost
+	out <- c.free
+	out <- c.size
+	out <- c.space
 }
 
 // collectTime bounds one scrape's look into the store.
@@ -75,7 +86,25 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	}
 	out <- prometheus.MustNewConstMetric(c.overdue, prometheus.GaugeValue, float64(counts.Overdue))
 	out <- prometheus.MustNewConstMetric(c.alarms, prometheus.GaugeValue, float64(len(c.source.Alarms(ctx))))
+	out <- prometheus.MustNewConstMetric(c.overBudget, prometheus.GaugeValue, float64(counts.OverBudget))
+	for _, id := range counts.OverBudgetHosts {
+		out <- prometheus.MustNewConstMetric(c.overBudgetHost, prometheus.GaugeValue, 1, id)
+	}
+	c.collectSpace(out)
 	c.collectEnds(ctx, out)
+}
+
+func (c collector) collectSpace(out chan<- prometheus.Metric) {
+	level, free, size := c.source.Space()
+	out <- prometheus.MustNewConstMetric(c.free, prometheus.GaugeValue, float64(free))
+	out <- prometheus.MustNewConstMetric(c.size, prometheus.GaugeValue, float64(size))
+	for _, l := range []string{"enough", "low", "full"} {
+		is := 0.0
+		if l == level {
+			is = 1
+		}
+		out <- prometheus.MustNewConstMetric(c.space, prometheus.GaugeValue, is, l)
+	}
 }
 
 func (c collector) collectEnds(ctx context.Context, out chan<- prometheus.Metric) {
@@ -102,13 +131,18 @@ func New(source Source) (http.Handler, *Requests) {
 		Name: "countersign_request_seconds", Help: "Time to answer, by procedure and outcome.",
 		Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, 1, 5},
 	}, []string{"procedure", "outcome"})}
-	registry.MustRegister(requests.seconds, collector{source,
-		prometheus.NewDesc("countersign_hosts", "Hosts by state.", []string{"state"}, nil),
-		prometheus.NewDesc("countersign_leases", "Leases whose end is not confirmed, by state.", []string{"state"}, nil),
-		prometheus.NewDesc("countersign_findings_open", "Findings of the watch that nobody closed, by severity.", []string{"severity"}, nil),
-		prometheus.NewDesc("countersign_leases_overdue", "Leases that wait for the broker more than 10 s beyond their due time.", nil, nil),
-		prometheus.NewDesc("countersign_alarms", "Things that wait for an operator.", nil, nil),
-		prometheus.NewDesc("countersign_expires_timestamp_seconds", "When something ends by itself, in Unix seconds.", []string{"what", "name"}, nil),
+	registry.MustRegister(requests.seconds, collector{source: source,
+		hosts:          prometheus.NewDesc("countersign_hosts", "Hosts by state.", []string{"state"}, nil),
+		leases:         prometheus.NewDesc("countersign_leases", "Leases whose end is not confirmed, by state.", []string{"state"}, nil),
+		findings:       prometheus.NewDesc("countersign_findings_open", "Findings of the watch that nobody closed, by severity.", []string{"severity"}, nil),
+		overdue:        prometheus.NewDesc("countersign_leases_overdue", "Leases that wait for the broker more than 10 s beyond their due time.", nil, nil),
+		alarms:         prometheus.NewDesc("countersign_alarms", "Things that wait for an operator.", nil, nil),
+		expires:        prometheus.NewDesc("countersign_expires_timestamp_seconds", "When something ends by itself, in Unix seconds.", []string{"what", "name"}, nil),
+		overBudget:     prometheus.NewDesc("countersign_hosts_over_budget", "Hosts that have used up what they may have written in an hour.", nil, nil),
+		overBudgetHost: prometheus.NewDesc("countersign_host_over_budget", "1 for each of the first of them, by the id that the broker gave it.", []string{"host"}, nil),
+		free:           prometheus.NewDesc("countersign_disk_free_bytes", "What the store's disk has left.", nil, nil),
+		size:           prometheus.NewDesc("countersign_disk_size_bytes", "The store's disk.", nil, nil),
+		space:          prometheus.NewDesc("countersign_disk_level", "1 for what the disk's room allows: enough; low, which warns; full, which stops new leases.", []string{"level"}, nil),
 	})
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))

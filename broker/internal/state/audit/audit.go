@@ -24,12 +24,14 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/countersign/countersign/broker/api/event"
+	"github.com/countersign/countersign/broker/internal/state/budget"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/checkpoint"
 )
 
 // Append writes e as the next record and returns its index. r has the time, the actor and
-// what the event is about; Append sets the rest. e must not contain a secret.
+// what the event is about; Append sets the rest. e must not contain a secret. What
+// a host causes is on its account (see package budget).
 func Append(tx *store.Tx, r event.Record, e event.Event) (int64, error) {
 	detail, err := json.Marshal(e)
 	if err != nil {
@@ -59,6 +61,9 @@ func Append(tx *store.Tx, r event.Record, e event.Event) (int64, error) {
 		return 0, err
 	}
 	keep(tx, tree)
+	if r.Host != "" && !strings.HasPrefix(r.Actor, "operator:") {
+		budget.Of(tx).Spend(r.Host, 1, len(body), r.Time)
+	}
 	return n, nil
 }
 

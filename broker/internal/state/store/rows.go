@@ -9,7 +9,7 @@ type Topic string
 
 // The topics. The audit log isn't one, because every change appends to it.
 const (
-	Hosts      Topic = "hosts"      // with their EKs and decisions
+	Hosts      Topic = "hosts"      // with their EKs, decisions and repeats
 	Leases     Topic = "leases"     //
 	Findings   Topic = "findings"   //
 	Canaries   Topic = "canaries"   //

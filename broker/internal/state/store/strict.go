@@ -22,7 +22,7 @@ var keys = map[string]struct {
 	topic  Topic
 	column int
 }{
-	"hosts": {Hosts, 0}, "host_eks": {Hosts, 1}, "decisions": {Hosts, 0}, "grants": {Leases, 0},
+	"hosts": {Hosts, 0}, "host_eks": {Hosts, 1}, "decisions": {Hosts, 0}, "repeats": {Hosts, 0}, "grants": {Leases, 0},
 	"findings": {Findings, -1}, "canaries": {Canaries, -1}, "policies": {Scopes, -1}, "operators": {Operators, -1}, "join_tokens": {Tokens, -1},
 	"reference_sets": {References, -1}, "reference_maintenance": {References, -1}, "releases": {References, -1},
 	"ca_values": {Values, -1}, "meta": {Broker, -1},
