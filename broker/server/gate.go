@@ -14,8 +14,8 @@ const (
 	// handshakeBytes bounds what a peer sends before it is known who it is. A
 	// host's flight has 2 to 4 KiB.
 	handshakeBytes = 32 << 10
-	maxHandshakes  = 256
-	handshakeShare = 64 // of one source; hosts behind one address begin at the same time
+	maxHandshakes  = 1024
+	handshakeShare = 512 // of one source; hosts behind one address begin at the same time
 )
 
 // A gate accepts connections, finishes their handshakes, and hands each to the

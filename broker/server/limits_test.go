@@ -382,7 +382,8 @@ func TestStrangersTakeNoHostsRate(t *testing.T) {
 // A host's own rates.
 func TestRatesOfAHost(t *testing.T) {
 	r := newReading(t)
-	for path, burst := range map[string]int{joinCall: againBurst, proveCall: askBurst, witnessCall: opensBurst} {
+	challenge := countersignv1connect.HostServiceChallengeProcedure
+	for path, burst := range map[string]int{joinCall: againBurst, proveCall: askBurst, witnessCall: opensBurst, challenge: hostsBurst} {
 		host := peerOf(member, "host of "+path, "192.0.2.1")
 		for i := range burst {
 			if got := r.sendBytes(host, path, nil); got != "" {

@@ -24,6 +24,8 @@ const (
 	logBurst      = 4 * maxLogs
 	callsPerSec   = 10 // other than joins, of strangers from one source, after callBurst
 	callBurst     = 200
+	hostsPerSec   = 50 // of any kind, by one host, after hostsBurst
+	hostsBurst    = 5000
 	maxStrangers  = 65536 // sources that are remembered
 	maxRegistered = 65536 // hosts that are
 )
@@ -31,9 +33,9 @@ const (
 // A limits has the limiters of all calls. Those of hosts that the inventory has
 // are looked up by key, and no stranger's key or address is among them.
 type limits struct {
-	now                       func() time.Time
-	joins, calls              *limiters // by source
-	rejoins, asks, opens, log *limiters // by the key of a host that is known
+	now                             func() time.Time
+	joins, calls                    *limiters // by source
+	rejoins, asks, opens, log, host *limiters // by the key of a host that is known
 }
 
 func newLimits(now func() time.Time) *limits {
@@ -41,6 +43,7 @@ func newLimits(now func() time.Time) *limits {
 		joins: newLimiters(joinsPerSec, joinBurst, maxStrangers), calls: newLimiters(callsPerSec, callBurst, maxStrangers),
 		rejoins: newLimiters(againPerSec, againBurst, maxRegistered), asks: newLimiters(asksPerSec, askBurst, maxRegistered),
 		opens: newLimiters(opensPerSec, opensBurst, maxRegistered), log: newLimiters(logBytes, logBurst, maxRegistered),
+		host: newLimiters(hostsPerSec, hostsBurst, maxRegistered),
 	}
 }
 
@@ -70,8 +73,11 @@ func (l *limits) allow(c *conn, procedure string) *api.Error {
 			return api.NewError(api.Fault, "witness-rate", "this host tells of too many opens; try again in a while")
 		}
 	}
-	if c.class == stranger && key == "" && !l.calls.allow(from, 1, now) {
+	switch {
+	case key == "" && !l.calls.allow(from, 1, now):
 		return api.NewError(api.Fault, "call-rate", "too many requests from this address; try again in a while")
+	case key != "" && !l.host.allow(key, 1, now):
+		return api.NewError(api.Fault, "call-rate", "too many requests of this host; try again in a while")
 	}
 	return nil
 }

@@ -65,6 +65,9 @@ func (c collector) Describe(out chan<- *prometheus.Desc) {
 	out <- c.space
 }
 
+// scrapes is how many are answered at a time: each reads the store.
+const scrapes = 4
+
 // collectTime bounds one scrape's look into the store.
 const collectTime = 5 * time.Second
 
@@ -145,7 +148,7 @@ func New(source Source) (http.Handler, *Requests) {
 		space:          prometheus.NewDesc("countersign_disk_level", "1 for what the disk's room allows: enough; low, which warns; full, which stops new leases.", []string{"level"}, nil),
 	})
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: scrapes}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		if err := source.Ready(r.Context()); err != nil {

@@ -1,29 +1,29 @@
 package appraise
 
 import (
+	"bytes"
+	"cmp"
 	"iter"
 	"slices"
 	"strings"
-	"unique"
 
 	"github.com/countersign/countersign/attestors/evidence"
 	"github.com/countersign/countersign/attestors/ima"
 	imaappraise "github.com/countersign/countersign/attestors/ima/appraise"
 )
 
-// A file is one proven measurement. Fleets share most names, so that those are
-// kept once; a digest is as small as what would point to it.
+// A file is one proven measurement.
 type file struct {
-	name      unique.Handle[string]
+	name      string
 	digest    digest
-	signature unique.Handle[string] // empty: none
-	other     bool                  // measured into another PCR than IMA's own
+	signature string // empty: none
+	other     bool   // measured into another PCR than IMA's own
 }
 
 // A digest is of SHA-256, or another one's text.
 type digest struct {
 	sha256 evidence.Digest
-	other  unique.Handle[string]
+	other  string
 }
 
 const plain = "sha256:"
@@ -34,27 +34,31 @@ func digestOf(text string) digest {
 			return digest{sha256: d}
 		}
 	}
-	return digest{other: unique.Make(text)}
+	return digest{other: text}
 }
 
 func (d digest) text() string {
-	if d.other != (unique.Handle[string]{}) {
-		return d.other.Value()
+	if d.other != "" {
+		return d.other
 	}
 	return plain + d.sha256.String()
 }
 
+func (d digest) compare(e digest) int {
+	return cmp.Or(bytes.Compare(d.sha256[:], e.sha256[:]), strings.Compare(d.other, e.other))
+}
+
 func fileOf(m imaappraise.Measurement) file {
-	return file{unique.Make(m.Name), digestOf(m.Digest), unique.Make(string(m.Signature)), m.PCR != ima.DefaultPCR}
+	return file{m.Name, digestOf(m.Digest), string(m.Signature), m.PCR != ima.DefaultPCR}
 }
 
 func (f file) measurement() imaappraise.Measurement {
-	m := imaappraise.Measurement{Index: -1, PCR: ima.DefaultPCR, Name: f.name.Value(), Digest: f.digest.text()}
+	m := imaappraise.Measurement{Index: -1, PCR: ima.DefaultPCR, Name: f.name, Digest: f.digest.text()}
 	if f.other {
 		m.PCR = otherPCR
 	}
-	if s := f.signature.Value(); s != "" {
-		m.Signature = []byte(s)
+	if f.signature != "" {
+		m.Signature = []byte(f.signature)
 	}
 	return m
 }
@@ -62,35 +66,46 @@ func (f file) measurement() imaappraise.Measurement {
 // otherPCR stands for those that aren't IMA's own.
 const otherPCR = -1
 
+func (f file) compare(g file) int {
+	if c := cmp.Or(strings.Compare(f.name, g.name), f.digest.compare(g.digest), strings.Compare(f.signature, g.signature)); c != 0 || f.other == g.other {
+		return c
+	}
+	if g.other {
+		return -1
+	}
+	return 1
+}
+
 // files is a set that never changes: what a request adds lies on what was there
-// before, which other requests may be reading. nil is empty.
+// before, which other requests may be reading. nil is empty. It is made of sorted
+// lists, as maps take ten times as much memory.
 type files struct {
 	below        *files
-	depth, count int // of all layers
-	bytes        int // of names, and of what else is as long as a host makes it, in all layers
-	here         map[file]struct{}
-	names        map[unique.Handle[string]]struct{}
-	digests      map[digest]struct{}
+	depth, count int      // of all layers
+	bytes        int      // of names, and of what else is as long as a host makes it, in all layers
+	here         []file   // in order, each once
+	byDigest     []uint32 // indexes in here, by digest
 }
 
 // maxDepth is how many layers a look-up walks at most.
 const maxDepth = 16
 
-// with is s and what it lacks of more, which is returned too.
+// with is s and what it lacks of more, which is returned too, each once.
 func (s *files) with(more iter.Seq[file]) (*files, []file) {
-	layer := &files{below: s, depth: 1, here: map[file]struct{}{}, names: map[unique.Handle[string]]struct{}{}, digests: map[digest]struct{}{}}
-	var fresh []file
+	var lacks []file
 	for f := range more {
-		if !s.has(f) && layer.add(f) {
-			fresh = append(fresh, f)
+		if !s.has(f) {
+			lacks = append(lacks, f)
 		}
 	}
-	if len(fresh) == 0 {
+	if len(lacks) == 0 {
 		return s, nil
 	}
-	layer.count = len(layer.here)
+	layer := layerOf(lacks)
+	fresh := layer.here
+	layer.below, layer.depth = s, 1
 	for _, f := range fresh {
-		layer.bytes += len(f.name.Value()) + len(f.signature.Value())
+		layer.bytes += len(f.name) + len(f.signature) + len(f.digest.other)
 	}
 	if s != nil {
 		layer.depth, layer.count, layer.bytes = s.depth+1, s.count+layer.count, s.bytes+layer.bytes
@@ -101,26 +116,28 @@ func (s *files) with(more iter.Seq[file]) (*files, []file) {
 	return layer, fresh
 }
 
-func (s *files) add(f file) bool {
-	if _, old := s.here[f]; old {
-		return false
+// layerOf is a layer of the files in list, which it takes.
+func layerOf(list []file) *files {
+	slices.SortFunc(list, file.compare)
+	list = slices.Clone(slices.Compact(list))
+	s := &files{count: len(list), here: list, byDigest: make([]uint32, len(list))}
+	for i := range s.byDigest {
+		s.byDigest[i] = uint32(i)
 	}
-	s.here[f], s.names[f.name], s.digests[f.digest] = struct{}{}, struct{}{}, struct{}{}
-	return true
+	slices.SortFunc(s.byDigest, func(i, j uint32) int { return list[i].digest.compare(list[j].digest) })
+	return s
 }
 
 func (s *files) flat() *files {
-	one := &files{depth: 1, count: s.count, bytes: s.bytes, here: make(map[file]struct{}, s.count), names: map[unique.Handle[string]]struct{}{}, digests: map[digest]struct{}{}}
-	for f := range s.all() {
-		one.add(f)
-	}
+	one := layerOf(slices.AppendSeq(make([]file, 0, s.count), s.all()))
+	one.depth, one.bytes = 1, s.bytes
 	return one
 }
 
 func (s *files) all() iter.Seq[file] {
 	return func(yield func(file) bool) {
 		for ; s != nil; s = s.below {
-			for f := range s.here {
+			for _, f := range s.here {
 				if !yield(f) {
 					return
 				}
@@ -131,7 +148,7 @@ func (s *files) all() iter.Seq[file] {
 
 func (s *files) has(f file) bool {
 	for ; s != nil; s = s.below {
-		if _, ok := s.here[f]; ok {
+		if _, ok := slices.BinarySearchFunc(s.here, f, file.compare); ok {
 			return true
 		}
 	}
@@ -139,9 +156,8 @@ func (s *files) has(f file) bool {
 }
 
 func (s *files) hasName(name string) bool {
-	h := unique.Make(name)
 	for ; s != nil; s = s.below {
-		if _, ok := s.names[h]; ok {
+		if _, ok := slices.BinarySearchFunc(s.here, name, func(f file, name string) int { return strings.Compare(f.name, name) }); ok {
 			return true
 		}
 	}
@@ -151,19 +167,22 @@ func (s *files) hasName(name string) bool {
 func (s *files) hasDigest(text string) bool {
 	d := digestOf(text)
 	for ; s != nil; s = s.below {
-		if _, ok := s.digests[d]; ok {
+		if _, ok := slices.BinarySearchFunc(s.byDigest, d, func(i uint32, d digest) int { return s.here[i].digest.compare(d) }); ok {
 			return true
 		}
 	}
 	return false
 }
 
-// size is about how much memory s takes, in bytes, if no other host shares it.
+// fileSize is about how much memory a file takes beside its bytes.
+const fileSize = 120
+
+// size is about how much memory s takes, in bytes.
 func (s *files) size() int {
 	if s == nil {
 		return 0
 	}
-	return s.bytes + 400*s.count
+	return s.bytes + fileSize*s.count
 }
 
 func (s *files) len() int {

@@ -6,7 +6,6 @@ import (
 	"maps"
 	"slices"
 	"strings"
-	"unique"
 
 	boot "github.com/countersign/countersign/attestors/boot/appraise"
 	"github.com/countersign/countersign/attestors/evidence"
@@ -174,7 +173,8 @@ func (k *Known) list(l Logs, pcrs map[int]evidence.Digest, prior *Known) error {
 		}
 		return err
 	}
-	k.ima = &r.State
+	proven := r.State // alone: r has the list
+	k.ima = &proven
 	if l.IMAOffset != 0 {
 		k.files, k.violations = prior.files, slices.Clip(prior.violations)
 		k.told = prior.told
@@ -383,10 +383,10 @@ func (k *Known) unlisted(p *process.Program, r *Reference) []string {
 		return nil // the host is held to all that was measured
 	}
 	exe := digestOf(plain + p.Main().SHA256.String())
-	wanted := map[unique.Handle[string]]string{} // paths, by IMA's names
+	wanted := map[string]string{} // paths, by IMA's names
 	for _, mapping := range p.Mappings {
 		if mapping.Path != process.Anonymous {
-			wanted[unique.Make(imaName(mapping.Path))] = mapping.Path
+			wanted[imaName(mapping.Path)] = mapping.Path
 		}
 	}
 	measured, allowed := map[string]bool{}, map[string]bool{}

@@ -454,8 +454,8 @@ func TestFileLayers(t *testing.T) {
 		}
 	}
 	for _, f := range want {
-		if !set.has(f) || !set.hasName(f.name.Value()) || !set.hasDigest(f.digest.text()) {
-			t.Fatalf("%q is lost", f.name.Value())
+		if !set.has(f) || !set.hasName(f.name) || !set.hasDigest(f.digest.text()) {
+			t.Fatalf("%q is lost", f.name)
 		}
 	}
 	if n := len(slices.Collect(set.all())); n != 100 || set.hasName("nothing") || set.hasDigest("nothing") {
