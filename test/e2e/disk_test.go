@@ -137,6 +137,34 @@ func TestOneHostAndTheDisk(t *testing.T) {
 	check.Must(b.broker.CLI(ctx, "fsck", "-c", b.broker.Config()))(t)
 }
 
+// A host that may have a credential, and asks for it on and on without taking it, is
+// over its budget after some: each lease keeps the evidence.
+func TestAHostThatAsksOnAndOn(t *testing.T) {
+	b := newBroker(t, softScope, false)
+	ctx := check.Within(t, 3*time.Minute)
+	h := joined(t, b, services.TPMCA)
+	s := dial(t, h)
+	before := storeSize(t, b.broker)
+	got := map[string]int{}
+	for n := range 100 {
+		// The same program but for its pid, which makes no more than eight of one.
+		program := check.Must(h.Program(softExe, "billing", 0, large(0), func(p *process.Program) { p.PID, p.Start = 5000+n/4, uint64(n/4+1) }))(t)
+		a := check.Must(h.Attest(ctx, s, evidence.CallIssue, h.IssueBody("soft", program)))(t)
+		_, err := s.Hosts.Issue(ctx, connect.NewRequest(&v1.IssueRequest{Attested: a}))
+		if err == nil {
+			got["issued"]++
+		} else {
+			got[api.FromConnect(err).Check]++
+		}
+	}
+	if got["issued"] == 0 || got["issued"] > 40 || got["host-budget"] < 60 {
+		t.Errorf("100 requests: %v", got)
+	}
+	if grown := storeSize(t, b.broker) - before; grown > 80<<20 {
+		t.Errorf("the store grew by %d KiB", grown>>10)
+	}
+}
+
 // A host whose evidence is rejected over and over, and one that waits and joins over
 // and over, each leave a few records.
 func TestRepeatsAreCounted(t *testing.T) {

@@ -10,9 +10,11 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -336,6 +338,16 @@ func kinds() []kind {
 	}
 }
 
+func metrics(t *testing.T, b *lab.Broker) string {
+	t.Helper()
+	answer, err := http.Get("http://" + b.Metrics + "/metrics")
+	check(t, err)
+	defer func() { _ = answer.Body.Close() }()
+	text, err := io.ReadAll(answer.Body)
+	check(t, err)
+	return string(text)
+}
+
 // While 64 connections do their worst, of strangers, of admitted hosts and of an
 // operator, a broker keeps to its memory and serves the honest.
 func TestHostilePeers(t *testing.T) {
@@ -407,6 +419,14 @@ func TestHostilePeers(t *testing.T) {
 	now, peak, err := fleet.Memory(b.PID())
 	check(t, err)
 	t.Logf("%d rounds of honest hosts; after: %d KiB, peak %d KiB", rounds, now, peak)
+	// The attacks were made, and not turned away at an earlier door.
+	if text := metrics(t, b); *alone == "" {
+		for _, outcome := range []string{"request-size", "request", "join-rate", "busy"} {
+			if !strings.Contains(text, `countersign_request_seconds_count{outcome="`+outcome+`",procedure="unread"}`) {
+				t.Errorf("no request was refused as %s", outcome)
+			}
+		}
+	}
 	if peak > most {
 		t.Errorf("the broker had %d KiB in memory; %d is the most", peak, most)
 	}

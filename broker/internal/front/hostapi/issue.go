@@ -18,6 +18,7 @@ import (
 	"github.com/countersign/countersign/broker/internal/lease/journal"
 	"github.com/countersign/countersign/broker/internal/policy"
 	"github.com/countersign/countersign/broker/internal/state/audit"
+	"github.com/countersign/countersign/broker/internal/state/budget"
 	"github.com/countersign/countersign/broker/internal/state/inventory"
 	"github.com/countersign/countersign/broker/internal/state/store"
 	"github.com/countersign/countersign/internal/bounded"
@@ -67,6 +68,7 @@ func (d *Desk) Issue(ctx context.Context, conn *challenge.Conn, o Order, request
 	g, c, err := d.Leases.Issue(ctx, decision, lease.Request{
 		DeliveryID: o.DeliveryID, Replaces: o.Replaces, HandOver: o.HandOver, CSR: o.CSR, ID: request, Sources: []string{conn.Address},
 		With: func(tx *store.Tx) error {
+			budget.Of(tx).Spend(p.host.ID, 0, len(o.Program), now) // the lease keeps it
 			if _, err := p.save(tx, now.Add(scope.Reprove+scope.Grace)); err != nil {
 				return err
 			}
