@@ -347,16 +347,18 @@ func TestStrangersTakeNoHostsRate(t *testing.T) {
 		}
 	}
 	refused := map[string]int{}
-	for i := range 70000 {
-		from := "192.0.2.1"
-		if i%2 == 0 {
-			from = fmt.Sprintf("2001:db8:%x:%x::1", i>>16, i&0xffff)
-		}
+	ask := func(i int, from string) {
 		for _, path := range calls {
-			refused[r.sendBytes(peerOf(stranger, fmt.Sprint("made up ", i), from), path, nil)]++
+			if e := r.in.limits.allow(peerOf(stranger, fmt.Sprint("made up ", i), from), path); e != nil {
+				refused[e.Check]++
+			}
 		}
 	}
-	if refused["call-rate"] < 100000 || refused["join-rate"] < 30000 {
+	for i := range maxStrangers + 1000 {
+		ask(i, "192.0.2.1")
+		ask(i, fmt.Sprintf("2001:db8:%x:%x::1", i>>16, i&0xffff))
+	}
+	if refused["call-rate"] < maxStrangers || refused["join-rate"] < maxStrangers {
 		t.Errorf("strangers from one address: %v", refused)
 	}
 	for _, path := range calls {

@@ -25,12 +25,18 @@ func TestStrangers(t *testing.T) {
 		if ends.end.Stop() {
 			t.Error("a connection that ended is kept by its timer")
 		}
+		closed := func() bool {
+			synctest.Wait()
+			stays.mu.Lock()
+			defer stays.mu.Unlock()
+			return stays.closed
+		}
 		time.Sleep(strangerTime - time.Second)
-		if stays.closed {
+		if closed() {
 			t.Error("a stranger has no time to join")
 		}
 		time.Sleep(2 * time.Second)
-		if !stays.closed {
+		if !closed() {
 			t.Error("a stranger stays")
 		}
 	})
