@@ -37,6 +37,9 @@ type way struct {
 func newGate(door *Door, at net.Addr) *gate {
 	g := &gate{door: door, config: door.TLS(), handshakes: newCrowd(maxHandshakes, handshakeShare), ways: map[class]*way{}}
 	for of, b := range classes {
+		if of == local {
+			continue // it comes by the socket
+		}
 		g.ways[of] = &way{crowd: newCrowd(b.connections, b.share), handoff: newHandoff(at)}
 	}
 	return g
