@@ -235,3 +235,43 @@ func TestAProofOvertakesAJoin(t *testing.T) {
 		t.Errorf("%s", reason)
 	}
 }
+
+// A TPM whose keys belong to two hosts, as when each was registered by another EK, is the one
+// that an operator says, from then on.
+func TestOneTPMOfTwoHosts(t *testing.T) {
+	b := newBroker(t, softScope, false)
+	ctx := check.Within(t, 2*time.Minute)
+	act := func(args ...string) { t.Helper(); check.Must(b.broker.CLI(ctx, args...))(t) }
+	one, two := joinerFrom(t, b), joinerFrom(t, b)
+	join := func(h *lab.SoftHost) {
+		t.Helper()
+		check.Must(h.Join(ctx, check.Must(b.broker.JoinToken(ctx, "role=billing"))(t)))(t)
+	}
+	join(one)
+	join(two)
+	// An agent that shows both keys: the second host's AK and TLS key are of this TPM, too.
+	both := *two
+	both.More = []*lab.SoftTPM{one.TPM}
+	again := func() (string, error) {
+		h := both
+		_, err := h.Join(ctx, "")
+		return h.ID, err
+	}
+	_, err := again()
+	outcome(t, err, api.Refused, "two-hosts")
+	act("host", "remove", one.ID, "--reason", "the same machine")
+	_, err = again()
+	outcome(t, err, api.Rejected, "host-removed")
+	act("host", "reenrol", two.ID)
+	for range 3 {
+		if id, err := again(); err != nil || id != two.ID {
+			t.Errorf("enrolled anew: host %s, %v", id, err)
+		}
+	}
+	if found := b.fsck(t); len(found) > 0 {
+		t.Errorf("fsck: %q", found)
+	}
+	// What the tombstone has still is refused.
+	_, err = one.Join(ctx, "")
+	outcome(t, err, api.Rejected, "host-removed")
+}

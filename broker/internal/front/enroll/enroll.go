@@ -401,10 +401,9 @@ func (j *joining) enrol(tx *store.Tx) error {
 	}
 
 	h = j.withKeys(h, !before.Reenrolling)
-	for _, other := range j.others {
-		if other.TLSKey == h.TLSKey { // an operator said that it is h's
-			other.TLSKey = evidence.Digest{}
-			if err := inventory.Save(tx, other); err != nil {
+	if before.Reenrolling { // the operator said that this TPM is h
+		for _, other := range j.others {
+			if err := inventory.GiveUp(tx, other, h); err != nil {
 				return err
 			}
 		}
@@ -433,6 +432,7 @@ func (j *joining) enrol(tx *store.Tx) error {
 // some, one that an operator allows to join with other keys goes first, and then those that
 // are out.
 func (j *joining) host(tx *store.Tx) (inventory.Host, error) {
+	j.others = nil
 	keys := inventory.Keys{AKPublic: j.AK.Encoded(), TLSKey: j.conn.Key()}
 	for _, ek := range j.EKs {
 		keys.EKs = append(keys.EKs, ek.Hash)
@@ -464,7 +464,8 @@ func (j *joining) host(tx *store.Tx) (inventory.Host, error) {
 }
 
 // withKeys returns the host with what the TPM has proven, and counters that don't go back
-// where forward is set. EKs that another host is registered with stay its.
+// where forward is set. EKs that another host is registered with stay its, unless an operator
+// has this one enrolled anew.
 func (j *joining) withKeys(h inventory.Host, forward bool) inventory.Host {
 	counters := j.quoted.Counters
 	if forward && h.Counters != nil && bytes.Equal(h.AKPublic, j.AK.Encoded()) && counters.Before(*h.Counters) {
@@ -477,7 +478,7 @@ func (j *joining) withKeys(h inventory.Host, forward bool) inventory.Host {
 	}
 	h.EKs = slices.Clone(h.EKs)
 	for _, ek := range j.EKs {
-		theirs := slices.ContainsFunc(j.others, func(o inventory.Host) bool { return slices.Contains(o.EKs, ek.Hash) })
+		theirs := forward && slices.ContainsFunc(j.others, func(o inventory.Host) bool { return slices.Contains(o.EKs, ek.Hash) })
 		if !theirs && !slices.Contains(h.EKs, ek.Hash) {
 			h.EKs = append(h.EKs, ek.Hash)
 		}

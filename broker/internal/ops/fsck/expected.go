@@ -139,6 +139,9 @@ func (l *ledger) enrolled(id string, e *event.Enrolment) {
 		l.hosts[id] = h
 	}
 	was := h.status
+	if e.As == event.HostJoined && was.Reenrolling {
+		l.givenUp(id, e)
+	}
 	h.status.State = inventory.State(e.State)
 	h.tier, h.labels, h.reference, h.ak, h.tls = e.Tier, e.Labels, e.Reference, e.AK, e.TLSKey
 	for _, ek := range e.EKs {
@@ -150,6 +153,24 @@ func (l *ledger) enrolled(id string, e *event.Enrolment) {
 		h.status.Admitted = true
 	case event.HostJoined:
 		h.status.Reenrolling = was.Reenrolling && !was.Admitted
+	}
+}
+
+// givenUp takes the keys of a host that was enrolled anew from all others.
+func (l *ledger) givenUp(heir string, e *event.Enrolment) {
+	for id, h := range l.hosts {
+		if id == heir {
+			continue
+		}
+		for _, ek := range e.EKs {
+			delete(h.eks, ek)
+		}
+		if h.ak == e.AK {
+			h.ak, h.status.Joined = evidence.Sum(nil), false
+		}
+		if h.tls == e.TLSKey {
+			h.tls = evidence.Digest{}
+		}
 	}
 }
 

@@ -8,6 +8,7 @@
 package inventory
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/rand"
 	"database/sql"
@@ -186,6 +187,23 @@ func ByEK(tx *store.Tx, ek evidence.Digest) (Host, error) {
 // ByAK reads the host that an attestation key belongs to, a TPMT_PUBLIC.
 func ByAK(tx *store.Tx, ak []byte) (Host, error) {
 	return one(tx, `SELECT `+columns+` FROM hosts WHERE ak_public = ? ORDER BY state = 'removed' DESC, id LIMIT 1`, ak)
+}
+
+// GiveUp takes from a host the keys that heir has, too: an operator said whose TPM it is.
+func GiveUp(tx *store.Tx, h, heir Host) error {
+	for _, ek := range heir.EKs {
+		if _, err := tx.Exec(`DELETE FROM host_eks WHERE ek_hash = ? AND host_id = ?`, ek.String(), h.ID); err != nil {
+			return err
+		}
+	}
+	h.EKs = slices.DeleteFunc(slices.Clone(h.EKs), func(ek evidence.Digest) bool { return slices.Contains(heir.EKs, ek) })
+	if bytes.Equal(h.AKPublic, heir.AKPublic) {
+		h.AKPublic = nil
+	}
+	if h.TLSKey == heir.TLSKey {
+		h.TLSKey = evidence.Digest{}
+	}
+	return Save(tx, h)
 }
 
 // Keys are those of one TPM.
