@@ -80,80 +80,100 @@ func (d *Desk) Prove(ctx context.Context, conn *challenge.Conn, proof Proof, req
 	if err != nil {
 		return Proven{}, err
 	}
-	shown := d.Continuations.open(p.host.ID, proof.Continuation)
-	if !p.given.Continuity.Allows(shown) {
-		return Proven{}, d.reject(ctx, p.host, &evidence.Rejected{Check: checkContinuation,
-			Detail: fmt.Sprintf("it continues from answer %d, and a later proof of this host has continued from another: two machines run with one TPM's state", shown)}, request)
+	if err := d.continues(ctx, &p, proof.Continuation, request); err != nil {
+		return Proven{}, err
 	}
-	p.shown = &shown
-	var given int64
+
 	now := d.Now()
-	out := Proven{Host: p.host}
-	type end struct{ id, reason string }
-	var ends []end
 	rows := store.Host(p.host.ID)
 	for _, lp := range proof.Leases {
 		rows = rows.And(store.Lease(lp.Lease))
 	}
-	err = d.Store.Update(ctx, rows, func(tx *store.Tx) error {
-		out.Verdicts, ends = nil, nil
-		reprove, grace := DefaultReprove, time.Duration(0)
-		held := map[string]bool{}
-		for _, lp := range proof.Leases {
-			if held[lp.Lease] {
-				continue
-			}
-			held[lp.Lease] = true
-			v, stop, err := d.judge(tx, p, lp, now, request)
-			if err != nil {
-				return err
-			}
-			if stop != "" {
-				ends = append(ends, end{lp.Lease, stop})
-			}
-			if scope := p.set.Scope(lp.Scope); v.Outcome == live && scope != nil {
-				if scope.Reprove < reprove {
-					reprove = scope.Reprove
-				}
-				if grace == 0 || scope.Grace < grace {
-					grace = scope.Grace
-				}
-			}
-			out.Verdicts = append(out.Verdicts, v)
-		}
-		leases, err := journal.List(tx, journal.Filter{Host: p.host.ID, States: []journal.State{journal.Live}})
-		if err != nil {
+	var j judged
+	var given int64
+	err = d.Store.Update(ctx, rows, func(tx *store.Tx) (err error) {
+		if j, err = d.judgeAll(tx, p, proof.Leases, now, request); err != nil {
 			return err
 		}
-		for _, g := range leases {
-			// A lease that came while the proof was being made is not in it.
-			if !held[g.ID] && g.Unreadable == nil && g.Acked.Add(issue.ProvisionalFor).Before(p.given.At) {
-				ends = append(ends, end{g.ID, "the host no longer holds it"})
-			}
-		}
-		out.ProveBy = now.Add(jitter(reprove))
-		silent := now.Add(reprove)
-		if grace == 0 {
-			grace = reprove
-		}
-		given, err = p.save(tx, silent.Add(grace))
+		given, err = p.save(tx, now.Add(j.reprove+j.grace))
 		return err
 	})
 	if err != nil {
 		return Proven{}, err
 	}
-	for _, e := range ends {
-		if _, err := d.Leases.Event(ctx, e.id, journal.Revoke{Reason: e.reason}, lease.Cause{Actor: "broker", Request: request, Later: true}); err != nil {
+
+	for _, e := range j.ends {
+		if _, err := d.Leases.Event(ctx, e.lease, journal.Revoke{Reason: e.reason}, lease.Cause{Actor: "broker", Request: request, Later: true}); err != nil {
 			return Proven{}, err
 		}
 	}
-	out.Continuation = d.Continuations.seal(p.host.ID, given)
+	out := Proven{Host: p.host, Verdicts: j.verdicts, ProveBy: now.Add(jitter(j.reprove)), Continuation: d.Continuations.seal(p.host.ID, given)}
 	if wall := d.Wall(); lifetime.Due(proof.Certificate, wall) {
 		if out.Certificate, err = d.renewCertificate(conn, p.host.ID, wall); err != nil {
 			return Proven{}, err
 		}
 	}
 	return out, nil
+}
+
+// continues holds what a proof continues from against what was known of the host when its
+// nonce was given, and sets p.shown. It rejects the proof of a copy.
+func (d *Desk) continues(ctx context.Context, p *proven, value []byte, request string) error {
+	shown := d.Continuations.open(p.host.ID, value)
+	if !p.given.Continuity.Allows(shown) {
+		return d.reject(ctx, p.host, &evidence.Rejected{Check: checkContinuation,
+			Detail: fmt.Sprintf("it continues from answer %d, and a later proof of this host has continued from another: two machines run with one TPM's state", shown)}, request)
+	}
+	p.shown = &shown
+	return nil
+}
+
+// judged are a proof's leases, as they were judged.
+type judged struct {
+	verdicts       []Verdict
+	ends           []struct{ lease, reason string } // to be revoked
+	reprove, grace time.Duration                    // the shortest of those that go on
+}
+
+// judgeAll decides on the leases that a proof speaks of, and on those that it should.
+func (d *Desk) judgeAll(tx *store.Tx, p proven, proofs []LeaseProof, now time.Time, request string) (j judged, err error) {
+	j.reprove = DefaultReprove
+	held := map[string]bool{}
+	for _, lp := range proofs {
+		if held[lp.Lease] {
+			continue
+		}
+		held[lp.Lease] = true
+		v, stop, err := d.judge(tx, p, lp, now, request)
+		if err != nil {
+			return j, err
+		}
+		if stop != "" {
+			j.ends = append(j.ends, struct{ lease, reason string }{lp.Lease, stop})
+		}
+		if scope := p.set.Scope(lp.Scope); v.Outcome == live && scope != nil {
+			j.reprove = min(j.reprove, scope.Reprove)
+			if j.grace == 0 || scope.Grace < j.grace {
+				j.grace = scope.Grace
+			}
+		}
+		j.verdicts = append(j.verdicts, v)
+	}
+	if j.grace == 0 {
+		j.grace = j.reprove
+	}
+
+	leases, err := journal.List(tx, journal.Filter{Host: p.host.ID, States: []journal.State{journal.Live}})
+	if err != nil {
+		return j, err
+	}
+	for _, g := range leases {
+		// A lease that came while the proof was being made is not in it.
+		if !held[g.ID] && g.Unreadable == nil && g.Acked.Add(issue.ProvisionalFor).Before(p.given.At) {
+			j.ends = append(j.ends, struct{ lease, reason string }{g.ID, "the host no longer holds it"})
+		}
+	}
+	return j, nil
 }
 
 const live = "live"
