@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
@@ -222,5 +223,27 @@ func TestAFullDisk(t *testing.T) {
 	}
 	if said := b.said(t); strings.Count(said, "full") != 200 || !strings.HasSuffix(said, "after") {
 		t.Errorf("the file lacks denials: %.200s", said)
+	}
+}
+
+// Many large denials at once are read again, those of one commit and those of a file that is
+// written anew.
+func TestManyLargeDenials(t *testing.T) {
+	b := newBench(t)
+	large := json.RawMessage(`{"reason":"` + strings.Repeat("x", 4000) + `"}`)
+	b.update(t, func(tx *store.Tx) error {
+		for i := range 700 {
+			if err := denials.Set(tx, denials.Denial{Kind: denials.Host, Name: fmt.Sprint(i), Detail: large}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	for _, when := range []string{"appended", "written anew"} {
+		if c := check.Must(denials.Read(b.file, b.key))(t); len(c.Denials) != 700 || c.Bad != 0 || b.log.Behind() != nil {
+			t.Errorf("%s: %d denials, %d bad lines, %v", when, len(c.Denials), c.Bad, b.log.Behind())
+		}
+		check.Nil(t, b.log.Close(), os.Remove(b.file))
+		b.open(t)
 	}
 }

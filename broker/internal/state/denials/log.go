@@ -30,6 +30,18 @@ const (
 	compactAt = 1 << 20 // bytes from which a file that is mostly of the past is written anew
 )
 
+// fit returns as many denials as one line has room for; at least one.
+func fit(list []Denial) []Denial {
+	size := 0
+	for i, d := range list {
+		size += len(d.Detail) + len(d.Name) + 256 // its other fields
+		if i > 0 && size > maxLine/2 {
+			return list[:i]
+		}
+	}
+	return list
+}
+
 // A block is one line of the file, behind its signature in base64 and a space.
 type block struct {
 	At      time.Time `json:"at"`
@@ -152,7 +164,11 @@ func seal(b block, key note.Signer) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return fmt.Appendf(nil, "%s %s\n", base64.StdEncoding.EncodeToString(signature), text), nil
+	line := fmt.Appendf(nil, "%s %s\n", base64.StdEncoding.EncodeToString(signature), text)
+	if len(line) > maxLine {
+		return nil, fmt.Errorf("a denial of %d bytes; at most %d can be read again", len(line), maxLine)
+	}
+	return line, nil
 }
 
 // A Log keeps the file of a running broker.
@@ -277,7 +293,11 @@ func (l *Log) catchUp(ctx context.Context) error {
 		if err != nil || newest <= l.written && len(list) == 0 {
 			return err
 		}
-		if len(list) == perBlock {
+		whole := len(list) < perBlock
+		if some := fit(list); len(some) < len(list) {
+			list, whole = some, false
+		}
+		if !whole {
 			newest = list[len(list)-1].Seq
 		}
 		line, err := seal(block{At: l.wall().UTC(), Last: newest, Denials: list}, l.key)
@@ -326,15 +346,16 @@ func (l *Log) rewrite(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			line, err := seal(block{At: l.wall().UTC(), Last: newest, Denials: list}, l.key)
+			some := fit(list)
+			line, err := seal(block{At: l.wall().UTC(), Last: newest, Denials: some}, l.key)
 			if err != nil {
 				return err
 			}
-			text, entries = append(text, line...), entries+len(list)
-			if len(list) < perBlock {
+			text, entries = append(text, line...), entries+len(some)
+			if len(some) == len(list) && len(list) < perBlock {
 				return nil
 			}
-			from = list[len(list)-1].Seq
+			from = some[len(some)-1].Seq
 		}
 	})
 	if err != nil {
