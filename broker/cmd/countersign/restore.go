@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"connectrpc.com/connect"
@@ -96,20 +97,34 @@ func restore(cmd *cobra.Command, c *config.Broker, backup string, logs []string)
 			return r, no("%s exists: move %s* away first; restore never overwrites a store", c.StoreFile()+ending, c.StoreFile())
 		}
 	}
-	if err := durable.Copy(backup, c.StoreFile()); err != nil {
+	// What is not merged yet must not be served: the store gets its name at the end.
+	unmerged := c.StoreFile() + ".restoring"
+	if err := dropUnmerged(unmerged); err != nil {
 		return r, err
 	}
-	s, err := store.Open(c.StoreFile())
+	if err := durable.Copy(backup, unmerged); err != nil {
+		return r, err
+	}
+	s, err := store.Open(unmerged)
 	if err != nil {
-		return r, errors.Join(err, removeStore(c.StoreFile()))
+		return r, errors.Join(err, dropUnmerged(unmerged))
 	}
 	if err = verifyLog(cmd, s); err == nil {
 		r, err = takeAwayAgain(cmd, c, s, backup, logs)
 	}
 	if err := errors.Join(err, s.Close()); err != nil {
-		return r, errors.Join(err, removeStore(c.StoreFile()))
+		return r, errors.Join(err, dropUnmerged(unmerged))
 	}
-	return r, nil
+	// A link, unlike a rename, never takes the place of a store that came meanwhile.
+	if err := os.Link(unmerged, c.StoreFile()); err != nil {
+		return r, errors.Join(err, dropUnmerged(unmerged))
+	}
+	return r, errors.Join(dropUnmerged(unmerged), durable.SyncDir(filepath.Dir(c.StoreFile())))
+}
+
+// dropUnmerged removes a store that doesn't have its name yet, with its lock.
+func dropUnmerged(file string) error {
+	return errors.Join(removeStore(file), durable.Remove(file+".lock"))
 }
 
 // takeAwayAgain merges the denial logs, or holds the broker where there is none, and opens a
@@ -131,6 +146,10 @@ func takeAwayAgain(cmd *cobra.Command, c *config.Broker, s *store.Store, backup 
 		return r, err
 	}
 
+	var last int64 // denial that the backup knows
+	if err := s.View(ctx, func(tx *store.Tx) (err error) { last, err = denials.Last(tx); return err }); err != nil {
+		return r, err
+	}
 	r.Merged = recovery.Merged{}
 	for _, file := range append([]string{backup + ".denials", c.DenialLog}, logs...) {
 		contents, err := denials.Read(file, l.Verifier())
@@ -149,12 +168,15 @@ func takeAwayAgain(cmd *cobra.Command, c *config.Broker, s *store.Store, backup 
 			r.Merged[kind] += n
 		}
 		r.BadLine += contents.Bad
-		if file != backup+".denials" && contents.At.After(r.LogAt) {
+		if file != backup+".denials" && contents.At.After(r.LogAt) && contents.Last >= last {
 			r.Log, r.LogAt = file, contents.At
 		}
 	}
-	if r.Log == "" {
-		r.Held = fmt.Sprintf("the store was restored from a backup of %s without a denial log, so what was taken away since then isn't known", r.Backup.Format(time.RFC3339))
+	switch {
+	case r.Log == "":
+		r.Held = fmt.Sprintf("the store was restored from a backup of %s without a denial log that is newer, so what was taken away since then isn't known", r.Backup.Format(time.RFC3339))
+	case r.BadLine > 0:
+		r.Held = fmt.Sprintf("the store was restored from a backup of %s, and %d lines of the denial log can't be read", r.Backup.Format(time.RFC3339), r.BadLine)
 	}
 	r.Epoch, err = openEpoch(ctx, s, "operator:root", "the store was restored from a backup", r.Held)
 	return r, err

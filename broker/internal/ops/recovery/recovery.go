@@ -33,18 +33,21 @@ func Merge(ctx context.Context, s *store.Store, c denials.Contents, actor string
 			return err
 		}
 		for _, d := range c.Denials {
-			had, err := denials.Has(tx, d.Kind, d.Name)
+			known, err := denials.Knows(tx, d)
 			if err != nil {
 				return err
 			}
-			if had || d.Lifted {
+			if known || d.Lifted {
 				continue
 			}
 			if err := takeAway(tx, s, d, actor, now, log); err != nil {
 				return err
 			}
-			if err := denials.Set(tx, d); err != nil {
-				return err
+			// A host's own denial has what this one and the store's say together.
+			if d.Kind != denials.Host {
+				if err := denials.Set(tx, d); err != nil {
+					return err
+				}
 			}
 			merged[d.Kind]++
 		}

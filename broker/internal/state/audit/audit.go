@@ -116,6 +116,9 @@ func Open(s *store.Store, dir, broker string) (*Log, error) {
 	if _, err := note.NewVerifier(trim(public)); err != nil {
 		return nil, fmt.Errorf("audit.pub: %w", err)
 	}
+	if signer.Name() != checkpoint.KeyName(broker) {
+		return nil, fmt.Errorf("the audit key in %s is of %s, and the store of broker %s: bring them together from one backup", dir, signer.Name(), broker)
+	}
 	return &Log{store: s, broker: broker, signer: signer, public: trim(public)}, nil
 }
 

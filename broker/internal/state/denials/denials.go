@@ -87,6 +87,15 @@ func Has(tx *store.Tx, kind Kind, name string) (bool, error) {
 	return err == nil && !d.Lifted, err
 }
 
+// Knows reports whether the store has a denial, or a later one of its name that says the same.
+func Knows(tx *store.Tx, d Denial) (bool, error) {
+	had, err := get(tx, d.Kind, d.Name)
+	if errors.Is(err, sql.ErrNoRows) {
+		return false, nil
+	}
+	return err == nil && had.Lifted == d.Lifted && string(had.Detail) == string(d.Detail), err
+}
+
 const columns = `seq, kind, name, until, lifted, detail`
 
 func get(tx *store.Tx, kind Kind, name string) (Denial, error) {

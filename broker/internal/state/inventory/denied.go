@@ -50,10 +50,12 @@ func Deny(tx *store.Tx, d denials.Denial) (h Host, changed bool, err error) {
 	if errors.Is(err, ErrUnknown) {
 		h, err = Host{ID: d.Name, Name: t.Name, State: Registered, Admitted: t.Admitted, Created: t.Created}, nil
 	}
-	if err != nil || h.State == t.State {
+	if err != nil {
 		return h, false, err
 	}
-	if h, err = h.After(on, t.Reason); err != nil {
+	if h.State == t.State {
+		h.Reason = joinedReasons(h.Reason, t.Reason, on)
+	} else if h, err = h.After(on, t.Reason); err != nil {
 		return h, false, nil // it is removed, and that is more
 	}
 
