@@ -112,6 +112,30 @@ func TestLiveClonesAreFound(t *testing.T) {
 	}
 }
 
+// A copy that takes its nonce before its original's proof, and proves itself after it, is
+// found as well: nobody continues from the answer to a proof that was overtaken.
+func TestOverlappingClonesAreFound(t *testing.T) {
+	b := newBroker(t, softScope, false)
+	ctx := check.Within(t, time.Minute)
+	one := running(t, joined(t, b, services.TPMCA))
+	check.Nil(t, one.prove(ctx, t, false))
+	two := one.copied(t)
+	var err error
+	for range 6 {
+		early := two.ask(ctx, t)
+		if err = one.prove(ctx, t, false); err != nil {
+			break
+		}
+		if err = two.send(ctx, early, false); err != nil {
+			break
+		}
+	}
+	outcome(t, err, api.Rejected, "continuation")
+	if state := b.hostState(t, one.ID); state != "quarantined" {
+		t.Errorf("the host is %s", state)
+	}
+}
+
 // What an honest host meets is no copy: lost answers, a lost run folder, an agent that shows
 // nothing, proofs that arrive late, joining again, and a broker that was restored.
 func TestOneMachineIsNoClone(t *testing.T) {

@@ -161,8 +161,7 @@ func (b *broker) readKeys(ctx context.Context, password []byte) (err error) {
 func (b *broker) openDenials(ctx context.Context) error {
 	file := b.config.DenialLog
 	c, err := denials.Read(file, b.audit.Verifier())
-	missing := errors.Is(err, os.ErrNotExist)
-	if err != nil && !missing {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("%w; if it is another broker's, move it away", err)
 	}
 	if c.Bad > 0 {
@@ -176,14 +175,24 @@ func (b *broker) openDenials(ctx context.Context) error {
 	}
 
 	var last int64
-	if err := b.store.View(ctx, func(tx *store.Tx) (err error) { last, err = denials.Last(tx); return err }); err != nil {
+	var used bool // beyond the record of its beginning
+	if err := b.store.View(ctx, func(tx *store.Tx) (err error) {
+		if last, err = denials.Last(tx); err != nil {
+			return err
+		}
+		return tx.QueryRow(`SELECT EXISTS (SELECT 1 FROM audit_records WHERE idx = 1)`).Scan(&used)
+	}); err != nil {
 		return err
 	}
+	held := ""
+	if c.Bad > 0 {
+		held = fmt.Sprintf("the store is older than its denial log, of which %d lines can't be read", c.Bad)
+	}
 	switch {
-	case missing && last > 0:
+	case c.Absent() && used:
 		b.log.Warn("there is no denial log; it is written anew from the store", "file", file)
-		b.audit.Restored = func(tx *store.Tx) error {
-			return denials.SetHold(tx, "an agent's checkpoint shows that the store is older than it was, and there was no denial log when the broker started")
+		if err := b.store.Update(ctx, store.Any(store.Broker), denials.MarkBegun); err != nil {
+			return err
 		}
 	case c.Last > last:
 		const reason = "the store is older than its denial log"
@@ -192,9 +201,16 @@ func (b *broker) openDenials(ctx context.Context) error {
 			return err
 		}
 		b.log.Warn(reason+": what was taken away since is taken away again", "denials", merged)
-		if _, err := openEpoch(ctx, b.store, "broker", reason, ""); err != nil {
+		if _, err := openEpoch(ctx, b.store, "broker", reason, held); err != nil {
 			return err
 		}
+	}
+	b.audit.Restored = func(tx *store.Tx) error {
+		anew, err := denials.Begun(tx)
+		if err != nil || !anew && held == "" {
+			return err
+		}
+		return denials.SetHold(tx, "an agent's checkpoint shows that the store is older than it was, and its denial log was begun anew or is damaged")
 	}
 	b.denials, err = denials.Open(ctx, b.store, file, b.audit.Signer(), c, b.log, faults.Now, b.clock.Sure)
 	return err

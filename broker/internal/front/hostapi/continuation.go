@@ -30,8 +30,11 @@ func (c Continuations) mac(host string, number []byte) []byte {
 	return h.Sum(nil)[:macSize]
 }
 
-// seal returns the value for a number.
+// seal returns the value for a number; empty for 0, which is none.
 func (c Continuations) seal(host string, n int64) []byte {
+	if n == 0 {
+		return nil
+	}
 	number := binary.BigEndian.AppendUint64(nil, uint64(n))
 	return append(number, c.mac(host, number)...)
 }

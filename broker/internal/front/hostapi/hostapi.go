@@ -248,7 +248,7 @@ func (d *Desk) reject(ctx context.Context, h inventory.Host, r *evidence.Rejecte
 // save writes what a good proof says of its host: it is trusted, and its
 // counters are at least this high. SilentAt is when it counts as silent; only a
 // proof of all its leases may put that off. It returns the number that a proof is answered
-// with.
+// with; 0 for one that a later proof has overtaken, since nobody may continue from that.
 func (p proven) save(tx *store.Tx, silentAt time.Time) (given int64, err error) {
 	given, err = p.saveOver(tx, p.host.Standing(), silentAt)
 	if !errors.Is(err, inventory.ErrChanged) {
@@ -286,8 +286,9 @@ func (p proven) saveOver(tx *store.Tx, h inventory.Standing, silentAt time.Time)
 	if p.shown != nil || h.SilentAt.IsZero() || !silentAt.IsZero() && silentAt.Before(h.SilentAt) {
 		next.SilentAt = silentAt
 	}
-	if p.shown != nil {
+	if p.shown != nil && h.Continuity.Allows(*p.shown) {
 		next.Continuity = h.Continuity.After(*p.shown)
+		given = next.Continuity.Given
 	}
 	digest, err := facts.Host.Digest()
 	if err != nil {
@@ -304,7 +305,7 @@ func (p proven) saveOver(tx *store.Tx, h inventory.Standing, silentAt time.Time)
 		return 0, err
 	}
 	if h.FactsDigest == next.FactsDigest {
-		return next.Continuity.Given, nil
+		return given, nil
 	}
 	if over {
 		return 0, overBudget(until) // the log would not have what an allow names
@@ -314,7 +315,7 @@ func (p proven) saveOver(tx *store.Tx, h inventory.Standing, silentAt time.Time)
 		return 0, err
 	}
 	_, err = audit.Append(tx, event.Record{Time: facts.At, Actor: "host:" + h.ID, Host: h.ID}, event.Facts{Facts: told, SHA256: next.FactsDigest})
-	return next.Continuity.Given, err
+	return given, err
 }
 
 // keepDecision keeps what `why` shows, where it differs from what is kept.

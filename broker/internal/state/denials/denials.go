@@ -159,6 +159,23 @@ func Held(tx *store.Tx) error {
 	return err
 }
 
+// begun says that the denial log was begun anew beside a store that isn't new.
+const begun = "denials.begun"
+
+// MarkBegun records that the denial log was begun anew: from then on only agents' checkpoints
+// show a backup that is put in place by hand. The update has to name [store.Broker].
+func MarkBegun(tx *store.Tx) error {
+	_, err := tx.Exec(`INSERT INTO meta (name, value) VALUES (?, '1') ON CONFLICT (name) DO NOTHING`, begun)
+	return err
+}
+
+// Begun reports whether MarkBegun was called.
+func Begun(tx *store.Tx) (bool, error) {
+	var n int
+	err := tx.QueryRow(`SELECT COUNT(*) FROM meta WHERE name = ?`, begun).Scan(&n)
+	return n > 0, err
+}
+
 // SetHold holds the broker, and reason says why; an empty one ends the hold. The update has
 // to name [store.Broker].
 func SetHold(tx *store.Tx, reason string) error {

@@ -247,3 +247,30 @@ func TestManyLargeDenials(t *testing.T) {
 		b.open(t)
 	}
 }
+
+// A file that appears after the start, as on a disk that was mounted late, is not overwritten.
+func TestALateFile(t *testing.T) {
+	b := newBench(t)
+	b.deny(t, "a", "b")
+	kept := check.Must(os.ReadFile(b.file))(t)
+	check.Nil(t, b.log.Close())
+
+	b.file = filepath.Join(t.TempDir(), "mounted later", "denials.log")
+	b.open(t)
+	if b.log.Behind() == nil {
+		t.Error("a folder that isn't there is written to")
+	}
+	check.Nil(t, os.Mkdir(filepath.Dir(b.file), 0o700), os.WriteFile(b.file, kept, 0o600))
+	b.deny(t, "c")
+	if err := b.log.Behind(); err == nil || !strings.Contains(err.Error(), "restart") {
+		t.Errorf("behind: %v", err)
+	}
+	if b.said(t) != "a b" {
+		t.Errorf("the file says %q", b.said(t))
+	}
+	check.Nil(t, b.log.Close())
+	b.open(t)
+	if b.log.Behind() != nil || b.said(t) != "a b c" {
+		t.Errorf("after a restart: %v, %q", b.log.Behind(), b.said(t))
+	}
+}

@@ -62,6 +62,9 @@ type Contents struct {
 	whole   int64     // bytes up to the end of its last whole line
 }
 
+// Absent reports whether there was no file, or an empty one.
+func (c Contents) Absent() bool { return c.At.IsZero() && c.Bad == 0 }
+
 // ErrForeign is returned for a file in which no line is the broker's.
 var ErrForeign = errors.New("no line of it was signed by this broker's audit key")
 
@@ -186,6 +189,7 @@ type Log struct {
 	size    int64    // guarded by mu; of the file, in bytes
 	entries int      // guarded by mu; denials in the file
 	begun   int      // guarded by mu; denials in it when it was written anew
+	absent  bool     // guarded by mu; there was no file when the broker started
 	behind  error    // guarded by mu; why the file lacks denials of the store
 }
 
@@ -193,7 +197,7 @@ type Log struct {
 // lacks. From then on each commit is followed by its denials. Sure is what time has surely
 // come: denials that have ended by it are forgotten.
 func Open(ctx context.Context, s *store.Store, file string, key note.Signer, c Contents, log *slog.Logger, wall, sure func() time.Time) (*Log, error) {
-	l := &Log{store: s, file: file, key: key, log: log, wall: wall, sure: sure, written: c.Last, size: c.whole, entries: c.Written}
+	l := &Log{store: s, file: file, key: key, log: log, wall: wall, sure: sure, written: c.Last, size: c.whole, entries: c.Written, absent: c.Absent()}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	whole, err := c.covers(ctx, s)
@@ -278,7 +282,11 @@ func (l *Log) append(ctx context.Context) {
 
 func (l *Log) catchUp(ctx context.Context) error {
 	if l.out == nil {
-		// It is begun, or what it lacks, or is torn or nobody's, is mended.
+		// It is begun, or what it lacks, or is torn or nobody's, is mended. A file that came
+		// meanwhile, as with a disk that was mounted late, may know more than the store.
+		if info, err := os.Stat(l.file); l.absent && err == nil && info.Size() > 0 {
+			return errors.New("it was not there when the broker started: restart the broker, which takes over what it has")
+		}
 		return l.rewrite(ctx)
 	}
 	for {
