@@ -28,7 +28,7 @@ type Policy struct {
 	// "all" are also those that it measures into another PCR; "programs" are none, for policies that
 	// measure what everybody runs into PCR 10: only scopes' own programs are held then.
 	Files string `json:"files,omitempty"`
-	// Violations says what one means: "reject" or "ignore". The kernel has them in PCR 10,
+	// Violations is what to do about one: "reject" or "ignore". The kernel has them in PCR 10,
 	// whoever caused them: the default is to reject if all files are held, else to ignore.
 	Violations string `json:"violations,omitempty"`
 	// Mode is "enforce", which is the default, or "observe": what would have

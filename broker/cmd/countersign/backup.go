@@ -38,7 +38,7 @@ func backupCommand(o *options, file *string) *cobra.Command {
 
 The copy is one snapshot: what the broker writes meanwhile is not in it. It is made
 beside FILE, checked against the invariants and its own audit log, and given its name
-only then. FILE must not exist. The denial log, which says what was taken away, is copied
+only then. FILE must not exist. The denial log, a record of what was taken away, is copied
 to FILE.denials. The broker's keys are not in the store: --keys copies
 them to FILE.keys. The CAs' keys stay encrypted there, under the key password, which is
 not copied; audit.key and secret-hmac.key are not encrypted, so keep the folder as safe

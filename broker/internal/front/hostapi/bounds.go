@@ -37,7 +37,7 @@ func (d *Desk) mayIssue(tx *store.Tx, host string, o Order) error {
 	return overBudget(until)
 }
 
-// renewal says whether the order replaces a lease of the host and scope that nears its
+// renewal reports whether the order replaces a lease of the host and scope that nears its
 // end: each lease can be replaced once, and its successor waits for its own time.
 func renewal(tx *store.Tx, host string, o Order, now time.Time) (bool, error) {
 	if o.Replaces == "" {

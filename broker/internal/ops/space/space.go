@@ -72,7 +72,7 @@ func (g *Gauge) Look() {
 	defer g.mu.Unlock()
 	before := g.level
 	if g.failed = err; err != nil {
-		return // the store says what it can't write
+		return // a store that can't be written fails by itself
 	}
 	g.free, g.size, g.level = free, size, levelOf(free, size)
 	if g.level != before && (before != "" || g.level != Enough) {

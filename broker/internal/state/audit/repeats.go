@@ -95,7 +95,7 @@ func loadRepeat(tx *store.Tx, host, what string) (repeat, error) {
 	return scanRepeat(tx.QueryRow(`SELECT `+repeatColumns+` FROM repeats WHERE host_id = ? AND what = ?`, host, what))
 }
 
-// current says whether what happens now is counted. A clock that was set back begins anew.
+// current reports whether what happens now is counted. A clock that was set back begins anew.
 func (p repeat) current(now time.Time) bool {
 	return now.Sub(p.first) < RepeatTime && !now.Before(p.first.Add(-time.Minute))
 }

@@ -24,7 +24,7 @@ const (
 )
 
 // A Book has the accounts of all hosts that wrote something of late. The zero
-// value is empty. It has no clock: who asks says what time it is.
+// value is empty. Callers pass the time.
 type Book struct {
 	mu    sync.Mutex
 	hosts map[string]*account // guarded by mu

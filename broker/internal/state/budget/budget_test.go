@@ -19,7 +19,7 @@ func TestBook(t *testing.T) {
 	b.Spend("other", 1, 1, noon)
 	for _, host := range []string{"records", "bytes", "other", "unknown"} {
 		if over(host, 0) {
-			t.Errorf("%s is over before it is", host)
+			t.Errorf("%s is over its budget too early", host)
 		}
 	}
 	b.Spend("records", 1, 0, noon.Add(30*time.Minute))
