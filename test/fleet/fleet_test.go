@@ -27,12 +27,9 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// A thousand hosts, whose keys are software's, join one broker by the front
-// door, stay connected, get a credential each, prove themselves again and
-// renew, with no error and nothing left over.
-func TestAThousandSoftwareHosts(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
-	defer cancel()
+// started is a broker of its own, whose hosts' TPMs are of the CA.
+func started(t *testing.T, ctx context.Context) (*lab.Broker, *lab.TPMCA) {
+	t.Helper()
 	dir := t.TempDir()
 	ca, err := lab.NewTPMCA(filepath.Join(dir, "tpmca"))
 	check(t, err)
@@ -52,6 +49,16 @@ func TestAThousandSoftwareHosts(t *testing.T) {
 		}
 	})
 	check(t, b.ApplyScopes(ctx, fleet.Scope))
+	return b, ca
+}
+
+// A thousand hosts, whose keys are software's, join one broker by the front
+// door, stay connected, get a credential each, prove themselves again and
+// renew, with no error and nothing left over.
+func TestAThousandSoftwareHosts(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	defer cancel()
+	b, ca := started(t, ctx)
 
 	start := time.Now()
 	step := func(what string) {

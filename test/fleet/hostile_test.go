@@ -11,8 +11,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -353,25 +351,7 @@ func metrics(t *testing.T, b *lab.Broker) string {
 func TestHostilePeers(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	dir := t.TempDir()
-	ca, err := lab.NewTPMCA(filepath.Join(dir, "tpmca"))
-	check(t, err)
-	roots := filepath.Join(dir, "ek-roots.pem")
-	root, intermediate := ca.PEM()
-	check(t, os.WriteFile(roots, append(root, intermediate...), 0o644))
-	b, err := lab.NewBroker(ctx, filepath.Join(dir, "broker"), lab.BrokerOptions{EKRoots: []string{roots}, CA: "crl_every = \"5m\""})
-	check(t, err)
-	check(t, b.Start(ctx))
-	t.Cleanup(func() {
-		if err := b.Stop(); err != nil {
-			t.Error(err)
-		}
-		if t.Failed() {
-			text, _ := os.ReadFile(b.Log())
-			t.Logf("broker.log:\n%.20000s", text)
-		}
-	})
-	check(t, b.ApplyScopes(ctx, fleet.Scope))
+	b, ca := started(t, ctx)
 
 	hosts, err := fleet.Join(ctx, b, ca, honest+8)
 	check(t, err)
